@@ -1,0 +1,1 @@
+"""Pure functions that several attacks share: gradients, labels, priors, solvers."""

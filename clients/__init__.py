@@ -1,0 +1,1 @@
+"""Who answers: honest clients and the compromised one."""

@@ -1,0 +1,1 @@
+"""One question a file: a function whose signature is its command line."""

@@ -1,0 +1,19 @@
+"""The one error that people are meant to read."""
+
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedtapError(Exception):
+    """A mistake in the input: one sentence with cause, reason and remedy. The command line prints it and exits with 2."""
+
+
+def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
+    """The error for a name that is not among `names`, with the nearest one."""
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+    return FedtapError(f"There is no {kind} named {name!r}: {hint}")

@@ -1,0 +1,352 @@
+"""What can be seen: leaks, each the attacker's whole knowledge and nothing else.
+
+A leak is a frozen stack of victims: tensors plus the protocol's plain metadata, saved as safetensors beside JSON.
+It never holds private data, and it never names code: a user's own model is handed to `load` by the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor, nn
+
+from simulator.errors import FedtapError
+from simulator.files import write_atomically
+
+Tensors = Mapping[str, Tensor]
+
+FORMAT = 1
+"""Version of the saved form; a reader refuses any other."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the protocol tells everyone who takes part, the attacker included."""
+
+    model: str
+    """Name of the architecture."""
+    shape: tuple[int, int, int]
+    """Channels, height, width of an image."""
+    classes: int
+    batch: int
+    """Images in a client's local step."""
+    steps: int = 1
+    """Local steps of plain SGD, each on the whole batch."""
+    learning_rate: float = 1.0
+    defence: str = "none"
+    """The defence as announced."""
+    listener: str = "curious_server"
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A stack of answers, one victim an entry.
+
+    Args:
+        observed: what the victims sent, parameter name -> tensor with a leading victims axis.
+        protocol: the public terms under which it was sent.
+        network: the architecture, on the meta device: no weights in it.
+        weights: the parameters the victims started from, or None where the listener does not know them.
+        buffers: likewise, what the network keeps beside parameters (BatchNorm's statistics).
+        clients: the partition that each victim answered from.
+        rounds: the federation's round of each answer, from 1.
+        restarts: which restart each entry is; 0 in a leak fresh from the wire.
+        stacked: whether weights and buffers carry a victims axis (they do where victims answered different models).
+        resolution: standard error of one entry of `observed` from rounding on the wire; 0 if sent as it is.
+    """
+
+    kind: ClassVar[str]
+
+    observed: Tensors
+    protocol: Protocol
+    network: nn.Module = field(repr=False, compare=False)
+    weights: Tensors | None
+    buffers: Tensors
+    clients: Int[Tensor, "victims"]
+    rounds: Int[Tensor, "victims"]
+    restarts: Int[Tensor, "victims"]
+    stacked: bool = False
+    resolution: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return next(iter(self.observed.values())).device
+
+    def __getitem__(self, which: int | slice | Tensor) -> Self:
+        """The stack of the chosen victims; an int keeps the victims axis, with one entry."""
+        if isinstance(which, int):
+            which = slice(which, which + 1) if which != -1 else slice(-1, None)
+        return self._victims(lambda tensor: tensor[which])
+
+    def repeat(self, restarts: int) -> Self:
+        """Each victim `restarts` times in a row, numbered in `restarts`."""
+        repeated = self._victims(lambda tensor: tensor.repeat_interleave(restarts, dim=0))
+        numbers = torch.arange(restarts, device=self.restarts.device).repeat(len(self))
+        return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same leak on another device. Victims' names stay on the CPU."""
+        return dataclasses.replace(
+            self,
+            observed=_each(self.observed, lambda tensor: tensor.to(device)),
+            weights=None if self.weights is None else _each(self.weights, lambda tensor: tensor.to(device)),
+            buffers=_each(self.buffers, lambda tensor: tensor.to(device)),
+        )
+
+    def _victims(self, choose: Any) -> Self:
+        on_model = choose if self.stacked else (lambda tensor: tensor)
+        return dataclasses.replace(
+            self,
+            observed=_each(self.observed, choose),
+            weights=None if self.weights is None else _each(self.weights, on_model),
+            buffers=_each(self.buffers, on_model),
+            clients=choose(self.clients),
+            rounds=choose(self.rounds),
+            restarts=choose(self.restarts),
+        )
+
+    def check(self) -> None:
+        """Refuse a leak that no attack could use.
+
+        Raises:
+            FedtapError: a tensor is missing, misshapen or not finite.
+        """
+        parameters = dict(self.network.named_parameters())
+        victims = len(self)
+        _same_names(self.observed, parameters, f"the leaked {self.kind}", self.protocol.model)
+        for name, parameter in parameters.items():
+            _shaped(self.observed[name], (victims, *parameter.shape), f"{self.kind}/{name}", self.protocol.model)
+        lead = (victims,) if self.stacked else ()
+        if self.weights is not None:
+            _same_names(self.weights, parameters, "the leaked weights", self.protocol.model)
+            for name, parameter in parameters.items():
+                _shaped(self.weights[name], (*lead, *parameter.shape), f"weights/{name}", self.protocol.model)
+        buffers = float_buffers(self.network)
+        if self.buffers or self.weights is not None:
+            _same_names(self.buffers, buffers, "the leaked buffers", self.protocol.model)
+            for name, buffer in buffers.items():
+                _shaped(self.buffers[name], (*lead, *buffer.shape), f"buffers/{name}", self.protocol.model)
+        for group, tensors in ((self.kind, self.observed), ("weights", self.weights or {}), ("buffers", self.buffers)):
+            for name, tensor in tensors.items():
+                if not bool(tensor.isfinite().all()):
+                    raise FedtapError(
+                        f"{group}/{name} of the leak holds NaN or infinity, from which nothing can be matched: "
+                        "record the exchange again, or leave out the victim it belongs to."
+                    )
+
+    def save(self, path: Path) -> None:
+        """Write `path` (.safetensors) and the protocol beside it (.json), each atomically."""
+        tensors = {f"{self.kind}/{name}": tensor for name, tensor in self.observed.items()}
+        tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
+        tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
+        tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
+        about = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "protocol": dataclasses.asdict(self.protocol),
+            "stacked": self.stacked,
+            "resolution": self.resolution,
+        }
+        packed = dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        write_atomically(path, packed)
+        write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2).encode() + b"\n")
+
+
+class GradientLeak(Leak):
+    """One gradient a victim: the mean over its batch of the cross-entropy's gradient, shape of each parameter."""
+
+    kind = "gradient"
+
+    @property
+    def gradient(self) -> Tensors:
+        """Parameter name -> `victims *parameter`."""
+        return self.observed
+
+
+class UpdateLeak(Leak):
+    """One update a victim: weights after its local steps minus weights before, shape of each parameter."""
+
+    kind = "update"
+
+    @property
+    def update(self) -> Tensors:
+        """Parameter name -> `victims *parameter`."""
+        return self.observed
+
+
+KINDS: dict[str, type[Leak]] = {kind.kind: kind for kind in (GradientLeak, UpdateLeak)}
+
+
+def stack(leaks: Sequence[Leak]) -> Leak:
+    """One stack of all victims of leaks of one kind and protocol.
+
+    Weights stay shared where all leaks share the same ones, and get a victims axis where they differ.
+
+    Raises:
+        FedtapError: no leaks, or leaks of unequal kind or protocol.
+    """
+    if not leaks:
+        raise FedtapError("There is no leak to stack: no client's answer was heard, so ask for at least one victim.")
+    first = leaks[0]
+    if any((leak.kind, leak.protocol) != (first.kind, first.protocol) for leak in leaks):
+        raise FedtapError(
+            "Leaks of different kinds or protocols cannot be stacked, since one attack runs on all of a stack: "
+            "group them by protocol first."
+        )
+    shared = not any(leak.stacked for leak in leaks) and all(_equal(first, leak) for leak in leaks[1:])
+
+    def model_tensors(of: Any) -> Tensors | None:
+        if shared or of(first) is None:
+            return of(first)  # type: ignore[no-any-return]
+        spread = [of(leak) if leak.stacked else _each(of(leak), _spreader(len(leak))) for leak in leaks]
+        return {name: torch.cat([tensors[name] for tensors in spread]) for name in of(first)}
+
+    return dataclasses.replace(
+        first,
+        observed={name: torch.cat([leak.observed[name] for leak in leaks]) for name in first.observed},
+        weights=model_tensors(lambda leak: leak.weights),
+        buffers=model_tensors(lambda leak: leak.buffers) or {},
+        clients=torch.cat([leak.clients for leak in leaks]),
+        rounds=torch.cat([leak.rounds for leak in leaks]),
+        restarts=torch.cat([leak.restarts for leak in leaks]),
+        stacked=not shared,
+        resolution=max(leak.resolution for leak in leaks),
+    )
+
+
+def load(path: Path, build: Any, model: str | None = None) -> Leak:
+    """Read a saved leak and check every tensor in it.
+
+    Args:
+        path: the .safetensors file; its .json lies beside it.
+        build: `(model name, shape, classes) -> nn.Module on the meta device`.
+        model: the architecture, where the caller knows better than the file (a user's own `module:function`).
+
+    Raises:
+        FedtapError: a file is missing, truncated or malformed, or is a leak of another model.
+    """
+    beside = path.with_suffix(".json")
+    for file in (path, beside):
+        if not file.is_file():
+            raise FedtapError(
+                f"{file} does not exist: a leak is two files, NAME.safetensors and NAME.json; "
+                "give the path of the .safetensors file and keep both together."
+            )
+    try:
+        tensors = parse_safetensors(path.read_bytes())
+    except (SafetensorError, ValueError) as error:
+        raise FedtapError(
+            f"{path} cannot be read as safetensors ({error}): it is truncated or of another format; save it again."
+        ) from error
+    try:
+        about = json.loads(beside.read_text())
+        if about["format"] != FORMAT:
+            raise FedtapError(f"{beside} has format {about['format']}, and this fedtap reads {FORMAT}: save it again.")
+        kind = KINDS[about["kind"]]
+        protocol = Protocol(**{**about["protocol"], "shape": tuple(about["protocol"]["shape"])})
+        stacked, resolution = bool(about["stacked"]), float(about["resolution"])
+        _sound(protocol, resolution)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FedtapError(
+            f"{beside} is no leak's description ({type(error).__name__}: {error}): "
+            "it needs format, kind, protocol, stacked and resolution as `fedtap run` writes them."
+        ) from error
+    if model is not None:
+        protocol = dataclasses.replace(protocol, model=model)
+    elif ":" in protocol.model:
+        raise FedtapError(
+            f"{beside} says the model is {protocol.model!r}, and a file may not name code to import: "
+            f"repeat it on the command line, --model {protocol.model}, if you trust it."
+        )
+
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    missing = [name for name in ("clients", "rounds", "restarts") if name not in tensors]
+    if missing or not tensors["clients"].ndim == tensors["rounds"].ndim == tensors["restarts"].ndim == 1:
+        raise FedtapError(
+            f"{path} lacks a one-dimensional tensor {', '.join(missing or ['clients, rounds, restarts'])}, "
+            "which says whose answers these are: add one entry a victim."
+        )
+    leak = kind(
+        observed=group(f"{kind.kind}/"),
+        protocol=protocol,
+        network=build(protocol.model, protocol.shape, protocol.classes),
+        weights=group("weights/") or None,
+        buffers=group("buffers/"),
+        clients=tensors["clients"],
+        rounds=tensors["rounds"],
+        restarts=tensors["restarts"],
+        stacked=stacked,
+        resolution=resolution,
+    )
+    leak.check()
+    return leak
+
+
+def float_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """The buffers that travel: floating point ones (BatchNorm's step counter stays at home)."""
+    return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+
+
+def _sound(protocol: Protocol, resolution: float) -> None:
+    counts = (*protocol.shape, protocol.classes, protocol.batch, protocol.steps)
+    if len(protocol.shape) != 3 or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError("shape, classes, batch and steps are whole numbers from 1, three of them in shape")
+    if not (math.isfinite(protocol.learning_rate) and protocol.learning_rate > 0):
+        raise ValueError("learning_rate is a number over 0")
+    if not (math.isfinite(resolution) and resolution >= 0):
+        raise ValueError("resolution is a number from 0")
+    if not all(isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.listener)):
+        raise ValueError("model, defence and listener are text")
+
+
+def _each(tensors: Tensors, change: Any) -> Tensors:
+    return {name: change(tensor) for name, tensor in tensors.items()}
+
+
+def _spreader(victims: int) -> Any:
+    return lambda tensor: tensor.expand(victims, *tensor.shape)
+
+
+def _equal(one: Leak, other: Leak) -> bool:
+    if (one.weights is None) != (other.weights is None):
+        return False
+    pairs = [(one.weights or {}, other.weights or {}), (one.buffers, other.buffers)]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def _same_names(found: Tensors, wanted: Tensors, what: str, model: str) -> None:
+    missing, strange = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or strange:
+        said = "; ".join(
+            f"{word} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            for word, names in (("missing", missing), ("not of it", strange))
+            if names
+        )
+        raise FedtapError(f"The tensors of {what} are not those of model {model!r} ({said}): name its model, --model.")
+
+
+def _shaped(found: Tensor, wanted: tuple[int, ...], name: str, model: str) -> None:
+    if not found.is_floating_point():
+        raise FedtapError(f"{name} of the leak is {found.dtype}, and gradients are floating point: save it as float32.")
+    if tuple(found.shape) != wanted:
+        raise FedtapError(
+            f"{name} of the leak has shape {tuple(found.shape)}, but model {model!r} needs {wanted}: "
+            "the leak is of another model, image size or number of classes; name its model, --model."
+        )

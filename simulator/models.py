@@ -1,0 +1,225 @@
+"""Victim models. Each takes pixels in [0, 1], normalises inside itself, and returns logits.
+
+A model is named (`lenet`) or given as `module:function` of the user's own, called as `function(shape, classes)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simulator.errors import FedtapError, unknown
+
+Shape = tuple[int, int, int]
+
+
+def mlp(shape: Shape, classes: int) -> nn.Module:
+    """Two hidden ReLU layers of 256 units; the first linear layer's gradient holds the image in closed form."""
+    channels, height, width = shape
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * height * width, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, classes),
+    )
+
+
+class LeNet(nn.Module):
+    """DLG's LeNet (Zhu et al. 2019, https://arxiv.org/abs/1906.08935): three sigmoid convolutions and a linear layer.
+
+    Weights and biases are drawn from U(-0.5, 0.5), as DLG and Learning to Invert do. 15,826 parameters at 3x32x32.
+    """
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.conv1 = nn.Conv2d(channels, 12, 5, padding=2, stride=2)
+        self.conv2 = nn.Conv2d(12, 12, 5, padding=2, stride=2)
+        self.conv3 = nn.Conv2d(12, 12, 5, padding=2, stride=1)
+        quarter = ((height + 3) // 4) * ((width + 3) // 4)
+        self.fc = nn.Linear(12 * quarter, classes)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """U(-0.5, 0.5) for every weight and bias, in the order of the parameters."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5, generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = images
+        for conv in (self.conv1, self.conv2, self.conv3):
+            hidden = torch.sigmoid(conv(hidden))
+        return self.fc(hidden.flatten(1))  # type: ignore[no-any-return]
+
+
+class Normalise(nn.Module):
+    """(pixels - mean) / std, by channel; colour images use ImageNet's figures, others the mean of those."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        colour = images.shape[-3] == 3
+        mean = images.new_tensor([0.485, 0.456, 0.406] if colour else [0.449]).view(-1, 1, 1)
+        std = images.new_tensor([0.229, 0.224, 0.225] if colour else [0.226]).view(-1, 1, 1)
+        return (images - mean) / std
+
+
+def convnet(shape: Shape, classes: int) -> nn.Module:
+    """Three ReLU convolutions (32, 64, 64), two poolings, a linear layer: a plain classifier without BatchNorm."""
+    channels, height, width = shape
+    return nn.Sequential(
+        Normalise(),
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), classes),
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut without parameters (option A: subsample and pad with zeros)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        self.pad = outputs - inputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.relu(self.bn1(self.conv1(images)))
+        hidden = self.bn2(self.conv2(hidden))
+        shortcut = images[:, :, :: self.stride, :: self.stride]
+        if self.pad:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.pad // 2, self.pad - self.pad // 2))
+        return F.relu(hidden + shortcut)
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for small images (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2)."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        self.normalise = Normalise()
+        self.conv1 = nn.Conv2d(shape[0], 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        widths = [16, 16, 32, 64]
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(*(BasicBlock(a if n == 0 else b, b, 1 if n or a == b else 2) for n in range(3)))
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.relu(self.bn1(self.conv1(self.normalise(images))))
+        hidden = self.layer3(self.layer2(self.layer1(hidden)))
+        return self.linear(hidden.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention and MLP. Attention is written out: fused kernels have no second derivative."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        images, length, width = tokens.shape
+        query, key, value = (
+            self.qkv(self.norm1(tokens)).view(images, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        )
+        mixed = torch.softmax(query @ key.transpose(-1, -2) / (width // self.heads) ** 0.5, dim=-1) @ value
+        tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(images, length, width))
+        return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
+
+
+class ViT(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929): 8x8 patches of the grid.
+
+    Width 96, 4 blocks, 4 heads, learned positions, mean pooling.
+    """
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        patch = (max(height // 8, 1), max(width // 8, 1))
+        self.normalise = Normalise()
+        self.embed = nn.Conv2d(channels, 96, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), 96))
+        self.blocks = nn.Sequential(*(EncoderBlock(96, 4) for _ in range(4)))
+        self.norm = nn.LayerNorm(96)
+        self.head = nn.Linear(96, classes)
+        nn.init.trunc_normal_(self.position, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.embed(self.normalise(images)).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(dim=1))  # type: ignore[no-any-return]
+
+
+MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
+    "mlp": mlp,
+    "lenet": LeNet,
+    "convnet": convnet,
+    "resnet20": ResNet20,
+    "vit": ViT,
+}
+
+
+def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.Module:
+    """The named model, in training mode; on the meta device (no weights) where no seed is given.
+
+    Raises:
+        FedtapError: no such model, or a user's function that does not return a module for these images.
+    """
+    factory = MODELS.get(name) or _users_own(name)
+    try:
+        if seed is None:
+            with torch.device("meta"):
+                network = factory(shape, classes)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = factory(shape, classes)
+            if isinstance(network, LeNet):
+                network.reset_parameters(torch.Generator().manual_seed(seed))
+        logits = network.eval()(torch.zeros(2, *shape, device="meta" if seed is None else "cpu"))
+        if tuple(logits.shape) != (2, classes):
+            raise ValueError(f"it returns {tuple(logits.shape)} for two images, not (2, {classes})")
+    except FedtapError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        size = "x".join(map(str, shape))
+        raise FedtapError(
+            f"Model {name} cannot be built for {size} images and {classes} classes ({error}): "
+            "a model is a function of (shape, classes) that returns an nn.Module from images to logits."
+        ) from error
+    return network.train()
+
+
+def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
+    if ":" not in name:
+        raise unknown("model", name, MODELS)
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FedtapError(
+            f"Model {name} cannot be imported ({error}): give module:function with the module on PYTHONPATH."
+        ) from error
+    return found  # type: ignore[no-any-return]
