@@ -44,8 +44,8 @@ class Attack(ABC):
 
     @property
     def name(self) -> str:
-        """Its name in rows and on pictures."""
-        return type(self).__name__
+        """Its name in rows, on pictures and on the command line: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
 
     @property
     def distribution(self) -> Literal["uniform", "normal"]:

@@ -1,0 +1,167 @@
+"""Convolutions of many lanes as batched matrix products: the arithmetic of a vmapped gradient, rewritten for speed.
+
+Under `vmap` each lane has its own filters, which torch runs as one convolution with a group a lane: slow, most of all
+backwards. Unfolded into columns the same sums are one `bmm`. The table below is for `make_fx`; whatever it does not
+cover keeps torch's own kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+def columns(images: Tensor, kernel: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
+    """What each lane's filters see: `n groups*inputs h w` -> `groups n*places kh*kw*inputs`.
+
+    Channels come last, so that one row of a window is one run of memory.
+    """
+    n, channels, high, wide = images.shape
+    last = images.reshape(n, groups, channels // groups, high, wide).permute(1, 0, 3, 4, 2)
+    padded = F.pad(last, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+    lane, image, row, place, _ = padded.stride()
+    places = [(pixels - k) // s + 1 for pixels, k, s in zip(padded.shape[2:4], kernel, stride, strict=True)]
+    # as_strided, so that a compiler lays the padded images down once instead of computing them anew for each tap
+    windows = padded.as_strided(
+        (groups, n, *places, kernel[0], kernel[1] * channels // groups),
+        (lane, image, row * stride[0], place * stride[1], row, 1),
+    )
+    return windows.reshape(groups, n * places[0] * places[1], -1)
+
+
+def correlate(images: Tensor, filters: Tensor, stride: list[int], padding: list[int], groups: int) -> Tensor:
+    """Convolution with one group a lane: `n groups*inputs h w` with `groups*outputs inputs kh kw`."""
+    outputs, _, *kernel = filters.shape
+    high, wide = (
+        (pixels + 2 * p - k) // s + 1
+        for pixels, p, k, s in zip(images.shape[2:], padding, kernel, stride, strict=True)
+    )
+    lanes = filters.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
+    out = torch.bmm(lanes, columns(images, kernel, stride, padding, groups).transpose(1, 2))
+    out = out.reshape(groups, outputs // groups, -1, high, wide)
+    return out.permute(2, 0, 1, 3, 4).reshape(-1, outputs, high, wide)
+
+
+def filters_slope(
+    signal: Tensor, images: Tensor, shape: Any, stride: list[int], padding: list[int], groups: int
+) -> Tensor:
+    """Gradient of the filters: each lane's output signal times what its filters saw."""
+    outputs, inputs, *kernel = shape
+    heard = signal.reshape(len(signal), groups, outputs // groups, -1).permute(1, 2, 0, 3)
+    heard = heard.reshape(groups, outputs // groups, -1)
+    product = torch.bmm(heard, columns(images, kernel, stride, padding, groups))
+    return product.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
+
+
+def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], padding: list[int], groups: int) -> Tensor:
+    """Transposed convolution onto `size` pixels, as a plain one that yields stride x stride pixels a place.
+
+    With pixel = stride a + r, output place q and tap i: pixel = stride q + i - padding, so at shift e = q - a the tap
+    is i = r + padding - stride e.
+    """
+    outputs, inputs, *kernel = filters.shape
+    taps, pads = [], []
+    for k, s, p, pixels, places in zip(kernel, stride, padding, size, signal.shape[2:], strict=True):
+        first, last = -((k - 1 - p) // s), (s - 1 + p) // s
+        table = [[r + p - s * e for e in range(first, last + 1)] for r in range(s)]
+        taps.append(torch.tensor([[i if 0 <= i < k else k for i in row] for row in table], device=filters.device))
+        pads.append((-first, -(-pixels // s) - 1 + last - (places - 1)))
+    padded = F.pad(filters.reshape(groups, outputs // groups, inputs, *kernel), (0, 1, 0, 1))
+    # groups outputs inputs r_h e_h r_w e_w -> (groups inputs r_h r_w) outputs e_h e_w
+    phases = padded[:, :, :, taps[0].reshape(-1)][..., taps[1].reshape(-1)]
+    phases = phases.reshape(groups, outputs // groups, inputs, *taps[0].shape, *taps[1].shape)
+    phases = phases.permute(0, 2, 3, 5, 1, 4, 6).reshape(
+        groups * inputs * stride[0] * stride[1], outputs // groups, taps[0].shape[1], taps[1].shape[1]
+    )
+    if all(left == right >= 0 for left, right in pads):
+        dense = aten.convolution(signal, phases, None, [1, 1], [pads[0][0], pads[1][0]], [1, 1], False, [0, 0], groups)
+    else:
+        framed = F.pad(signal, (*pads[1], *pads[0]))
+        dense = aten.convolution(framed, phases, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups)
+    n, _, high, wide = dense.shape
+    dense = dense.reshape(n, groups * inputs, *stride, high, wide).permute(0, 1, 4, 2, 5, 3)
+    return dense.reshape(n, groups * inputs, high * stride[0], wide * stride[1])[..., : size[0], : size[1]]
+
+
+def _plain(stride: list[int], dilation: list[int]) -> bool:
+    return len(stride) == 2 and stride[0] == stride[1] and list(dilation) == [1, 1]
+
+
+def _worth_spreading(filters: Tensor, stride: list[int], groups: int) -> bool:
+    """Where torch's own kernel is slower (measured): strides, and lanes whose images have few channels."""
+    return max(stride) > 1 and (groups == 1 or filters.shape[1] < 8)
+
+
+def _convolution(
+    images: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    if not _plain(stride, dilation) or filters.numel() == 0:
+        return NotImplemented
+    if transposed:
+        kernel = filters.shape[2:]
+        size = [
+            (n - 1) * s - 2 * p + k + extra
+            for n, s, p, k, extra in zip(images.shape[2:], stride, padding, kernel, output_padding, strict=True)
+        ]
+        if _worth_spreading(filters, stride, groups):
+            out = spread(images, filters, size, stride, padding, groups)
+        else:  # the same sum as the backward pass of a plain one, for which torch has the better kernel
+            like = images.new_empty(len(images), groups * filters.shape[1], *size)
+            terms = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+            out = aten.convolution_backward(images, like, filters, None, *terms)[0]
+        return out if bias is None else out + bias.reshape(-1, 1, 1)
+    if groups == 1:
+        return NotImplemented
+    out = correlate(images, filters, stride, padding, groups)
+    return out if bias is None else out + bias.reshape(-1, 1, 1)
+
+
+def _convolution_backward(
+    signal: Tensor,
+    images: Tensor,
+    filters: Tensor,
+    bias_sizes: list[int] | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> Any:
+    spreads, slopes = output_mask[0] and _worth_spreading(filters, stride, groups), output_mask[1] and groups > 1
+    if transposed or not _plain(stride, dilation) or not (spreads or slopes):
+        return NotImplemented
+    rest = [output_mask[0] and not spreads, output_mask[1] and not slopes, output_mask[2]]
+    images_slope, filter_slope, bias_slope = (
+        aten.convolution_backward(
+            signal, images, filters, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, rest
+        )
+        if any(rest)
+        else (None, None, None)
+    )
+    if spreads:
+        images_slope = spread(signal, filters, images.shape[2:], stride, padding, groups)
+    if slopes:
+        filter_slope = filters_slope(signal, images, filters.shape, stride, padding, groups)
+    return images_slope, filter_slope, bias_slope
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+}

@@ -1,0 +1,63 @@
+"""What every client does when it is told to train: plain SGD from the broadcast weights, and weights back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simulator.leaks import float_buffers
+from simulator.models import Shape, build
+
+
+@lru_cache(maxsize=4)
+def network(model: str, shape: Shape, classes: int) -> nn.Module:
+    """A network to fill with weights, kept between rounds: building one costs as much as a training step."""
+    return build(model, shape, classes, seed=0)
+
+
+def receive(net: nn.Module, arrays: ArrayRecord) -> None:
+    """Set the network's parameters and buffers to the server's.
+
+    Raises:
+        KeyError, RuntimeError: the server sent another model's.
+    """
+    sent = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+    wanted = dict(net.named_parameters()) | float_buffers(net)
+    if sent.keys() != wanted.keys():
+        raise KeyError(f"the server sent {len(sent)} tensors that are not those of this client's model")
+    net.load_state_dict(sent, strict=False)
+
+
+def carried(net: nn.Module) -> ArrayRecord:
+    """What travels: parameters and floating point buffers."""
+    tensors = dict(net.named_parameters()) | float_buffers(net)
+    return ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()})
+
+
+def sgd(net: nn.Module, images: Tensor, labels: Tensor, steps: int, batch: int, learning_rate: float) -> float:
+    """`steps` steps of plain SGD on the mean cross-entropy, batch after batch, round and round; the last loss.
+
+    Args:
+        images: `images channel height width`, in [0, 1].
+        labels: `images`.
+    """
+    net.train()
+    optimiser = torch.optim.SGD(net.parameters(), lr=learning_rate)
+    loss = torch.zeros(())
+    for step in range(steps):
+        at = step * batch % len(images)
+        optimiser.zero_grad()
+        loss = F.cross_entropy(net(images[at : at + batch]), labels[at : at + batch])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return loss.item()
+
+
+def answer(order: Message, net: nn.Module, examples: int, partition: int, loss: float) -> Message:
+    """The reply FedAvg expects: one ArrayRecord, one MetricRecord."""
+    metrics = MetricRecord({"num-examples": examples, "partition": partition, "loss": loss})
+    return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=order)

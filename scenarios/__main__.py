@@ -1,0 +1,160 @@
+"""The command line: `fedtap run NAME --knob value`, `fedtap attack LEAKS --attack NAME`, `fedtap list`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attackers import ATTACKS, parse
+from clients.app import client_app
+from scenarios.knobs import knobs_of
+from scenarios.plan import catalogue, plan, plan_of, question
+from simulator import report
+from simulator.attack import Attack
+from simulator.errors import FedtapError, unknown
+from simulator.leaks import KINDS, load
+from simulator.local import LocalGrid
+from simulator.models import MODELS, build
+from simulator.run import attack_saved, device_named, run
+from simulator.scenario import Scenario
+from simulator.worlds import WORLDS
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda if there is one, unless said.")]
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@cli.command("run", context_settings=EXTRA, add_help_option=False)
+def run_command(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME unless said.")] = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
+) -> None:
+    """Play a scenario in this process. `fedtap run NAME --help` shows its knobs; values joined by commas are swept."""
+    if name in ("", "--help", "-h"):
+        console.print(context.get_help())
+        console.print(f"Scenarios: {', '.join(sorted(catalogue()))}")
+        return
+    if {"--help", "-h"} & set(context.args):
+        _explain(name)
+        return
+    knobs = pairs(context.args)
+    parts = plan(name, knobs)
+    config = {**knobs, "scenario": name, "data-root": str(data_root)}
+    where = out or Path("runs") / name
+    for part in parts:
+        if ":" in part.model:
+            sys.path.insert(0, str(Path.cwd()))
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower tells of each round; the rows say what matters of it
+
+    def grid(part: Scenario) -> LocalGrid:
+        return LocalGrid(client_app(plan_of), (part.clients or part.victims) + 1, config)
+
+    rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume)
+    _say(rows, where)
+
+
+@cli.command("attack")
+def attack_command(
+    leaks: Annotated[Path, typer.Argument(help="A saved leak (.safetensors, its .json beside it).")],
+    attack: Annotated[str, typer.Option(help="NAME[,NAME…], each with settings if need be: idlg(steps=300).")] = "idlg",
+    model: Annotated[str, typer.Option(help="The leak's architecture, where it is a module:function of yours.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/attack"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
+    device: Device = "",
+) -> None:
+    """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
+    attacks = parse(attack)
+    sys.path.insert(0, str(Path.cwd()))
+    leak = load(leaks, build, model or None)
+    rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)
+    _say(rows, out)
+
+
+@cli.command("list")
+def list_command() -> None:
+    """Scenarios with their questions, attacks with their papers, worlds, models."""
+    _catalogue("scenario", {name: question(name).splitlines()[0] for name in sorted(catalogue())})
+    _catalogue("attack", {name: _about(attack) for name, attack in sorted(ATTACKS.items())})
+    _catalogue("world", dict(WORLDS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
+    _catalogue("model", {name: (made.__doc__ or "").splitlines()[0] for name, made in MODELS.items()})
+
+
+def main() -> None:
+    """Run the command line; a FedtapError is one sentence on standard error and exit code 2."""
+    words = sys.argv[1:]
+    if words and words[0] not in ("run", "attack", "list") and not words[0].startswith("-"):
+        words = ["run", *words]
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
+    try:
+        cli(words, prog_name="fedtap")
+    except FedtapError as error:
+        Console(stderr=True).print(f"fedtap: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """`--knob value` and `--knob=value` as a mapping."""
+    knobs: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            raise FedtapError(f"{word!r} belongs to no knob: write --knob value, and several values joined by commas.")
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals and (found := next(rest, None)) is not None:
+            value = found
+        elif not equals:
+            raise FedtapError(f"--{name} has no value: write --{name} value.")
+        if name in knobs:
+            raise FedtapError(f"--{name} is given twice: join values to try by commas, --{name} {knobs[name]},{value}.")
+        knobs[name] = value
+    return knobs
+
+
+def _explain(name: str) -> None:
+    if name not in catalogue():
+        raise unknown("scenario", name, catalogue())
+    console.print(question(name), highlight=False)
+    table = Table("knob", "default", "meaning", title=f"fedtap run {name}", title_justify="left")
+    for knob, (kind, about, default) in knobs_of(catalogue()[name]).items():
+        words = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        table.add_row(f"--{knob.replace('_', '-')} {kind.__name__.upper()}", words or "(as the scenario says)", about.help)
+    console.print(table)
+    console.print("Also --out DIR, --data-root DIR, --device D, --resume.")
+
+
+def _catalogue(kind: str, entries: dict[str, str]) -> None:
+    table = Table(kind, "", show_header=True, box=None, pad_edge=False)
+    for name, text in entries.items():
+        table.add_row(f"[bold]{name}[/bold]", text)
+    console.print(table, "")
+
+
+def _about(attack: type[Attack]) -> str:
+    text = (sys.modules[attack.__module__].__doc__ or "").strip()
+    kinds = ", ".join(kind for kind, leak in KINDS.items() if leak in attack.leaks)
+    return f"{' '.join(text.partition('Departs')[0].split())} [dim]({kinds})[/dim]"
+
+
+def _say(rows: list[dict[str, object]], out: Path) -> None:
+    console.print(report.table(rows))
+    console.print(f"{out / 'report.html'} shows the pictures, {out / 'rows.jsonl'} holds every figure.", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

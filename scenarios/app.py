@@ -1,0 +1,31 @@
+"""The Flower app: what `flwr run .` starts on the simulation engine and on the deployment engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from clients.app import client_app
+from scenarios.plan import plan_of
+from simulator.run import device_named, run
+
+client = client_app(plan_of)
+server = ServerApp()
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Play the run config's scenario over Flower's grid, and leave the same files as `fedtap run`."""
+    torch.set_num_threads(1)
+    config = context.run_config
+    parts = plan_of(config)
+    run(
+        parts,
+        lambda part: grid,
+        Path(str(config.get("out") or f"runs/{parts[0].name}")),
+        device=device_named(str(config.get("device") or "")),
+        data_root=Path(str(config.get("data-root") or "data")),
+    )

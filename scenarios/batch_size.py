@@ -1,0 +1,18 @@
+"""How many images must a client average over before its gradient hides them?
+
+Expect: the closed form on an MLP's first layer reads off single images and loses more of a batch the larger it is;
+gradient matching falls from a near-perfect picture at one image to little over the blind guess at sixteen.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from scenarios.image import ImageKnobs, image_knobs, image_scenario
+from simulator.scenario import Scenario
+
+
+@image_knobs(batch=(1, 2, 4, 8, 16), victims=4, attack="idlg(steps=600),inverting_gradients(steps=600)")
+def scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
+    """One step of federated SGD on a batch, undefended."""
+    return image_scenario(**knobs)

@@ -1,0 +1,140 @@
+"""Play a scenario on Flower's own engines, on this machine's loopback.
+
+`python -m scenarios.deploy NAME --nodes 5 --knob value …` starts a SuperLink and five SuperNodes (the last one is the
+compromised client), submits the scenario with `flwr run`, waits, and stops what it started. With `--engine simulation`
+the SuperLink plays all nodes itself, on Ray. On real hosts, start the same two programs with TLS instead of --insecure;
+the README shows how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from simulator.errors import FedtapError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the app runs in this environment, which has what it needs
+}
+
+APP = Path(__file__).parents[1]
+"""The Flower app: the folder with pyproject.toml."""
+
+Engine = Literal["deployment", "simulation"]
+
+
+def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, nodes: int, engine: Engine) -> str:
+    """Play scenario `name` with `flwr run` over `nodes` nodes; `out` then holds the run. Returns Flower's log.
+
+    Raises:
+        FedtapError: a program did not start, or the run failed.
+    """
+    if not (APP / "pyproject.toml").is_file():
+        raise FedtapError(f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e.")
+    with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
+        environment = os.environ | QUIET | {"FLWR_HOME": home, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        port = _free_port()
+        (Path(home) / "config.toml").write_text(
+            f'[superlink]\ndefault = "fedtap"\n\n[superlink.fedtap]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        superlink = ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation", "--port", str(port)]
+        log = Path(home) / "superlink.log"
+        stack.enter_context(_running(superlink + ["--simulation"] * (engine == "simulation"), environment, log))
+        _wait_for(port, log)
+        options = []
+        if engine == "simulation":
+            options = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
+        else:
+            for partition in range(nodes):
+                supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(_free_port())]
+                config = ["--node-config", f"partition-id={partition} num-partitions={nodes}"]
+                stack.enter_context(_running(supernode + config, environment, Path(home) / f"supernode-{partition}.log"))
+        said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
+        run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
+        done = subprocess.run(
+            ["flwr", "run", str(APP), "--stream", "--run-config", run_config, *options],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        told = done.stdout + done.stderr
+        finished = (out / "run.json").is_file() and json.loads((out / "run.json").read_text())["finished"]
+        if done.returncode or not finished:
+            raise FedtapError(f"`flwr run` did not finish the scenario; the end of what it said:\n{told[-3000:]}")
+        return told
+
+
+@contextlib.contextmanager
+def _running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
+    """A program in the background, with its log in a file; stopped, with what it started, on the way out."""
+    with log.open("w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            with contextlib.suppress(ProcessLookupError):  # a helper process may outlive its parent for a moment
+                os.killpg(process.pid, 9)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for(port: int, log: Path, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise FedtapError(f"The SuperLink did not open port {port} in {seconds:g} s; it said:\n{log.read_text()[-2000:]}")
+
+
+def main(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.")],
+    nodes: Annotated[int, typer.Option(min=2, help="Nodes, the compromised client's included.")] = 5,
+    engine: Annotated[str, typer.Option(help="deployment or simulation.")] = "deployment",
+    out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/deployed"),
+    data_root: Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")] = Path("data"),
+) -> None:
+    """Play a scenario on Flower's deployment or simulation engine."""
+    from scenarios.__main__ import pairs
+    from scenarios.plan import plan
+
+    knobs = pairs(context.args)
+    plan(name, knobs)  # a mistake is told here, not from inside the engine
+    if engine not in ("deployment", "simulation"):
+        raise FedtapError(f"There is no engine named {engine!r}: there are deployment, simulation.")
+    flower(name, {knob.replace("-", "_"): value for knob, value in knobs.items()}, out, data_root, nodes, engine)  # type: ignore[arg-type]
+    print(f"{out / 'report.html'} shows the pictures, {out / 'rows.jsonl'} holds every figure.")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(main)
+    try:
+        app()
+    except FedtapError as error:
+        print(f"fedtap: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,73 @@
+"""What every image scenario is asked: its knobs, and the scenario they make."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypedDict, TypeVar, Unpack, get_type_hints
+
+from attackers import parse
+from scenarios.knobs import Knob
+from simulator.listeners import LISTENERS
+from simulator.scenario import Scenario
+
+
+class ImageKnobs(TypedDict):
+    """The knobs that all image scenarios share."""
+
+    world: Annotated[str, Knob("photos, cifar10, a folder or zip of images, or an .npz")]
+    size: Annotated[int, Knob("pixels a side that photos and the images of a folder or zip are brought to", 8, 512)]
+    model: Annotated[str, Knob("mlp, lenet, convnet, resnet20, vit, or module:function of your own")]
+    attack: Annotated[str, Knob("NAME[,NAME…], each with settings if need be: idlg(steps=300)", swept=False)]
+    victims: Annotated[int, Knob("how many clients' answers are attacked", 1)]
+    batch: Annotated[int, Knob("private images in each local step", 1)]
+    clients: Annotated[int, Knob("honest clients beside the compromised one; 0: as many as nodes, or one a victim", 0)]
+    steps: Annotated[int, Knob("local steps of SGD before a client answers", 1)]
+    learning_rate: Annotated[float, Knob("learning rate of the clients' SGD", 1e-6, 1e3)]
+    rounds: Annotated[int, Knob("rounds of training before the attacked ones", 0)]
+    alpha: Annotated[float, Knob("Dirichlet concentration of the classes over clients; 0: IID", 0.0, 1e6)]
+    listener: Annotated[str, Knob("who listens", choices=tuple(LISTENERS))]
+    seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
+    weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]
+
+
+DEFAULTS: dict[str, Any] = {
+    "world": "photos",
+    "size": 32,
+    "model": "lenet",
+    "attack": "",
+    "victims": 8,
+    "batch": 1,
+    "clients": 0,
+    "steps": 1,
+    "learning_rate": 0.1,
+    "rounds": 0,
+    "alpha": 0.0,
+    "listener": "curious_server",
+    "seed": 0,
+    "weights_seed": 1234,
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def image_knobs(**defaults: Any) -> Callable[[Function], Function]:
+    """Give a scenario's function the signature of the image knobs, with these defaults; a tuple is swept."""
+
+    def with_signature(function: Function) -> Function:
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for (name, hint), default in zip(
+                get_type_hints(ImageKnobs, include_extras=True).items(), (DEFAULTS | defaults).values(), strict=True
+            )
+        ]
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return function
+
+    return with_signature
+
+
+def image_scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
+    """The scenario these knobs describe; plan() gives it its name and question."""
+    names = knobs["attack"]
+    return Scenario(attacks=parse(names), **{name: value for name, value in knobs.items() if name != "attack"})  # type: ignore[arg-type]

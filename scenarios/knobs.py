@@ -1,0 +1,80 @@
+"""Knobs: a scenario's typed keyword arguments, as words on a command line. A knob given several values is swept."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from simulator.errors import FedtapError, unknown
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a knob means, and which values it takes (both ends included)."""
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    swept: bool = True
+    """Whether a comma separates values to try, one after the other."""
+
+
+def knobs_of(function: Callable[..., Any]) -> dict[str, tuple[type, Knob, Any]]:
+    """Name -> (type, what it means, default) of each of a scenario's keyword arguments."""
+    return {
+        name: (*get_args(parameter.annotation), parameter.default)
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+    }
+
+
+def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Every combination of the values given: keyword arguments, and the swept ones among them in words.
+
+    Raises:
+        FedtapError: no such knob, or a value of the wrong type or out of range.
+    """
+    knobs = knobs_of(function)
+    words = {name.replace("-", "_"): value for name, value in given.items()}
+    for name in words:
+        if name not in knobs:
+            raise unknown("knob", f"--{name.replace('_', '-')}", [f"--{known.replace('_', '-')}" for known in knobs])
+    choices: dict[str, list[Any]] = {}
+    for name, (kind, knob, default) in knobs.items():
+        values = default if isinstance(default, tuple) else (default,)
+        if name in words:
+            values = tuple(_value(name, word, kind, knob) for word in _words(str(words[name]), knob))
+        choices[name] = list(values)
+    swept = [name for name, values in choices.items() if len(values) > 1]
+    return [
+        (dict(zip(choices, chosen, strict=True)), {name: str(dict(zip(choices, chosen, strict=True))[name]) for name in swept})
+        for chosen in itertools.product(*choices.values())
+    ]
+
+
+def _words(text: str, knob: Knob) -> list[str]:
+    return text.split(",") if knob.swept and not Path(text).exists() else [text]
+
+
+def _value(name: str, word: str, kind: type, knob: Knob) -> Any:
+    flag, word = f"--{name.replace('_', '-')}", word.strip()
+    if not word:
+        raise FedtapError(f"{flag} has an empty value, and a knob needs one ({knob.help}): leave it out for the default.")
+    try:
+        value = kind(word)
+    except ValueError as error:
+        raise FedtapError(f"{flag} {word!r} is not {_KINDS[kind]}, which it needs to be ({knob.help}).") from error
+    if knob.choices and value not in knob.choices:
+        raise unknown(flag.removeprefix("--"), word, knob.choices)
+    if isinstance(value, int | float) and not knob.low <= value <= knob.high:
+        upper = "" if knob.high == math.inf else f" and at most {knob.high:g}"
+        raise FedtapError(f"{flag} {word} is out of range ({knob.help}): it is at least {knob.low:g}{upper}.")
+    return value
+
+
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}

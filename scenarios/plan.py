@@ -1,0 +1,74 @@
+"""From a scenario's name and knobs, on a command line or in Flower's run config, to what is to be played."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from flwr.app import UserConfig
+
+import scenarios
+from scenarios.knobs import settings
+from simulator.errors import FedtapError, unknown
+from simulator.scenario import Scenario
+
+RUN_OPTIONS = ("device", "data-root", "out")
+"""What is said of a run in Flower's run config that is no knob of the scenario."""
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> dict[str, Callable[..., Any]]:
+    """Every scenario by name: each module of this folder that defines a function `scenario`."""
+    found = {}
+    for module in pkgutil.iter_modules(scenarios.__path__):
+        if not module.name.startswith("_"):
+            function = getattr(importlib.import_module(f"scenarios.{module.name}"), "scenario", None)
+            if function is not None:
+                found[module.name] = function
+    return found
+
+
+def question(name: str) -> str:
+    """What the scenario asks, and what to expect: its module's docstring."""
+    return inspect.getdoc(importlib.import_module(f"scenarios.{name}")) or ""
+
+
+def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:
+    """The scenario's parts, in the order they are played: one for each combination of swept knobs, or as it says.
+
+    Raises:
+        FedtapError: no such scenario or knob, or a value it cannot take.
+    """
+    if name not in catalogue():
+        raise unknown("scenario", name, catalogue())
+    function = catalogue()[name]
+    parts: list[Scenario] = []
+    for values, swept in settings(function, knobs):
+        made = function(**values)
+        parts += [
+            dataclasses.replace(part, name=name, question=question(name), swept=tuple(swept.items()))
+            for part in (made if isinstance(made, tuple) else (made,))
+        ]
+    return tuple(parts)
+
+
+def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
+    """The parts that Flower's run config asks for; its empty values mean the scenario's defaults.
+
+    Raises:
+        FedtapError: as `plan` does.
+    """
+    given = {name: str(value) for name, value in config.items() if name not in RUN_OPTIONS and str(value) != ""}
+    if "scenario" not in given:
+        raise FedtapError("The run config names no scenario, so there is nothing to play: add scenario=\"first_leak\".")
+    return _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
+
+
+@lru_cache(maxsize=8)
+def _plan_of(name: str, knobs: tuple[tuple[str, str], ...]) -> tuple[Scenario, ...]:
+    return plan(name, dict(knobs))

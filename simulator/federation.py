@@ -1,0 +1,175 @@
+"""Play a scenario's rounds over a Flower Grid, with a tap on it: a stock strategy on one side, leaks on the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import Tensor, nn
+
+from simulator.errors import FedtapError
+from simulator.leaks import GradientLeak, Leak, float_buffers
+from simulator.listeners import hear, listener
+from simulator.models import build
+from simulator.scenario import PrivateData, Scenario
+from simulator.wiretap import Wiretap, partition_of
+
+PRACTICE = "query.practice"
+"""Message type under which the compromised client is fed public examples."""
+
+
+@dataclass
+class Heard:
+    """What the tap brought in: leaks and failures by (client, round), and each client's node."""
+
+    leaks: dict[tuple[int, int], Leak] = field(default_factory=dict)
+    failures: dict[tuple[int, int], str] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=dict)
+    lost: dict[int, list[str]] = field(default_factory=dict)
+    """Round -> why answers failed that named no client."""
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    """The weights of the last attacked round, before it."""
+    accuracy: float | None = None
+    """Test accuracy, 0 to 1, of the weights that the first victims were sent; None where nothing was trained."""
+
+    def why_missing(self, client: int, rnd: int) -> str:
+        """The reason there is no leak of this client in this round."""
+        return self.failures.get((client, rnd)) or "; ".join(self.lost.get(rnd, [])) or "the client did not answer"
+
+
+def clients_on(grid: Grid, scenario: Scenario) -> int:
+    """How many honest clients this grid has for the scenario: all nodes but the compromised one.
+
+    Raises:
+        FedtapError: the scenario names another number.
+    """
+    nodes = len(list(grid.get_node_ids()))
+    clients = scenario.clients or nodes - 1
+    if clients < 1 or nodes != clients + 1:
+        raise FedtapError(
+            f"The federation has {nodes} nodes, and {scenario.name} needs {max(clients, 1) + 1} of them "
+            "(its honest clients and the compromised one): start as many SuperNodes, or name --clients."
+        )
+    return clients
+
+
+def play(
+    scenario: Scenario, grid: Grid, private: PrivateData, part: int = 0, strategy: Strategy | None = None
+) -> Heard:
+    """Train and listen: `rounds` of training, then as many attacked rounds as the victims need.
+
+    Args:
+        part: the scenario's place in the run's plan, by which clients know what is played.
+        strategy: a Flower strategy; FedAvg over all clients where none is given.
+    """
+    world, clients = private.world, private.clients
+    protocol = scenario.protocol(world)
+    skeleton = build(scenario.model, world.shape, len(world.classes))
+    net = build(scenario.model, world.shape, len(world.classes), seed=scenario.weights_seed)
+    hearing = listener(scenario.listener)
+    heard = Heard()
+
+    def ear(order: Message, answer: Message) -> None:
+        if order.metadata.message_type != MessageType.TRAIN:
+            return
+        rnd = int(order.content["config"]["server-round"])  # type: ignore[arg-type, index]
+        if answer.has_error():
+            heard.lost.setdefault(rnd, []).append(f"a client failed: {answer.error.reason}")
+            return
+        client = partition_of(answer)
+        heard.nodes[client] = answer.metadata.src_node_id
+        try:
+            leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
+        except FedtapError as error:
+            heard.failures[client, rnd] = f"the client answered nonsense: {error}"
+            raise
+        if private.victim(client, rnd) is not None:
+            heard.leaks[client, rnd] = hearing(leak)
+
+    def evaluate(rnd: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if rnd < scenario.rounds + scenario.attacked_rounds(clients):
+            heard.arrays = arrays
+        if scenario.rounds and rnd == scenario.rounds:
+            heard.accuracy = accuracy(net, arrays, private)
+            return MetricRecord({"accuracy": heard.accuracy})
+        return None
+
+    if strategy is None:
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # FedAvg warns of what is meant: no evaluation by clients
+        strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients + 1, min_available_nodes=clients + 1)
+    tensors = dict(net.named_parameters()) | float_buffers(net)
+    strategy.start(
+        Wiretap(grid, ear),
+        ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()}),
+        num_rounds=scenario.rounds + scenario.attacked_rounds(clients),
+        train_config=ConfigRecord({"part": part}),
+        evaluate_fn=evaluate,
+    )
+    return heard
+
+
+def accuracy(net: nn.Module, arrays: ArrayRecord, private: PrivateData) -> float:
+    """Share of the victims' side (the world's test data) that these weights classify right; BatchNorm in eval mode."""
+    net.load_state_dict({name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}, strict=False)
+    net.eval()
+    right = 0
+    with torch.no_grad():
+        for chunk in torch.arange(len(private.world.victims)).split(256):
+            images, labels = private.world.victims.batch(chunk)
+            right += int((net(images).argmax(1) == labels).sum())
+    return right / len(private.world.victims)
+
+
+def practice(
+    grid: Grid, scenario: Scenario, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
+) -> Iterator[GradientLeak]:
+    """Feed public examples to the compromised client, and hear the gradients it sends, one chunk at a time.
+
+    Args:
+        heard: what `play` returned: it names the compromised client's node and the weights in force.
+        images: `pairs batch channel height width`, in [0, 1]; labels: `pairs batch`.
+
+    Raises:
+        FedtapError: the compromised client has not been heard, or does not answer.
+    """
+    if private.clients not in heard.nodes:
+        raise FedtapError("The compromised client has not answered a round yet, so its node is unknown: play one first.")
+    skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
+    size = sum(parameter.numel() for parameter in skeleton.parameters())
+    chunk = max(1, 16_000_000 // size)  # 64 MB of float32 an answer
+    for number, (some, named) in enumerate(zip(images.split(chunk), labels.split(chunk), strict=True)):
+        content = RecordDict(
+            {
+                "arrays": heard.arrays,
+                "examples": ArrayRecord({"images": some, "labels": named}),
+                "config": ConfigRecord({"part": part}),
+            }
+        )
+        order = Message(content, heard.nodes[private.clients], PRACTICE)
+        answers = list(grid.send_and_receive([order]))
+        if not answers or answers[0].has_error():
+            why = answers[0].error.reason if answers else "no answer"
+            raise FedtapError(f"The compromised client did not practise ({why}): check that its ClientApp is fedtap's.")
+        sent = answers[0].content.array_records["gradients"]
+        yield listener(scenario.listener)(  # type: ignore[misc]
+            GradientLeak(
+                observed={name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items()},
+                protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
+                network=skeleton,
+                weights={name: _tensor(heard.arrays, name) for name, _ in skeleton.named_parameters()},
+                buffers={name: _tensor(heard.arrays, name) for name in float_buffers(skeleton)},
+                clients=torch.full((len(some),), private.clients),
+                rounds=torch.zeros(len(some), dtype=torch.long),
+                restarts=torch.arange(len(some)) + number * chunk,
+            )
+        )
+
+
+def _tensor(arrays: ArrayRecord, name: str) -> Tensor:
+    return torch.from_numpy(arrays[name].numpy().copy())

@@ -1,0 +1,105 @@
+"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `strip.png`, `report.html`.
+
+Every file is written whole or not at all, so a run that is stopped leaves what it had finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from simulator.attack import Reconstruction
+from simulator.errors import FedtapError
+from simulator.files import write_atomically
+
+Row = dict[str, Any]
+"""One victim under one attack; the README lists the columns."""
+
+
+class Folder:
+    """An output folder of ours: new, replaced, or gone on with.
+
+    Args:
+        path: the folder; made where it does not exist.
+        about: what is played: `scenario` (the parts' reprs), seed, versions, device.
+        resume: go on with the run that is there, if it is the same.
+
+    Raises:
+        FedtapError: the folder holds something else, or another run than the one to resume.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], resume: bool = False) -> None:
+        self.path = path
+        self.about = about
+        self.rows: list[Row] = []
+        before = self._ours()
+        if resume and before is not None:
+            if before.get("scenario") != about["scenario"]:
+                raise FedtapError(
+                    f"{path} holds a run with other settings, so it cannot be resumed with these: "
+                    "repeat the knobs in its run.json, or name another --out."
+                )
+            self.rows = self._read_rows()
+        elif before is not None:
+            for name in ("rows.jsonl", "strip.png", "report.html"):
+                (path / name).unlink(missing_ok=True)
+            for name in ("leaks", "guesses"):
+                shutil.rmtree(path / name, ignore_errors=True)
+        self.describe(finished=False)
+
+    def describe(self, **more: Any) -> None:
+        """Write run.json, with `more` in it."""
+        self.about |= more
+        self.write("run.json", json.dumps(self.about, indent=2).encode() + b"\n")
+
+    def add(self, rows: list[Row]) -> None:
+        """Append rows to rows.jsonl."""
+        self.rows += rows
+        self.write("rows.jsonl", b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in self.rows))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one of the folder's files."""
+        write_atomically(self.path / name, content)
+
+    def keep(self, unit: str, guess: Reconstruction) -> None:
+        """Save a reconstruction, so that a resumed run can show it."""
+        tensors = {"images": guess.images, "labels": guess.labels, "objective": guess.objective}
+        self.write(f"guesses/{unit}.safetensors", save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+
+    def kept(self, unit: str) -> Reconstruction | None:
+        """The saved reconstruction of this unit, if it is there and whole."""
+        try:
+            return Reconstruction(**load_file(self.path / f"guesses/{unit}.safetensors"))
+        except (FileNotFoundError, SafetensorError, TypeError):
+            return None
+
+    def _ours(self) -> dict[str, Any] | None:
+        """run.json of the run that is there; None where there is nothing."""
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise FedtapError(f"{self.path} is a file, and a run leaves several: name a folder with --out.")
+        if not any(self.path.iterdir()):
+            return None
+        try:
+            before = json.loads((self.path / "run.json").read_text())
+            if "fedtap" not in before["versions"]:
+                raise KeyError("fedtap")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FedtapError(
+                f"{self.path} holds files that no fedtap run left, and a run would mix with them: name another --out."
+            ) from error
+        return dict(before)
+
+    def _read_rows(self) -> list[Row]:
+        try:
+            return [json.loads(line) for line in (self.path / "rows.jsonl").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise FedtapError(f"{self.path / 'rows.jsonl'} is damaged ({error}): run again without --resume.") from error

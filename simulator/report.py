@@ -1,0 +1,467 @@
+"""What a run leaves for people: the terminal's table, a strip of pictures, and one self-contained page.
+
+A row is what one attack made of one victim: settings, scores (None where there is none), and an error in words.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib.resources import as_file, files
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from rich.markup import escape as plain
+from rich.table import Table
+from torch import Tensor
+
+from simulator.files import write_atomically
+from simulator.scores import RECOVERED_DB, mse, psnr
+
+Row: TypeAlias = Mapping[str, Any]
+Batch: TypeAlias = Float[Tensor, "batch channel height width"]
+
+SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind", "seconds", "objective", "error")
+"""What comes out of a row's exchange."""
+
+WHO = ("scenario", "attack", "client", "round", "seed")
+"""Whose row it is; seeds are repetitions, so they are summarised over."""
+
+SHOWN = 8
+"""Victims in the strip, at most."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A victim's images, pixels in [0, 1]. `original` is None where the truth is not known."""
+
+    title: str
+    original: Batch | None
+    guesses: Mapping[str, tuple[Batch, float | None]]
+    """Attack's label -> its guess, in the original's order, and PSNR in dB."""
+    blind: Tensor | None
+    """The blind guess: one image, or a batch."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run was: all in words."""
+
+    scenario: str
+    question: str
+    threat: str
+    settings: Mapping[str, str]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An attack's rows at one setting of the swept knobs. PSNR in dB; medians over victims, shares in [0, 1]."""
+
+    knobs: dict[str, str]
+    attack: str
+    victims: int
+    failed: int
+    """Victims that gave no answer, or on whom the attack stopped."""
+    psnrs: list[float]
+    psnr: float | None
+    spread: tuple[float, float] | None
+    """First and third quartile of the PSNR."""
+    ssim: float | None
+    lpips: float | None
+    recovered: float | None
+    label_correct: float | None
+    psnr_blind: float | None
+    seconds: float | None
+    """Mean for each victim."""
+
+
+def summarise(rows: Sequence[Row]) -> list[Summary]:
+    """One summary for each attack and setting of the knobs that vary over the rows, in the rows' order."""
+    knobs = _varying(rows)
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*(_text(row.get(knob)) for knob in knobs), str(row.get("attack"))), []).append(row)
+    return [_summary(dict(zip(knobs, key, strict=False)), key[-1], group) for key, group in groups.items()]
+
+
+def _varying(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO))
+    return [name for name in names if len({_text(row.get(name)) for row in rows}) > 1]
+
+
+def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
+    def over(column: str, middle: Callable[[list[float]], float]) -> float | None:
+        values = _values(rows, column)
+        return middle(values) if values else None
+
+    psnrs = _values(rows, "psnr")
+    low, _, high = statistics.quantiles(psnrs, method="inclusive") if len(psnrs) > 1 else (psnrs * 3 or [0.0] * 3)
+    return Summary(
+        knobs=knobs,
+        attack=attack,
+        victims=len(rows),
+        failed=sum(1 for row in rows if row.get("error")),
+        psnrs=psnrs,
+        psnr=over("psnr", statistics.median),
+        spread=(low, high) if psnrs else None,
+        ssim=over("ssim", statistics.median),
+        lpips=over("lpips", statistics.median),
+        recovered=over("recovered", statistics.mean),
+        label_correct=over("label_correct", statistics.mean),
+        psnr_blind=over("psnr_blind", statistics.median),
+        seconds=over("seconds", statistics.mean),
+    )
+
+
+def _values(rows: Iterable[Row], column: str) -> list[float]:
+    values = (row.get(column) for row in rows)
+    return [float(value) for value in values if value is not None and math.isfinite(value)]
+
+
+# The terminal's table.
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The summaries, for a terminal."""
+    summaries = summarise(rows)
+    shown = Table(
+        caption=f"medians over victims, quartiles in brackets; recovered: PSNR of {RECOVERED_DB:g} dB or more"
+    )
+    knobs = list(summaries[0].knobs) if summaries else []
+    for name in knobs:
+        shown.add_column(plain(name.replace("_", " ")))
+    shown.add_column("attack")
+    for name in ("victims", "PSNR dB", "blind dB", "recovered", "SSIM", "LPIPS", "labels", "s/victim"):
+        shown.add_column(name, justify="right")
+    for entry in summaries:
+        words = (plain(word) for word in (*entry.knobs.values(), entry.attack, *_cells(entry)))
+        shown.add_row(*words, style="green" if entry.psnr is not None and entry.psnr >= RECOVERED_DB else None)
+    return shown
+
+
+def _cells(entry: Summary) -> list[str]:
+    spread = f" [{entry.spread[0]:.1f} – {entry.spread[1]:.1f}]" if entry.spread and entry.victims > 1 else ""
+    return [
+        f"{entry.victims}" + (f" ({entry.failed} failed)" if entry.failed else ""),
+        _number(entry.psnr, ".1f") + spread,
+        _number(entry.psnr_blind, ".1f"),
+        _number(entry.recovered, ".0%"),
+        _number(entry.ssim, ".3f"),
+        _number(entry.lpips, ".3f"),
+        _number(entry.label_correct, ".0%"),
+        _number(entry.seconds, ".2f"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+# Pictures.
+
+CELL, GAP, MARGIN = 192, 20, 32
+INK, PALE, GREEN, PAPER = "#1d2129", "#737a87", "#12804a", "#ffffff"
+
+
+def strip(pictures: Sequence[Picture]) -> bytes:
+    """A PNG with a row for each victim (SHOWN at most): original, each attack's guess with its PSNR, blind guess."""
+    pictures = pictures[:SHOWN]
+    columns = _columns(pictures)
+    headings = [_wrapped(column, _font(18, bold=True), CELL) for column in columns]
+    head = 24 * max(map(len, headings), default=1) + 12
+    titles = [_wrapped(picture.title, _font(16), 130) for picture in pictures]
+    left = MARGIN + (150 if any(picture.title for picture in pictures) else 0)
+    step = CELL + 30 + GAP
+    width, height = left + len(columns) * (CELL + GAP) - GAP + MARGIN, MARGIN + head + len(pictures) * step
+    page = Image.new("RGB", (max(width, 2 * MARGIN), height + MARGIN - GAP), PAPER)
+    draw = ImageDraw.Draw(page)
+    for number, lines in enumerate(headings):
+        x = left + number * (CELL + GAP) + CELL // 2
+        draw.multiline_text((x, MARGIN), "\n".join(lines), INK, _font(18, bold=True), "ma", spacing=4, align="center")
+    for row, picture in enumerate(pictures):
+        y = MARGIN + head + row * step
+        draw.multiline_text((MARGIN, y + CELL // 2), "\n".join(titles[row]), PALE, _font(16), "lm", spacing=4)
+        for number, column in enumerate(columns):
+            x = left + number * (CELL + GAP)
+            images, decibels = _cell(picture, column)
+            if images is not None:
+                page.paste(_enlarged(_grid(images), CELL), (x, y))
+            if decibels is not None:
+                colour = GREEN if decibels >= RECOVERED_DB and column in picture.guesses else PALE
+                draw.text((x + CELL // 2, y + CELL + 6), f"{decibels:.1f} dB", colour, _font(16), "ma")
+    return _png(page)
+
+
+def _columns(pictures: Sequence[Picture]) -> list[str]:
+    """`original` where one is known, every attack's label, `blind guess` where there is one."""
+    attacks = list(dict.fromkeys(label for picture in pictures for label in picture.guesses))
+    original = ["original"] if any(picture.original is not None for picture in pictures) else []
+    return original + attacks + (["blind guess"] if any(picture.blind is not None for picture in pictures) else [])
+
+
+def _cell(picture: Picture, column: str) -> tuple[Batch | None, float | None]:
+    """The images of this column, and their PSNR where there is one."""
+    if column in picture.guesses:
+        return picture.guesses[column]
+    if column == "original":
+        return picture.original, None
+    if column != "blind guess" or picture.blind is None:
+        return None, None
+    blind, original = picture.blind, picture.original
+    if original is None:
+        return blind.reshape(-1, *blind.shape[-3:]), None
+    blind = blind.expand_as(original)
+    return blind, float(psnr(mse(blind.cpu(), original.cpu())).mean())
+
+
+def _grid(images: Batch) -> UInt8[np.ndarray, "height width 3"]:
+    """A batch as one picture, as square as it goes, a white pixel between its images."""
+    pixels = images.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
+    if pixels.shape[1] != 3:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    tiles = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    count, height, width, _ = tiles.shape
+    across = math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    gap = 0 if count == 1 else 1
+    sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles):
+        y, x = number // across * (height + gap), number % across * (width + gap)
+        sheet[y : y + height, x : x + width] = tile
+    return sheet
+
+
+def _enlarged(pixels: UInt8[np.ndarray, "height width 3"], side: int) -> Image.Image:
+    """Centred in a square of `side` pixels. Small images keep crisp pixels: more than enlarged, then averaged down."""
+    picture = Image.fromarray(pixels)
+    larger = side / max(picture.size)
+    size = (max(1, round(picture.width * larger)), max(1, round(picture.height * larger)))
+    whole = 4 * math.ceil(larger) if larger > 1 else 1
+    picture = picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
+    picture = picture.resize(size, Image.Resampling.BOX)
+    square = Image.new("RGB", (side, side), PAPER)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def _png(picture: Image.Image) -> bytes:
+    content = BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans out of matplotlib: it has the letters of every name that a model or attack may carry."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    with as_file(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / name) as path:
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels, broken where words end (also at _ and capitals); three at most."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        lines.append("")
+        for word in re.findall(r"[A-Z]?[^A-Z\s_(,]*[\s_(,]*", line):
+            if lines[-1] and font.getlength((lines[-1] + word).strip()) > width:
+                lines.append("")
+            lines[-1] += word
+    kept = [line.strip() for line in lines[:3]]
+    return [*kept[:-1], kept[-1] + " …"] if len(lines) > 3 else kept
+
+
+# The page.
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2129; --pale: #666d7a; --line: #dfe2e8; --paper: #fff; --panel: #f6f7f9;
+  --good: #12804a; --mark: #b4530a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --pale: #9aa1ae; --line: #343943; --paper: #15171b;
+  --panel: #1d2025; --good: #4cc38a; --mark: #f0a35e; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 96px; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
+h2 { font-size: 1.2rem; margin: 2.8em 0 .6em; letter-spacing: -.01em; }
+p { max-width: 46em; margin: .5em 0; } .lead { font-size: 1.15rem; white-space: pre-line; }
+.pale, figcaption, caption { color: var(--pale); font-size: .875rem; } .good { color: var(--good); font-weight: 600; }
+.scroll { overflow: auto; max-height: 70vh; border: 1px solid var(--line); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; }
+tr:last-child td { border-bottom: 0; } .number { text-align: right; } .wrap { white-space: normal; min-width: 16em; }
+.pictures td, .pictures th { border: 0; text-align: center; padding: 6px 8px; }
+.pictures th { white-space: normal; overflow-wrap: anywhere; }
+.pictures td:first-child { text-align: left; color: var(--pale); white-space: normal; min-width: 7em; }
+.pictures img { display: block; width: 128px; height: 128px; object-fit: contain; margin: 0 auto 4px;
+  border-radius: 4px; } .pixels { image-rendering: pixelated; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
+dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
+svg { display: block; } svg text { fill: var(--pale); font: 10px system-ui, sans-serif; }
+.dot { fill: var(--ink); fill-opacity: .35; } .dot.good { fill: var(--good); fill-opacity: .6; }
+.axis { stroke: var(--line); } .limit { stroke: var(--good); stroke-dasharray: 2 2; } .floor { stroke: var(--mark);
+  stroke-width: 2; }
+@media print { .scroll { max-height: none; overflow: visible; } }
+"""
+
+
+def html(about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
+    """The page: no scripts, and nothing fetched from anywhere."""
+    sections = [
+        f"<h1>{escape(about.scenario)}</h1><p class='lead'>{escape(about.question)}</p>",
+        _verdicts(rows),
+        _gallery(pictures),
+        "<h2>What each attack got</h2>" + _summaries(rows) if rows else "",
+        f"<h2>Who listens, and what they know</h2><p style='white-space: pre-line'>{escape(about.threat)}</p>",
+        "<h2>Every victim</h2>" + _rows(rows) if rows else "",
+        "<h2>Settings</h2>" + _definitions(about.settings),
+        "<h2>Environment</h2>" + _definitions(about.environment),
+    ]
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>fedtap: {escape(about.scenario)}</title><style>{STYLE}</style></head><body><main>"
+        "<p class='pale'>fedtap: what a federation's server can learn from what its clients send</p>"
+        + "\n".join(filter(None, sections))
+        + "</main></body></html>\n"
+    )
+
+
+def write(folder: Path, about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> None:
+    """`report.html` in this folder, and `strip.png` where there are pictures.
+
+    Raises:
+        FedtapError: the folder cannot be written.
+    """
+    if pictures:
+        write_atomically(folder / "strip.png", strip(pictures))
+    write_atomically(folder / "report.html", html(about, rows, pictures).encode())
+
+
+def _verdicts(rows: Sequence[Row]) -> str:
+    lines = []
+    for entry in summarise(rows):
+        if entry.recovered is None or entry.psnr is None:
+            continue
+        where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in entry.knobs.items())
+        floor = "" if entry.psnr_blind is None else f"; a blind guess gets {entry.psnr_blind:.1f} dB"
+        lines.append(
+            f"<li><b>{escape(entry.attack)}</b>{escape(f' at {where}' if where else '')} brought back "
+            f"<span class='{'good' if entry.recovered else ''}'>{entry.recovered:.0%} of the images</span>, "
+            f"median {entry.psnr:.1f} dB{floor}.</li>"
+        )
+    return f"<ul>{''.join(lines)}</ul>" if 0 < len(lines) <= SHOWN else ""
+
+
+def _gallery(pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    columns = _columns(pictures)
+    head = "".join(f"<th>{escape(column)}</th>" for column in ("", *columns))
+    body = []
+    for picture in pictures:
+        cells = [f"<td>{escape(picture.title)}</td>"]
+        for column in columns:
+            images, decibels = _cell(picture, column)
+            good = "good" if decibels is not None and decibels >= RECOVERED_DB and column in picture.guesses else "pale"
+            caption = f"<span class='{good}'>{_number(decibels, '.1f')} dB</span>" if decibels is not None else ""
+            shown = _embedded(images, f"{column}, {picture.title}") if images is not None else "–"
+            cells.append(f"<td>{shown}{caption}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        "<h2>Pictures</h2><div class='scroll' style='max-height: none'><table class='pictures'>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        "<p class='pale'>Below each guess its PSNR. The blind guess is made without any leak, from public images.</p>"
+    )
+
+
+def _embedded(images: Batch, words: str) -> str:
+    pixels = _grid(images)
+    kind = "pixels" if max(pixels.shape) <= 128 else ""
+    content = base64.b64encode(_png(Image.fromarray(pixels))).decode()
+    return f"<img class='{kind}' alt='{escape(words)}' src='data:image/png;base64,{content}'>"
+
+
+def _summaries(rows: Sequence[Row]) -> str:
+    summaries = summarise(rows)
+    right = max([60.0, *(value for entry in summaries for value in entry.psnrs)])
+    names = [name.replace("_", " ") for name in summaries[0].knobs]
+    numbers = ("victims", "PSNR dB", "blind dB", "recovered", "SSIM", "LPIPS", "labels", "s/victim")
+    head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "attack", "PSNR of each victim"))
+    head += "".join(f"<th class='number'>{name}</th>" for name in numbers)
+    body = []
+    for entry in summaries:
+        words = "".join(f"<td>{escape(word)}</td>" for word in (*entry.knobs.values(), entry.attack))
+        figures = "".join(f"<td class='number'>{escape(figure)}</td>" for figure in _cells(entry))
+        body.append(f"<tr>{words}<td>{_dots(entry, right)}</td>{figures}</tr>")
+    return (
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<p class='pale'>Medians over victims; in brackets the first and third quartile. Recovered is the share of "
+        f"images with a PSNR of {RECOVERED_DB:g} dB or more (the dashed line); the orange line is the blind guess. "
+        "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
+    )
+
+
+def _dots(entry: Summary, right: float) -> str:
+    """A dot for each victim on an axis from 0 to `right` dB."""
+
+    def x(decibels: float) -> str:
+        return f"{5 + 190 * min(max(decibels / right, 0.0), 1.0):.1f}"
+
+    heights = [6 + number * 7 % 15 for number in range(len(entry.psnrs))]  # so that equal ones do not hide each other
+    dots = "".join(
+        f"<circle class='dot{' good' if value >= RECOVERED_DB else ''}' cx='{x(value)}' cy='{y}' r='3'/>"
+        for value, y in zip(entry.psnrs, heights, strict=True)
+    )
+    floor = entry.psnr_blind
+    line = "" if floor is None else f"<line class='floor' x1='{x(floor)}' x2='{x(floor)}' y1='2' y2='26'/>"
+    limit = x(RECOVERED_DB)
+    return (
+        "<svg width='200' height='38' role='img' aria-label='PSNR of each victim'>"
+        f"<line class='axis' x1='5' x2='195' y1='26.5' y2='26.5'/>"
+        f"<line class='limit' x1='{limit}' x2='{limit}' y1='2' y2='26'/>{line}{dots}"
+        f"<text x='2' y='36'>0</text><text x='{limit}' y='36' text-anchor='middle'>{RECOVERED_DB:g}</text>"
+        f"<text x='198' y='36' text-anchor='end'>{right:.0f} dB</text></svg>"
+    )
+
+
+def _rows(rows: Sequence[Row]) -> str:
+    """Every row; settings that are the same in all of them are left to the settings."""
+    forms = {"psnr": ".1f", "psnr_blind": ".1f", "ssim": ".3f", "lpips": ".3f", "mse": ".2g", "objective": ".2g"}
+    forms |= {"label_correct": ".0%", "recovered": ".0%", "seconds": ".2f"}
+    names = {"psnr": "PSNR dB", "psnr_blind": "blind dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE"}
+    seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []
+    scores = [name for name in (*forms, "error") if any(row.get(name) is not None for row in rows)]
+    columns = [*_varying(rows), "attack", "client", "round", *seeds, *scores]
+
+    def cell(row: Row, name: str) -> str:
+        value = row.get(name)
+        if name in forms:
+            return f"<td class='number'>{_number(value, forms[name])}</td>"
+        return f"<td class='{'wrap' if name == 'error' else ''}'>{escape(_text(value))}</td>"
+
+    head = "".join(
+        f"<th class='{'number' if name in forms else ''}'>{escape(names.get(name, name.replace('_', ' ')))}</th>"
+        for name in columns
+    )
+    body = "".join(f"<tr>{''.join(cell(row, name) for name in columns)}</tr>" for row in rows)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _definitions(words: Mapping[str, str]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in words.items())}</dl>"

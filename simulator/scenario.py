@@ -1,0 +1,145 @@
+"""A scenario: one question, played with these settings; and who holds which private data in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from simulator.attack import Attack, generator
+from simulator.errors import FedtapError
+from simulator.leaks import Protocol
+from simulator.worlds import World, open_world, partition
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Honest clients and a compromised one, some rounds of training, then exchanges that are attacked.
+
+    Victim v is honest client `v % clients` in the attacked round `v // clients`; its private batch is the v-th of the
+    world's victims' side.
+    """
+
+    attacks: tuple[Attack, ...]
+    name: str = ""
+    """Name and question are those of the scenario's file: whoever plans a run fills them in."""
+    question: str = ""
+    world: str = "photos"
+    size: int = 32
+    """Height and width, in pixels, that a folder's images are brought to."""
+    model: str = "lenet"
+    victims: int = 8
+    batch: int = 1
+    clients: int = 0
+    """Honest clients; 0 means as many as the grid has besides the compromised one, in process one a victim."""
+    steps: int = 1
+    """Local SGD steps. A victim takes each on its whole batch."""
+    learning_rate: float = 0.1
+    rounds: int = 0
+    """Rounds of training on the clients' own data before the attacked ones."""
+    alpha: float = 0.0
+    """Dirichlet concentration of the classes over clients; 0 means IID."""
+    listener: str = "curious_server"
+    seed: int = 0
+    weights_seed: int = 1234
+    """Seed of the model's initial weights."""
+    swept: tuple[tuple[str, str], ...] = ()
+    """The knobs that have several values in this run, with the value they have here."""
+
+    def protocol(self, world: World) -> Protocol:
+        """The public terms of an attacked exchange."""
+        return Protocol(
+            model=self.model,
+            shape=world.shape,
+            classes=len(world.classes),
+            batch=self.batch,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            listener=self.listener,
+        )
+
+    def attacked_rounds(self, clients: int) -> int:
+        """Rounds it takes until every victim has answered once."""
+        return -(-self.victims // clients)
+
+
+@dataclass(frozen=True)
+class PrivateData:
+    """Who holds what: a pure function of (client, round), the same for the client that trains and the scorer that judges.
+
+    Clients 0 … `clients` - 1 are honest, client `clients` is the compromised one.
+    """
+
+    scenario: Scenario
+    world: World
+    clients: int
+
+    def __post_init__(self) -> None:
+        scenario, held = self.scenario, len(self.world.victims)
+        if scenario.victims * scenario.batch > held:
+            raise FedtapError(
+                f"{scenario.victims} victims with {scenario.batch} images each need "
+                f"{scenario.victims * scenario.batch}, and the victims' side of {scenario.world} holds {held}: "
+                "lower --victims or --batch."
+            )
+        if self.clients + 1 > len(self.world.train):
+            raise FedtapError(
+                f"{self.clients} clients and the compromised one cannot share {len(self.world.train)} training images "
+                f"of {scenario.world} so that each has one: lower --clients."
+            )
+        smallest = min(len(share) for share in self.shares)
+        if scenario.batch > smallest and (scenario.rounds or scenario.victims % self.clients):
+            raise FedtapError(
+                f"A batch of {scenario.batch} is larger than the smallest client's data ({smallest} images): "
+                "lower --batch or --clients."
+            )
+
+    @cached_property
+    def shares(self) -> list[Int[Tensor, "images"]]:
+        """Each client's part of the training side, the compromised one's last."""
+        alpha = self.scenario.alpha or None
+        return partition(self.world.train.labels, self.clients + 1, alpha, self.scenario.seed)
+
+    def victim(self, client: int, rnd: int) -> int | None:
+        """Which victim this client is in this round (from 1), if any."""
+        attacked = rnd - self.scenario.rounds - 1
+        number = attacked * self.clients + client
+        return number if attacked >= 0 and client < self.clients and number < self.scenario.victims else None
+
+    def names(self) -> list[tuple[int, int]]:
+        """(client, round) of each victim, in order."""
+        first = self.scenario.rounds + 1
+        return [(victim % self.clients, first + victim // self.clients) for victim in range(self.scenario.victims)]
+
+    def __call__(
+        self, client: int, rnd: int
+    ) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
+        """The images in [0, 1] and labels that `client` trains on in round `rnd`."""
+        batch, victim = self.scenario.batch, self.victim(client, rnd)
+        if victim is not None:
+            return self.world.victims.batch(torch.arange(victim * batch, (victim + 1) * batch))
+        share = self.shares[client]
+        size = min(batch, len(share))
+        wanted = min(self.scenario.steps, len(share) // size) * size
+        order = torch.randperm(len(share), generator=generator(self.scenario.seed, "private", client, rnd))
+        return self.world.train.batch(share[order[:wanted]])
+
+
+@lru_cache(maxsize=8)
+def private_data(scenario: Scenario, data_root: Path, clients: int) -> PrivateData:
+    """The private data of a federation, kept for all messages of this process.
+
+    Raises:
+        FedtapError: the world cannot be opened or holds too little.
+    """
+    return PrivateData(scenario, world_of(scenario.world, data_root, scenario.size), clients)
+
+
+@lru_cache(maxsize=2)
+def world_of(name: str, data_root: Path, size: int) -> World:
+    """The named world, kept open."""
+    return open_world(name, data_root, size)

@@ -1,0 +1,192 @@
+"""How much of the private data came back: pure functions of (guess, truth), and the blind guesses to hold against.
+
+Pixels are in [0, 1]; a guess is clamped there first. The images of a batch have no order, so they are matched to the
+truth's before they are scored.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from simulator.errors import FedtapError
+
+RECOVERED_DB = 30.0
+"""A PSNR from which an image counts as recovered."""
+
+PSNR_CAP = 100.0
+"""PSNR of images that are the same, or nearly so (MSE <= 1e-10): a finite number, for files and medians."""
+
+SSIM_PIXELS = 7
+"""Shortest side that SSIM's 7 x 7 window fits into."""
+
+LPIPS_PIXELS = 31
+"""Shortest side that AlexNet's poolings leave a pixel of."""
+
+LPIPS_AT_ONCE = 64
+"""Images in one pass through AlexNet, to bound its memory."""
+
+Image = Float[Tensor, "channel height width"]
+Batch = Float[Tensor, "batch channel height width"]
+
+
+class Score(TypedDict):
+    """One victim's scores: means over its batch. None where a score has no value; the notes say why."""
+
+    mse: float | None
+    psnr: float | None
+    """Decibels, at most PSNR_CAP; the mean of the images' own."""
+    ssim: float | None
+    lpips: float | None
+    """0 is the same picture."""
+    label_correct: float
+    """Share of the batch's labels found, repeats counted: a batch has no order."""
+    recovered: float
+    """Share of images with at least RECOVERED_DB."""
+    matching: list[int]
+    """For each true image, which guess was matched to it."""
+    ssim_note: str | None
+    lpips_note: str | None
+
+
+def mse(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
+    """Mean squared error of each image."""
+    return (guess.double().clamp(0, 1) - truth.double()).square().flatten(1).mean(1)
+
+
+def psnr(mse: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Peak signal-to-noise ratio in decibels, 10 log10(1 / mse), at most PSNR_CAP."""
+    return -10 * mse.clamp(min=10 ** (-PSNR_CAP / 10)).log10()
+
+
+def ssim(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
+    """Structural similarity of each image, by scikit-image: a uniform 7 x 7 window, mean over channels.
+
+    Raises:
+        FedtapError: the images are smaller than the window.
+    """
+    from skimage.metrics import structural_similarity
+
+    if min(truth.shape[-2:]) < SSIM_PIXELS:
+        raise FedtapError(f"SSIM needs {SSIM_PIXELS} pixels a side and these images have {_size(truth)}: use --size.")
+    pairs = zip(guess.double().clamp(0, 1).numpy(), truth.double().numpy(), strict=True)
+    return torch.tensor([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs])  # type: ignore[no-untyped-call]
+
+
+def lpips(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
+    """Learned perceptual distance (alex, v0.1) of each image at its own size. Grey images are shown as grey in colour.
+
+    Raises:
+        FedtapError: the images are too small for AlexNet, or its weights cannot be loaded.
+    """
+    from simulator.vision import lpips_alex
+
+    if min(truth.shape[-2:]) < LPIPS_PIXELS:
+        raise FedtapError(f"LPIPS needs {LPIPS_PIXELS} pixels a side and these images have {_size(truth)}: use --size.")
+    if truth.shape[1] not in (1, 3):
+        raise FedtapError(f"LPIPS sees colour or grey images and these have {truth.shape[1]} channels: read the SSIM.")
+    network = lpips_alex()
+    guess, truth = (images.float().clamp(0, 1).expand(-1, 3, -1, -1) for images in (guess, truth))
+    chunks = [slice(first, first + LPIPS_AT_ONCE) for first in range(0, len(truth), LPIPS_AT_ONCE)]
+    with torch.no_grad():
+        return torch.cat([network(guess[chunk], truth[chunk], normalize=True).flatten() for chunk in chunks])
+
+
+def match(guess: Batch, truth: Batch) -> Int[Tensor, "batch"]:
+    """For each true image the guess that is matched to it: the pairing with the least total squared error."""
+    one, other = guess.double().clamp(0, 1).flatten(1), truth.double().flatten(1)
+    costs = torch.stack([(one - image).square().sum(1) for image in other])  # truth guess
+    return torch.from_numpy(linear_sum_assignment(costs.numpy())[1])
+
+
+def label_correct(guess: Int[Tensor, "batch"], truth: Int[Tensor, "batch"]) -> float:
+    """Share of the true labels that the guess holds, each as often as it is guessed; order does not count."""
+    classes = int(max(guess.max(), truth.max())) + 1
+    counts = (torch.bincount(labels[labels >= 0], minlength=classes) for labels in (guess, truth))
+    return int(torch.minimum(*counts).sum()) / len(truth)
+
+
+def score(
+    guess_images: Batch, guess_labels: Int[Tensor, "batch"], true_images: Batch, true_labels: Int[Tensor, "batch"]
+) -> Score:
+    """The scores of one victim."""
+    return score_all(guess_images[None], guess_labels[None], true_images[None], true_labels[None])[0]
+
+
+def score_all(
+    guess_images: Float[Tensor, "victims batch channel height width"],
+    guess_labels: Int[Tensor, "victims batch"],
+    true_images: Float[Tensor, "victims batch channel height width"],
+    true_labels: Int[Tensor, "victims batch"],
+) -> list[Score]:
+    """The scores of each victim.
+
+    A guess that holds NaN or infinity has recovered nothing: it has no distances, and 0 as its recovery rate.
+    """
+    guess_images, true_images = guess_images.detach().cpu(), true_images.detach().cpu()
+    guess_labels, true_labels = guess_labels.detach().cpu(), true_labels.detach().cpu()
+    sound = guess_images.flatten(1).isfinite().all(1)
+    usable = torch.where(sound.view(-1, 1, 1, 1, 1), guess_images, 0.5)
+    matchings = torch.stack([match(*pair) for pair in zip(usable, true_images, strict=True)])
+    matched = torch.stack([images[order] for images, order in zip(usable, matchings, strict=True)])
+
+    guess, truth, victims = matched.flatten(0, 1), true_images.flatten(0, 1), len(true_images)
+    errors = mse(guess, truth)
+    decibels = psnr(errors).view(victims, -1)
+    columns: dict[str, Tensor | None] = {"mse": errors, "psnr": decibels}
+    notes: dict[str, str | None] = {}
+    for name, measure in (("ssim", ssim), ("lpips", lpips)):
+        try:
+            columns[name], notes[name] = measure(guess, truth), None
+        except FedtapError as reason:
+            columns[name], notes[name] = None, str(reason)
+
+    def mean(column: str, victim: int) -> float | None:
+        values = columns[column]
+        return float(values.view(victims, -1)[victim].mean()) if values is not None and sound[victim] else None
+
+    strange = "The guess holds NaN or infinity, so it has no distance to the truth."
+    return [
+        Score(
+            mse=mean("mse", victim),
+            psnr=mean("psnr", victim),
+            ssim=mean("ssim", victim),
+            lpips=mean("lpips", victim),
+            label_correct=label_correct(guess_labels[victim], true_labels[victim]),
+            recovered=float((decibels[victim] >= RECOVERED_DB).double().mean()) if sound[victim] else 0.0,
+            matching=matchings[victim].tolist(),
+            ssim_note=notes["ssim"] if sound[victim] else strange,
+            lpips_note=notes["lpips"] if sound[victim] else strange,
+        )
+        for victim in range(victims)
+    ]
+
+
+def best_constant(public: Batch) -> Image:
+    """The image of one colour with the least expected squared error: each channel's mean."""
+    return public.mean(dim=(0, 2, 3)).view(-1, 1, 1).expand(public.shape[1:]).clone()
+
+
+def training_mean(public: Batch) -> Image:
+    """The mean image."""
+    return public.mean(dim=0)
+
+
+def blind(public: Batch) -> Image:
+    """What one would guess without any leak: the better of the two floors.
+
+    The public images alone decide: every other one makes the floors, the rest judge them.
+    """
+    makers, judges = public[::2], public[1::2] if len(public) > 1 else public
+    floors = (training_mean, best_constant)
+    misses = [float(mse(floor(makers).expand_as(judges), judges).mean()) for floor in floors]
+    return floors[int(np.argmin(misses))](public)
+
+
+def _size(images: Tensor) -> str:
+    return "x".join(map(str, images.shape[-2:]))
