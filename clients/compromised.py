@@ -24,7 +24,9 @@ def practise(order: Message, private: PrivateData) -> Message:
     receive(net, order.content.array_records["arrays"])
     examples = order.content.array_records["examples"]
     images, labels = (torch.from_numpy(examples[name].numpy().copy()) for name in ("images", "labels"))
-    trained = replace_all_batch_norm_modules_(copy.deepcopy(net).train())  # BatchNorm by batch statistics, no side effect
+    trained = replace_all_batch_norm_modules_(
+        copy.deepcopy(net).train()
+    )  # BatchNorm by batch statistics, no side effect
 
     def loss(weights: dict[str, Tensor], some: Tensor, named: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(trained, weights, (some,)), named)

@@ -133,7 +133,9 @@ def _explain(name: str) -> None:
     table = Table("knob", "default", "meaning", title=f"fedtap run {name}", title_justify="left")
     for knob, (kind, about, default) in knobs_of(catalogue()[name]).items():
         words = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        table.add_row(f"--{knob.replace('_', '-')} {kind.__name__.upper()}", words or "(as the scenario says)", about.help)
+        table.add_row(
+            f"--{knob.replace('_', '-')} {kind.__name__.upper()}", words or "(as the scenario says)", about.help
+        )
     console.print(table)
     console.print("Also --out DIR, --data-root DIR, --device D, --resume.")
 
@@ -153,7 +155,9 @@ def _about(attack: type[Attack]) -> str:
 
 def _say(rows: list[dict[str, object]], out: Path) -> None:
     console.print(report.table(rows))
-    console.print(f"{out / 'report.html'} shows the pictures, {out / 'rows.jsonl'} holds every figure.", highlight=False)
+    console.print(
+        f"{out / 'report.html'} shows the pictures, {out / 'rows.jsonl'} holds every figure.", highlight=False
+    )
 
 
 if __name__ == "__main__":

@@ -44,9 +44,13 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
         FedtapError: a program did not start, or the run failed.
     """
     if not (APP / "pyproject.toml").is_file():
-        raise FedtapError(f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e.")
+        raise FedtapError(
+            f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e."
+        )
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
-        environment = os.environ | QUIET | {"FLWR_HOME": home, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = (
+            os.environ | QUIET | {"FLWR_HOME": home, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        )
         port = _free_port()
         (Path(home) / "config.toml").write_text(
             f'[superlink]\ndefault = "fedtap"\n\n[superlink.fedtap]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -60,9 +64,18 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
             options = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
         else:
             for partition in range(nodes):
-                supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(_free_port())]
+                supernode = [
+                    "flower-supernode",
+                    "--insecure",
+                    "--superlink",
+                    f"127.0.0.1:{port}",
+                    "--port",
+                    str(_free_port()),
+                ]
                 config = ["--node-config", f"partition-id={partition} num-partitions={nodes}"]
-                stack.enter_context(_running(supernode + config, environment, Path(home) / f"supernode-{partition}.log"))
+                stack.enter_context(
+                    _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
+                )
         said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
         run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
         done = subprocess.run(
@@ -80,7 +93,9 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
 def _running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
     """A program in the background, with its log in a file; stopped, with what it started, on the way out."""
     with log.open("w") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             yield
         finally:
@@ -116,7 +131,9 @@ def main(
     nodes: Annotated[int, typer.Option(min=2, help="Nodes, the compromised client's included.")] = 5,
     engine: Annotated[str, typer.Option(help="deployment or simulation.")] = "deployment",
     out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/deployed"),
-    data_root: Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")] = Path("data"),
+    data_root: Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")] = Path(
+        "data"
+    ),
 ) -> None:
     """Play a scenario on Flower's deployment or simulation engine."""
     from scenarios.__main__ import pairs

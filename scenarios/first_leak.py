@@ -1,8 +1,8 @@
 """Does a photograph come back out of the gradient that a client sends?
 
-Expect: yes. From one image's gradient on an untrained LeNet, iDLG rebuilds it almost to the bit, DLG most of them without
-knowing the label, and a short Inverting Gradients a blurred likeness; from an MLP's first layer it can simply be read
-off. The blind guess beside them shows what would be seen without the gradient.
+Expect: yes. From one image's gradient on an untrained LeNet, iDLG rebuilds it almost to the bit, DLG most of them
+without being told the label, and a short Inverting Gradients a blurred likeness; from an MLP's first layer it can
+simply be read off. The blind guess beside them shows what would be seen without the gradient.
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tup
             values = tuple(_value(name, word, kind, knob) for word in _words(str(words[name]), knob))
         choices[name] = list(values)
     swept = [name for name, values in choices.items() if len(values) > 1]
-    return [
-        (dict(zip(choices, chosen, strict=True)), {name: str(dict(zip(choices, chosen, strict=True))[name]) for name in swept})
-        for chosen in itertools.product(*choices.values())
-    ]
+    combinations = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
+    return [(values, {name: str(values[name]) for name in swept}) for values in combinations]
 
 
 def _words(text: str, knob: Knob) -> list[str]:
@@ -64,7 +62,9 @@ def _words(text: str, knob: Knob) -> list[str]:
 def _value(name: str, word: str, kind: type, knob: Knob) -> Any:
     flag, word = f"--{name.replace('_', '-')}", word.strip()
     if not word:
-        raise FedtapError(f"{flag} has an empty value, and a knob needs one ({knob.help}): leave it out for the default.")
+        raise FedtapError(
+            f"{flag} has an empty value, and a knob needs one ({knob.help}): leave it out for the default."
+        )
     try:
         value = kind(word)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Do several local steps of FedAvg hide a client's images from the server?
 
-Expect: hardly. The attacker unrolls the steps it knows were prescribed, and matches the whole update: each step costs it
-time, but the pictures come back.
+Expect: hardly. The attacker unrolls the steps it knows were prescribed, and matches the whole update: each step costs
+it time, but the pictures come back.
 """
 
 from __future__ import annotations

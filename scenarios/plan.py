@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flwr.app import UserConfig
 
-import scenarios
 from scenarios.knobs import settings
 from simulator.errors import FedtapError, unknown
 from simulator.scenario import Scenario
@@ -24,13 +23,9 @@ RUN_OPTIONS = ("device", "data-root", "out")
 @lru_cache(maxsize=1)
 def catalogue() -> dict[str, Callable[..., Any]]:
     """Every scenario by name: each module of this folder that defines a function `scenario`."""
-    found = {}
-    for module in pkgutil.iter_modules(scenarios.__path__):
-        if not module.name.startswith("_"):
-            function = getattr(importlib.import_module(f"scenarios.{module.name}"), "scenario", None)
-            if function is not None:
-                found[module.name] = function
-    return found
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    names = [file.stem for file in files if "\ndef scenario(" in file.read_text(encoding="utf-8")]
+    return {name: importlib.import_module(f"scenarios.{name}").scenario for name in names}
 
 
 def question(name: str) -> str:
@@ -65,7 +60,7 @@ def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
     """
     given = {name: str(value) for name, value in config.items() if name not in RUN_OPTIONS and str(value) != ""}
     if "scenario" not in given:
-        raise FedtapError("The run config names no scenario, so there is nothing to play: add scenario=\"first_leak\".")
+        raise FedtapError('The run config names no scenario, so there is nothing to play: add scenario="first_leak".')
     return _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
 
 

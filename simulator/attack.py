@@ -28,7 +28,7 @@ class Reconstruction:
 
     images: Images
     labels: Labels
-    objective: Float[Tensor, "victims"]
+    objective: Float[Tensor, victims]
 
 
 class Attack(ABC):
@@ -100,7 +100,7 @@ class Attack(ABC):
 
 
 def draw(leak: Leak, seed: int, distribution: Literal["uniform", "normal"]) -> Images:
-    """A starting point for each entry, from (seed, client, round, restart) alone: neighbours in the stack don't matter."""
+    """A starting point for each entry, from (seed, client, round, restart) alone, whoever its neighbours are."""
     shape = (leak.protocol.batch, *leak.protocol.shape)
     sample = torch.rand if distribution == "uniform" else torch.randn
     names = zip(leak.clients.tolist(), leak.rounds.tolist(), leak.restarts.tolist(), strict=True)

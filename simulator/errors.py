@@ -1,6 +1,5 @@
 """The one error that people are meant to read."""
 
-
 from __future__ import annotations
 
 import difflib
@@ -8,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FedtapError(Exception):
-    """A mistake in the input: one sentence with cause, reason and remedy. The command line prints it and exits with 2."""
+    """A mistake in the input: one sentence with cause, reason and remedy. The command line prints it and exits 2."""
 
 
 def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:

@@ -78,7 +78,7 @@ def play(
     def ear(order: Message, answer: Message) -> None:
         if order.metadata.message_type != MessageType.TRAIN:
             return
-        rnd = int(order.content["config"]["server-round"])  # type: ignore[arg-type, index]
+        rnd = int(order.content["config"]["server-round"])  # type: ignore[arg-type]
         if answer.has_error():
             heard.lost.setdefault(rnd, []).append(f"a client failed: {answer.error.reason}")
             return
@@ -120,7 +120,7 @@ def accuracy(net: nn.Module, arrays: ArrayRecord, private: PrivateData) -> float
     net.eval()
     right = 0
     with torch.no_grad():
-        for chunk in torch.arange(len(private.world.victims)).split(256):
+        for chunk in torch.split(torch.arange(len(private.world.victims)), 256):
             images, labels = private.world.victims.batch(chunk)
             right += int((net(images).argmax(1) == labels).sum())
     return right / len(private.world.victims)
@@ -139,11 +139,13 @@ def practice(
         FedtapError: the compromised client has not been heard, or does not answer.
     """
     if private.clients not in heard.nodes:
-        raise FedtapError("The compromised client has not answered a round yet, so its node is unknown: play one first.")
+        raise FedtapError(
+            "The compromised client has not answered a round yet, so its node is unknown: play one first."
+        )
     skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
     size = sum(parameter.numel() for parameter in skeleton.parameters())
     chunk = max(1, 16_000_000 // size)  # 64 MB of float32 an answer
-    for number, (some, named) in enumerate(zip(images.split(chunk), labels.split(chunk), strict=True)):
+    for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
         content = RecordDict(
             {
                 "arrays": heard.arrays,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,10 +19,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_bytes(content)
-            os.replace(beside, path)
+            beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise FedtapError(
-            f"{path} could not be written ({error.strerror or error}): free some space or name another folder with --out."
+            f"{path} could not be written ({error.strerror or error}): free some space, or name another --out."
         ) from error

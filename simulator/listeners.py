@@ -100,7 +100,9 @@ def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
     try:
         return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
     except (TypeError, ValueError) as error:
-        raise FedtapError(f"The {what} holds arrays that are no tensors ({error}): send floating point ones.") from error
+        raise FedtapError(
+            f"The {what} holds arrays that are no tensors ({error}): send floating point ones."
+        ) from error
 
 
 def _counts(answer: RecordDict) -> bool:

@@ -6,6 +6,7 @@ A model is named (`lenet`) or given as `module:function` of the user's own, call
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -86,7 +87,7 @@ def convnet(shape: Shape, classes: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut without parameters (option A: subsample and pad with zeros)."""
+    """Two 3x3 convolutions with BatchNorm, and a shortcut without parameters (option A: subsample, pad with zeros)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class ResNet20(nn.Module):
         widths = [16, 16, 32, 64]
         self.layer1, self.layer2, self.layer3 = (
             nn.Sequential(*(BasicBlock(a if n == 0 else b, b, 1 if n or a == b else 2) for n in range(3)))
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.linear = nn.Linear(64, classes)
 

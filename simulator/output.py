@@ -37,7 +37,7 @@ class Folder:
         self.path = path
         self.about = about
         self.rows: list[Row] = []
-        before = self._ours()
+        before = left_by_us(path)
         if resume and before is not None:
             if before.get("scenario") != about["scenario"]:
                 raise FedtapError(
@@ -78,28 +78,35 @@ class Folder:
         except (FileNotFoundError, SafetensorError, TypeError):
             return None
 
-    def _ours(self) -> dict[str, Any] | None:
-        """run.json of the run that is there; None where there is nothing."""
-        if not self.path.exists():
-            return None
-        if not self.path.is_dir():
-            raise FedtapError(f"{self.path} is a file, and a run leaves several: name a folder with --out.")
-        if not any(self.path.iterdir()):
-            return None
-        try:
-            before = json.loads((self.path / "run.json").read_text())
-            if "fedtap" not in before["versions"]:
-                raise KeyError("fedtap")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FedtapError(
-                f"{self.path} holds files that no fedtap run left, and a run would mix with them: name another --out."
-            ) from error
-        return dict(before)
-
     def _read_rows(self) -> list[Row]:
         try:
             return [json.loads(line) for line in (self.path / "rows.jsonl").read_text().splitlines()]
         except FileNotFoundError:
             return []
         except ValueError as error:
-            raise FedtapError(f"{self.path / 'rows.jsonl'} is damaged ({error}): run again without --resume.") from error
+            raise FedtapError(
+                f"{self.path / 'rows.jsonl'} is damaged ({error}): run again without --resume."
+            ) from error
+
+
+def left_by_us(path: Path) -> dict[str, Any] | None:
+    """run.json of the run that a folder holds; None where there is no such folder or nothing in it.
+
+    Raises:
+        FedtapError: the folder holds something else.
+    """
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise FedtapError(f"{path} is a file, and a run leaves several: name a folder with --out.")
+    if not any(path.iterdir()):
+        return None
+    try:
+        before = json.loads((path / "run.json").read_text())
+        if "fedtap" not in before["versions"]:
+            raise KeyError("fedtap")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedtapError(
+            f"{path} holds files that no fedtap run left, and a run would mix with them: name another --out."
+        ) from error
+    return dict(before)

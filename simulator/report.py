@@ -18,8 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from rich.markup import escape as plain
 from rich.table import Table
@@ -174,7 +173,8 @@ def _text(value: Any) -> str:
 
 # Pictures.
 
-CELL, GAP, MARGIN = 192, 20, 32
+CELL, GAP, CAPTION, MARGIN = 192, 20, 46, 32
+ORIGINAL, BLIND = "original", "blind guess"
 INK, PALE, GREEN, PAPER = "#1d2129", "#737a87", "#12804a", "#ffffff"
 
 
@@ -184,43 +184,51 @@ def strip(pictures: Sequence[Picture]) -> bytes:
     columns = _columns(pictures)
     headings = [_wrapped(column, _font(18, bold=True), CELL) for column in columns]
     head = 24 * max(map(len, headings), default=1) + 12
-    titles = [_wrapped(picture.title, _font(16), 130) for picture in pictures]
+    rows = [[_cell(picture, column) for column in columns] for picture in pictures]
+    shown = [[None if images is None else _enlarged(images, CELL) for images, _ in row] for row in rows]
+    tall = [max((picture.height for picture in row if picture), default=CELL) for row in shown]
     left = MARGIN + (150 if any(picture.title for picture in pictures) else 0)
-    step = CELL + 30 + GAP
-    width, height = left + len(columns) * (CELL + GAP) - GAP + MARGIN, MARGIN + head + len(pictures) * step
-    page = Image.new("RGB", (max(width, 2 * MARGIN), height + MARGIN - GAP), PAPER)
+    width, height = (
+        left + len(columns) * (CELL + GAP) - GAP + MARGIN,
+        2 * MARGIN + head + sum(tall) + len(rows) * CAPTION,
+    )
+    page = Image.new("RGB", (max(width, 2 * MARGIN), height), PAPER)
     draw = ImageDraw.Draw(page)
-    for number, lines in enumerate(headings):
-        x = left + number * (CELL + GAP) + CELL // 2
+    centres = [left + number * (CELL + GAP) + CELL // 2 for number in range(len(columns))]
+    for x, lines in zip(centres, headings, strict=True):
         draw.multiline_text((x, MARGIN), "\n".join(lines), INK, _font(18, bold=True), "ma", spacing=4, align="center")
+    y = MARGIN + head
     for row, picture in enumerate(pictures):
-        y = MARGIN + head + row * step
-        draw.multiline_text((MARGIN, y + CELL // 2), "\n".join(titles[row]), PALE, _font(16), "lm", spacing=4)
-        for number, column in enumerate(columns):
-            x = left + number * (CELL + GAP)
-            images, decibels = _cell(picture, column)
-            if images is not None:
-                page.paste(_enlarged(_grid(images), CELL), (x, y))
+        title = "\n".join(_wrapped(picture.title, _font(16), 130))
+        draw.multiline_text((MARGIN, y + tall[row] // 2), title, PALE, _font(16), "lm", spacing=4)
+        for x, column, image, (_, decibels) in zip(centres, columns, shown[row], rows[row], strict=True):
+            if image is not None:
+                page.paste(image, (x - image.width // 2, y), image)
             if decibels is not None:
-                colour = GREEN if decibels >= RECOVERED_DB and column in picture.guesses else PALE
-                draw.text((x + CELL // 2, y + CELL + 6), f"{decibels:.1f} dB", colour, _font(16), "ma")
+                colour = GREEN if _is_recovered(column, decibels) else PALE
+                draw.text((x, y + tall[row] + 6), f"{decibels:.1f} dB", colour, _font(16), "ma")
+        y += tall[row] + CAPTION
     return _png(page)
+
+
+def _is_recovered(column: str, decibels: float | None) -> bool:
+    return decibels is not None and decibels >= RECOVERED_DB and column != BLIND
 
 
 def _columns(pictures: Sequence[Picture]) -> list[str]:
     """`original` where one is known, every attack's label, `blind guess` where there is one."""
     attacks = list(dict.fromkeys(label for picture in pictures for label in picture.guesses))
-    original = ["original"] if any(picture.original is not None for picture in pictures) else []
-    return original + attacks + (["blind guess"] if any(picture.blind is not None for picture in pictures) else [])
+    original = [ORIGINAL] if any(picture.original is not None for picture in pictures) else []
+    return original + attacks + ([BLIND] if any(picture.blind is not None for picture in pictures) else [])
 
 
 def _cell(picture: Picture, column: str) -> tuple[Batch | None, float | None]:
     """The images of this column, and their PSNR where there is one."""
     if column in picture.guesses:
         return picture.guesses[column]
-    if column == "original":
+    if column == ORIGINAL:
         return picture.original, None
-    if column != "blind guess" or picture.blind is None:
+    if column != BLIND or picture.blind is None:
         return None, None
     blind, original = picture.blind, picture.original
     if original is None:
@@ -229,8 +237,8 @@ def _cell(picture: Picture, column: str) -> tuple[Batch | None, float | None]:
     return blind, float(psnr(mse(blind.cpu(), original.cpu())).mean())
 
 
-def _grid(images: Batch) -> UInt8[np.ndarray, "height width 3"]:
-    """A batch as one picture, as square as it goes, a white pixel between its images."""
+def _grid(images: Batch) -> Image.Image:
+    """A batch as one picture, as square as it goes, its images a transparent pixel apart."""
     pixels = images.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
     if pixels.shape[1] != 3:
         pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
@@ -238,30 +246,25 @@ def _grid(images: Batch) -> UInt8[np.ndarray, "height width 3"]:
     count, height, width, _ = tiles.shape
     across = math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
-    gap = 0 if count == 1 else 1
-    sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, 3), 255, np.uint8)
+    sheet = Image.new("RGBA", (across * (width + 1) - 1, down * (height + 1) - 1))
     for number, tile in enumerate(tiles):
-        y, x = number // across * (height + gap), number % across * (width + gap)
-        sheet[y : y + height, x : x + width] = tile
+        sheet.paste(Image.fromarray(tile), (number % across * (width + 1), number // across * (height + 1)))
     return sheet
 
 
-def _enlarged(pixels: UInt8[np.ndarray, "height width 3"], side: int) -> Image.Image:
-    """Centred in a square of `side` pixels. Small images keep crisp pixels: more than enlarged, then averaged down."""
-    picture = Image.fromarray(pixels)
+def _enlarged(images: Batch, side: int) -> Image.Image:
+    """The batch, `side` pixels at its longer side. Small images keep crisp pixels: enlarged further, then averaged."""
+    picture = _grid(images)
     larger = side / max(picture.size)
     size = (max(1, round(picture.width * larger)), max(1, round(picture.height * larger)))
     whole = 4 * math.ceil(larger) if larger > 1 else 1
     picture = picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
-    picture = picture.resize(size, Image.Resampling.BOX)
-    square = Image.new("RGB", (side, side), PAPER)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
+    return picture.resize(size, Image.Resampling.BOX)
 
 
 def _png(picture: Image.Image) -> bytes:
     content = BytesIO()
-    picture.save(content, "PNG", optimize=True)
+    picture.save(content, "PNG")
     return content.getvalue()
 
 
@@ -278,7 +281,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines: list[str] = []
     for line in text.splitlines():
         lines.append("")
-        for word in re.findall(r"[A-Z]?[^A-Z\s_(,]*[\s_(,]*", line):
+        for word in re.findall(r"[A-Z]*[^A-Z\s_(),]*[\s_(),]*", line):
             if lines[-1] and font.getlength((lines[-1] + word).strip()) > width:
                 lines.append("")
             lines[-1] += word
@@ -295,21 +298,23 @@ STYLE = """
   --panel: #1d2025; --good: #4cc38a; --mark: #f0a35e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 96px; }
+main { max-width: 1200px; margin: 0 auto; padding: 48px 24px 96px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
 h2 { font-size: 1.2rem; margin: 2.8em 0 .6em; letter-spacing: -.01em; }
 p { max-width: 46em; margin: .5em 0; } .lead { font-size: 1.15rem; white-space: pre-line; }
 .pale, figcaption, caption { color: var(--pale); font-size: .875rem; } .good { color: var(--good); font-weight: 600; }
 .scroll { overflow: auto; max-height: 70vh; border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: 7px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; }
-tr:last-child td { border-bottom: 0; } .number { text-align: right; } .wrap { white-space: normal; min-width: 16em; }
-.pictures td, .pictures th { border: 0; text-align: center; padding: 6px 8px; }
-.pictures th { white-space: normal; overflow-wrap: anywhere; }
-.pictures td:first-child { text-align: left; color: var(--pale); white-space: normal; min-width: 7em; }
-.pictures img { display: block; width: 128px; height: 128px; object-fit: contain; margin: 0 auto 4px;
-  border-radius: 4px; } .pixels { image-rendering: pixelated; }
+tr:last-child td { border-bottom: 0; } .number { text-align: right; } .attack { white-space: normal; min-width: 11em; }
+td.error { white-space: normal; min-width: 18em; }
+.pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px; }
+.pictures { table-layout: fixed; } .pictures th:first-child { width: 7.5em; }
+.pictures th { white-space: normal; vertical-align: bottom; }
+.pictures td:first-child { text-align: left; color: var(--pale); white-space: pre-line; }
+.pictures img { display: block; width: 100%; max-width: 144px; margin: 0 auto 4px; border-radius: 4px; }
+  .pixels { image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
 dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
 svg { display: block; } svg text { fill: var(--pale); font: 10px system-ui, sans-serif; }
@@ -372,28 +377,29 @@ def _gallery(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
     columns = _columns(pictures)
-    head = "".join(f"<th>{escape(column)}</th>" for column in ("", *columns))
+    head = "".join(f"<th>{_breakable(column)}</th>" for column in ("", *columns))
     body = []
     for picture in pictures:
         cells = [f"<td>{escape(picture.title)}</td>"]
         for column in columns:
             images, decibels = _cell(picture, column)
-            good = "good" if decibels is not None and decibels >= RECOVERED_DB and column in picture.guesses else "pale"
+            good = "good" if _is_recovered(column, decibels) else "pale"
             caption = f"<span class='{good}'>{_number(decibels, '.1f')} dB</span>" if decibels is not None else ""
             shown = _embedded(images, f"{column}, {picture.title}") if images is not None else "–"
             cells.append(f"<td>{shown}{caption}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        "<h2>Pictures</h2><div class='scroll' style='max-height: none'><table class='pictures'>"
+        "<h2>Pictures</h2><div class='scroll' style='max-height: none'>"
+        f"<table class='pictures' style='min-width: {110 * (len(columns) + 1)}px'>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         "<p class='pale'>Below each guess its PSNR. The blind guess is made without any leak, from public images.</p>"
     )
 
 
 def _embedded(images: Batch, words: str) -> str:
-    pixels = _grid(images)
-    kind = "pixels" if max(pixels.shape) <= 128 else ""
-    content = base64.b64encode(_png(Image.fromarray(pixels))).decode()
+    picture = _grid(images)
+    kind = "pixels" if max(picture.size) <= 144 else ""
+    content = base64.b64encode(_png(picture)).decode()
     return f"<img class='{kind}' alt='{escape(words)}' src='data:image/png;base64,{content}'>"
 
 
@@ -406,7 +412,8 @@ def _summaries(rows: Sequence[Row]) -> str:
     head += "".join(f"<th class='number'>{name}</th>" for name in numbers)
     body = []
     for entry in summaries:
-        words = "".join(f"<td>{escape(word)}</td>" for word in (*entry.knobs.values(), entry.attack))
+        words = "".join(f"<td>{escape(value)}</td>" for value in entry.knobs.values())
+        words += f"<td class='attack'>{_breakable(entry.attack)}</td>"
         figures = "".join(f"<td class='number'>{escape(figure)}</td>" for figure in _cells(entry))
         body.append(f"<tr>{words}<td>{_dots(entry, right)}</td>{figures}</tr>")
     return (
@@ -421,7 +428,7 @@ def _dots(entry: Summary, right: float) -> str:
     """A dot for each victim on an axis from 0 to `right` dB."""
 
     def x(decibels: float) -> str:
-        return f"{5 + 190 * min(max(decibels / right, 0.0), 1.0):.1f}"
+        return f"{5 + 150 * min(max(decibels / right, 0.0), 1.0):.1f}"
 
     heights = [6 + number * 7 % 15 for number in range(len(entry.psnrs))]  # so that equal ones do not hide each other
     dots = "".join(
@@ -432,11 +439,11 @@ def _dots(entry: Summary, right: float) -> str:
     line = "" if floor is None else f"<line class='floor' x1='{x(floor)}' x2='{x(floor)}' y1='2' y2='26'/>"
     limit = x(RECOVERED_DB)
     return (
-        "<svg width='200' height='38' role='img' aria-label='PSNR of each victim'>"
-        f"<line class='axis' x1='5' x2='195' y1='26.5' y2='26.5'/>"
+        "<svg width='160' height='38' role='img' aria-label='PSNR of each victim'>"
+        f"<line class='axis' x1='5' x2='155' y1='26.5' y2='26.5'/>"
         f"<line class='limit' x1='{limit}' x2='{limit}' y1='2' y2='26'/>{line}{dots}"
         f"<text x='2' y='36'>0</text><text x='{limit}' y='36' text-anchor='middle'>{RECOVERED_DB:g}</text>"
-        f"<text x='198' y='36' text-anchor='end'>{right:.0f} dB</text></svg>"
+        f"<text x='158' y='36' text-anchor='end'>{right:.0f} dB</text></svg>"
     )
 
 
@@ -453,7 +460,7 @@ def _rows(rows: Sequence[Row]) -> str:
         value = row.get(name)
         if name in forms:
             return f"<td class='number'>{_number(value, forms[name])}</td>"
-        return f"<td class='{'wrap' if name == 'error' else ''}'>{escape(_text(value))}</td>"
+        return f"<td class='{name if name in ('attack', 'error') else ''}'>{_breakable(_text(value))}</td>"
 
     head = "".join(
         f"<th class='{'number' if name in forms else ''}'>{escape(names.get(name, name.replace('_', ' ')))}</th>"
@@ -461,6 +468,11 @@ def _rows(rows: Sequence[Row]) -> str:
     )
     body = "".join(f"<tr>{''.join(cell(row, name) for name in columns)}</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _breakable(text: str) -> str:
+    """Escaped, and free to go on in a new line after _ ( , and before a capital."""
+    return re.sub(r"(?<=[_(,])|(?<=[a-z])(?=[A-Z])", "<wbr>", escape(text))
 
 
 def _definitions(words: Mapping[str, str]) -> str:

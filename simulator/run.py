@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
-from torch import Tensor
+from torch import Tensor, nn
 
 from simulator import report, scores
 from simulator.attack import Attack, Reconstruction
 from simulator.errors import FedtapError
 from simulator.federation import Heard, clients_on, play
 from simulator.leaks import Leak, stack
-from simulator.output import Folder, Row
+from simulator.output import Folder, Row, left_by_us
 from simulator.progress import progress
 from simulator.scenario import PrivateData, Scenario, private_data
 
@@ -37,7 +37,9 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise FedtapError(f"Device {name!r} is not to be had here ({str(error).splitlines()[0]}): use --device cpu.") from error
+        raise FedtapError(
+            f"Device {name!r} is not to be had here ({str(error).splitlines()[0]}): use --device cpu."
+        ) from error
     # A gradient is matched to seven digits: TF32's three would drown it.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -58,6 +60,7 @@ def run(
     Raises:
         FedtapError: a part cannot be played, or one of its attacks cannot use its leaks.
     """
+    left_by_us(out)  # refuse a folder that is not ours before an hour is spent
     folder: Folder | None = None
     pictures: dict[Any, report.Picture] = {}
     for number, part in enumerate(progress(parts, "scenario")):
@@ -71,15 +74,14 @@ def run(
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
             leak.save(out / f"leaks/part_{number}.safetensors")
-        _attack(part, number, leak, heard, private, folder, pictures, device)
+        _attack(parts, number, leak, heard, private, folder, pictures, device)
     assert folder is not None
     folder.describe(finished=True)
-    _report(folder, parts, list(pictures.values()))
     return folder.rows
 
 
 def _attack(
-    part: Scenario,
+    parts: Sequence[Scenario],
     number: int,
     leak: Leak | None,
     heard: Heard,
@@ -89,6 +91,7 @@ def _attack(
     device: torch.device,
 ) -> None:
     """Every attack of one part: rows, pictures, and a report of what is finished so far."""
+    part = parts[number]
     floor = scores.blind(private.world.public.batch(torch.arange(len(private.world.public)))[0])
     truths = [private(*name) for name in private.names() if name in heard.leaks]
     blinds = _blind_scores(floor, truths)
@@ -104,7 +107,8 @@ def _attack(
             guess = done
         common = _common(part, unit, attack)
         rows: list[Row] = [
-            common | {"client": client, "round": rnd, "error": heard.why_missing(client, rnd)} for client, rnd in missing
+            common | {"client": client, "round": rnd, "error": heard.why_missing(client, rnd)}
+            for client, rnd in missing
         ]
         if leak is not None:
             guess = _on_cpu(guess)
@@ -127,7 +131,7 @@ def _attack(
         if done is None:
             folder.rows = [row for row in folder.rows if row["unit"] != unit]
             folder.add(rows)
-        _report(folder, [part], list(pictures.values()))
+        _report(folder, parts, leak, list(pictures.values()))
 
 
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
@@ -137,7 +141,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
     return {
         "scenario": part.name,
         **dict(part.swept),
-        "attack": attack.name,
+        "attack": _label(attack, part.attacks),
         "defence": "none",
         "world": part.world,
         "model": part.model,
@@ -187,14 +191,21 @@ def _picture(
         said = ", ".join(f"{knob} {value}" for knob, value in part.swept)
         title = f"client {client}" + (f", round {rnd}" if rnd > 1 else "") + (f", {said}" if said else "")
         pictures[key] = report.Picture(title, truth, {}, floor.expand_as(truth))
-    pictures[key].guesses[f"{attack.name} on {part.model}"] = (guess, psnr)
+    pictures[key].guesses[f"{_label(attack, part.attacks)} on {part.model}"] = (guess, psnr)
+
+
+def _label(attack: Attack, panel: Sequence[Attack]) -> str:
+    """Its name; with its settings where the panel has two of that name."""
+    return attack.name if sum(other.name == attack.name for other in panel) == 1 else repr(attack)
 
 
 def _about(parts: Sequence[Scenario], device: torch.device) -> dict[str, Any]:
+    scenario = {"scenario": [repr(part) for part in parts], "question": parts[0].question, "seed": parts[0].seed}
+    return scenario | _environment(device)
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
     return {
-        "scenario": [repr(part) for part in parts],
-        "question": parts[0].question,
-        "seed": parts[0].seed,
         "device": device_name(device),
         "versions": {
             "fedtap": version("fedtap"),
@@ -217,6 +228,93 @@ THREATS = {
     "eavesdropper": "An eavesdropper sees what each client sends, and knows the architecture but not the weights.",
 }
 
+BATCHNORM = (
+    "This model has BatchNorm in training mode: its batch's own statistics normalise each image, so the gradient of "
+    "one image depends on the others, and says nothing of what the normalisation removed: the layers' means and scales."
+)
 
-def _report(folder: Folder, parts: Sequence[Scenario], pictures: list[report.Picture]) -> None:
-    ...
+
+def _threat(part: Scenario, network: nn.Module | None) -> str:
+    update = "its gradient" if part.steps == 1 else f"the sum of {part.steps} local steps"
+    said = [
+        THREATS[part.listener],
+        f"Each honest client sends its weights after training on {part.batch} private image(s); their difference to "
+        f"the weights it was sent is {update}. No defence. The attacker is never shown a label or a pixel.",
+        "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
+    ]
+    if network is not None and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        said.append(BATCHNORM)
+    return "\n".join(said)
+
+
+def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictures: list[report.Picture]) -> None:
+    """strip.png and report.html of all that is finished so far."""
+    part = parts[0]
+    settings = {
+        name: str(value)
+        for name, value in dataclasses.asdict(part).items()
+        if name not in ("name", "question", "attacks", "swept") and name not in dict(part.swept)
+    }
+    attacks = dict.fromkeys(f"{row['attack']} on {row['model']}: {row['settings']}" for row in folder.rows)
+    about = report.About(
+        scenario=part.name,
+        question=part.question,
+        threat=_threat(part, leak.network if leak is not None else None),
+        settings=settings | {"attacks": "\n".join(attacks)},
+        environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
+    )
+    report.write(folder.path, about, folder.rows, pictures)
+
+
+def attack_saved(
+    leak: Leak, attacks: Sequence[Attack], out: Path, *, device: torch.device, seed: int, source: str
+) -> list[Row]:
+    """Attack a leak of which there is no truth; `out` holds the guesses, and rows with objectives but no scores.
+
+    Raises:
+        FedtapError: an attack cannot use this leak, or `out` cannot be written.
+    """
+    left_by_us(out)
+    for attack in attacks:
+        attack.accepts(leak)
+    protocol = leak.protocol
+    about = {"scenario": [repr(protocol), *map(repr, attacks)], "question": f"What is in {source}?", "seed": seed}
+    folder = Folder(out, {**about, **_environment(device)})
+    pictures = [
+        report.Picture(f"client {client}, round {rnd}", None, {}, None)
+        for client, rnd in zip(leak.clients.tolist()[:PICTURES], leak.rounds.tolist(), strict=False)
+    ]
+    for order, attack in enumerate(attacks):
+        began = time.perf_counter()
+        guess = _on_cpu(attack(leak.to(device), seed=seed))
+        seconds = (time.perf_counter() - began) / len(leak)
+        unit = f"{order}-{attack.name}"
+        folder.keep(unit, guess)
+        for victim, picture in enumerate(pictures):
+            picture.guesses[_label(attack, attacks)] = (guess.images[victim], None)
+        folder.add(
+            [
+                {
+                    "attack": _label(attack, attacks),
+                    "model": protocol.model,
+                    "client": client,
+                    "round": rnd,
+                    "labels": guess.labels[victim].tolist(),
+                    "objective": _finite(float(guess.objective[victim])),
+                    "seconds": seconds,
+                    "settings": repr(attack),
+                    "unit": unit,
+                }
+                for victim, (client, rnd) in enumerate(zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True))
+            ]
+        )
+    folder.describe(finished=True)
+    page = report.About(
+        scenario=f"What is in {source}?",
+        question="Which images have this gradient? There is no truth to score against: look, and read the objective.",
+        threat=THREATS.get(protocol.listener, f"The leak says its listener was: {protocol.listener}."),
+        settings={name: str(value) for name, value in dataclasses.asdict(protocol).items()},
+        environment=folder.about["versions"] | {"device": folder.about["device"]},
+    )
+    report.write(out, page, folder.rows, pictures)
+    return folder.rows

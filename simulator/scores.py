@@ -54,17 +54,17 @@ class Score(TypedDict):
     lpips_note: str | None
 
 
-def mse(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
+def mse(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     """Mean squared error of each image."""
     return (guess.double().clamp(0, 1) - truth.double()).square().flatten(1).mean(1)
 
 
-def psnr(mse: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def psnr(mse: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Peak signal-to-noise ratio in decibels, 10 log10(1 / mse), at most PSNR_CAP."""
     return -10 * mse.clamp(min=10 ** (-PSNR_CAP / 10)).log10()
 
 
-def ssim(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
+def ssim(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     """Structural similarity of each image, by scikit-image: a uniform 7 x 7 window, mean over channels.
 
     Raises:
@@ -78,7 +78,7 @@ def ssim(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
     return torch.tensor([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs])  # type: ignore[no-untyped-call]
 
 
-def lpips(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
+def lpips(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     """Learned perceptual distance (alex, v0.1) of each image at its own size. Grey images are shown as grey in colour.
 
     Raises:
@@ -97,14 +97,14 @@ def lpips(guess: Batch, truth: Batch) -> Float[Tensor, "batch"]:
         return torch.cat([network(guess[chunk], truth[chunk], normalize=True).flatten() for chunk in chunks])
 
 
-def match(guess: Batch, truth: Batch) -> Int[Tensor, "batch"]:
+def match(guess: Batch, truth: Batch) -> Int[Tensor, " batch"]:
     """For each true image the guess that is matched to it: the pairing with the least total squared error."""
     one, other = guess.double().clamp(0, 1).flatten(1), truth.double().flatten(1)
     costs = torch.stack([(one - image).square().sum(1) for image in other])  # truth guess
     return torch.from_numpy(linear_sum_assignment(costs.numpy())[1])
 
 
-def label_correct(guess: Int[Tensor, "batch"], truth: Int[Tensor, "batch"]) -> float:
+def label_correct(guess: Int[Tensor, " batch"], truth: Int[Tensor, " batch"]) -> float:
     """Share of the true labels that the guess holds, each as often as it is guessed; order does not count."""
     classes = int(max(guess.max(), truth.max())) + 1
     counts = (torch.bincount(labels[labels >= 0], minlength=classes) for labels in (guess, truth))
@@ -112,7 +112,7 @@ def label_correct(guess: Int[Tensor, "batch"], truth: Int[Tensor, "batch"]) -> f
 
 
 def score(
-    guess_images: Batch, guess_labels: Int[Tensor, "batch"], true_images: Batch, true_labels: Int[Tensor, "batch"]
+    guess_images: Batch, guess_labels: Int[Tensor, " batch"], true_images: Batch, true_labels: Int[Tensor, " batch"]
 ) -> Score:
     """The scores of one victim."""
     return score_all(guess_images[None], guess_labels[None], true_images[None], true_labels[None])[0]

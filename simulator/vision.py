@@ -45,7 +45,7 @@ def _torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "..."]]:
+def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
     """CIFAR-10 through torchvision, downloaded into `data_root` where it is not there yet.
 
     Returns:

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"simulator": set(), "attackers": {"simulator"}, "clients": {"simulator"}, "scenarios": {"attackers", "clients", "simulator"}}
+ROOMS = {
+    "simulator": set(),
+    "attackers": {"simulator"},
+    "clients": {"simulator"},
+    "scenarios": {"attackers", "clients", "simulator"},
+}
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 
 

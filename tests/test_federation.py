@@ -1,4 +1,4 @@
-"""The federation: what is heard is what was computed, failing clients do not stop a round, and practice is heard too."""
+"""The federation: what is heard is what was computed; failing clients stop no round; practice is heard too."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def test_private_data_is_a_pure_function_and_each_client_keeps_to_its_share() ->
 def test_any_strategy_runs_over_the_tap(strategy: type[FedAdam] | type[FedMedian]) -> None:
     scenario = dataclasses.replace(BASE, rounds=1)
     grid, private = federation(scenario)
-    heard = play(scenario, grid, private, strategy=strategy(fraction_evaluate=0.0, min_train_nodes=4, min_available_nodes=4))
+    heard = play(
+        scenario, grid, private, strategy=strategy(fraction_evaluate=0.0, min_train_nodes=4, min_available_nodes=4)
+    )
     assert set(heard.leaks) == set(private.names())
 
 
@@ -126,7 +128,7 @@ def misbehaving(how: str, scenario: Scenario) -> ClientApp:
         arrays, metrics = answer.content.array_records["arrays"], answer.content.metric_records["metrics"]
         content = RecordDict({"arrays": arrays, "metrics": metrics})
         if how == "nan":
-            arrays["fc.bias"] = Array((arrays["fc.bias"].numpy() * float("nan")))
+            arrays["fc.bias"] = Array(arrays["fc.bias"].numpy() * float("nan"))
         elif how == "misshapen":
             arrays["fc.bias"] = Array(arrays["fc.bias"].numpy()[:-1].copy())
         elif how == "missing":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from simulator.models import build
 SHAPE = (3, 8, 8)
 
 
-def leak(victims: int = 3, model: str = "mlp", kind: type[Leak] = GradientLeak, stacked: bool = False, seed: int = 0) -> Leak:
+def leak(
+    victims: int = 3, model: str = "mlp", kind: type[Leak] = GradientLeak, stacked: bool = False, seed: int = 0
+) -> Leak:
     generator = torch.Generator().manual_seed(seed)
     network = build(model, SHAPE, 4)
     lead = (victims,) if stacked else ()
@@ -41,7 +44,11 @@ def leak(victims: int = 3, model: str = "mlp", kind: type[Leak] = GradientLeak, 
 
 def same(one: Leak, other: Leak) -> bool:
     def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        groups = [(one.observed, other.observed), (one.weights or {}, other.weights or {}), (one.buffers, other.buffers)]
+        groups = [
+            (one.observed, other.observed),
+            (one.weights or {}, other.weights or {}),
+            (one.buffers, other.buffers),
+        ]
         return [(a[name], b[name]) for a, b in groups for name in a.keys() | b.keys()]
 
     names = (one.clients, other.clients), (one.rounds, other.rounds), (one.restarts, other.restarts)
@@ -164,7 +171,5 @@ def test_no_damaged_header_does_anything_but_load_or_be_refused(
     content = bytearray(path.read_bytes())
     content[flip % len(content)] = byte
     path.write_bytes(bytes(content[: len(content) - cut]))
-    try:
+    with contextlib.suppress(FedtapError):
         load(path, build).check()
-    except FedtapError:
-        pass

@@ -1,0 +1,258 @@
+"""What a victim would have sent for a guess, and how far that is from what it did send: the heart of every match.
+
+One lane is one victim at one restart. All lanes run at once through `torch.func.vmap`; after a few calls the vmapped
+function is traced into a plain list of tensor operations (`make_fx`), which saves the bookkeeping of functorch, and,
+where asked, compiled. Both give the same numbers as the plain double backward pass, which the tests keep beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from attackers.parts.convolutions import TABLE
+from simulator.attack import Images
+from simulator.leaks import Leak, Tensors, UpdateLeak
+
+Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
+"""Hard labels, or what each image's label is thought to be: a distribution over the classes."""
+
+Misfit = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+"""Of one lane's answer and the leaked one, both named as the parameters are: a scalar, lower is closer."""
+
+Extra = Callable[[nn.Module, Tensors, Tensors, Tensor], Tensor]
+"""A prior that looks through the network: of (network, weights, buffers, images of one lane), a scalar."""
+
+WARM_UP = 64
+"""Calls before tracing, which costs about as much as these."""
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Numbers of lanes that programs are made for; others are filled up to the next."""
+
+
+def squared_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+    """``sum (answer - leaked)^2`` over every entry of every tensor."""
+    return torch.stack([(answer[name] - leaked[name]).square().sum() for name in leaked]).sum()
+
+
+def cosine_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+    """``1 - <answer, leaked> / (|answer| |leaked|)``, all tensors taken together as one vector."""
+    product = torch.stack([(answer[name] * leaked[name]).sum() for name in leaked]).sum()
+    norms = [torch.stack([side[name].square().sum() for name in leaked]).sum() for side in (answer, leaked)]
+    return 1 - product / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
+
+
+def mean_gradient(leak: Leak) -> dict[str, Tensor]:
+    """The leaked gradient; of an update, ``-update / (learning rate x steps)``: the mean one along its local steps."""
+    if not isinstance(leak, UpdateLeak):
+        return dict(leak.observed)
+    protocol = leak.protocol
+    return {name: -tensor / (protocol.learning_rate * protocol.steps) for name, tensor in leak.observed.items()}
+
+
+def answer(leak: Leak) -> Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]:
+    """What one victim would send, in the units of `mean_gradient`.
+
+    Returns:
+        A function of (weights, buffers, images `batch channel height width`, distribution `batch classes`).
+    """
+    network, protocol, several = stateless(leak.network), leak.protocol, isinstance(leak, UpdateLeak)
+
+    def loss(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> Tensor:
+        logits = functional_call(network, {**weights, **buffers}, (images,))
+        return -(distribution * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+    def respond(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> dict[str, Tensor]:
+        slopes: dict[str, Tensor] = grad(loss)(weights, buffers, images, distribution)
+        total, here = slopes, weights
+        for _ in range(protocol.steps - 1 if several else 0):
+            here = {name: here[name] - protocol.learning_rate * slopes[name] for name in weights}
+            slopes = grad(loss)(here, buffers, images, distribution)
+            total = {name: total[name] + slopes[name] for name in weights}
+        return {name: tensor / protocol.steps for name, tensor in total.items()} if several else total
+
+    return respond
+
+
+class Match:
+    """How far each lane's answer is from its leak: `match(images, labels)` -> one value a lane, differentiable.
+
+    Args:
+        leak: one entry a lane.
+        misfit: distance of one lane's answer from the leaked one.
+        extra: a prior that needs the network, added to the misfit.
+        compiled: run through `torch.compile`; half a minute to start, twice as fast from then on.
+    """
+
+    def __init__(self, leak: Leak, misfit: Misfit, extra: Extra | None = None, compiled: bool = False) -> None:
+        if leak.weights is None:
+            raise AssertionError("a match needs the weights: the attack should say needs_weights")
+        self.leak, self.misfit, self.extra, self.compiled = leak, misfit, extra, compiled
+        self.leaked = mean_gradient(leak)
+        size = sum(tensor[0].numel() for tensor in self.leaked.values())
+        self.chunk = max(n for n in SIZES if n == 1 or n * (size + 200 * leak.protocol.batch * _pixels(leak)) <= 2**25)
+        self._calls: dict[tuple[int, bool], int] = {}
+
+    @property
+    def floor(self) -> float:
+        """The squared distance that rounding on the wire leaves at the true images."""
+        scale = self.leak.protocol.learning_rate * self.leak.protocol.steps if isinstance(self.leak, UpdateLeak) else 1
+        return (self.leak.resolution / scale) ** 2 * sum(tensor[0].numel() for tensor in self.leaked.values())
+
+    def __call__(self, images: Images, labels: Labels, lanes: Tensor | None = None) -> Float[Tensor, "lanes"]:
+        """The misfit of each lane, with its slope towards images and, where they are a distribution, labels.
+
+        Args:
+            lanes: which of the leak's entries these are; all where not given.
+        """
+        soft = labels.is_floating_point()
+        target = labels if soft else F.one_hot(labels, self.leak.protocol.classes).to(images.dtype)
+        return _Ready.apply(images, target, *self._evaluate(images, target, lanes, soft))  # type: ignore[no-any-return,no-untyped-call]
+
+    def _evaluate(self, images: Tensor, target: Tensor, lanes: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
+        """Values, slope towards images, slope towards labels (empty where hard)."""
+        where = torch.arange(len(self.leak), device=images.device) if lanes is None else lanes.to(images.device)
+        images, target = images.detach(), target.detach()
+        parts = [self._chunk(images[rows], target[rows], where[rows], soft) for rows in _chunks(len(where), self.chunk)]
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def _chunk(self, images: Tensor, target: Tensor, lanes: Tensor, soft: bool) -> tuple[Tensor, ...]:
+        true = len(images)
+        lacking = next(n for n in SIZES if n >= true) - true
+        if lacking:
+            fill = torch.arange(true + lacking, device=images.device).clamp_max(true - 1)
+            images, target, lanes = images[fill], target[fill], lanes[fill]
+        whole = len(lanes) == len(self.leak) and bool((lanes == torch.arange(len(lanes), device=lanes.device)).all())
+        pick = (lambda tensor: tensor) if whole else (lambda tensor: tensor[lanes])
+        model = pick if self.leak.stacked else (lambda tensor: tensor)
+        inputs = (
+            {name: model(tensor) for name, tensor in (self.leak.weights or {}).items()},
+            {name: model(tensor) for name, tensor in self.leak.buffers.items()},
+            {name: pick(tensor) for name, tensor in self.leaked.items()},
+            images.contiguous(),
+            target.contiguous(),
+        )
+        slopes, values = self._program(inputs, soft)(*inputs)
+        return values[:true], slopes[0][:true], slopes[1][:true] if soft else slopes[0][:0]
+
+    def _program(self, inputs: Any, soft: bool) -> Callable[..., Any]:
+        """The vmapped function at first; from the `WARM_UP`th call with as many lanes on, its trace."""
+        count = len(inputs[3])
+        self._calls[count, soft] = self._calls.get((count, soft), 0) + 1
+        if self._calls[count, soft] <= WARM_UP and not self.compiled:
+            return self._vmapped(soft)
+        leak = self.leak
+        key = (leak.kind, leak.protocol, leak.stacked, self.misfit, self.extra, self.compiled, soft, count, leak.device)
+        programs = _PROGRAMS.setdefault(leak.network, {})
+        if key not in programs:
+            table = TABLE if self.compiled and count > 1 else None
+            trace = _without_repeats(make_fx(self._vmapped(soft), decomposition_table=table)(*inputs))
+            programs[key] = torch.compile(trace) if self.compiled else trace
+        return programs[key]
+
+    def _vmapped(self, soft: bool) -> Callable[..., Any]:
+        respond, network, misfit, extra = answer(self.leak), self.leak.network, self.misfit, self.extra
+
+        def lane(weights: Tensors, buffers: Tensors, leaked: Tensors, images: Tensor, target: Tensor) -> Any:
+            def objective(images: Tensor, target: Tensor) -> Tensor:
+                value = misfit(respond(weights, buffers, images, target), leaked)
+                return value if extra is None else value + extra(network, weights, buffers, images)
+
+            return grad_and_value(objective, argnums=(0, 1) if soft else (0,))(images, target)
+
+        shared = 0 if self.leak.stacked else None
+        return vmap(lane, in_dims=(shared, shared, 0, 0, 0))
+
+
+_PROGRAMS: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()
+
+
+class _Ready(torch.autograd.Function):
+    """Values whose slopes are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, target: Tensor, values: Tensor, slope: Tensor, soft: Tensor) -> Tensor:
+        ctx.save_for_backward(slope, soft)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        slope, soft = ctx.saved_tensors
+        return (
+            weight.reshape(-1, 1, 1, 1, 1) * slope,
+            weight.reshape(-1, 1, 1) * soft if len(soft) else None,
+            None,
+            None,
+            None,
+        )
+
+
+class BatchStatistics(nn.Module):
+    """BatchNorm by the batch's own mean and variance, as in training, written out: it keeps no statistics."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        over = [0, *range(2, hidden.ndim)]
+        centred = hidden - hidden.mean(over, keepdim=True)
+        scaled = centred * (centred.square().mean(over, keepdim=True) + self.eps).rsqrt()
+        if self.weight is None:
+            return scaled
+        shape = (-1, *(1 for _ in range(hidden.ndim - 2)))
+        return scaled * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
+def stateless(network: nn.Module) -> nn.Module:
+    """The network with BatchNorm made functional and dropout left out: nobody knows which units a victim dropped."""
+    if network in _STATELESS:
+        return _STATELESS[network]
+    copied = copy.deepcopy(network)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
+                setattr(parent, name, BatchStatistics(child))
+            elif isinstance(child, nn.modules.dropout._DropoutNd):
+                child.eval()
+    _STATELESS[network] = copied
+    return copied
+
+
+_STATELESS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def _without_repeats(trace: GraphModule) -> GraphModule:
+    """Drop operations that repeat an earlier one, and those that nothing uses."""
+    seen: dict[Any, Any] = {}
+    for node in list(trace.graph.nodes):
+        if node.op not in ("call_function", "get_attr") or getattr(node.target, "is_mutable", False):
+            continue
+        twin = seen.setdefault((node.op, node.target, repr(node.args), repr(node.kwargs)), node)
+        if twin is not node:
+            node.replace_all_uses_with(twin)
+            trace.graph.erase_node(node)
+    trace.graph.eliminate_dead_code()
+    trace.recompile()
+    return trace
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _pixels(leak: Leak) -> int:
+    channels, height, width = leak.protocol.shape
+    return channels * height * width

@@ -1,0 +1,91 @@
+"""What fedtap's own machinery costs, as ratios of two things timed in one run: `make bench`."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from attackers import bench as attacks
+from clients.app import client_app
+from simulator.federation import play
+from simulator.local import LocalGrid
+from simulator.models import build
+from simulator.scenario import PrivateData, Scenario, private_data
+
+CLIENTS, STEPS, BATCH, ROUNDS = 20, 10, 32, 5
+
+
+def main() -> None:
+    """A round of the federation over a bare loop doing the same training; then the attacks' own ratios."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        scenario = _scenario(Path(folder) / "noise.npz")
+        private = private_data(scenario, Path("data"), CLIENTS - 1)
+    federation, bare = [], []
+    for _ in range(5):  # in turns, so that both see the same machine
+        federation.append(_seconds(lambda: _federation(scenario, private)))
+        bare.append(_seconds(lambda: _bare(private)))
+    ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
+    print(f"{ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
+    print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
+    attacks.main()
+
+
+def _scenario(path: Path) -> Scenario:
+    """Training on images of noise: what is timed does not depend on what is seen."""
+    noise = np.random.default_rng(0)
+    images, held = 1.5 * CLIENTS * STEPS * BATCH, BATCH
+    np.savez(
+        path,
+        x_train=noise.integers(0, 256, (int(images), 32, 32, 3), np.uint8),
+        y_train=noise.integers(0, 10, int(images), np.uint8),
+        x_test=noise.integers(0, 256, (held, 32, 32, 3), np.uint8),
+        y_test=np.arange(held, dtype=np.uint8) % 10,
+    )
+    return Scenario(
+        attacks=(), name="bench", world=str(path), rounds=ROUNDS, victims=1, clients=CLIENTS - 1, steps=STEPS, batch=BATCH
+    )
+
+
+def _federation(scenario: Scenario, private: PrivateData) -> None:
+    play(scenario, LocalGrid(client_app(lambda config: (scenario,)), CLIENTS), private)
+
+
+def _bare(private: PrivateData) -> None:
+    """The same training and averaging with nothing around it."""
+    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    shared = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    for rnd in range(1, ROUNDS + 2):
+        total = {name: torch.zeros_like(weight) for name, weight in shared.items()}
+        for client in range(CLIENTS):
+            images, labels = private(client, rnd)
+            net.load_state_dict(shared)
+            optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+            for step in range(STEPS):
+                at = step * BATCH % len(images)
+                optimiser.zero_grad()
+                F.cross_entropy(net(images[at : at + BATCH]), labels[at : at + BATCH]).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            for name, weight in net.named_parameters():
+                total[name] += weight.detach() / CLIENTS
+        shared = total
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The command line as a user meets it: what a run leaves, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from attackers import ATTACKS
+from scenarios.__main__ import main
+from scenarios.knobs import settings
+from scenarios.plan import catalogue, plan, plan_of
+from simulator.errors import FedtapError
+
+QUICK = ["--victims", "2", "--attack", "linear", "--model", "mlp"]
+
+
+def fedtap(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "scenarios", *words], capture_output=True, text=True, check=False)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The command in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["fedtap", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.json",
+        "rows.jsonl",
+        "leaks",
+        "guesses",
+        "strip.png",
+        "report.html",
+    }
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["finished"]
+    assert about["scenario"][0].startswith("Scenario(")
+    assert {"seed", "device", "versions", "question"} <= about.keys()
+    columns = "scenario attack defence world model client round seed mse psnr ssim lpips label_correct recovered psnr_blind"
+    for row in rows(tmp_path):
+        assert {*columns.split(), "seconds"} <= row.keys()
+        assert row["psnr"] > 40 > 20 > row["psnr_blind"]  # type: ignore[operator]
+        assert row["recovered"] == 1
+        assert row["error"] is None
+    page = (tmp_path / "report.html").read_text()
+    assert "curious server" in page
+    assert "Does a photograph come back" in page
+    assert Image.open(tmp_path / "strip.png").size[0] > 300
+
+
+def test_a_sweep_plays_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["batch_size", *QUICK, "--batch", "1,2", "--size", "16", "--out", str(tmp_path)]
+    assert run(monkeypatch, *words) == 0  # `run` may be left out
+    assert [(row["batch"], row["client"]) for row in rows(tmp_path)] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(row["lpips"] is None and "31" in str(row["lpips_note"]) for row in rows(tmp_path))
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", "first_leak", "--victims", "2", "--attack", "linear,idlg(steps=5)", "--model", "mlp"]
+    calls: list[str] = []
+
+    def stops(attack: object, leak: object, **more: object) -> object:
+        calls.append("idlg")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ATTACKS["idlg"], "reconstruct", stops)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            patch.setattr(sys, "argv", ["fedtap", *words, "--out", str(tmp_path)])
+            main()
+    assert calls
+    assert [row["attack"] for row in rows(tmp_path)] == ["linear"] * 2
+    assert not json.loads((tmp_path / "run.json").read_text())["finished"]
+    finished = rows(tmp_path)
+
+    assert run(monkeypatch, *words, "--victims=2", "--out", str(tmp_path), "--resume") == 2  # given twice
+    with monkeypatch.context() as patch:
+        patch.setattr(ATTACKS["linear"], "reconstruct", stops)  # what is finished is not played again
+        assert run(patch, *words, "--out", str(tmp_path), "--resume") == 0
+    assert rows(tmp_path)[:2] == finished
+    assert [row["attack"] for row in rows(tmp_path)] == ["linear"] * 2 + ["idlg"] * 2
+    assert run(monkeypatch, *words, "--seed", "3", "--out", str(tmp_path), "--resume") == 2  # another run
+
+
+def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "a")) == 0
+    leak = str(tmp_path / "a/leaks/part_0.safetensors")
+    assert run(monkeypatch, "attack", leak, "--attack", "linear", "--out", str(tmp_path / "b")) == 0
+    (first, _) = rows(tmp_path / "b")
+    assert "psnr" not in first
+    assert first["objective"] is not None
+    assert (tmp_path / "b/strip.png").is_file()
+    same = (tmp_path / "a/guesses/part_0-0-linear.safetensors").read_bytes()
+    assert (tmp_path / "b/guesses/0-linear.safetensors").read_bytes() == same
+
+
+def test_ones_own_model_is_named_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
+    )
+    words = ["run", "first_leak", "--victims", "2", "--attack", "linear", "--model", "mine:net", "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "scenarios", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(row["psnr"] > 40 for row in rows(tmp_path / "out"))  # type: ignore[operator]
+    leak = str(tmp_path / "out/leaks/part_0.safetensors")
+    refused = fedtap("attack", leak, "--attack", "linear", "--out", str(tmp_path / "no"))
+    assert refused.returncode == 2
+    assert "may not name code" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_list_names_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "list") == 0
+    shown = capsys.readouterr().out
+    for name in ("first_leak", "batch_size", "local_steps", *ATTACKS, "photos", "cifar10", "resnet20", "vit", "mlp"):
+        assert name in shown
+
+
+def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "run", "batch_size", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "1,2,4,8,16" in shown
+    assert "--learning-rate" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "first_lek"], "did you mean first_leak?"),
+        (["run", "first_leak", "--attack", "idgl"], "did you mean idlg?"),
+        (["run", "first_leak", "--attack", "idlg(step=3)"], "did you mean steps?"),
+        (["run", "first_leak", "--attack", "idlg(steps=0)"], "steps"),
+        (["run", "first_leak", "--attack", "__import__('os')"], "attack"),
+        (["run", "first_leak", "--victim", "3"], "did you mean --victims?"),
+        (["run", "first_leak", "--victims", "three"], "is not a whole number"),
+        (["run", "first_leak", "--batch", "0"], "at least 1"),
+        (["run", "first_leak", "--learning-rate", "-1"], "out of range"),
+        (["run", "first_leak", "--learning-rate", "nan"], "out of range"),
+        (["run", "first_leak", "--victims", "1,,2"], "is empty"),
+        (["run", "first_leak", "--victims"], "has no value"),
+        (["run", "first_leak", "stray"], "belongs to no knob"),
+        (["run", "first_leak", "--listener", "eavesdroper"], "did you mean eavesdropper?"),
+        (["run", "first_leak", "--listener", "eavesdropper"], "does not know them"),
+        (["run", "first_leak", "--model", "lenett"], "did you mean lenet?"),
+        (["run", "first_leak", "--model", "no.such:thing"], "cannot be imported"),
+        (["run", "first_leak", "--world", "photo"], "did you mean photos?"),
+        (["run", "first_leak", "--world", "no/such/folder"], "no/such/folder"),
+        (["run", "first_leak", "--victims", "100000"], "victims' side of photos holds"),
+        (["run", "first_leak", "--clients", "5000"], "lower --clients"),
+        (["run", "first_leak", "--device", "tpu7"], "use --device cpu"),
+        (["run", "first_leak", "--model", "lenet", "--attack", "linear"], "linear"),
+        (["attack", "no.safetensors"], "does not exist"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fedtap: ")
+    assert said in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_cifar10_that_is_nowhere_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import simulator.vision
+
+    def no_network(data_root: Path) -> None:
+        raise FedtapError("CIFAR-10 is not here and could not be downloaded: put a cifar10.npz there.")
+
+    monkeypatch.setattr(simulator.vision, "cifar10", no_network)
+    words = ["run", "first_leak", "--world", "cifar10", "--data-root", str(tmp_path / "d"), "--out", str(tmp_path / "o")]
+    assert run(monkeypatch, *words) == 2
+    assert "npz" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path)) == 2
+    assert "no fedtap run left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "out")) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "own.npz", x_train=pixels[:40], y_train=labels[:40], x_test=pixels[40:], y_test=labels[40:])
+    out = tmp_path / "out"
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--world", str(tmp_path / "own.npz"), "--out", str(out)) == 0
+    assert all(row["psnr"] > 40 for row in rows(out))  # type: ignore[operator]
+
+
+@given(name=st.sampled_from(sorted(catalogue())), batch=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True))
+def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
+    parts = plan(name, {"batch": ",".join(map(str, batch)), "steps": "1", "attack": "linear", "model": "mlp"})
+    assert [part.batch for part in parts] == batch
+    assert all(part.name == name and part.question for part in parts)
+
+
+@given(word=st.text(max_size=12), knob=st.sampled_from(["victims", "learning_rate", "batch", "alpha", "listener"]))
+def test_any_word_is_a_value_or_a_clear_error(word: str, knob: str) -> None:
+    try:
+        found = settings(catalogue()["first_leak"], {knob: word})
+    except FedtapError as error:
+        assert knob.replace("_", "-") in str(error)
+    else:
+        assert len(found) == word.count(",") + 1
+
+
+def test_run_config_means_the_same_as_the_command_line() -> None:
+    config = {"scenario": "batch_size", "victims": 3, "batch": "2,4", "data-root": "/data", "out": "", "seed": ""}
+    assert plan_of(config) == plan("batch_size", {"victims": "3", "batch": "2,4"})  # type: ignore[arg-type]
+    with pytest.raises(FedtapError, match="names no scenario"):
+        plan_of({"scenario": ""})

@@ -1,0 +1,271 @@
+"""The report: medians that are right, pixels that are the images', and a page that is whole and harmless."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from simulator import report
+from simulator.errors import FedtapError
+from simulator.report import About, Picture, summarise
+
+EVIL = "<script>alert('x')</script> & [bold]"
+
+
+def row(attack: str = "dlg", client: int = 0, **changes: Any) -> dict[str, Any]:
+    settings = {"scenario": "first_leak", "attack": attack, "defence": "none", "world": "photos", "model": "lenet"}
+    who = {"client": client, "round": 1, "seed": 0, "batch": 1, "steps": 1, "listener": "curious_server"}
+    scores = {"mse": 1e-4, "psnr": 40.0, "ssim": 0.9, "lpips": 0.1, "label_correct": 1.0, "recovered": 1.0}
+    return settings | who | scores | {"psnr_blind": 12.0, "seconds": 2.0, "objective": 1e-9, "error": None} | changes
+
+
+def failed(**changes: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "seconds", "objective"))
+    return row(**empty, **({"error": "client 3 did not answer"} | changes))
+
+
+def picture(batch: int = 1, size: int = 32, channels: int = 3, **changes: Any) -> Picture:
+    original = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
+    fields = {
+        "title": "cat\nclient 0",
+        "original": original,
+        "guesses": {"dlg": (original.flip(3), 41.0), "idlg": (original.flip(2), None)},
+        "blind": torch.full((channels, size, size), 0.5),
+    }
+    return Picture(**(fields | changes))
+
+
+def about(**changes: Any) -> About:
+    fields = {
+        "scenario": "first_leak",
+        "question": "Does a gradient give away the photograph behind it?",
+        "threat": "A curious server.",
+        "settings": {"model": "lenet"},
+        "environment": {"torch": "2"},
+    }
+    return About(**(fields | changes))
+
+
+def opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))
+
+
+# Summaries.
+
+
+def test_a_summary_is_of_medians_over_victims() -> None:
+    values = [10.0, 20.0, 31.0, 50.0, 60.0]
+    (entry,) = summarise([row(client=n, psnr=value, recovered=float(value > 30)) for n, value in enumerate(values)])
+    assert (entry.victims, entry.failed, entry.psnr, entry.psnr_blind) == (5, 0, 31.0, 12.0)
+    assert entry.spread == (20.0, 50.0)
+    assert entry.recovered == pytest.approx(0.6)
+    assert entry.seconds == statistics.mean([2.0] * 5)
+
+
+def test_swept_knobs_make_groups_and_seeds_do_not() -> None:
+    rows = [
+        row(attack, client, sigma=sigma, seed=seed)
+        for sigma in (0.0, 0.01)
+        for attack in ("dlg", "idlg")
+        for client in range(2)
+        for seed in range(3)
+    ]
+    entries = summarise(rows)
+    assert [(entry.knobs, entry.attack, entry.victims) for entry in entries] == [
+        ({"sigma": sigma}, attack, 6) for sigma in ("0", "0.01") for attack in ("dlg", "idlg")
+    ]
+
+
+def test_a_failed_client_is_counted_and_spoils_no_median() -> None:
+    (entry,) = summarise([row(psnr=40.0), failed(client=1), row(client=2, psnr=50.0)])
+    assert (entry.victims, entry.failed, entry.psnr, entry.recovered) == (3, 1, 45.0, 1.0)
+    (entry,) = summarise([failed()])
+    assert (entry.psnr, entry.spread, entry.recovered) == (None, None, None)
+
+
+def test_a_guess_with_nan_counts_as_not_recovered() -> None:
+    (entry,) = summarise([row(), row(client=1, psnr=None, mse=None, recovered=0.0)])
+    assert (entry.psnr, entry.recovered) == (40.0, 0.5)
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(report.table(rows))
+    return console.export_text()
+
+
+def test_the_table_shows_figures_knobs_and_failures() -> None:
+    text = shown([row(sigma=0.0), row(client=1, sigma=0.0, psnr=50.0), failed(sigma=0.01, attack="idlg [bold]")])
+    assert "45.0 [42.5 – 47.5]" in text
+    assert "1 (1 failed)" in text
+    assert re.search(r"sigma\s.*attack\s.*victims", text)
+    assert "idlg [bold]" in text
+    assert "0.01" in text
+
+
+def test_a_table_of_nothing_is_empty() -> None:
+    assert "PSNR" in shown([])
+
+
+# The strip.
+
+
+def test_the_strip_holds_the_originals_pixels_enlarged_to_whole_squares() -> None:
+    image = picture()
+    page = opened(report.strip([image])).convert("RGB")
+    assert image.original is not None
+    expected = (image.original[0] * 255).round().byte().permute(1, 2, 0)
+    found = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(page.height, page.width, 3)
+    enlarged = expected.repeat_interleave(6, 0).repeat_interleave(6, 1)
+    x, y = report.MARGIN + 150, report.MARGIN + 24 + 12
+    assert torch.equal(found[y : y + 192, x : x + 192], enlarged)
+
+
+def test_the_strip_has_a_row_for_each_victim_up_to_eight() -> None:
+    heights = [opened(report.strip([picture()] * count)).height for count in (1, 2, 8, 20)]
+    assert heights[1] - heights[0] == report.CELL + report.CAPTION
+    assert heights[2] == heights[3]
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [],
+        [picture(batch=5), picture(batch=1)],
+        [picture(channels=1)],
+        [picture(size=300)],
+        [picture(size=1)],
+        [picture(original=None)],
+        [picture(original=None, blind=None, guesses={})],
+        [picture(blind=None, title="")],
+        [
+            picture(
+                title=EVIL * 4,
+                guesses={
+                    "Refine(CoarseGIT(), InvertingGradients(steps=2000, σ=0.1))" * 3: (
+                        picture().blind.expand(1, -1, -1, -1),
+                        1.0,
+                    )
+                },
+            )
+        ],
+        [picture(guesses={"dlg": (torch.full((1, 3, 32, 32), float("nan")), None)}), picture(guesses={})],
+    ],
+)
+def test_pictures_of_every_kind_are_shown(pictures: list[Picture]) -> None:
+    assert opened(report.strip(pictures)).format == "PNG"
+    assert report.html(about(), [row()], pictures).endswith("</html>\n")
+
+
+def test_originals_have_no_column_where_none_is_known() -> None:
+    assert report._columns([picture(original=None)]) == ["dlg", "idlg", "blind guess"]
+    assert report._columns([picture(), picture(original=None, guesses={"linear": (torch.zeros(1, 3, 2, 2), 1.0)})]) == [
+        "original",
+        "dlg",
+        "idlg",
+        "linear",
+        "blind guess",
+    ]
+
+
+def test_the_blind_guess_is_captioned_with_its_own_psnr() -> None:
+    truth = torch.full((2, 3, 8, 8), 0.6)
+    _, decibels = report._cell(picture(original=truth, blind=torch.full((3, 8, 8), 0.5)), "blind guess")
+    assert decibels == pytest.approx(20.0, abs=1e-4)
+
+
+# The page.
+
+
+class Page(HTMLParser):
+    """Every tag and attribute of a page; that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img", "wbr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_self_contained() -> None:
+    text = report.html(about(), [row(client=n) for n in range(3)], [picture(), picture(batch=4)])
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "//" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+    for words in ("Does a gradient give away", "A curious server.", "lenet", "40.0", "Every victim", "Environment"):
+        assert words in page.text
+
+
+def test_the_pages_pictures_are_the_images_pixel_for_pixel() -> None:
+    image = picture()
+    (first, *_) = re.findall(r"base64,([A-Za-z0-9+/=]+)", report.html(about(), [], [image]))
+    found = pixels(opened(base64.b64decode(first)).convert("RGB"))
+    assert image.original is not None
+    assert torch.equal(found, (image.original[0] * 255).round().byte().permute(1, 2, 0))
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def test_nothing_in_a_run_becomes_markup() -> None:
+    named = about(scenario=EVIL, question=EVIL, threat=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
+    rows = [row(attack=EVIL, defence=EVIL), failed(error=EVIL, client=EVIL)]
+    page = Page(report.html(named, rows, [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 4, 4), 2.0)})]))
+    assert "script" not in page.tags
+    assert "bold" not in page.tags
+    assert page.text.count("alert('x')") >= 8
+
+
+def test_settings_that_do_not_vary_are_left_out_of_the_rows() -> None:
+    text = report.html(about(), [row(sigma=0.0), row(client=1, sigma=0.5)], [])
+    headings = re.findall(r"<th [^>]*>(.*?)</th>", text.split("Every victim")[1])
+    assert headings[:4] == ["sigma", "attack", "client", "round"]
+    assert "listener" not in headings
+    assert "error" not in headings
+
+
+def test_a_leak_attacked_without_the_truth_has_a_page_too() -> None:
+    unknown = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind"))
+    page = Page(report.html(about(), [row(**unknown)], [picture(original=None)]))
+    assert "–" in page.text
+    assert "brought back" not in page.text
+
+
+def test_write_leaves_a_strip_and_a_page_and_nothing_half_done(tmp_path: Path) -> None:
+    report.write(tmp_path / "out", about(), [row()], [picture()])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "strip.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedtapError, match="could not be written"):
+        report.write(tmp_path / "file", about(), [row()], [picture()])
