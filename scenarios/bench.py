@@ -53,7 +53,14 @@ def _scenario(path: Path) -> Scenario:
         y_test=np.arange(held, dtype=np.uint8) % 10,
     )
     return Scenario(
-        attacks=(), name="bench", world=str(path), rounds=ROUNDS, victims=1, clients=CLIENTS - 1, steps=STEPS, batch=BATCH
+        attacks=(),
+        name="bench",
+        world=str(path),
+        rounds=ROUNDS,
+        victims=1,
+        clients=CLIENTS - 1,
+        steps=STEPS,
+        batch=BATCH,
     )
 
 

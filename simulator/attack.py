@@ -28,7 +28,7 @@ class Reconstruction:
 
     images: Images
     labels: Labels
-    objective: Float[Tensor, victims]
+    objective: Float[Tensor, "victims"]
 
 
 class Attack(ABC):

@@ -73,9 +73,9 @@ class Leak:
     network: nn.Module = field(repr=False, compare=False)
     weights: Tensors | None
     buffers: Tensors
-    clients: Int[Tensor, victims]
-    rounds: Int[Tensor, victims]
-    restarts: Int[Tensor, victims]
+    clients: Int[Tensor, "victims"]
+    rounds: Int[Tensor, "victims"]
+    restarts: Int[Tensor, "victims"]
     stacked: bool = False
     resolution: float = 0.0
 

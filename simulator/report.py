@@ -33,6 +33,12 @@ Batch: TypeAlias = Float[Tensor, "batch channel height width"]
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind", "seconds", "objective", "error")
 """What comes out of a row's exchange."""
 
+NOTES = ("ssim_note", "lpips_note")
+"""Why a score is empty."""
+
+ASIDE = ("accuracy", "labels", "settings", "unit", *NOTES)
+"""What else a row may hold that is not a knob."""
+
 WHO = ("scenario", "attack", "client", "round", "seed")
 """Whose row it is; seeds are repetitions, so they are summarised over."""
 
@@ -46,7 +52,7 @@ class Picture:
 
     title: str
     original: Batch | None
-    guesses: Mapping[str, tuple[Batch, float | None]]
+    guesses: dict[str, tuple[Batch, float | None]]
     """Attack's label -> its guess, in the original's order, and PSNR in dB."""
     blind: Tensor | None
     """The blind guess: one image, or a batch."""
@@ -95,7 +101,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO))
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO, *ASIDE))
     return [name for name in names if len({_text(row.get(name)) for row in rows}) > 1]
 
 
@@ -123,6 +129,11 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
     )
 
 
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Why scores are empty, each reason once."""
+    return list(dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note)))
+
+
 def _values(rows: Iterable[Row], column: str) -> list[float]:
     values = (row.get(column) for row in rows)
     return [float(value) for value in values if value is not None and math.isfinite(value)]
@@ -134,9 +145,8 @@ def _values(rows: Iterable[Row], column: str) -> list[float]:
 def table(rows: Sequence[Row]) -> Table:
     """The summaries, for a terminal."""
     summaries = summarise(rows)
-    shown = Table(
-        caption=f"medians over victims, quartiles in brackets; recovered: PSNR of {RECOVERED_DB:g} dB or more"
-    )
+    legend = f"medians over victims, quartiles in brackets; recovered: PSNR of {RECOVERED_DB:g} dB or more"
+    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])))
     knobs = list(summaries[0].knobs) if summaries else []
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
@@ -316,7 +326,8 @@ td.error { white-space: normal; min-width: 18em; }
 .pictures img { display: block; width: 100%; max-width: 144px; margin: 0 auto 4px; border-radius: 4px; }
   .pixels { image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
-dt { color: var(--pale); } dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
+dt { color: var(--pale); }
+dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; font-family: ui-monospace, monospace; }
 svg { display: block; } svg text { fill: var(--pale); font: 10px system-ui, sans-serif; }
 .dot { fill: var(--ink); fill-opacity: .35; } .dot.good { fill: var(--good); fill-opacity: .6; }
 .axis { stroke: var(--line); } .limit { stroke: var(--good); stroke-dasharray: 2 2; } .floor { stroke: var(--mark);
@@ -364,9 +375,10 @@ def _verdicts(rows: Sequence[Row]) -> str:
         if entry.recovered is None or entry.psnr is None:
             continue
         where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in entry.knobs.items())
+        where = f" ({where})" if where else ""
         floor = "" if entry.psnr_blind is None else f"; a blind guess gets {entry.psnr_blind:.1f} dB"
         lines.append(
-            f"<li><b>{escape(entry.attack)}</b>{escape(f' at {where}' if where else '')} brought back "
+            f"<li><b>{escape(entry.attack)}</b>{escape(where)} brought back "
             f"<span class='{'good' if entry.recovered else ''}'>{entry.recovered:.0%} of the images</span>, "
             f"median {entry.psnr:.1f} dB{floor}.</li>"
         )
@@ -421,6 +433,7 @@ def _summaries(rows: Sequence[Row]) -> str:
         f"<p class='pale'>Medians over victims; in brackets the first and third quartile. Recovered is the share of "
         f"images with a PSNR of {RECOVERED_DB:g} dB or more (the dashed line); the orange line is the blind guess. "
         "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
+        + "".join(f"<p class='pale'>{escape(note)}</p>" for note in _notes(rows))
     )
 
 
@@ -450,10 +463,11 @@ def _dots(entry: Summary, right: float) -> str:
 def _rows(rows: Sequence[Row]) -> str:
     """Every row; settings that are the same in all of them are left to the settings."""
     forms = {"psnr": ".1f", "psnr_blind": ".1f", "ssim": ".3f", "lpips": ".3f", "mse": ".2g", "objective": ".2g"}
-    forms |= {"label_correct": ".0%", "recovered": ".0%", "seconds": ".2f"}
+    forms |= {"label_correct": ".0%", "recovered": ".0%", "accuracy": ".0%", "seconds": ".2f"}
     names = {"psnr": "PSNR dB", "psnr_blind": "blind dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE"}
+    names |= {"label_correct": "labels right", "accuracy": "model accuracy"}
     seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []
-    scores = [name for name in (*forms, "error") if any(row.get(name) is not None for row in rows)]
+    scores = [name for name in (*forms, "labels", "error") if any(row.get(name) is not None for row in rows)]
     columns = [*_varying(rows), "attack", "client", "round", *seeds, *scores]
 
     def cell(row: Row, name: str) -> str:
@@ -472,7 +486,7 @@ def _rows(rows: Sequence[Row]) -> str:
 
 def _breakable(text: str) -> str:
     """Escaped, and free to go on in a new line after _ ( , and before a capital."""
-    return re.sub(r"(?<=[_(,])|(?<=[a-z])(?=[A-Z])", "<wbr>", escape(text))
+    return re.sub(r"(?<=[_,])|(?<=\()(?!\))|(?<=[a-z])(?=[A-Z])", "<wbr>", escape(text))
 
 
 def _definitions(words: Mapping[str, str]) -> str:

@@ -99,7 +99,7 @@ class PrivateData:
             )
 
     @cached_property
-    def shares(self) -> list[Int[Tensor, images]]:
+    def shares(self) -> list[Int[Tensor, "images"]]:
         """Each client's part of the training side, the compromised one's last."""
         alpha = self.scenario.alpha or None
         return partition(self.world.train.labels, self.clients + 1, alpha, self.scenario.seed)
@@ -117,7 +117,7 @@ class PrivateData:
 
     def __call__(
         self, client: int, rnd: int
-    ) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, images]]:
+    ) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
         """The images in [0, 1] and labels that `client` trains on in round `rnd`."""
         batch, victim = self.scenario.batch, self.victim(client, rnd)
         if victim is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import importlib
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -13,13 +15,16 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load
+from torch import Tensor, nn
 
 from simulator.errors import FedtapError
 
-FEATURES = Path(__file__).with_name("lpips_alexnet_features_fp16.safetensors")
-"""AlexNet's convolutions, as torchvision trained them, in float16 (LPIPS moves by less than 2e-5)."""
+FEATURES = Path(__file__).with_name("lpips_alexnet_features.json")
+"""AlexNet's convolutions, as torchvision trained them, in float16 (LPIPS moves by less than 2e-5).
+
+A safetensors file in base64 within JSON: a Flower 1.41 app bundle takes JSON along and leaves safetensors out.
+"""
 
 _schemas: list[torch.library.Library] = []  # a schema lives as long as the object that defined it
 
@@ -69,6 +74,15 @@ def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
     return images | {f"y_{side}": np.asarray(dataset.targets, np.uint8) for side, dataset in sides.items()}
 
 
+def alexnet_features() -> dict[str, Tensor]:
+    """The weights in FEATURES, by torchvision's names.
+
+    Raises:
+        OSError, KeyError, ValueError, SafetensorError: the file is absent or damaged.
+    """
+    return load(base64.b64decode(json.loads(FEATURES.read_text())["safetensors"], validate=True))
+
+
 @functools.cache
 def lpips_alex() -> nn.Module:
     """LPIPS v0.1 on AlexNet, frozen: `network(guess, truth, normalize=True)` takes pixels in [0, 1].
@@ -79,7 +93,7 @@ def lpips_alex() -> nn.Module:
     try:
         _torchvision()
         package = importlib.import_module("lpips")
-        features = load_file(FEATURES)
+        features = alexnet_features()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips speaks to torchvision in a way it has deprecated
             network: nn.Module = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)

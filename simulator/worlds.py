@@ -295,12 +295,14 @@ def pictures(path: Path, size: int) -> World:
         found = (file for file in path.rglob("*") if file.is_file())
         return _pictures(path, {PurePosixPath(file.relative_to(path)): file.read_bytes for file in found}, size)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = (member for member in archive.infolist() if not member.is_dir())
-            readers = {PurePosixPath(member.filename): partial(archive.read, member) for member in members}
-            return _pictures(path, readers, size)
-    except (zipfile.BadZipFile, OSError) as error:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # zipfile raises all sorts
         raise FedtapError(f"{path} cannot be read as a zip ({error}): fetch or pack it again.") from error
+    with archive:
+        members = (member for member in archive.infolist() if member.filename and not member.is_dir())
+        return _pictures(
+            path, {PurePosixPath(member.filename): partial(archive.read, member) for member in members}, size
+        )
 
 
 def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], size: int) -> World:

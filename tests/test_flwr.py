@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,10 @@ from safetensors.torch import load_file
 from scenarios.deploy import APP, flower
 from tests.test_cli import fedtap
 
-KNOBS = {"attack": "linear,idlg(steps=30)", "victims": "3", "batch": "1", "seed": "7"}
-
 
 def test_flwr_run_leaves_the_same_rows(tmp_path: Path) -> None:
     """Leaks to 1e-6, scores to 0.5 dB: what DESIGN.md allows between engines."""
-    knobs = KNOBS | {"attack": "linear", "model": "mlp"}
+    knobs = {"attack": "linear", "model": "mlp", "victims": "3", "seed": "7"}
     words = [word for knob, value in knobs.items() for word in (f"--{knob}", value)]
     done = fedtap("run", "first_leak", *words, "--out", str(tmp_path / "local"))
     assert done.returncode == 0, done.stderr
@@ -30,7 +30,18 @@ def test_flwr_run_leaves_the_same_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(here[name], there[name], rtol=0, atol=1e-6)
     for row, other in zip(*(rows(tmp_path / engine) for engine in ("local", "flower")), strict=True):
         assert row.keys() == other.keys()
-        same = ("scenario", "attack", "model", "world", "client", "round", "seed", "label_correct", "recovered", "error")
+        same = (
+            "scenario",
+            "attack",
+            "model",
+            "world",
+            "client",
+            "round",
+            "seed",
+            "label_correct",
+            "recovered",
+            "error",
+        )
         assert [row[name] for name in same] == [other[name] for name in same]
         assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
         assert row["lpips"] == pytest.approx(other["lpips"], abs=0.01)
@@ -44,9 +55,6 @@ def rows(folder: Path) -> list[dict[str, object]]:
 def test_the_app_bundle_is_whole_and_small() -> None:
     bundle = build_fab_from_disk(APP)
     assert len(bundle) < 10 * 1024 * 1024
-    import io
-    import zipfile
-
     names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
     assert {"simulator/vision.py", "attackers/idlg.py", "clients/app.py", "scenarios/first_leak.py"} <= names
     assert any(name.startswith("simulator/lpips_alexnet_features") for name in names)

@@ -118,6 +118,26 @@ def test_a_table_of_nothing_is_empty() -> None:
     assert "PSNR" in shown([])
 
 
+def test_what_is_no_knob_makes_no_groups_and_reasons_are_said_once() -> None:
+    reason = "LPIPS needs 31 pixels a side [here]."
+    rows = [
+        row(
+            client=n,
+            unit=f"part_0-{n}",
+            settings=f"DLG({n})",
+            accuracy=n / 4,
+            labels=[n],
+            lpips=None,
+            lpips_note=reason,
+        )
+        for n in range(4)
+    ]
+    (entry,) = summarise(rows)
+    assert (entry.knobs, entry.victims, entry.lpips) == ({}, 4, None)
+    assert shown(rows).count(reason) == 1
+    assert report.html(about(), rows, []).count(reason) == 1
+
+
 # The strip.
 
 

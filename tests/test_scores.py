@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,7 +91,7 @@ def lpips_by_hand(guess: Tensor, truth: Tensor) -> Tensor:
     """Zhang et al. 2018, equation 1, on AlexNet's five ReLU layers."""
     import lpips
 
-    trunk = {name: tensor.float() for name, tensor in load_file(vision.FEATURES).items()}
+    trunk = {name: tensor.float() for name, tensor in vision.alexnet_features().items()}
     heads = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu")
 
     def layers(images: Tensor) -> list[Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from simulator import vision
 from simulator.errors import FedtapError
@@ -58,7 +61,7 @@ def test_lpips_is_quiet_frozen_and_leaves_the_random_numbers_alone(capfd: pytest
 
 
 def test_lpips_has_every_feature_from_the_file() -> None:
-    features = vision.load_file(vision.FEATURES)
+    features = vision.alexnet_features()
     held = {name: p for name, p in vision.lpips_alex().named_parameters() if name.startswith("net.")}
     assert len(held) == len(features) == 10
     for name, parameter in held.items():
@@ -67,17 +70,19 @@ def test_lpips_has_every_feature_from_the_file() -> None:
 
 @pytest.mark.parametrize("fault", ["absent", "truncated", "a layer missing", "a layer too many", "misshapen"])
 def test_lpips_without_sound_weights_is_refused(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors.torch import save_file
+    path, whole = tmp_path / "features.json", vision.alexnet_features()
 
-    path, whole = tmp_path / "features.safetensors", vision.load_file(vision.FEATURES)
+    def write(tensors: dict[str, torch.Tensor]) -> None:
+        path.write_text(json.dumps({"safetensors": base64.b64encode(save(tensors)).decode()}))
+
     if fault == "truncated":
         path.write_bytes(vision.FEATURES.read_bytes()[:1000])
     elif fault == "a layer missing":
-        save_file({name: tensor for name, tensor in whole.items() if name != "features.8.bias"}, path)
+        write({name: tensor for name, tensor in whole.items() if name != "features.8.bias"})
     elif fault == "a layer too many":
-        save_file(whole | {"features.12.bias": torch.zeros(1)}, path)
+        write(whole | {"features.12.bias": torch.zeros(1)})
     elif fault == "misshapen":
-        save_file(whole | {"features.8.bias": torch.zeros(1)}, path)
+        write(whole | {"features.8.bias": torch.zeros(1)})
     monkeypatch.setattr(vision, "FEATURES", path)
     with pytest.raises(FedtapError, match="LPIPS cannot be loaded"):
         vision.lpips_alex()

@@ -93,6 +93,8 @@ def test_sides_of_a_photograph_share_no_pixel(name: str) -> None:
             covered[side][top:bottom, left:right] = True
     for one, other in itertools.combinations(SIDES, 2):
         assert not (covered[one] & covered[other]).any()
+        a, b = getattr(PHOTOGRAPHS[name], one), getattr(PHOTOGRAPHS[name], other)
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
 def test_no_photograph_shows_what_another_does() -> None:
@@ -224,6 +226,12 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
         open_world(str(tmp_path), Path("nowhere"))
     with pytest.raises(FedtapError, match="too few images, none of them for the victims side"):
         open_world(str(folder(tmp_path, {"a.png": 1, "b.png": 2})), Path("nowhere"))
+
+
+def test_a_zip_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_text("nonsense")
+    with pytest.raises(FedtapError, match=r"a\.zip cannot be read as a zip"):
+        open_world("a.zip", tmp_path)
 
 
 @given(st.data())

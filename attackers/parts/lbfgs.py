@@ -66,11 +66,11 @@ def minimise(
         step = torch.where(high.isinf(), 2 * step, (low + high) / 2)
         if bool(accept.any()):
             chosen = accept[:, None]
-            memory.learn(accept, there - x, slope_there - slope)
-            x, slope = torch.where(chosen, there, x), torch.where(chosen, slope_there, slope)
+            after = torch.where(chosen, slope_there, slope)
+            move = torch.where(chosen, memory.direction(accept, there - x, slope, after), move)
+            x, slope = torch.where(chosen, there, x), after
             value = torch.where(accept, value_there, value)
             found[lanes], lowest[lanes] = x, value
-            move = torch.where(chosen, memory.direction(slope), move)
             descent = torch.where(accept, (move * slope).sum(1), descent)
             fresh = fresh & ~accept
         uphill = accept & ~(descent < 0)
@@ -102,39 +102,43 @@ class _Memory:
         lanes, size = x.shape
         self.s, self.y = x.new_zeros(lanes, history, size), x.new_zeros(lanes, history, size)
         self.sy, self.yy = (x.new_zeros(lanes, history, history, dtype=torch.float64) for _ in range(2))
+        self.on_s, self.on_y = (x.new_zeros(lanes, history, dtype=torch.float64) for _ in range(2))  # S'slope, Y'slope
         self.count = torch.zeros(lanes, dtype=torch.long, device=x.device)
         self.scale = x.new_ones(lanes, dtype=torch.float64)
 
     def keep(self, rows: Tensor) -> None:
         """Let go of all other lanes."""
-        for name in ("s", "y", "sy", "yy", "count", "scale"):
+        for name in ("s", "y", "sy", "yy", "on_s", "on_y", "count", "scale"):
             setattr(self, name, getattr(self, name)[rows])
 
     def forget(self, rows: Tensor) -> None:
         """Begin anew in these lanes."""
-        for tensor in (self.s, self.y, self.sy, self.yy, self.count):
+        for tensor in (self.s, self.y, self.sy, self.yy, self.on_s, self.on_y, self.count):
             tensor[rows] = 0
 
-    def learn(self, accept: Tensor, s: Points, y: Points) -> None:
-        """Add a pair to the lanes in `accept`, unless its curvature is not positive."""
+    def direction(self, accept: Tensor, s: Points, slope_before: Points, slope: Points) -> Points:
+        """``-H slope`` for the lanes in `accept`, after learning the move `s` and what it did to the slope.
+
+        H is the inverse Hessian of a lane's pairs: with R the upper triangle of S'Y (oldest first), D its diagonal
+        and u = R^-1 S'g, H g = scale g + S R^-T ((D + scale Y'Y) u - scale Y'g) - scale Y u.
+        """
+        y = slope - slope_before
         product, size = (s * y).sum(1), (y * y).sum(1)
-        accept = accept & (product > 1e-10 * size.sqrt() * s.norm(dim=1))
+        accept = accept & (product > 1e-10 * size.sqrt() * s.norm(dim=1))  # positive curvature alone is worth learning
         rows = accept.nonzero().squeeze(1)
         slot = self.count[rows] % self.s.shape[1]
         self.s[rows, slot], self.y[rows, slot] = s[rows], y[rows]
         self.count[rows] += 1
         self.scale[rows] = (product[rows] / size[rows]).double()
-        on_s, on_y = _products(self.s, y)[rows], _products(self.y, y)[rows]
-        self.sy[rows, :, slot] = on_s
-        self.yy[rows, :, slot] = on_y
-        self.yy[rows, slot, :] = on_y
+        self.on_s[rows, slot] = (s * slope_before).sum(1)[rows].double()
+        self.on_y[rows, slot] = (y * slope_before).sum(1)[rows].double()
+        on_s, on_y = _products(self.s, slope), _products(self.y, slope)
+        # S'y = S'slope - S'slope_before: the large tensors are read once, not twice
+        self.sy[rows, :, slot] = (on_s - self.on_s)[rows]
+        self.yy[rows, :, slot] = self.yy[rows, slot, :] = (on_y - self.on_y)[rows]
+        self.sy[rows, slot, slot], self.yy[rows, slot, slot] = product[rows].double(), size[rows].double()
+        self.on_s, self.on_y = on_s, on_y
 
-    def direction(self, slope: Points) -> Points:
-        """``-H slope``, H the inverse Hessian of each lane's pairs.
-
-        With R the upper triangle of S'Y (oldest first), D its diagonal and u = R^-1 S'g:
-        H g = scale g + S R^-T ((D + scale Y'Y) u - scale Y'g) - scale Y u.
-        """
         history = self.s.shape[1]
         slots, count = torch.arange(history, device=slope.device), self.count[:, None]
         order = torch.where(count > history, (count + slots) % history, slots)  # slot of each pair, oldest first
@@ -143,9 +147,8 @@ class _Memory:
         diagonal = triangle.diagonal(dim1=1, dim2=2)
         triangle = triangle + torch.diag_embed((diagonal == 0).double())  # slots not in use
         scale = self.scale[:, None]
-        on_s, on_y = (_products(known, slope).gather(1, order)[:, :, None] for known in (self.s, self.y))
-        u = torch.linalg.solve_triangular(triangle, on_s, upper=True)
-        right = diagonal[:, :, None] * u + scale[:, :, None] * (torch.bmm(squares, u) - on_y)
+        u = torch.linalg.solve_triangular(triangle, on_s.gather(1, order)[:, :, None], upper=True)
+        right = diagonal[:, :, None] * u + scale[:, :, None] * (torch.bmm(squares, u) - on_y.gather(1, order)[:, :, None])
         along_s = torch.linalg.solve_triangular(triangle.transpose(1, 2), right, upper=False).squeeze(2)
         along_y = -scale * u.squeeze(2)
         back = order.argsort(1)
