@@ -30,7 +30,8 @@ def catalogue() -> dict[str, Callable[..., Any]]:
 
 def question(name: str) -> str:
     """What the scenario asks, and what to expect: its module's docstring."""
-    return inspect.getdoc(importlib.import_module(f"scenarios.{name}")) or ""
+    text = inspect.getdoc(importlib.import_module(f"scenarios.{name}")) or ""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:

@@ -14,18 +14,26 @@ from torch import Tensor, nn
 
 from attackers.parts.gradients import mean_gradient
 from simulator.errors import FedtapError
-from simulator.leaks import Leak
+from simulator.leaks import Leak, UpdateLeak
+
+SETTLE = 100
+"""Rounds in which labels and the drift that they cause in an update are fitted to each other."""
 
 
 def recovered(leak: Leak) -> Int[Tensor, "victims batch"]:
-    """The labels of each victim's batch, in rising order: exact for one image, an estimate for several."""
-    batch = leak.protocol.batch
-    slopes, shares = class_slopes(leak), None
-    if batch == 1:
+    """The labels of each victim's batch, in rising order: exact for one image, an estimate for several.
+
+    ``class slope = mean softmax - share of the batch``, so the counts are what is missing, rounded to add up.
+    """
+    slopes = class_slopes(leak)
+    if leak.protocol.batch == 1:
         return slopes.argmin(dim=1, keepdim=True)
-    shares = mean_softmax(leak)
-    counts = batch * (shares - slopes)
-    return _listed(_rounded(counts, batch), batch)
+    owed = leak.protocol.batch * (mean_softmax(leak) - slopes)
+    labels = []
+    for _ in range(leak.protocol.batch):
+        labels.append(owed.argmax(dim=1))
+        owed = owed - torch.nn.functional.one_hot(labels[-1], owed.shape[1])
+    return torch.stack(labels, dim=1).sort(dim=1).values
 
 
 def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
@@ -48,13 +56,20 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
 
 
 def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
-    """``mean(p - onehot)`` for each class, up to a positive factor where the last layer has no bias."""
+    """``mean(p - onehot)`` for each class.
+
+    That is the bias's gradient. Without a bias the rows of the weight's gradient show it along the embedding, whose
+    length is then taken from the class that is pulled up most: it is not in the batch, and p is about 1 / classes.
+    """
     name, layer = last_linear(leak)
     gradient, prefix = mean_gradient(leak), f"{name}." if name else ""
     if layer.bias is not None:
         return gradient[f"{prefix}bias"]
     rows = gradient[f"{prefix}weight"]
-    return rows @ _axis(rows)[:, :, None].squeeze(2)[:, :, None].squeeze(2) if rows.ndim == 2 else _along(rows)
+    steepest = rows.norm(dim=2).argmax(dim=1)  # its class is there, so its row points against the embedding
+    against = rows[torch.arange(len(rows), device=rows.device), steepest]
+    slopes = -torch.einsum("vcf,vf->vc", rows, against)
+    return slopes / (slopes.shape[1] * slopes.amax(dim=1, keepdim=True)).clamp_min(1e-30)
 
 
 def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
@@ -66,5 +81,20 @@ def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
     rows = mean_gradient(leak)[f"{prefix}weight"]
     embedding = torch.einsum("vc,vcf->vf", slopes, rows) / slopes.square().sum(1, keepdim=True).clamp_min(1e-30)
     weight, bias = leak.weights[f"{prefix}weight"], leak.weights[f"{prefix}bias"]
-    logits = torch.einsum("vcf,vf->vc", weight, embedding) if leak.stacked else embedding @ weight.T
-    return (logits + bias).softmax(dim=1)
+    logits = (torch.einsum("vcf,vf->vc", weight, embedding) if leak.stacked else embedding @ weight.T) + bias
+    believed = logits.softmax(dim=1)
+    if isinstance(leak, UpdateLeak):  # local steps move the logits, by as much as the labels that are sought ask
+        pull = leak.protocol.learning_rate * (1 + embedding.square().sum(1, keepdim=True))
+        for _ in range(SETTLE):
+            shares = _proper(believed - slopes)
+            moved, total = logits, torch.zeros_like(logits)
+            for _ in range(leak.protocol.steps):
+                total = total + moved.softmax(dim=1)
+                moved = moved - pull * (moved.softmax(dim=1) - shares)
+            believed = (believed + total / leak.protocol.steps) / 2
+    return believed
+
+
+def _proper(shares: Tensor) -> Tensor:
+    shares = shares.clamp_min(0)
+    return shares / shares.sum(1, keepdim=True).clamp_min(1e-30)

@@ -1,0 +1,117 @@
+"""A run from end to end: the truth meets the guess in the scores alone, and each row stands on its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
+
+import simulator.run
+from attackers import parse
+from clients.app import client_app
+from simulator.local import LocalGrid
+from simulator.run import device_named, run
+from simulator.scenario import PrivateData, Scenario
+from simulator.worlds import Side
+
+PANEL = "linear,idlg(steps=20),restarts(dlg(steps=10),2),inverting_gradients(steps=10),gradinversion(steps=10,seeds=2)"
+BASE = Scenario(attacks=parse(PANEL), name="test", question="?", model="mlp", victims=3, batch=2, size=16)
+
+
+def play(scenario: Scenario, out: Path, app: ClientApp | None = None) -> list[dict[str, Any]]:
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+    def grid(part: Scenario) -> LocalGrid:
+        return LocalGrid(app or client_app(lambda config: (scenario,)), (part.clients or part.victims) + 1)
+
+    return run([scenario], grid, out, device=device_named("cpu"), data_root=Path("data"))
+
+
+def guesses(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: load_file(path) for path in sorted((out / "guesses").iterdir())}
+
+
+def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shuffle the truth that the scorer sees: the scores change, and not one bit of the guesses."""
+    honest = play(BASE, tmp_path / "honest")
+    true_data = simulator.run.private_data
+
+    def shuffled(scenario: Scenario, data_root: Path, clients: int) -> PrivateData:
+        private = true_data(scenario, data_root, clients)
+        victims = private.world.victims
+        turned = Side(victims.images.roll(BASE.batch, dims=0), victims.labels.roll(BASE.batch))
+        return dataclasses.replace(private, world=dataclasses.replace(private.world, victims=turned))
+
+    monkeypatch.setattr(
+        simulator.run, "private_data", shuffled
+    )  # the clients' own is another name: they train as before
+    deceived = play(BASE, tmp_path / "deceived")
+    one, other = guesses(tmp_path / "honest"), guesses(tmp_path / "deceived")
+    assert one.keys() == other.keys()
+    assert len(one) == len(BASE.attacks)
+    for name, tensors in one.items():
+        assert all(torch.equal(tensor, other[name][key]) for key, tensor in tensors.items())
+    assert [row["psnr"] for row in honest] != [row["psnr"] for row in deceived]
+    assert [row["objective"] for row in honest] == [row["objective"] for row in deceived]
+
+
+def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> None:
+    many = play(dataclasses.replace(BASE, clients=4, victims=4), tmp_path / "many")
+    alone = play(dataclasses.replace(BASE, clients=4, victims=1), tmp_path / "alone")
+    first = [row for row in many if row["client"] == 0]
+    assert len(first) == len(alone) == len(BASE.attacks)
+    for row, other in zip(first, alone, strict=True):
+        assert row["attack"] == other["attack"]
+        assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
+        assert row["label_correct"] == other["label_correct"]
+
+
+def test_a_run_repeats_itself_to_the_bit(tmp_path: Path) -> None:
+    one, other = play(BASE, tmp_path / "one"), play(BASE, tmp_path / "other")
+    for row, again in zip(one, other, strict=True):
+        assert {**row, "seconds": 0} == {**again, "seconds": 0}
+    for name, tensors in guesses(tmp_path / "one").items():
+        assert all(torch.equal(tensor, guesses(tmp_path / "other")[name][key]) for key, tensor in tensors.items())
+
+
+def test_a_failed_client_has_a_row_that_says_so(tmp_path: Path) -> None:
+    scenario = dataclasses.replace(BASE, attacks=parse("linear"))
+    app, sound = ClientApp(), client_app(lambda config: (scenario,))
+
+    @app.train()
+    def train(order: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            raise RuntimeError("out of battery")
+        return sound(order, context)
+
+    rows = play(scenario, tmp_path, app)
+    assert {row["client"]: row["error"] is None for row in rows} == {0: True, 1: False, 2: True}
+    (failed,) = [row for row in rows if row["client"] == 1]
+    assert "out of battery" in failed["error"]
+    assert failed["psnr"] is None
+    assert "out of battery" in (tmp_path / "report.html").read_text()
+
+
+def test_batchnorm_is_explained(tmp_path: Path) -> None:
+    play(dataclasses.replace(BASE, model="resnet20", attacks=parse("idlg(steps=1)"), victims=1), tmp_path)
+    assert "BatchNorm in training mode" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_cpu_and_cuda_agree(tmp_path: Path) -> None:
+    leaks = play(dataclasses.replace(BASE, attacks=parse("linear,idlg(steps=20)")), tmp_path / "cpu")
+    scenario = dataclasses.replace(BASE, attacks=parse("linear,idlg(steps=20)"))
+
+    def grid(part: Scenario) -> LocalGrid:
+        return LocalGrid(client_app(lambda config: (scenario,)), part.victims + 1)
+
+    rows = run([scenario], grid, tmp_path / "cuda", device=device_named("cuda"), data_root=Path("data"))
+    for row, other in zip(leaks, rows, strict=True):
+        assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
