@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape as plain
 from rich.table import Table
 from torch import Tensor
@@ -145,14 +146,14 @@ def _values(rows: Iterable[Row], column: str) -> list[float]:
 def table(rows: Sequence[Row]) -> Table:
     """The summaries, for a terminal."""
     summaries = summarise(rows)
-    legend = f"medians over victims, quartiles in brackets; recovered: PSNR of {RECOVERED_DB:g} dB or more"
-    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])))
+    legend = f"medians over n victims, quartiles in brackets; ≥ {RECOVERED_DB:g} dB: the share of images recovered"
+    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     knobs = list(summaries[0].knobs) if summaries else []
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
-    shown.add_column("attack")
-    for name in ("victims", "PSNR dB", "blind dB", "recovered", "SSIM", "LPIPS", "labels", "s/victim"):
-        shown.add_column(name, justify="right")
+    shown.add_column("attack", overflow="fold")
+    for name in ("n", "PSNR dB", "blind", f"≥ {RECOVERED_DB:g} dB", "SSIM", "LPIPS", "labels", "s each"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for entry in summaries:
         words = (plain(word) for word in (*entry.knobs.values(), entry.attack, *_cells(entry)))
         shown.add_row(*words, style="green" if entry.psnr is not None and entry.psnr >= RECOVERED_DB else None)
@@ -160,7 +161,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _cells(entry: Summary) -> list[str]:
-    spread = f" [{entry.spread[0]:.1f} – {entry.spread[1]:.1f}]" if entry.spread and entry.victims > 1 else ""
+    spread = f" [{entry.spread[0]:.1f}–{entry.spread[1]:.1f}]" if entry.spread and entry.victims > 1 else ""
     return [
         f"{entry.victims}" + (f" ({entry.failed} failed)" if entry.failed else ""),
         _number(entry.psnr, ".1f") + spread,
