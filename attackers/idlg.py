@@ -2,7 +2,7 @@
 
 Zhao, Mopuri and Bilen 2020. https://arxiv.org/abs/2001.02610
 Departs from the authors' code in three ways: L-BFGS searches along its line (without that it diverges on many
-images), it starts from U(0, 1) instead of N(0, 1), and batches of several images are allowed, with `labels.recovered`.
+images), it starts from U(0, 1) instead of N(0, 1), and batches of several images are allowed (`labels.recovered`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attackers.parts.checks import check_fields
 from attackers.parts.gradients import Match, squared_distance
 from attackers.parts.labels import recovered
 from attackers.parts.lbfgs import minimise
@@ -26,21 +27,24 @@ class IDLG(Attack):
     leaks = (GradientLeak, UpdateLeak)
 
     steps: int = 2100
-    history: int = 60
+    history: int = 100
     compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1, history=1)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)
         match = Match(leak, squared_distance, compiled=self.compiled)
 
         def objective(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-            images = points.unflatten(1, start.shape[1:]).requires_grad_()
-            misfit = match(images, labels[lanes], lanes)
-            (slope,) = torch.autograd.grad(misfit.sum(), images)
-            return misfit.detach(), slope.flatten(1)
+            points = points.detach().requires_grad_()
+            misfit = match(points.unflatten(1, start.shape[1:]), labels[lanes], lanes)
+            (slope,) = torch.autograd.grad(misfit.sum(), points)
+            return misfit.detach(), slope
 
         points, _ = minimise(
-            objective, start.flatten(1), self.steps, history=self.history, floor=match.floor, label=self.name
+            objective, start.flatten(1), self.steps, history=self.history, floor=match.floor, label="iDLG"
         )
         images = points.unflatten(1, start.shape[1:]).clamp(0, 1)
         return Reconstruction(images, labels, objective=match(images, labels))

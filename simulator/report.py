@@ -146,13 +146,13 @@ def _values(rows: Iterable[Row], column: str) -> list[float]:
 def table(rows: Sequence[Row]) -> Table:
     """The summaries, for a terminal."""
     summaries = summarise(rows)
-    legend = f"medians over n victims, quartiles in brackets; ≥ {RECOVERED_DB:g} dB: the share of images recovered"
-    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    legend = f"medians over n victims, quartiles in brackets; ≥{RECOVERED_DB:g}dB: share of images"
+    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     knobs = list(summaries[0].knobs) if summaries else []
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
     shown.add_column("attack", overflow="fold")
-    for name in ("n", "PSNR dB", "blind", f"≥ {RECOVERED_DB:g} dB", "SSIM", "LPIPS", "labels", "s each"):
+    for name in ("n", "PSNR dB", "blind", f"≥{RECOVERED_DB:g}dB", "SSIM", "LPIPS", "label", "s each"):
         shown.add_column(name, justify="right", no_wrap=True)
     for entry in summaries:
         words = (plain(word) for word in (*entry.knobs.values(), entry.attack, *_cells(entry)))
@@ -161,7 +161,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _cells(entry: Summary) -> list[str]:
-    spread = f" [{entry.spread[0]:.1f}–{entry.spread[1]:.1f}]" if entry.spread and entry.victims > 1 else ""
+    spread = f" [{entry.spread[0]:.0f}–{entry.spread[1]:.0f}]" if entry.spread and entry.victims > 1 else ""
     return [
         f"{entry.victims}" + (f" ({entry.failed} failed)" if entry.failed else ""),
         _number(entry.psnr, ".1f") + spread,
