@@ -1,1 +1,89 @@
 """One attack a file, named after its paper; `parts` holds the pure functions that several share."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+from simulator.attack import Attack
+from simulator.errors import FedtapError, unknown
+
+
+def _scan() -> dict[str, type[Attack]]:
+    """Every attack in this folder by the name of its file, which defines one public attack."""
+    found: dict[str, type[Attack]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.ispkg or module.name == "bench":
+            continue
+        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
+        for thing in contents.values():
+            if (
+                isinstance(thing, type)
+                and issubclass(thing, Attack)
+                and thing.__module__ == f"{__name__}.{module.name}"
+            ):
+                found[module.name] = thing
+    return found
+
+
+ATTACKS: dict[str, type[Attack]] = _scan()
+"""Name on the command line -> attack."""
+
+HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
+
+
+def parse(text: str) -> tuple[Attack, ...]:
+    """The attacks named by ``--attack``: names or calls with constants and other attacks in them, comma between.
+
+    Raises:
+        FedtapError: not of that form, an unknown attack or field, a value of the wrong type or out of range.
+    """
+    try:
+        tree = ast.parse(f"({text.strip()},)", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise FedtapError(f"--attack {text!r} cannot be read ({error}): {HOW}.") from error
+    if not isinstance(tree, ast.Tuple) or not tree.elts:
+        raise FedtapError(f"--attack {text!r} names no attack: {HOW}.")
+    return tuple(_attack(node) for node in tree.elts)
+
+
+def _attack(node: ast.expr) -> Attack:
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    if not isinstance(call.func, ast.Name):
+        raise FedtapError(f"{ast.unparse(node)!r} in --attack is not an attack: {HOW}.")
+    if call.func.id not in ATTACKS:
+        raise unknown("attack", call.func.id, ATTACKS)
+    kind = ATTACKS[call.func.id]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    if len(call.args) > len(fields):
+        raise FedtapError(
+            f"{ast.unparse(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {HOW}."
+        )
+    given = dict(zip((field.name for field in fields), call.args, strict=False))
+    for keyword in call.keywords:
+        if keyword.arg not in {field.name for field in fields}:
+            raise unknown(f"field of {call.func.id}", str(keyword.arg), (field.name for field in fields))
+        if keyword.arg in given:
+            raise FedtapError(f"{keyword.arg} in {ast.unparse(node)} is given twice: keep one.")
+        given[str(keyword.arg)] = keyword.value
+    for field in fields:
+        if field.name not in given and field.default is dataclasses.MISSING:
+            raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {HOW}.")
+    attack: Attack = kind(
+        **{field.name: _value(given[field.name], str(field.type)) for field in fields if field.name in given}
+    )
+    return attack
+
+
+def _value(node: ast.expr, kind: str) -> Any:
+    if kind == "Attack":
+        return _attack(node)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise FedtapError(
+            f"{ast.unparse(node)!r} in --attack is not a constant: give a number, True or False."
+        ) from error

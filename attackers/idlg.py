@@ -39,12 +39,12 @@ class IDLG(Attack):
 
         def objective(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
             points = points.detach().requires_grad_()
-            misfit = match(points.unflatten(1, start.shape[1:]), labels[lanes], lanes)
+            misfit = match(points.reshape(-1, *start.shape[1:]), labels[lanes], lanes)
             (slope,) = torch.autograd.grad(misfit.sum(), points)
             return misfit.detach(), slope
 
         points, _ = minimise(
             objective, start.flatten(1), self.steps, history=self.history, floor=match.floor, label="iDLG"
         )
-        images = points.unflatten(1, start.shape[1:]).clamp(0, 1)
+        images = points.reshape(-1, *start.shape[1:]).clamp(0, 1)
         return Reconstruction(images, labels, objective=match(images, labels))

@@ -1,8 +1,9 @@
-"""Convolutions of many lanes as batched matrix products: the arithmetic of a vmapped gradient, rewritten for speed.
+"""Convolutions of many lanes, rewritten for speed where torch's own kernel was measured to be slower on a CPU.
 
-Under `vmap` each lane has its own filters, which torch runs as one convolution with a group a lane: slow, most of all
-backwards. Unfolded into columns the same sums are one `bmm`. The table below is for `make_fx`; whatever it does not
-cover keeps torch's own kernel.
+Under `vmap` each lane has its own filters, which torch runs as one convolution with a group a lane. Its transposed
+form is slow with a stride (`spread` is a plain convolution instead); once a compiler fuses the copies away, windows
+unfolded into columns and one `bmm` are faster too. The tables are for `make_fx`; whatever they do not cover keeps
+torch's own kernel.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def correlate(images: Tensor, filters: Tensor, stride: list[int], padding: list[
     """Convolution with one group a lane: `n groups*inputs h w` with `groups*outputs inputs kh kw`."""
     outputs, _, *kernel = filters.shape
     high, wide = (
-        (pixels + 2 * p - k) // s + 1
-        for pixels, p, k, s in zip(images.shape[2:], padding, kernel, stride, strict=True)
+        (pixels + 2 * p - k) // s + 1 for pixels, p, k, s in zip(images.shape[2:], padding, kernel, stride, strict=True)
     )
     lanes = filters.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
     out = torch.bmm(lanes, columns(images, kernel, stride, padding, groups).transpose(1, 2))
@@ -86,11 +86,17 @@ def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], paddin
         dense = aten.convolution(framed, phases, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups)
     n, _, high, wide = dense.shape
     dense = dense.reshape(n, groups * inputs, *stride, high, wide).permute(0, 1, 4, 2, 5, 3)
-    return dense.reshape(n, groups * inputs, high * stride[0], wide * stride[1])[..., : size[0], : size[1]]
+    spreaded: Tensor = dense.reshape(n, groups * inputs, high * stride[0], wide * stride[1])
+    return spreaded[..., : size[0], : size[1]]
 
 
 def _plain(stride: list[int], dilation: list[int]) -> bool:
     return len(stride) == 2 and stride[0] == stride[1] and list(dilation) == [1, 1]
+
+
+def _worth_columns(filters: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
+    """Lanes with filters of their own, large enough for the copy to pay."""
+    return groups > 1 and _plain(stride, dilation) and filters.shape[2] * filters.shape[3] > 9
 
 
 def _worth_spreading(filters: Tensor, stride: list[int], groups: int) -> bool:
@@ -124,8 +130,22 @@ def _convolution(
             terms = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
             out = aten.convolution_backward(images, like, filters, None, *terms)[0]
         return out if bias is None else out + bias.reshape(-1, 1, 1)
-    if groups == 1:
-        return NotImplemented
+    return NotImplemented
+
+
+def _convolution_in_columns(
+    images: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    if transposed or not _worth_columns(filters, stride, dilation, groups):
+        return _convolution(images, filters, bias, stride, padding, dilation, transposed, output_padding, groups)
     out = correlate(images, filters, stride, padding, groups)
     return out if bias is None else out + bias.reshape(-1, 1, 1)
 
@@ -143,25 +163,60 @@ def _convolution_backward(
     groups: int,
     output_mask: list[bool],
 ) -> Any:
-    spreads, slopes = output_mask[0] and _worth_spreading(filters, stride, groups), output_mask[1] and groups > 1
-    if transposed or not _plain(stride, dilation) or not (spreads or slopes):
+    spreads = output_mask[0] and _worth_spreading(filters, stride, groups)
+    if transposed or not _plain(stride, dilation) or not spreads:
         return NotImplemented
-    rest = [output_mask[0] and not spreads, output_mask[1] and not slopes, output_mask[2]]
-    images_slope, filter_slope, bias_slope = (
-        aten.convolution_backward(
-            signal, images, filters, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, rest
+    rest = [False, *output_mask[1:]]
+    others = (None, None, None)
+    if any(rest):
+        terms = (stride, padding, dilation, transposed, output_padding, groups, rest)
+        others = aten.convolution_backward(signal, images, filters, bias_sizes, *terms)
+    return spread(signal, filters, images.shape[2:], stride, padding, groups), *others[1:]
+
+
+def _convolution_backward_in_columns(
+    signal: Tensor,
+    images: Tensor,
+    filters: Tensor,
+    bias_sizes: list[int] | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> Any:
+    if transposed or not output_mask[1] or not _worth_columns(filters, stride, dilation, groups):
+        return _convolution_backward(
+            signal,
+            images,
+            filters,
+            bias_sizes,
+            stride,
+            padding,
+            dilation,
+            transposed,
+            output_padding,
+            groups,
+            output_mask,
         )
-        if any(rest)
-        else (None, None, None)
-    )
-    if spreads:
-        images_slope = spread(signal, filters, images.shape[2:], stride, padding, groups)
-    if slopes:
-        filter_slope = filters_slope(signal, images, filters.shape, stride, padding, groups)
-    return images_slope, filter_slope, bias_slope
+    rest = [output_mask[0], False, output_mask[2]]
+    others = (None, None, None)
+    if any(rest):
+        terms = (stride, padding, dilation, transposed, output_padding, groups, rest)
+        others = aten.convolution_backward(signal, images, filters, bias_sizes, *terms)
+    return others[0], filters_slope(signal, images, filters.shape, stride, padding, groups), others[2]
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }
+"""What is faster in any case."""
+
+COMPILED_TABLE: dict[Any, Callable[..., Any]] = {
+    aten.convolution.default: _convolution_in_columns,
+    aten.convolution_backward.default: _convolution_backward_in_columns,
+}
+"""What is faster once compiled."""

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from attackers.parts.convolutions import TABLE
+from attackers.parts.convolutions import COMPILED_TABLE, TABLE
 from simulator.attack import Images
 from simulator.leaks import Leak, Tensors, UpdateLeak
 
@@ -70,7 +70,8 @@ def answer(leak: Leak) -> Callable[[Tensors, Tensors, Tensor, Tensor], dict[str,
 
     def loss(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> Tensor:
         logits = functional_call(network, {**weights, **buffers}, (images,))
-        return -(distribution * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+        each: Tensor = -(distribution * logits.log_softmax(dim=-1)).sum(dim=-1)
+        return each.mean()
 
     def respond(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> dict[str, Tensor]:
         slopes: dict[str, Tensor] = grad(loss)(weights, buffers, images, distribution)
@@ -133,12 +134,14 @@ class Match:
             fill = torch.arange(true + lacking, device=images.device).clamp_max(true - 1)
             images, target, lanes = images[fill], target[fill], lanes[fill]
         whole = len(lanes) == len(self.leak) and bool((lanes == torch.arange(len(lanes), device=lanes.device)).all())
-        pick = (lambda tensor: tensor) if whole else (lambda tensor: tensor[lanes])
-        model = pick if self.leak.stacked else (lambda tensor: tensor)
+
+        def pick(tensors: Tensors, stacked: bool) -> dict[str, Tensor]:
+            return {name: tensor[lanes] if stacked and not whole else tensor for name, tensor in tensors.items()}
+
         inputs = (
-            {name: model(tensor) for name, tensor in (self.leak.weights or {}).items()},
-            {name: model(tensor) for name, tensor in self.leak.buffers.items()},
-            {name: pick(tensor) for name, tensor in self.leaked.items()},
+            pick(self.leak.weights or {}, self.leak.stacked),
+            pick(self.leak.buffers, self.leak.stacked),
+            pick(self.leaked, True),
             images.contiguous(),
             target.contiguous(),
         )
@@ -155,7 +158,7 @@ class Match:
         key = (leak.kind, leak.protocol, leak.stacked, self.misfit, self.extra, self.compiled, soft, count, leak.device)
         programs = _PROGRAMS.setdefault(leak.network, {})
         if key not in programs:
-            table = TABLE if self.compiled and count > 1 else None
+            table = COMPILED_TABLE if self.compiled else TABLE
             trace = _without_repeats(make_fx(self._vmapped(soft), decomposition_table=table)(*inputs))
             programs[key] = torch.compile(trace) if self.compiled else trace
         return programs[key]
@@ -186,7 +189,7 @@ class _Ready(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         slope, soft = ctx.saved_tensors
         return (
             weight.reshape(-1, 1, 1, 1, 1) * slope,

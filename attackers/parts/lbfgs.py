@@ -21,6 +21,9 @@ Objective = Callable[[Points, Int[Tensor, "lanes"]], tuple[Float[Tensor, "lanes"
 """Of points and the number of the lane each belongs to: values and slopes."""
 
 DECREASE, CURVATURE = 1e-4, 0.9
+BLOCK = 64
+"""Lanes that run at once: what their histories take stays below a gigabyte."""
+
 TRIES = 12
 """Points on one line before its direction is given up: steepest descent next, the end if that was it."""
 
@@ -34,8 +37,19 @@ def minimise(
         history: pairs of (move, change of slope) that a lane remembers.
         floor: a lane whose value is no higher is done.
     """
-    lanes = torch.arange(len(start), device=start.device)
-    x = start.clone()
+    blocks = [
+        _minimise(objective, start, lanes, steps, history, floor, label)
+        for lanes in torch.split(torch.arange(len(start), device=start.device), BLOCK)
+    ]
+    points, values = zip(*blocks, strict=True)
+    return torch.cat(points), torch.cat(values)
+
+
+def _minimise(
+    objective: Objective, start: Points, block: Tensor, steps: int, history: int, floor: float, label: str
+) -> tuple[Points, Float[Tensor, "lanes"]]:
+    lanes, first = block, block[0]
+    x = start[block]
     value, slope = objective(x, lanes)
     found, lowest = x.clone(), value.clone()
     memory = _Memory(x, history)
@@ -47,8 +61,7 @@ def minimise(
         if not bool(going.all()):  # lanes that are done leave the batch
             keep = going.nonzero().squeeze(1)
             x, value, slope, move, descent, step, low, high, tries, fresh, lanes = (
-                tensor[keep]
-                for tensor in (x, value, slope, move, descent, step, low, high, tries, fresh, lanes)
+                tensor[keep] for tensor in (x, value, slope, move, descent, step, low, high, tries, fresh, lanes)
             )
             memory.keep(keep)
             if not len(lanes):
@@ -70,7 +83,7 @@ def minimise(
             move = torch.where(chosen, memory.direction(accept, there - x, slope, after), move)
             x, slope = torch.where(chosen, there, x), after
             value = torch.where(accept, value_there, value)
-            found[lanes], lowest[lanes] = x, value
+            found[lanes - first], lowest[lanes - first] = x, value
             descent = torch.where(accept, (move * slope).sum(1), descent)
             fresh = fresh & ~accept
         uphill = accept & ~(descent < 0)
@@ -148,7 +161,9 @@ class _Memory:
         triangle = triangle + torch.diag_embed((diagonal == 0).double())  # slots not in use
         scale = self.scale[:, None]
         u = torch.linalg.solve_triangular(triangle, on_s.gather(1, order)[:, :, None], upper=True)
-        right = diagonal[:, :, None] * u + scale[:, :, None] * (torch.bmm(squares, u) - on_y.gather(1, order)[:, :, None])
+        right = diagonal[:, :, None] * u + scale[:, :, None] * (
+            torch.bmm(squares, u) - on_y.gather(1, order)[:, :, None]
+        )
         along_s = torch.linalg.solve_triangular(triangle.transpose(1, 2), right, upper=False).squeeze(2)
         along_y = -scale * u.squeeze(2)
         back = order.argsort(1)

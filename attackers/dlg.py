@@ -1,0 +1,54 @@
+"""DLG, deep leakage from gradients: match the gradient by L-BFGS on the image and its label together.
+
+Zhu, Liu and Han, NeurIPS 2019. https://arxiv.org/abs/1906.08935
+Departs from the authors' code in three ways: L-BFGS searches along its line (without that it diverges on many
+images), images start from U(0, 1) instead of N(0, 1), and label logits start at zero, which favours no class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attackers.parts.checks import check_fields
+from attackers.parts.gradients import Match, squared_distance
+from attackers.parts.lbfgs import minimise
+from simulator.attack import Attack, Images, Reconstruction
+from simulator.leaks import GradientLeak, Leak, UpdateLeak
+
+
+@dataclass(frozen=True)
+class DLG(Attack):
+    """L-BFGS on ``|gradient(x, softmax(logits)) - leak|^2``; the label is the largest logit."""
+
+    leaks = (GradientLeak, UpdateLeak)
+
+    steps: int = 2100
+    history: int = 100
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1, history=1)
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        match = Match(leak, squared_distance, compiled=self.compiled)
+        batch, classes = leak.protocol.batch, leak.protocol.classes
+
+        def split(points: Tensor) -> tuple[Images, Tensor]:
+            pixels, logits = points[:, : -batch * classes], points[:, -batch * classes :]
+            return pixels.reshape(-1, *start.shape[1:]), logits.reshape(-1, batch, classes)
+
+        def objective(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
+            points = points.detach().requires_grad_()
+            images, logits = split(points)
+            misfit = match(images, logits.softmax(dim=-1), lanes)
+            (slope,) = torch.autograd.grad(misfit.sum(), points)
+            return misfit.detach(), slope
+
+        points = torch.cat([start.flatten(1), start.new_zeros(len(start), batch * classes)], dim=1)
+        points, _ = minimise(objective, points, self.steps, history=self.history, floor=match.floor, label="DLG")
+        images, logits = split(points)
+        images, labels = images.clamp(0, 1), logits.argmax(dim=-1)
+        return Reconstruction(images, labels, objective=match(images, labels))

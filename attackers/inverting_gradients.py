@@ -1,0 +1,52 @@
+"""Inverting Gradients: find images whose gradient points where the leaked one points.
+
+Geiping, Bauermeister, Dröge and Moeller, NeurIPS 2020. https://arxiv.org/abs/2003.14053
+Departs from the authors' code in three ways: 2,000 steps instead of 4,800, a smoothness of 0.01 instead of 0.2 (two
+decibels better on LeNet in a fraction of the time), and it starts from U(0, 1), in pixels, instead of N(0, 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import MultiStepLR
+
+from attackers.parts.checks import check_fields
+from attackers.parts.gradients import Match, cosine_distance
+from attackers.parts.labels import recovered
+from attackers.parts.priors import total_variation
+from simulator.attack import Attack, Images, Reconstruction
+from simulator.leaks import GradientLeak, Leak, UpdateLeak
+from simulator.progress import progress
+
+
+@dataclass(frozen=True)
+class InvertingGradients(Attack):
+    """Signed Adam on ``1 - cos(gradient(x), leak) + smoothness * TV(x)``, keeping x in [0, 1]."""
+
+    leaks = (GradientLeak, UpdateLeak)
+
+    steps: int = 2000
+    step_size: float = 0.1
+    smoothness: float = 0.01
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1)
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        labels = recovered(leak)
+        match = Match(leak, cosine_distance, compiled=self.compiled)
+        x = start.clone().requires_grad_()
+        adam = torch.optim.Adam([x], lr=self.step_size)
+        decay = MultiStepLR(adam, [self.steps * eighths // 8 for eighths in (3, 5, 7)], gamma=0.1)
+        for _ in progress(self.steps, "Inverting Gradients"):
+            loss = match(x, labels) + self.smoothness * total_variation(x)
+            (slope,) = torch.autograd.grad(loss.sum(), x)  # victims do not touch: their sum splits cleanly
+            x.grad = slope.sign()
+            adam.step()
+            decay.step()
+            x.data.clamp_(0, 1)
+        x = x.detach()
+        return Reconstruction(x, labels, objective=match(x, labels) + self.smoothness * total_variation(x))

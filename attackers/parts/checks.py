@@ -1,0 +1,31 @@
+"""Hyper-parameters are of the type they say and in range, or the error says which is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from simulator.attack import Attack
+from simulator.errors import FedtapError
+
+
+def check_fields(attack: Attack, **least: float) -> None:
+    """Each number at least what is given here for its field; numbers, whole numbers and flags of their own type.
+
+    Raises:
+        FedtapError: naming the field, what it is and what it may be.
+    """
+    for field in dataclasses.fields(attack):  # type: ignore[arg-type]
+        value = getattr(attack, field.name)
+        where = f"{field.name} of {type(attack).__name__} is {value!r}, and it is"
+        if field.type == "Attack":
+            if not isinstance(value, Attack):
+                raise FedtapError(f"{where} an attack to run, such as idlg: give that.")
+        elif field.type == "bool":
+            if not isinstance(value, bool):
+                raise FedtapError(f"{where} a switch: give True or False.")
+        else:
+            whole, low = field.type == "int", least.get(field.name, 0)
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not (fits and math.isfinite(value) and value >= low):
+                raise FedtapError(f"{where} a {'whole number' if whole else 'number'} from {low:g}: give such a one.")

@@ -1,0 +1,71 @@
+"""What pictures look like: penalties on a guess, one value a lane."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from attackers.parts.gradients import BatchStatistics, stateless
+from simulator.attack import Images
+from simulator.leaks import Tensors
+
+PerLane = Float[Tensor, "lanes"]
+
+
+def total_variation(images: Images) -> PerLane:
+    """Mean absolute difference of neighbouring pixels, across plus down."""
+    across = (images[..., :, 1:] - images[..., :, :-1]).abs()
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs()
+    return across.flatten(1).mean(1) + down.flatten(1).mean(1)
+
+
+def isotropic_variation(images: Images) -> PerLane:
+    """Sum over a lane's images of the l2 norms of their differences across, down and along both diagonals."""
+    differences = (
+        images[..., :, 1:] - images[..., :, :-1],
+        images[..., 1:, :] - images[..., :-1, :],
+        images[..., 1:, 1:] - images[..., :-1, :-1],
+        images[..., 1:, :-1] - images[..., :-1, 1:],
+    )
+    return torch.stack([_norms(difference) for difference in differences]).sum(0)
+
+
+def length(images: Images) -> PerLane:
+    """Sum over a lane's images of their l2 norms."""
+    return _norms(images)
+
+
+def statistics_gap(network: nn.Module, weights: Tensors, buffers: Tensors, images: Tensor) -> Tensor:
+    """How far one lane's batch is from each BatchNorm's running mean and variance: a sum of l2 norms.
+
+    Zero where the network has no BatchNorm with running statistics.
+    """
+    gaps = []
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        (hidden,), mean, variance = inputs, norm.running_mean, norm.running_var
+        if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            over = [0, *range(2, hidden.ndim)]
+            gaps.append(_length(hidden.mean(over) - mean))
+            gaps.append(_length(hidden.var(over, correction=0) - variance))
+
+    silent = stateless(network)
+    hooks = [
+        module.register_forward_pre_hook(measure) for module in silent.modules() if isinstance(module, BatchStatistics)
+    ]
+    try:
+        functional_call(silent, {**weights, **buffers}, (images,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(gaps).sum() if gaps else images.new_zeros(())
+
+
+def _norms(images: Tensor) -> PerLane:
+    return (images.flatten(2).square().sum(2) + 1e-12).sqrt().sum(1)
+
+
+def _length(vector: Tensor) -> Tensor:
+    return (vector.square().sum() + 1e-12).sqrt()  # a norm with a slope at zero

@@ -1,0 +1,52 @@
+"""Refine: hand one attack's guess to another as its starting point.
+
+A wrapper without a paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attackers.parts.checks import check_fields
+from simulator.attack import Attack, Images, Reconstruction
+from simulator.leaks import GradientLeak, Leak, UpdateLeak
+
+
+@dataclass(frozen=True)
+class Refine(Attack):
+    """`start` guesses, `finish` goes on from there; the result is that of `finish`."""
+
+    leaks = (GradientLeak, UpdateLeak)
+    needs_weights = False
+
+    start: Attack
+    finish: Attack
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        """Both, in order."""
+        return f"{self.start.name} + {self.finish.name}"
+
+    @property
+    def distribution(self) -> Literal["uniform", "normal"]:
+        """Of the attack that begins."""
+        return self.start.distribution
+
+    @property
+    def starts(self) -> int:
+        """Of the attack that begins."""
+        return self.start.starts
+
+    def accepts(self, leak: Leak) -> None:
+        """What both accept."""
+        self.start.accepts(leak)
+        self.finish.accepts(leak)
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        guess = self.start.reconstruct(leak, start)
+        images = guess.images.clamp(0, 1).repeat_interleave(self.finish.starts, dim=0)
+        return self.finish.reconstruct(leak, images)
