@@ -10,6 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
+from flwr.app import UserConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +55,7 @@ def run_command(
         return
     knobs = pairs(context.args)
     parts = plan(name, knobs)
-    config = {**knobs, "scenario": name, "data-root": str(data_root)}
+    config: UserConfig = {**knobs, "scenario": name, "data-root": str(data_root)}
     where = out or Path("runs") / name
     for part in parts:
         if ":" in part.model:

@@ -18,5 +18,7 @@ def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """Undefended federated SGD. Where no attack is named: three that match gradients, and the closed form on an MLP."""
     if knobs["attack"]:
         return (image_scenario(**knobs),)
-    matching = image_scenario(**{**knobs, "attack": "idlg,dlg,inverting_gradients(steps=400)"})
-    return matching, image_scenario(**{**knobs, "attack": "linear", "model": "mlp"})
+    matching, reading = knobs.copy(), knobs.copy()
+    matching["attack"] = "idlg,dlg,inverting_gradients(steps=400)"
+    reading["attack"], reading["model"] = "linear", "mlp"
+    return image_scenario(**matching), image_scenario(**reading)

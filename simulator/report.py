@@ -147,7 +147,9 @@ def table(rows: Sequence[Row]) -> Table:
     """The summaries, for a terminal."""
     summaries = summarise(rows)
     legend = f"medians over n victims, quartiles in brackets; ≥{RECOVERED_DB:g}dB: share of images"
-    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    shown = Table(
+        caption=plain("\n".join([legend, *_notes(rows)])), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     knobs = list(summaries[0].knobs) if summaries else []
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -97,7 +98,7 @@ def _attack(
     blinds = _blind_scores(floor, truths)
     missing = [name for name in private.names() if name not in heard.leaks]
     for order, attack in enumerate(part.attacks):
-        unit = f"part_{number}-{order}-{attack.name}"
+        unit = _unit(f"part_{number}-{order}", attack)
         done = folder.kept(unit) if any(row["unit"] == unit for row in folder.rows) else None
         if leak is not None and done is None:
             began = time.perf_counter()
@@ -194,6 +195,11 @@ def _picture(
     pictures[key].guesses[f"{_label(attack, part.attacks)} on {part.model}"] = (guess, psnr)
 
 
+def _unit(where: str, attack: Attack) -> str:
+    """Name of an attack's files: its place in the run, and its name."""
+    return f"{where}-{re.sub('[^a-z0-9_]+', '_', attack.name.lower()).strip('_')}"
+
+
 def _label(attack: Attack, panel: Sequence[Attack]) -> str:
     """Its name; with its settings where the panel has two of that name."""
     return attack.name if sum(other.name == attack.name for other in panel) == 1 else repr(attack)
@@ -288,7 +294,7 @@ def attack_saved(
         began = time.perf_counter()
         guess = _on_cpu(attack(leak.to(device), seed=seed))
         seconds = (time.perf_counter() - began) / len(leak)
-        unit = f"{order}-{attack.name}"
+        unit = _unit(str(order), attack)
         folder.keep(unit, guess)
         for victim, picture in enumerate(pictures):
             picture.guesses[_label(attack, attacks)] = (guess.images[victim], None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,15 @@ def leak_of(
     kind: str = "gradient",
     steps: int = 1,
     learning_rate: float = 0.05,
+    meta: Callable[[], nn.Module] | None = None,
 ) -> Leak:
-    """What honest clients with these batches send: the gradient, or the update of a real SGD loop."""
+    """What honest clients with these batches send: the gradient, or the update of a real SGD loop.
+
+    Args:
+        meta: builds the network, where it is none of fedtap's.
+    """
+    with torch.device("meta"):
+        skeleton = meta() if meta else None
     weights = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
     answers = []
     for batch, truth in zip(images, labels, strict=True):
@@ -53,7 +61,7 @@ def leak_of(
         protocol=Protocol(
             model=model, shape=shape, classes=10, batch=images.shape[1], steps=steps, learning_rate=learning_rate
         ),
-        network=build(model, shape, 10),
+        network=skeleton or build(model, shape, 10),
         weights=weights,
         buffers={name: buffer.clone() for name, buffer in float_buffers(network).items()},
         clients=torch.arange(len(images)),

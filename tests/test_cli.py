@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     words = ["run", "first_leak", "--victims", "2", "--attack", "linear,idlg(steps=5)", "--model", "mlp"]
     calls: list[str] = []
 
-    def stops(attack: object, leak: object, **more: object) -> object:
+    def stops(*_: object) -> object:
         calls.append("idlg")
         raise KeyboardInterrupt
 
@@ -164,7 +164,7 @@ def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys
         (["run", "first_leak", "--batch", "0"], "at least 1"),
         (["run", "first_leak", "--learning-rate", "-1"], "out of range"),
         (["run", "first_leak", "--learning-rate", "nan"], "out of range"),
-        (["run", "first_leak", "--victims", "1,,2"], "is empty"),
+        (["run", "first_leak", "--victims", "1,,2"], "empty value"),
         (["run", "first_leak", "--victims"], "has no value"),
         (["run", "first_leak", "stray"], "belongs to no knob"),
         (["run", "first_leak", "--listener", "eavesdroper"], "did you mean eavesdropper?"),
