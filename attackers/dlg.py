@@ -25,8 +25,8 @@ class DLG(Attack):
 
     leaks = (GradientLeak, UpdateLeak)
 
-    steps: int = 2100
-    history: int = 100
+    steps: int = 2400
+    history: int = 80
     compiled: bool = False
 
     def __post_init__(self) -> None:

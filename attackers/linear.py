@@ -65,7 +65,7 @@ def first(leak: Leak) -> Affine:
         tensor.data.zero_()
     heard: list[tuple[str, nn.Module, Tensor]] = []
     for name, module in network.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if _has_weights(module) and not any(_has_weights(child) for child in module.children()):
             module.register_forward_pre_hook(lambda m, inputs, name=name: heard.append((name, m, inputs[0].detach())))
     size = leak.protocol.shape[0] * leak.protocol.shape[1] * leak.protocol.shape[2]
     random = torch.rand(size, generator=torch.Generator().manual_seed(0))
@@ -81,6 +81,10 @@ def first(leak: Leak) -> Affine:
         f"and {leak.protocol.model!r} begins with {name or 'itself'}, {type(module).__name__}: "
         "use --model mlp, or idlg, which matches gradients."
     )
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _distinct(candidates: Float[Tensor, "rows pixels"], signal: Float[Tensor, "rows"], count: int) -> Tensor:

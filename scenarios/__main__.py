@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -65,6 +66,9 @@ def run_command(
     def grid(part: Scenario) -> LocalGrid:
         return LocalGrid(client_app(plan_of), (part.clients or part.victims) + 1, config)
 
+    console.print(question(name).splitlines()[0], highlight=False)
+    for line in _overrides(parts):
+        console.print(f"  {line}", highlight=False, markup=False)
     rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume)
     _say(rows, where)
 
@@ -141,6 +145,27 @@ def _explain(name: str) -> None:
     console.print("Also --out DIR, --data-root DIR, --device D, --resume.")
 
 
+def _overrides(parts: tuple[Scenario, ...]) -> list[str]:
+    """Each part's attacks, with the settings that are not their defaults."""
+    lines = []
+    for part in parts:
+        at = ", ".join(f"{knob} {value}" for knob, value in part.swept)
+        named = ", ".join(_shown(attack) for attack in part.attacks)
+        lines.append(f"{part.victims} victims, {part.model}{f', {at}' if at else ''}: {named}")
+    return lines
+
+
+def _shown(attack: Attack) -> str:
+    fields = {field.name: (field.default, getattr(attack, field.name)) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    said = [
+        f"{name}={_shown(value) if isinstance(value, Attack) else repr(value)}"
+        for name, (default, value) in fields.items()
+        if value != default
+    ]
+    name = type(attack).__module__.rpartition(".")[2]
+    return f"{name}({', '.join(said)})" if said else name
+
+
 def _catalogue(kind: str, entries: dict[str, str]) -> None:
     table = Table(kind, "", show_header=True, box=None, pad_edge=False)
     for name, text in entries.items():
@@ -156,9 +181,7 @@ def _about(attack: type[Attack]) -> str:
 
 def _say(rows: list[dict[str, object]], out: Path) -> None:
     console.print(report.table(rows))
-    console.print(
-        f"{out / 'report.html'} shows the pictures, {out / 'rows.jsonl'} holds every figure.", highlight=False
-    )
+    console.print(f"Pictures: {out / 'report.html'}   figures: {out / 'rows.jsonl'}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from scenarios.image import ImageKnobs, image_knobs, image_scenario
+from scenarios.image import ImageKnobs, image_knobs, matching_and_reading
 from simulator.scenario import Scenario
 
 
-@image_knobs(batch=(1, 2, 4, 8, 16), victims=4, attack="idlg(steps=600),inverting_gradients(steps=600)")
-def scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
+@image_knobs(batch=(1, 2, 4, 8, 16), victims=4)
+def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """One step of federated SGD on a batch, undefended."""
-    return image_scenario(**knobs)
+    return matching_and_reading(knobs, "idlg(steps=600),inverting_gradients(steps=600)")

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from scenarios.image import ImageKnobs, image_knobs, image_scenario
+from scenarios.image import ImageKnobs, image_knobs, matching_and_reading
 from simulator.scenario import Scenario
 
 
 @image_knobs(victims=6)
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
-    """Undefended federated SGD. Where no attack is named: three that match gradients, and the closed form on an MLP."""
-    if knobs["attack"]:
-        return (image_scenario(**knobs),)
-    matching, reading = knobs.copy(), knobs.copy()
-    matching["attack"] = "idlg,dlg,inverting_gradients(steps=400)"
-    reading["attack"], reading["model"] = "linear", "mlp"
-    return image_scenario(**matching), image_scenario(**reading)
+    """One step of federated SGD on one image, undefended."""
+    return matching_and_reading(knobs, "idlg,dlg,inverting_gradients(steps=400)")

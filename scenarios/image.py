@@ -71,3 +71,13 @@ def image_scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
     """The scenario these knobs describe; plan() gives it its name and question."""
     names = knobs["attack"]
     return Scenario(attacks=parse(names), **{name: value for name, value in knobs.items() if name != "attack"})  # type: ignore[arg-type]
+
+
+def matching_and_reading(knobs: ImageKnobs, matching: str) -> tuple[Scenario, ...]:
+    """The attacks that the knobs name; where they name none, `matching` on the model, and the closed form on an MLP."""
+    if knobs["attack"]:
+        return (image_scenario(**knobs),)
+    matched, read = knobs.copy(), knobs.copy()
+    matched["attack"] = matching
+    read["attack"], read["model"] = "linear", "mlp"
+    return image_scenario(**matched), image_scenario(**read)

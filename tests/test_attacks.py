@@ -56,7 +56,8 @@ def test_an_attack_is_a_frozen_value_that_cites_its_paper(name: str) -> None:
         attack.surprise = 1  # type: ignore[attr-defined]
     said = sys.modules[type(attack).__module__].__doc__ or ""
     assert re.search(r"https://\S+", said) or "wrapper without a paper" in said
-    assert said.splitlines()[0].endswith(".") and type(attack).__doc__
+    assert said.splitlines()[0].endswith(".")
+    assert type(attack).__doc__
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,8 +71,8 @@ def test_an_attack_repeats_itself_to_the_bit_and_leaves_the_leak_as_it_was(name:
     one, two = quick(name)(leak, seed=3), quick(name)(leak, seed=3)
     for field in ("images", "labels", "objective"):
         assert torch.equal(getattr(one, field), getattr(two, field)), field
-    assert one.images.isfinite().all() and one.objective.isfinite().all()
-    assert float(one.images.min()) >= 0 and float(one.images.max()) <= 1
+    assert one.objective.isfinite().all()
+    assert bool(((one.images >= 0) & (one.images <= 1)).all())
     for group, kept in zip(groups, before, strict=True):
         assert all(torch.equal(tensor, kept[key]) for key, tensor in group.items())
 
@@ -148,7 +149,7 @@ def test_a_victim_among_others_fares_as_it_does_alone() -> None:
 def test_idlg_and_dlg_bring_the_picture_back() -> None:
     images, labels = pictures(2, 1)
     leak = leak_of(images, labels, build("lenet", (3, 16, 16), 10, seed=1234), "lenet")
-    for attack in (IDLG(steps=400), DLG(steps=400)):
+    for attack in (IDLG(steps=250), DLG(steps=250)):
         guess = attack(leak)
         assert torch.equal(guess.labels, labels)
         assert float((guess.images - images).square().mean()) < 1e-3
@@ -224,5 +225,5 @@ def test_linear_finds_images_of_a_batch_that_units_see_alone() -> None:
 def test_linear_names_the_layer_in_its_way(model: str) -> None:
     images, labels = pictures(1, 1)
     leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=0), model)
-    with pytest.raises(FedtapError, match="begins with .*Conv2d"):
+    with pytest.raises(FedtapError, match=r"begins with .*Conv2d"):
         ATTACKS["linear"]()(leak)

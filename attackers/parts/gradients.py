@@ -39,6 +39,9 @@ WARM_UP = 64
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of lanes that programs are made for; others are filled up to the next."""
 
+COMPILED_SIZES = (1, 16, 32)
+"""Likewise, where a program takes half a minute to make."""
+
 
 def squared_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
     """``sum (answer - leaked)^2`` over every entry of every tensor."""
@@ -102,6 +105,7 @@ class Match:
         self.leaked = mean_gradient(leak)
         size = sum(tensor[0].numel() for tensor in self.leaked.values())
         self.chunk = max(n for n in SIZES if n == 1 or n * (size + 200 * leak.protocol.batch * _pixels(leak)) <= 2**25)
+        self.sizes = [n for n in (COMPILED_SIZES if compiled else SIZES) if n < self.chunk] + [self.chunk]
         self._calls: dict[tuple[int, bool], int] = {}
 
     @property
@@ -122,21 +126,27 @@ class Match:
 
     def _evaluate(self, images: Tensor, target: Tensor, lanes: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
         """Values, slope towards images, slope towards labels (empty where hard)."""
-        where = torch.arange(len(self.leak), device=images.device) if lanes is None else lanes.to(images.device)
         images, target = images.detach(), target.detach()
+        if lanes is None:
+            if len(images) in self.sizes:
+                return self._chunk(images, target, None, soft)
+            lanes = torch.arange(len(self.leak))
+        where = lanes.to(images.device)
         parts = [self._chunk(images[rows], target[rows], where[rows], soft) for rows in _chunks(len(where), self.chunk)]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
-    def _chunk(self, images: Tensor, target: Tensor, lanes: Tensor, soft: bool) -> tuple[Tensor, ...]:
+    def _chunk(self, images: Tensor, target: Tensor, lanes: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
+        """The same for lanes that fit into one program; `lanes` None where they are all, in order."""
         true = len(images)
-        lacking = next(n for n in SIZES if n >= true) - true
-        if lacking:
+        lacking = next(n for n in self.sizes if n >= true) - true
+        if lacking and lanes is not None:
             fill = torch.arange(true + lacking, device=images.device).clamp_max(true - 1)
             images, target, lanes = images[fill], target[fill], lanes[fill]
-        whole = len(lanes) == len(self.leak) and bool((lanes == torch.arange(len(lanes), device=lanes.device)).all())
 
-        def pick(tensors: Tensors, stacked: bool) -> dict[str, Tensor]:
-            return {name: tensor[lanes] if stacked and not whole else tensor for name, tensor in tensors.items()}
+        rows = slice(None) if lanes is None else _in_a_row(lanes)
+
+        def pick(tensors: Tensors, stacked: bool) -> Tensors:
+            return {name: tensor[rows] for name, tensor in tensors.items()} if stacked else tensors
 
         inputs = (
             pick(self.leak.weights or {}, self.leak.stacked),
@@ -155,12 +165,14 @@ class Match:
         if self._calls[count, soft] <= WARM_UP and not self.compiled:
             return self._vmapped(soft)
         leak = self.leak
-        key = (leak.kind, leak.protocol, leak.stacked, self.misfit, self.extra, self.compiled, soft, count, leak.device)
+        where = (count, leak.device, inputs[3].dtype)
+        key = (leak.kind, leak.protocol, leak.stacked, self.misfit, self.extra, self.compiled, soft, where)
         programs = _PROGRAMS.setdefault(leak.network, {})
         if key not in programs:
             table = COMPILED_TABLE if self.compiled else TABLE
             trace = _without_repeats(make_fx(self._vmapped(soft), decomposition_table=table)(*inputs))
-            programs[key] = torch.compile(trace) if self.compiled else trace
+            options: dict[str, Any] = {"cpp_wrapper": leak.device.type == "cpu"}  # Python's share counts at few lanes
+            programs[key] = torch.compile(trace, options=options) if self.compiled else trace
         return programs[key]
 
     def _vmapped(self, soft: bool) -> Callable[..., Any]:
@@ -254,6 +266,13 @@ def _without_repeats(trace: GraphModule) -> GraphModule:
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _in_a_row(lanes: Tensor) -> slice | Tensor:
+    """A slice, which copies nothing, where the lanes follow each other."""
+    first = int(lanes[0])
+    row = torch.arange(first, first + len(lanes), device=lanes.device)
+    return slice(first, first + len(lanes)) if torch.equal(lanes, row) else lanes
 
 
 def _pixels(leak: Leak) -> int:

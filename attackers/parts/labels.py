@@ -73,11 +73,16 @@ def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
 
 
 def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
-    """What the network thinks of the batch on average; where its weights are not known, all classes alike."""
+    """What the network thinks of the batch on average.
+
+    Where its weights are not known: a class pushed down is thought absent, which makes its slope its mean softmax;
+    those that are pulled up share the rest alike.
+    """
     name, layer = last_linear(leak)
     slopes, prefix = class_slopes(leak), f"{name}." if name else ""
     if leak.weights is None or layer.bias is None:
-        return torch.full_like(slopes, 1 / slopes.shape[1])
+        absent, present = slopes.clamp_min(0), slopes < 0
+        return torch.where(present, (1 - absent.sum(1, keepdim=True)) / present.sum(1, keepdim=True), absent)
     rows = mean_gradient(leak)[f"{prefix}weight"]
     embedding = torch.einsum("vc,vcf->vf", slopes, rows) / slopes.square().sum(1, keepdim=True).clamp_min(1e-30)
     weight, bias = leak.weights[f"{prefix}weight"], leak.weights[f"{prefix}bias"]
