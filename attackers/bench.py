@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from attackers.parts.gradients import WARM_UP, Match, squared_distance
@@ -75,14 +74,12 @@ def _times(device: str, lanes: int) -> list[float]:
             ).sum()
             torch.autograd.grad(misfit, x)
 
-    def matched(match: Match) -> Callable[[], Tensor]:
-        def step() -> Tensor:
-            x = guess.clone().requires_grad_()
-            return torch.autograd.grad(match(x, labels).sum(), x)[0]
-
-        return step
-
-    contenders = [plain, matched(Match(leak, squared_distance)), matched(Match(leak, squared_distance, compiled=True))]
+    vmapped, compiled = (Match(leak, squared_distance, compiled=compiled) for compiled in (False, True))
+    contenders: list[Callable[[], object]] = [
+        plain,
+        lambda: vmapped.with_slope(guess, labels),
+        lambda: compiled.with_slope(guess, labels),
+    ]
     for _ in range(WARM_UP + 3):
         contenders[1]()
     contenders[2]()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attackers.parts.checks import check_fields
@@ -38,10 +37,8 @@ class IDLG(Attack):
         match = Match(leak, squared_distance, compiled=self.compiled)
 
         def objective(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-            points = points.detach().requires_grad_()
-            misfit = match(points.reshape(-1, *start.shape[1:]), labels[lanes], lanes)
-            (slope,) = torch.autograd.grad(misfit.sum(), points)
-            return misfit.detach(), slope
+            misfit, slope = match.with_slope(points.reshape(-1, *start.shape[1:]), labels[lanes], lanes)
+            return misfit, slope.flatten(1)
 
         points, _ = minimise(
             objective, start.flatten(1), self.steps, history=self.history, floor=match.floor, label="iDLG"

@@ -34,6 +34,11 @@ class Linear(Attack):
     leaks = (GradientLeak, UpdateLeak)
     needs_weights = False
 
+    def accepts(self, leak: Leak) -> None:
+        """Leaks of networks that begin with a linear layer over all pixels."""
+        super().accepts(leak)
+        first(leak)
+
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         name, scale, shift = first(leak)
         gradient = mean_gradient(leak)

@@ -155,6 +155,15 @@ def test_idlg_and_dlg_bring_the_picture_back() -> None:
         assert float((guess.images - images).square().mean()) < 1e-3
 
 
+def test_a_match_is_over_where_the_wire_rounds_more() -> None:
+    leak = suited("idlg")
+    start = draw(leak, 0, "uniform")
+    rough = dataclasses.replace(leak, resolution=1e3)
+    assert torch.equal(IDLG(steps=20)(rough, start=start).images, start)
+    assert Match(rough, squared_distance).floor > 1
+    assert Match(leak, squared_distance).floor == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Dice(Attack):
     """Returns its start; the objective is the start's mean, NaN over a half."""

@@ -14,6 +14,7 @@ from attackers.parts import gradients
 from attackers.parts.convolutions import correlate, filters_slope, spread
 from attackers.parts.gradients import Match, cosine_distance, squared_distance
 from attackers.parts.priors import isotropic_variation, statistics_gap, total_variation
+from simulator.errors import FedtapError
 from simulator.leaks import Leak
 from simulator.models import build
 from tests.attack_leaks import leak_of, pictures
@@ -102,6 +103,33 @@ def test_own_weights_of_each_victim_are_used() -> None:
     )
 
 
+class OfTheUsers(nn.Module):
+    """Attention and dropout as people write them; `noisy` draws random numbers in its forward pass."""
+
+    def __init__(self, noisy: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3 * 16, 16), nn.Linear(16, 10)
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.1, batch_first=True)
+        self.dropout, self.noisy = nn.Dropout(0.5), noisy
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.embed(images.permute(0, 2, 1, 3).flatten(2))
+        rows = self.dropout(rows + self.attention(rows, rows, rows)[0])
+        if self.noisy:
+            rows = rows + torch.randn_like(rows)
+        return self.head(rows.mean(1))  # type: ignore[no-any-return]
+
+
+def test_dropout_is_left_out_and_a_model_that_cannot_be_vmapped_is_refused() -> None:
+    images, labels = pictures(2, 1)
+    leak = leak_of(images, labels, OfTheUsers(False).eval(), "own", meta=lambda: OfTheUsers(False))
+    match = Match(leak, squared_distance)
+    assert torch.equal(match(images, labels), match(images, labels))
+    noisy = leak_of(images, labels, OfTheUsers(True), "own", meta=lambda: OfTheUsers(True))
+    with pytest.raises(FedtapError, match="without random numbers"):
+        Match(noisy, squared_distance)(images, labels)
+
+
 def test_a_trace_agrees_and_lanes_are_taken_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "WARM_UP", 1)
     images, labels = pictures(7, 1)
@@ -114,6 +142,29 @@ def test_a_trace_agrees_and_lanes_are_taken_from_anywhere(monkeypatch: pytest.Mo
         torch.testing.assert_close(slope, slopes[0], rtol=1e-4, atol=1e-5 * float(slope.abs().max()))
     some = torch.tensor([5, 2])
     torch.testing.assert_close(match(guess[some], labels[some], some), results[0][0][some], rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["lenet", "convnet"])
+def test_the_compiled_slope_is_the_vmapped_one(model: str) -> None:
+    images, labels = pictures(3, 1)
+    leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=5), model)
+    guess = images.flip(0).clone().requires_grad_()
+    slopes = [
+        torch.autograd.grad(Match(leak, squared_distance, compiled=compiled)(guess, labels).sum(), guess)[0]
+        for compiled in (False, True)
+    ]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-5 * float(slopes[0].abs().max()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("model", ["lenet", "convnet", "resnet20", "vit"])
+def test_cpu_and_cuda_agree(model: str) -> None:
+    images, labels = pictures(3, 1)
+    leak = leak_of(images.double(), labels, build(model, (3, 16, 16), 10, seed=5).double(), model)
+    guess = images.flip(0).double()
+    here, there = Match(leak, squared_distance), Match(leak.to("cuda"), squared_distance)
+    torch.testing.assert_close(there(guess.cuda(), labels.cuda()).cpu(), here(guess, labels), rtol=1e-6, atol=1e-9)
 
 
 def test_the_tables_convolutions_are_torchs() -> None:

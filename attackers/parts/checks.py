@@ -24,7 +24,7 @@ def check_fields(attack: Attack, **least: float) -> None:
         elif field.type == "bool":
             if not isinstance(value, bool):
                 raise FedtapError(f"{where} a switch: give True or False.")
-        else:
+        elif field.type in ("int", "float"):
             whole, low = field.type == "int", least.get(field.name, 0)
             fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not (fits and math.isfinite(value) and value >= low):

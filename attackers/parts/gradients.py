@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from attackers.parts.convolutions import COMPILED_TABLE, TABLE
 from simulator.attack import Images
+from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors, UpdateLeak
 
 Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
@@ -39,8 +40,11 @@ WARM_UP = 64
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of lanes that programs are made for; others are filled up to the next."""
 
-COMPILED_SIZES = (1, 16, 32)
-"""Likewise, where a program takes half a minute to make."""
+CUDA_SIZES = (*SIZES, 48, 64, 96, 128, 192, 256)
+"""Likewise on a GPU, which wants many."""
+
+COMPILED_SIZES = (1, 16)
+"""Likewise, where a program takes half a minute to make; more lanes than these fall out of the CPU's cache."""
 
 
 def squared_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
@@ -104,8 +108,13 @@ class Match:
         self.leak, self.misfit, self.extra, self.compiled = leak, misfit, extra, compiled
         self.leaked = mean_gradient(leak)
         size = sum(tensor[0].numel() for tensor in self.leaked.values())
-        self.chunk = max(n for n in SIZES if n == 1 or n * (size + 200 * leak.protocol.batch * _pixels(leak)) <= 2**25)
-        self.sizes = [n for n in (COMPILED_SIZES if compiled else SIZES) if n < self.chunk] + [self.chunk]
+        cuda = leak.device.type == "cuda"
+        room = (2**28 if cuda else 2**25) // (size + 200 * leak.protocol.batch * _pixels(leak))
+        sizes: tuple[int, ...] = CUDA_SIZES if cuda else SIZES
+        if compiled:
+            sizes = COMPILED_SIZES + ((64, 256) if cuda else ())
+        self.chunk = max((n for n in CUDA_SIZES if n <= min(room, sizes[-1])), default=1)
+        self.sizes = [n for n in sizes if n < self.chunk] + [self.chunk]
         self._calls: dict[tuple[int, bool], int] = {}
 
     @property
@@ -123,6 +132,12 @@ class Match:
         soft = labels.is_floating_point()
         target = labels if soft else F.one_hot(labels, self.leak.protocol.classes).to(images.dtype)
         return _Ready.apply(images, target, *self._evaluate(images, target, lanes, soft))  # type: ignore[no-any-return,no-untyped-call]
+
+    def with_slope(self, images: Images, labels: Labels, lanes: Tensor | None = None) -> tuple[Tensor, Images]:
+        """The misfit of each lane and its slope towards the images, without autograd: for hard labels and no prior."""
+        target = F.one_hot(labels, self.leak.protocol.classes).to(images.dtype)
+        values, slope, _ = self._evaluate(images, target, lanes, soft=False)
+        return values, slope
 
     def _evaluate(self, images: Tensor, target: Tensor, lanes: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
         """Values, slope towards images, slope towards labels (empty where hard)."""
@@ -155,7 +170,14 @@ class Match:
             images.contiguous(),
             target.contiguous(),
         )
-        slopes, values = self._program(inputs, soft)(*inputs)
+        try:
+            slopes, values = self._program(inputs, soft)(*inputs)
+        except RuntimeError as error:
+            raise FedtapError(
+                f"The gradient of model {self.leak.protocol.model!r} cannot be matched, since torch.func cannot "
+                f"differentiate it twice for {len(images)} victims at once ({str(error).splitlines()[0]}): "
+                "write it without random numbers, operations in place and branches on data."
+            ) from error
         return values[:true], slopes[0][:true], slopes[1][:true] if soft else slopes[0][:0]
 
     def _program(self, inputs: Any, soft: bool) -> Callable[..., Any]:
@@ -171,8 +193,7 @@ class Match:
         if key not in programs:
             table = COMPILED_TABLE if self.compiled else TABLE
             trace = _without_repeats(make_fx(self._vmapped(soft), decomposition_table=table)(*inputs))
-            options: dict[str, Any] = {"cpp_wrapper": leak.device.type == "cpu"}  # Python's share counts at few lanes
-            programs[key] = torch.compile(trace, options=options) if self.compiled else trace
+            programs[key] = torch.compile(trace, options=_options(leak.device)) if self.compiled else trace
         return programs[key]
 
     def _vmapped(self, soft: bool) -> Callable[..., Any]:
@@ -242,6 +263,8 @@ def stateless(network: nn.Module) -> nn.Module:
                 setattr(parent, name, BatchStatistics(child))
             elif isinstance(child, nn.modules.dropout._DropoutNd):
                 child.eval()
+            elif isinstance(child, nn.MultiheadAttention):
+                child.dropout = 0.0
     _STATELESS[network] = copied
     return copied
 
@@ -266,6 +289,11 @@ def _without_repeats(trace: GraphModule) -> GraphModule:
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """On a CPU no Python between the kernels (its share counts at few lanes), and no channels-last convolutions."""
+    return {"cpp_wrapper": True, "layout_optimization": False} if device.type == "cpu" else {}
 
 
 def _in_a_row(lanes: Tensor) -> slice | Tensor:

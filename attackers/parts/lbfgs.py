@@ -21,8 +21,8 @@ Objective = Callable[[Points, Int[Tensor, "lanes"]], tuple[Float[Tensor, "lanes"
 """Of points and the number of the lane each belongs to: values and slopes."""
 
 DECREASE, CURVATURE = 1e-4, 0.9
-BLOCK = 64
-"""Lanes that run at once: what their histories take stays below a gigabyte."""
+BLOCK, CUDA_BLOCK = 64, 1024
+"""Lanes that run at once: what their histories take stays below a gigabyte, on a GPU below some ten."""
 
 TRIES = 12
 """Points on one line before its direction is given up: steepest descent next, the end if that was it."""
@@ -39,7 +39,7 @@ def minimise(
     """
     blocks = [
         _minimise(objective, start, lanes, steps, history, floor, label)
-        for lanes in torch.split(torch.arange(len(start), device=start.device), BLOCK)
+        for lanes in torch.split(torch.arange(len(start), device=start.device), CUDA_BLOCK if start.is_cuda else BLOCK)
     ]
     points, values = zip(*blocks, strict=True)
     return torch.cat(points), torch.cat(values)
