@@ -16,4 +16,4 @@ from simulator.scenario import Scenario
 @image_knobs(victims=6)
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """One step of federated SGD on one image, undefended."""
-    return matching_and_reading(knobs, "idlg,dlg,inverting_gradients(steps=400)")
+    return matching_and_reading(knobs, "idlg,dlg(steps=1200),inverting_gradients(steps=500)")
