@@ -32,7 +32,7 @@ def practise(order: Message, private: PrivateData) -> Message:
         return F.cross_entropy(functional_call(trained, weights, (some,)), named)
 
     weights = {name: weight.detach() for name, weight in trained.named_parameters()}
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=256)(weights, images, labels)
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=256, randomness="different")(weights, images, labels)
     content = RecordDict(
         {
             "gradients": ArrayRecord({name: gradient.contiguous() for name, gradient in gradients.items()}),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from flwr.app import ConfigRecord, Context, Message
 
 from clients.training import answer, network, receive, sgd
+from simulator.attack import generator
 from simulator.scenario import PrivateData
 
 
@@ -17,9 +19,12 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
     scenario, world = private.scenario, private.world
     client = int(context.node_config["partition-id"])
     config: ConfigRecord = order.content.config_records["config"]
-    images, labels = private(client, int(config["server-round"]))  # type: ignore[arg-type]
+    rnd = int(config["server-round"])  # type: ignore[arg-type]
+    images, labels = private(client, rnd)
     net = network(scenario.model, world.shape, len(world.classes))
     receive(net, order.content.array_records["arrays"])
     batch = min(scenario.batch, len(images))
-    loss = sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate)
+    with torch.random.fork_rng(devices=[]):  # what a model draws (dropout) depends on the client and round alone
+        torch.manual_seed(generator(scenario.seed, "training", client, rnd).initial_seed())
+        loss = sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate)
     return answer(order, net, len(images), client, loss)

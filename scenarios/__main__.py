@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,21 @@ from simulator.run import attack_saved, device_named, run
 from simulator.scenario import Scenario
 from simulator.worlds import WORLDS
 
-cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
 DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda if there is one, unless said.")]
+COMMANDS = ("run", "attack", "list")
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@cli.callback(invoke_without_command=True)
+def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """What federated learning leaks: fedtap run SCENARIO --knob value, fedtap attack LEAK, fedtap list."""
+    if version:
+        console.print(metadata.version("fedtap"), highlight=False)
+        raise typer.Exit
 
 
 @cli.command("run", context_settings=EXTRA, add_help_option=False)
@@ -51,6 +61,8 @@ def run_command(
         console.print(context.get_help())
         console.print(f"Scenarios: {', '.join(sorted(catalogue()))}")
         return
+    if name.startswith("-"):
+        raise FedtapError(f"The scenario comes before its knobs, and {name} is one: fedtap run NAME {name} VALUE.")
     if {"--help", "-h"} & set(context.args):
         _explain(name)
         return
@@ -84,7 +96,8 @@ def attack_command(
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
     attacks = parse(attack)
-    sys.path.insert(0, str(Path.cwd()))
+    if ":" in model:
+        sys.path.insert(0, str(Path.cwd()))
     leak = load(leaks, build, model or None)
     rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)
     _say(rows, out)
@@ -102,11 +115,13 @@ def list_command() -> None:
 def main() -> None:
     """Run the command line; a FedtapError is one sentence on standard error and exit code 2."""
     words = sys.argv[1:]
-    if words and words[0] not in ("run", "attack", "list") and not words[0].startswith("-"):
-        words = ["run", *words]
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     try:
+        if words and words[0] in catalogue():
+            words = ["run", *words]
+        elif words and words[0] not in COMMANDS and not words[0].startswith("-"):
+            raise unknown("command or scenario", words[0], (*COMMANDS, *catalogue()))
         cli(words, prog_name="fedtap")
     except FedtapError as error:
         Console(stderr=True).print(f"fedtap: {error}", markup=False, highlight=False, soft_wrap=True)

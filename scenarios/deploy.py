@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Annotated, Literal
 import typer
 
 from simulator.errors import FedtapError
+from simulator.output import left_by_us
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -47,10 +49,13 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
         raise FedtapError(
             f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e."
         )
+    before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
-        environment = (
-            os.environ | QUIET | {"FLWR_HOME": home, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        )
+        environment = os.environ | QUIET | {
+            "FLWR_HOME": home,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # a module:function's place
+        }
         port = _free_port()
         (Path(home) / "config.toml").write_text(
             f'[superlink]\ndefault = "fedtap"\n\n[superlink.fedtap]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -76,6 +81,8 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 stack.enter_context(
                     _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
                 )
+        if Path(knobs.get("world", "")).exists() and "world" in knobs:
+            knobs = {**knobs, "world": str(Path(knobs["world"]).resolve())}
         said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
         run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
         done = subprocess.run(
@@ -83,10 +90,17 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         told = done.stdout + done.stderr
-        finished = (out / "run.json").is_file() and json.loads((out / "run.json").read_text())["finished"]
-        if done.returncode or not finished:
-            raise FedtapError(f"`flwr run` did not finish the scenario; the end of what it said:\n{told[-3000:]}")
+        if done.returncode or _finished(out) in (None, before):
+            sentence = re.search(r"FedtapError: (.*)", told)
+            why = sentence[1] if sentence else f"the end of what it said:\n{told[-3000:]}"
+            raise FedtapError(f"`flwr run` did not finish the scenario: {why}")
         return told
+
+
+def _finished(out: Path) -> int | None:
+    """When the folder's run was finished, in ns; None if there is none."""
+    file = out / "run.json"
+    return file.stat().st_mtime_ns if file.is_file() and json.loads(file.read_text())["finished"] else None
 
 
 @contextlib.contextmanager
@@ -140,7 +154,12 @@ def main(
     from scenarios.plan import plan
 
     knobs = pairs(context.args)
-    plan(name, knobs)  # a mistake is told here, not from inside the engine
+    for part in plan(name, knobs):  # a mistake is told here, not from inside the engine
+        if part.clients not in (0, nodes - 1):
+            raise FedtapError(
+                f"{nodes} nodes are {nodes - 1} honest clients and a compromised one: --clients {nodes - 1}."
+            )
+    left_by_us(out, name)
     if engine not in ("deployment", "simulation"):
         raise FedtapError(f"There is no engine named {engine!r}: there are deployment, simulation.")
     flower(name, {knob.replace("-", "_"): value for knob, value in knobs.items()}, out, data_root, nodes, engine)  # type: ignore[arg-type]

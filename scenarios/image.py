@@ -15,7 +15,7 @@ from simulator.scenario import Scenario
 class ImageKnobs(TypedDict):
     """The knobs that all image scenarios share."""
 
-    world: Annotated[str, Knob("photos, cifar10, a folder or zip of images, or an .npz")]
+    world: Annotated[str, Knob("photos, cifar10, a folder or zip of images, or an .npz", path=True)]
     size: Annotated[int, Knob("pixels a side that photos and the images of a folder or zip are brought to", 8, 512)]
     model: Annotated[str, Knob("mlp, lenet, convnet, resnet20, vit, or module:function of your own")]
     attack: Annotated[str, Knob("NAME[,NAME…], each with settings if need be: idlg(steps=300)", swept=False)]
@@ -25,7 +25,9 @@ class ImageKnobs(TypedDict):
     steps: Annotated[int, Knob("local steps of SGD before a client answers", 1)]
     learning_rate: Annotated[float, Knob("learning rate of the clients' SGD", 1e-6, 1e3)]
     rounds: Annotated[int, Knob("rounds of training before the attacked ones", 0)]
-    alpha: Annotated[float, Knob("Dirichlet concentration of the classes over clients; 0: IID", 0.0, 1e6)]
+    alpha: Annotated[
+        float, Knob("Dirichlet concentration of classes in clients' training data; 0: IID", 0.0, 1e6)
+    ]
     listener: Annotated[str, Knob("who listens", choices=tuple(LISTENERS))]
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]

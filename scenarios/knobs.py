@@ -21,6 +21,8 @@ class Knob:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    path: bool = False
+    """Whether it may be a file's name, commas and all."""
     swept: bool = True
     """Whether a comma separates values to try, one after the other."""
 
@@ -56,7 +58,7 @@ def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tup
 
 
 def _words(text: str, knob: Knob) -> list[str]:
-    return text.split(",") if knob.swept and not Path(text).exists() else [text]
+    return text.split(",") if knob.swept and not (knob.path and Path(text[:250]).exists()) else [text]
 
 
 def _value(name: str, word: str, kind: type, knob: Knob) -> Any:

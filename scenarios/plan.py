@@ -50,7 +50,10 @@ def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:
             dataclasses.replace(part, name=name, question=question(name), swept=tuple(swept.items()))
             for part in (made if isinstance(made, tuple) else (made,))
         ]
-    return tuple(parts)
+    once: dict[Scenario, Scenario] = {}
+    for part in parts:  # a sweep may repeat a part that does not depend on what is swept
+        once.setdefault(dataclasses.replace(part, swept=()), part)
+    return tuple(once.values())
 
 
 def plan_of(config: UserConfig) -> tuple[Scenario, ...]:

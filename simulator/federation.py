@@ -20,6 +20,9 @@ from simulator.models import build
 from simulator.scenario import PrivateData, Scenario
 from simulator.wiretap import Wiretap, partition_of
 
+METRICS = ("num-examples", "partition", "loss")
+"""What fedtap's clients report of their training."""
+
 PRACTICE = "query.practice"
 """Message type under which the compromised client is fed public examples."""
 
@@ -82,9 +85,12 @@ def play(
         if answer.has_error():
             heard.lost.setdefault(rnd, []).append(f"a client failed: {answer.error.reason}")
             return
-        client = partition_of(answer)
-        heard.nodes[client] = answer.metadata.src_node_id
+        client, node = partition_of(answer), answer.metadata.src_node_id
+        if heard.nodes.setdefault(client, node) != node or (client, rnd) in heard.leaks:
+            heard.lost.setdefault(rnd, []).append(f"a client answered in the name of client {client}")
+            raise FedtapError(f"Node {node} answers in the name of client {client}, which is another node's.")
         try:
+            _as_expected(order.content, answer.content, client)
             leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {error}"
@@ -112,6 +118,21 @@ def play(
         evaluate_fn=evaluate,
     )
     return heard
+
+
+def _as_expected(order: RecordDict, answer: RecordDict, client: int) -> None:
+    """Refuse what FedAvg could not average with the others' answers: it would end the run for all of them."""
+    for kind, mine, theirs in (
+        ("arrays", answer.array_records, {"arrays": order["arrays"].keys()}),
+        ("metrics", answer.metric_records, {"metrics": METRICS}),
+    ):
+        if {name: set(record) for name, record in mine.items()} != {name: set(keys) for name, keys in theirs.items()}:
+            raise FedtapError(
+                f"Client {client} sent other {kind} than the rest, so they cannot be averaged: "
+                f"send one record named {kind!r} with the keys that fedtap's clients send."
+            )
+    if any(isinstance(value, list) for value in answer.metric_records["metrics"].values()):
+        raise FedtapError(f"Client {client} sent a list where a metric is one number: send numbers.")
 
 
 def accuracy(net: nn.Module, arrays: ArrayRecord, private: PrivateData) -> float:

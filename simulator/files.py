@@ -24,5 +24,5 @@ def write_atomically(path: Path, content: bytes) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise FedtapError(
-            f"{path} could not be written ({error.strerror or error}): free some space, or name another --out."
+            f"{path} could not be written ({error.strerror or error}): make room or name another folder, --out."
         ) from error

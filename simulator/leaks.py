@@ -149,12 +149,16 @@ class Leak:
                         "record the exchange again, or leave out the victim it belongs to."
                     )
 
-    def save(self, path: Path) -> None:
-        """Write `path` (.safetensors) and the protocol beside it (.json), each atomically."""
+    def packed(self) -> bytes:
+        """The tensors as a safetensors file."""
         tensors = {f"{self.kind}/{name}": tensor for name, tensor in self.observed.items()}
         tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
         tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
         tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
+        return dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+    def save(self, path: Path) -> None:
+        """Write `path` (.safetensors) and the protocol beside it (.json), each atomically."""
         about = {
             "format": FORMAT,
             "kind": self.kind,
@@ -162,8 +166,7 @@ class Leak:
             "stacked": self.stacked,
             "resolution": self.resolution,
         }
-        packed = dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        write_atomically(path, packed)
+        write_atomically(path, self.packed())
         write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2).encode() + b"\n")
 
 
@@ -190,6 +193,11 @@ class UpdateLeak(Leak):
 
 
 KINDS: dict[str, type[Leak]] = {kind.kind: kind for kind in (GradientLeak, UpdateLeak)}
+
+
+NAMES = ("clients", "rounds", "restarts")
+GROUPS = {kind: (f"{kind}/", "weights/", "buffers/") for kind in KINDS}
+NO_VICTIMS = {(), (0,)}
 
 
 def stack(leaks: Sequence[Leak]) -> Leak:
@@ -261,6 +269,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         protocol = Protocol(**{**about["protocol"], "shape": tuple(about["protocol"]["shape"])})
         stacked, resolution = bool(about["stacked"]), float(about["resolution"])
         _sound(protocol, resolution)
+        if kind is GradientLeak and protocol.steps != 1:
+            raise ValueError(f"a gradient of {protocol.steps} steps: several steps give an update")
     except (ValueError, KeyError, TypeError) as error:
         raise FedtapError(
             f"{beside} is no leak's description ({type(error).__name__}: {error}): "
@@ -274,15 +284,23 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
             f"repeat it on the command line, --model {protocol.model}, if you trust it."
         )
 
-    def group(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    def group(prefix: str) -> Tensors:
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return _each(found, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
-    missing = [name for name in ("clients", "rounds", "restarts") if name not in tensors]
-    if missing or not tensors["clients"].ndim == tensors["rounds"].ndim == tensors["restarts"].ndim == 1:
+    names = [tensors.get(name) for name in NAMES]
+    shapes = {tuple(tensor.shape) for tensor in names if tensor is not None and tensor.dtype == torch.int64}
+    if (
+        any(tensor is None or tensor.dtype != torch.int64 for tensor in names)
+        or len(shapes) != 1
+        or shapes & NO_VICTIMS
+    ):
         raise FedtapError(
-            f"{path} lacks a one-dimensional tensor {', '.join(missing or ['clients, rounds, restarts'])}, "
-            "which says whose answers these are: add one entry a victim."
+            f"{path} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
+            "add all three, int64, one entry a victim, at least one."
         )
+    if strange := [name for name in tensors if name not in NAMES and not name.startswith(GROUPS[kind.kind])]:
+        raise FedtapError(f"{path} holds {strange[0]}, which is no part of a {kind.kind} leak: take it out.")
     leak = kind(
         observed=group(f"{kind.kind}/"),
         protocol=protocol,

@@ -67,18 +67,20 @@ def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.
     buffers = float_buffers(network)
     _whole(before, [*parameters, *buffers], "order", client)
     _whole(after, [*parameters, *buffers], "answer", client)
-    for name in before:
+    single = protocol.steps == 1
+    scale = -1 / protocol.learning_rate if single else 1.0
+    differences = {}
+    for name in (*parameters, *buffers):
         if after[name].shape != before[name].shape:
             raise FedtapError(
                 f"Client {client} answered {name} of shape {tuple(after[name].shape)} to one of "
                 f"{tuple(before[name].shape)}, so there is no difference to take: it trains another model."
             )
-        if not bool(after[name].isfinite().all()):
+        differences[name] = ((after[name].double() - before[name].double()) * scale).float()
+        if not bool(after[name].float().isfinite().all() and differences[name].isfinite().all()):
             raise FedtapError(f"Client {client} answered NaN or infinity in {name}: its training diverged or it lies.")
-    single = protocol.steps == 1
-    scale = -1 / protocol.learning_rate if single else 1.0
     return (GradientLeak if single else UpdateLeak)(
-        observed={name: ((after[name].double() - before[name].double()) * scale).float()[None] for name in parameters},
+        observed={name: differences[name][None] for name in parameters},
         protocol=protocol,
         network=network,
         weights={name: before[name] for name in parameters},
@@ -99,15 +101,13 @@ def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
     record: ArrayRecord = next(iter(content.array_records.values()))
     try:
         return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-    except (TypeError, ValueError) as error:
-        raise FedtapError(
-            f"The {what} holds arrays that are no tensors ({error}): send floating point ones."
-        ) from error
+    except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
+        raise FedtapError(f"The {what} holds arrays that are no tensors ({error}): send float32.") from error
 
 
 def _counts(answer: RecordDict) -> bool:
     count = next(iter(answer.metric_records.values())).get("num-examples")
-    return isinstance(count, int | float) and 0 < count < float("inf")
+    return isinstance(count, int | float) and 0 < count < 2**53
 
 
 def _whole(found: dict[str, Tensor], wanted: list[str], what: str, client: int) -> None:

@@ -78,7 +78,10 @@ class LocalGrid(Grid):
         received.__dict__["_metadata"] = message.metadata
         received.content = copy.deepcopy(message.content)  # strategies share one RecordDict between all nodes
         try:
-            return self._app(received, self._contexts[message.metadata.dst_node_id])
+            answer = self._app(received, self._contexts[message.metadata.dst_node_id])
+            if not isinstance(answer, Message):
+                raise TypeError(f"the ClientApp returned {type(answer).__name__} and not a Message")
+            return answer
         except Exception as error:  # as Flower's engines do: a client that raises answers with an error
             last = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} (line {last.lineno} of {last.name})"

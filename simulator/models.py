@@ -190,27 +190,24 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     """
     factory = MODELS.get(name) or _users_own(name)
     try:
-        if seed is None:
-            with torch.device("meta"):
-                network = factory(shape, classes)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                network = factory(shape, classes)
-            if isinstance(network, LeNet):
-                network.reset_parameters(torch.Generator().manual_seed(seed))
-        logits = network.eval()(torch.zeros(2, *shape, device="meta" if seed is None else "cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            network = factory(shape, classes)
+        if isinstance(network, LeNet) and seed is not None:
+            network.reset_parameters(torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(2, *shape))
         if tuple(logits.shape) != (2, classes):
             raise ValueError(f"it returns {tuple(logits.shape)} for two images, not (2, {classes})")
     except FedtapError:
         raise
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         size = "x".join(map(str, shape))
         raise FedtapError(
             f"Model {name} cannot be built for {size} images and {classes} classes ({error}): "
             "a model is a function of (shape, classes) that returns an nn.Module from images to logits."
         ) from error
-    return network.train()
+    return network.train() if seed is not None else network.train().to("meta")
 
 
 def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
@@ -219,8 +216,9 @@ def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # a user's module may do anything as it is imported
         raise FedtapError(
-            f"Model {name} cannot be imported ({error}): give module:function with the module on PYTHONPATH."
+            f"Model {name} cannot be imported ({type(error).__name__}: {error}): "
+            "give module:function, of a module on PYTHONPATH that imports without error."
         ) from error
     return found  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from simulator.attack import Reconstruction
 from simulator.errors import FedtapError
 from simulator.files import write_atomically
+from simulator.leaks import Leak
 
 Row = dict[str, Any]
 """One victim under one attack; the README lists the columns."""
@@ -26,23 +27,24 @@ class Folder:
 
     Args:
         path: the folder; made where it does not exist.
-        about: what is played: `scenario` (the parts' reprs), seed, versions, device.
+        about: what is played: `name`, `scenario` (the parts' reprs), seed, versions, device.
         resume: go on with the run that is there, if it is the same.
 
     Raises:
-        FedtapError: the folder holds something else, or another run than the one to resume.
+        FedtapError: the folder holds something else, another scenario's run, or another run than the one to resume.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], resume: bool = False) -> None:
         self.path = path
         self.about = about
         self.rows: list[Row] = []
-        before = left_by_us(path)
+        before = left_by_us(path, about["name"])
         if resume and before is not None:
-            if before.get("scenario") != about["scenario"]:
+            differs = [name for name in ("scenario", "device", "versions") if before.get(name) != about[name]]
+            if differs:
                 raise FedtapError(
-                    f"{path} holds a run with other settings, so it cannot be resumed with these: "
-                    "repeat the knobs in its run.json, or name another --out."
+                    f"{path} holds a run with another {' and '.join(differs)}, so it cannot be resumed: "
+                    "repeat what its run.json says, or run again without --resume."
                 )
             self.rows = self._read_rows()
         elif before is not None:
@@ -65,6 +67,20 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Write one of the folder's files."""
         write_atomically(self.path / name, content)
+
+    def leak(self, unit: str, leak: Leak) -> None:
+        """Save a part's leak.
+
+        Raises:
+            FedtapError: the run that is resumed heard another one: its data or its clients have changed.
+        """
+        path = self.path / f"leaks/{unit}.safetensors"
+        if self.rows and path.is_file() and path.read_bytes() != leak.packed():
+            raise FedtapError(
+                f"{path} is not what this run hears: the data or the clients have changed since; "
+                "run again without --resume."
+            )
+        leak.save(path)
 
     def keep(self, unit: str, guess: Reconstruction) -> None:
         """Save a reconstruction, so that a resumed run can show it."""
@@ -89,11 +105,14 @@ class Folder:
             ) from error
 
 
-def left_by_us(path: Path) -> dict[str, Any] | None:
+def left_by_us(path: Path, name: str) -> dict[str, Any] | None:
     """run.json of the run that a folder holds; None where there is no such folder or nothing in it.
 
+    Args:
+        name: of the scenario that is to be played there.
+
     Raises:
-        FedtapError: the folder holds something else.
+        FedtapError: the folder holds something else, or another scenario's run.
     """
     if not path.exists():
         return None
@@ -109,4 +128,8 @@ def left_by_us(path: Path) -> dict[str, Any] | None:
         raise FedtapError(
             f"{path} holds files that no fedtap run left, and a run would mix with them: name another --out."
         ) from error
+    if before.get("name") != name:
+        raise FedtapError(
+            f"{path} holds a run of {before.get('name')!r}, which {name!r} would replace: name another --out."
+        )
     return dict(before)

@@ -61,7 +61,7 @@ def run(
     Raises:
         FedtapError: a part cannot be played, or one of its attacks cannot use its leaks.
     """
-    left_by_us(out)  # refuse a folder that is not ours before an hour is spent
+    left_by_us(out, parts[0].name)  # refuse a folder that is not ours before an hour is spent
     folder: Folder | None = None
     pictures: dict[Any, report.Picture] = {}
     for number, part in enumerate(progress(parts, "scenario")):
@@ -74,7 +74,7 @@ def run(
                 attack.accepts(leak)
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
-            leak.save(out / f"leaks/part_{number}.safetensors")
+            folder.leak(f"part_{number}", leak)
         _attack(parts, number, leak, heard, private, folder, pictures, device)
     assert folder is not None
     folder.describe(finished=True)
@@ -120,7 +120,7 @@ def _attack(
                 _picture(pictures, part, client, rnd, truths[victim][0], attack, shown, score["psnr"], floor)
                 if done is None:
                     values = {name: score[name] for name in SCORES}  # type: ignore[literal-required]
-                    values |= {"lpips_note": score["lpips_note"]} if score["lpips_note"] else {}
+                    values |= {note: score[note] for note in NOTES if score[note]}  # type: ignore[literal-required]
                     rows.append(
                         common
                         | {"client": client, "round": rnd, **values}
@@ -135,6 +135,7 @@ def _attack(
         _report(folder, parts, leak, list(pictures.values()))
 
 
+NOTES = ("ssim_note", "lpips_note")
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 
 
@@ -206,8 +207,9 @@ def _label(attack: Attack, panel: Sequence[Attack]) -> str:
 
 
 def _about(parts: Sequence[Scenario], device: torch.device) -> dict[str, Any]:
-    scenario = {"scenario": [repr(part) for part in parts], "question": parts[0].question, "seed": parts[0].seed}
-    return scenario | _environment(device)
+    first = parts[0]
+    scenario = {"name": first.name, "scenario": [repr(part) for part in parts], "question": first.question}
+    return scenario | {"seed": first.seed} | _environment(device)
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -272,6 +274,10 @@ def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictur
     report.write(folder.path, about, folder.rows, pictures)
 
 
+ATTACK = "attack"
+"""Name of a run that attacks a saved leak."""
+
+
 def attack_saved(
     leak: Leak, attacks: Sequence[Attack], out: Path, *, device: torch.device, seed: int, source: str
 ) -> list[Row]:
@@ -280,12 +286,12 @@ def attack_saved(
     Raises:
         FedtapError: an attack cannot use this leak, or `out` cannot be written.
     """
-    left_by_us(out)
+    left_by_us(out, ATTACK)
     for attack in attacks:
         attack.accepts(leak)
     protocol = leak.protocol
-    about = {"scenario": [repr(protocol), *map(repr, attacks)], "question": f"What is in {source}?", "seed": seed}
-    folder = Folder(out, {**about, **_environment(device)})
+    about = {"name": ATTACK, "scenario": [repr(protocol), *map(repr, attacks)], "question": f"What is in {source}?"}
+    folder = Folder(out, {**about, "seed": seed, **_environment(device)})
     pictures = [
         report.Picture(f"client {client}, round {rnd}", None, {}, None)
         for client, rnd in zip(leak.clients.tolist()[:PICTURES], leak.rounds.tolist(), strict=False)

@@ -95,8 +95,10 @@ class PrivateData:
         if scenario.batch > smallest and (scenario.rounds or scenario.victims % self.clients):
             raise FedtapError(
                 f"A batch of {scenario.batch} is larger than the smallest client's data ({smallest} images): "
-                "lower --batch or --clients."
+                f"lower --batch or --clients{', or raise --alpha' if scenario.alpha else ''}."
             )
+        if scenario.alpha and not scenario.rounds:
+            raise FedtapError("--alpha shapes what the clients train on, and they do not train: add --rounds.")
 
     @cached_property
     def shares(self) -> list[Int[Tensor, "images"]]:

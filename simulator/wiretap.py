@@ -88,7 +88,7 @@ def partition_of(answer: Message) -> int:
     if answer.has_content():
         for record in answer.content.metric_records.values():
             partition = record.get("partition")
-            if isinstance(partition, int):
+            if isinstance(partition, int) and 0 <= partition < 2**31:
                 return partition
     return answer.metadata.src_node_id
 

@@ -104,7 +104,7 @@ def open_world(name: str, data_root: Path, size: int = 32) -> World:
         return photos(size)
     if name == "cifar10":
         return cifar10(data_root)
-    path = next((path for path in (Path(name), data_root / name) if path.exists()), None)
+    path = next((path for path in (Path(name), data_root / name) if _exists(path)), None)
     if path is None:
         if "/" in name or PurePosixPath(name).suffix in (".npz", ".zip"):
             raise FedtapError(f"The world {name} is not there: give the path of a folder, a .zip or an .npz that is.")
@@ -114,6 +114,18 @@ def open_world(name: str, data_root: Path, size: int = 32) -> World:
     if path.is_dir() or path.suffix == ".zip":
         return pictures(path, size)
     raise FedtapError(f"{name} is neither a folder nor a .zip or .npz, so no images can be read from it: give one.")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a file's name
+        return False
+
+
+def _plain(error: Exception) -> str:
+    """An error without the address of the object in memory that Pillow names."""
+    return str(error).partition(" <_io.")[0]
 
 
 def partition(labels: Int64[Tensor, " images"], clients: int, alpha: float | None, seed: int) -> list[Tensor]:
@@ -323,7 +335,9 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         try:
             picture = _fitted(_rgb(readers[file]()), size)
         except Exception as error:  # Pillow and zipfile raise all sorts
-            raise FedtapError(f"The image {file} in {path} is broken ({error}): replace it or take it out.") from error
+            raise FedtapError(
+                f"The image {file} in {path} is broken ({_plain(error)}): replace it or take it out."
+            ) from error
         digest = hashlib.blake2b(picture.tobytes()).digest()
         if digest not in seen:
             seen.add(digest)

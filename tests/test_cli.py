@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import simulator.scenario
+import simulator.vision
 from attackers import ATTACKS
 from scenarios.__main__ import main
 from scenarios.knobs import settings
@@ -100,6 +102,60 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert run(monkeypatch, *words, "--seed", "3", "--out", str(tmp_path), "--resume") == 2  # another run
 
 
+def test_a_resumed_run_must_hear_what_it_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def world(seed: int) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 8, 8, 3), np.uint8)
+        labels = np.arange(40) % 3
+        np.savez(tmp_path / "w.npz", x_train=pixels[:30], y_train=labels[:30], x_test=pixels[30:], y_test=labels[30:])
+
+    words = ["run", "first_leak", *QUICK, "--world", str(tmp_path / "w.npz"), "--out", str(tmp_path / "out")]
+    world(seed=0)
+    assert run(monkeypatch, *words) == 0
+    assert run(monkeypatch, *words, "--resume") == 0
+    world(seed=1)
+    simulator.scenario.world_of.cache_clear()
+    simulator.scenario.private_data.cache_clear()
+    before = rows(tmp_path / "out")
+    assert run(monkeypatch, *words, "--resume") == 2
+    assert "data or the clients have changed" in capsys.readouterr().err
+    assert rows(tmp_path / "out") == before
+
+
+def test_a_new_run_leaves_nothing_of_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ["--out", str(tmp_path)]
+    words = ["run", "first_leak", "--victims", "1", "--model", "mlp"]
+    assert run(monkeypatch, *words, "--attack", "linear,idlg(steps=1)", *out) == 0
+    assert run(monkeypatch, *words, "--attack", "linear", *out) == 0
+    assert [path.name for path in (tmp_path / "guesses").iterdir()] == ["part_0-0-linear.safetensors"]
+    assert len(rows(tmp_path)) == 1
+
+
+def test_results_are_not_replaced_by_another_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    assert run(monkeypatch, "run", "first_leak", *QUICK, *out) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    leak = str(tmp_path / "leaks/part_0.safetensors")
+    assert run(monkeypatch, "attack", leak, "--attack", "linear", *out) == 2
+    assert "would replace" in capsys.readouterr().err
+    assert run(monkeypatch, "run", "batch_size", *QUICK, "--batch", "1", *out) == 2
+    assert run(monkeypatch, "run", "first_leak", "--attack", "linear", "--model", "lenet", *out) == 2
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_sweep_does_not_repeat_what_it_does_not_touch() -> None:
+    parts = plan("first_leak", {"model": "lenet,convnet", "victims": "1"})
+    assert [part.model for part in parts] == ["lenet", "mlp", "convnet"]
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
 def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "a")) == 0
     leak = str(tmp_path / "a/leaks/part_0.safetensors")
@@ -167,6 +223,12 @@ def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys
         (["run", "first_leak", "--victims", "1,,2"], "empty value"),
         (["run", "first_leak", "--victims"], "has no value"),
         (["run", "first_leak", "stray"], "belongs to no knob"),
+        (["run", "--victims", "2", "first_leak"], "comes before its knobs"),
+        (["atack", "leak.safetensors"], "did you mean attack?"),
+        (["first_lek"], "did you mean first_leak?"),
+        (["run", "first_leak", "--alpha", "0.1"], "add --rounds"),
+        (["run", "first_leak", "--seed", ",".join(map(str, range(99))), "--victims", "0"], "out of range"),
+        (["run", "first_leak", "--world", "a" * 300], "no world named"),
         (["run", "first_leak", "--listener", "eavesdroper"], "did you mean eavesdropper?"),
         (["run", "first_leak", "--listener", "eavesdropper"], "does not know them"),
         (["run", "first_leak", "--model", "lenett"], "did you mean lenet?"),
@@ -199,7 +261,6 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(
 def test_cifar10_that_is_nowhere_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import simulator.vision
 
     def no_network(data_root: Path) -> None:
         raise FedtapError("CIFAR-10 is not here and could not be downloaded: put a cifar10.npz there.")

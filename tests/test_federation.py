@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict, UserConfig
@@ -139,12 +140,56 @@ def misbehaving(how: str, scenario: Scenario) -> ClientApp:
             content["more"] = ArrayRecord({"x": torch.zeros(1)})
         elif how == "no count":
             content["metrics"] = MetricRecord({"partition": 1})
+        elif how == "nothing":
+            return None  # type: ignore[return-value]
+        elif how == "one array too many":
+            arrays["more"] = Array(arrays["fc.bias"].numpy())
+        elif how == "another record":
+            content = RecordDict({"weights": arrays, "metrics": metrics})
+        elif how == "one metric too many":
+            metrics["mood"] = 1.0
+        elif how == "a list":
+            metrics["loss"] = [1.0, 2.0]
+        elif how == "no bytes":
+            arrays["fc.bias"] = Array("float32", (3,), "numpy.ndarray", b"")
+        elif how == "half a zip":
+            arrays["fc.bias"] = Array("float32", (3,), "numpy.ndarray", b"PK\x03\x04 and no more")
+        elif how == "a huge partition":
+            metrics["partition"] = 2**62
+        elif how == "huge":
+            arrays["fc.bias"] = Array(np.full_like(arrays["fc.bias"].numpy(), 1e38))
+        elif how == "huge in float64":
+            arrays["fc.bias"] = Array(np.full(arrays["fc.bias"].shape, 1e200))
+        elif how == "another's name":
+            metrics["partition"] = 0
         return Message(content, reply_to=order)
 
     return app
 
 
-@pytest.mark.parametrize("how", ["raises", "nan", "misshapen", "missing", "text", "two records", "no count"])
+MISCHIEF = (
+    "raises",
+    "nothing",
+    "nan",
+    "huge",
+    "huge in float64",
+    "misshapen",
+    "missing",
+    "text",
+    "no bytes",
+    "half a zip",
+    "one array too many",
+    "two records",
+    "another record",
+    "no count",
+    "one metric too many",
+    "a list",
+    "a huge partition",
+    "another's name",
+)
+
+
+@pytest.mark.parametrize("how", MISCHIEF)
 def test_a_failing_client_is_named_and_the_round_goes_on(how: str) -> None:
     scenario = dataclasses.replace(BASE, victims=6, clients=3)  # two rounds: the second starts from the first's average
     grid, private = federation(scenario, misbehaving(how, scenario))
@@ -152,8 +197,12 @@ def test_a_failing_client_is_named_and_the_round_goes_on(how: str) -> None:
     assert {name for name in private.names() if name not in heard.leaks} == {(1, 1), (1, 2)}
     assert "client" in heard.why_missing(1, 1)
     assert ("battery" in heard.why_missing(1, 1)) == (how == "raises")
-    for leak in heard.leaks.values():
+    own, _ = federation(scenario)
+    alone = play(scenario, own, private)
+    for name, leak in heard.leaks.items():
         leak.check()
+        if name[1] == 1:  # nobody else's round is touched
+            assert all(torch.equal(leak.observed[key], alone.leaks[name].observed[key]) for key in leak.observed)
 
 
 def test_the_compromised_client_answers_what_it_is_fed() -> None:
@@ -212,6 +261,7 @@ def test_a_saved_leak_holds_no_private_pixel(tmp_path: Path) -> None:
     [
         ({"victims": 2000}, "victims' side of photos holds"),
         ({"batch": 200, "victims": 1, "rounds": 1}, "larger than the smallest client's data"),
+        ({"alpha": 0.5}, "add --rounds"),
         ({"listener": "neighbour"}, "no listener named"),
     ],
 )

@@ -13,6 +13,7 @@ from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file
 
 from scenarios.deploy import APP, flower
+from simulator.errors import FedtapError
 from tests.test_cli import fedtap
 
 
@@ -58,3 +59,12 @@ def test_the_app_bundle_is_whole_and_small() -> None:
     names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
     assert {"simulator/vision.py", "attackers/idlg.py", "clients/app.py", "scenarios/first_leak.py"} <= names
     assert any(name.startswith("simulator/lpips_alexnet_features") for name in names)
+
+
+def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(tmp_path: Path) -> None:
+    """The ServerApp fails (too many victims for the world); `flwr run` itself says that all is well."""
+    out = tmp_path / "out"
+    done = fedtap("run", "first_leak", "--victims", "1", "--attack", "linear", "--model", "mlp", "--out", str(out))
+    assert done.returncode == 0
+    with pytest.raises(FedtapError, match=r"did not finish the scenario: .*victims' side of photos holds"):
+        flower("first_leak", {"victims": "9999", "model": "mlp"}, out, tmp_path, nodes=2, engine="simulation")

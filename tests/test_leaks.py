@@ -97,6 +97,19 @@ def test_leaks_of_unequal_protocol_are_not_stacked() -> None:
         stack([])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_gradient_captured_elsewhere_may_have_another_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "leak.safetensors"
+    leak().save(path)
+    whole = load_file(path)
+    save_file({name: t.to(dtype) if t.is_floating_point() else t for name, t in whole.items()}, path)
+    loaded = load(path, build)
+    assert all(
+        tensor.dtype == torch.float32 for tensor in (*loaded.observed.values(), *(loaded.weights or {}).values())
+    )
+    torch.testing.assert_close(loaded.observed["1.weight"], whole["gradient/1.weight"], rtol=1e-2, atol=1e-2)
+
+
 def broken(tmp_path: Path, change: str) -> Path:
     path = tmp_path / "leak.safetensors"
     leak().save(path)
@@ -123,6 +136,16 @@ def broken(tmp_path: Path, change: str) -> Path:
         about["kind"] = "pickle"
     elif change == "format":
         about["format"] = 99
+    elif change == "nobody":
+        tensors = {name: tensor[:0] if "weights" not in name else tensor for name, tensor in tensors.items()}
+    elif change == "fewer rounds":
+        tensors["rounds"] = tensors["rounds"][1:]
+    elif change == "float clients":
+        tensors["clients"] = tensors["clients"].float()
+    elif change == "a stray tensor":
+        tensors["private/images"] = torch.zeros(1)
+    elif change == "steps":
+        about["protocol"]["steps"] = 3
     save_file(tensors, path)
     path.with_suffix(".json").write_text(json.dumps(about))
     if change == "truncated":
@@ -146,7 +169,12 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("another model", "not those of model 'convnet'"),
         ("unknown model", "did you mean lenet"),
         ("names code", "may not name code"),
-        ("no clients", "lacks a one-dimensional tensor clients"),
+        ("no clients", "lacks the tensors clients"),
+        ("nobody", "at least one"),
+        ("fewer rounds", "one entry a victim"),
+        ("float clients", "int64"),
+        ("a stray tensor", "no part of a gradient leak"),
+        ("steps", "several steps give an update"),
         ("batch 0", "whole numbers from 1"),
         ("strange kind", "no leak's description"),
         ("format", "format 99"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
@@ -52,3 +54,26 @@ def test_an_unmodified_flower_app_leaks_its_gradients(tmp_path: Path) -> None:
     for (name, weight), true in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(leak.weights[name], weight.detach())  # type: ignore[index]
         torch.testing.assert_close(leak.gradient[name][0], true, rtol=1e-4, atol=2e-6)
+
+
+def test_what_cannot_be_recorded_is_a_warning_and_the_app_goes_on(tmp_path: Path) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        record = ArrayRecord({"w": message.content["arrays"]["w"]})  # the counter stays at home
+        return Message(RecordDict({"a": record, "m": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    (tmp_path / "file").write_text("in the way")
+    arrays = ArrayRecord({"w": Array(np.ones((2, 2), np.float32)), "counter": Array(np.zeros(1, np.int64))})
+    protocol = Protocol("mine:net", (1, 1, 2), 2, batch=1)
+    linear = nn.Linear(2, 2, bias=False)
+    named = nn.ParameterDict({"w": linear.weight})
+    for folder, network in ((tmp_path, net()), (tmp_path / "file", named)):  # another model; no place to write
+        tap = Wiretap(LocalGrid(app, 2), recorder(folder, protocol, network))
+        with pytest.warns(UserWarning, match="recorded nothing of client"):
+            result = FedAvg(fraction_evaluate=0.0).start(tap, arrays, num_rounds=1)
+        assert list(result.arrays) == ["w"]
+    tap = Wiretap(LocalGrid(app, 2), recorder(tmp_path / "leaks", protocol, named))
+    FedAvg(fraction_evaluate=0.0).start(tap, arrays, num_rounds=1)
+    assert len(list((tmp_path / "leaks").glob("*.safetensors"))) == 2
