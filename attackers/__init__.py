@@ -39,7 +39,8 @@ def parse(text: str) -> tuple[Attack, ...]:
     """The attacks named by ``--attack``: names or calls with constants and other attacks in them, comma between.
 
     Raises:
-        FedtapError: not of that form, an unknown attack or field, a value of the wrong type or out of range.
+        FedtapError: not of that form, an unknown attack or field, a value of the wrong type or out of range, an attack
+            named twice.
     """
     try:
         tree = ast.parse(f"({text.strip()},)", mode="eval").body
@@ -47,7 +48,14 @@ def parse(text: str) -> tuple[Attack, ...]:
         raise FedtapError(f"--attack {text!r} cannot be read ({error}): {HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
         raise FedtapError(f"--attack {text!r} names no attack: {HOW}.")
-    return tuple(_attack(node) for node in tree.elts)
+    attacks = tuple(_attack(node) for node in tree.elts)
+    for place, attack in enumerate(attacks):
+        if attack in attacks[:place]:
+            raise FedtapError(
+                f"--attack names {ast.unparse(tree.elts[place])} twice, and the same attack has the same result: "
+                "keep one, or give them different values."
+            )
+    return attacks
 
 
 def _attack(node: ast.expr) -> Attack:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import Match, squared_distance
+from attackers.parts.gradients import Match, check_match, squared_distance
 from attackers.parts.lbfgs import minimise
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
@@ -31,6 +31,11 @@ class DLG(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
+
+    def accepts(self, leak: Leak) -> None:
+        """Models that can be matched."""
+        super().accepts(leak)
+        check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         match = Match(leak, squared_distance, compiled=self.compiled)

@@ -14,8 +14,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import BatchStatistics, Match, squared_distance, stateless
-from attackers.parts.labels import recovered
+from attackers.parts.gradients import BatchStatistics, Match, check_match, squared_distance, stateless
+from attackers.parts.labels import last_linear, recovered
 from attackers.parts.priors import isotropic_variation, length, statistics_gap
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak
@@ -44,6 +44,12 @@ class GradInversion(Attack):
     def starts(self) -> int:
         """One for each seed."""
         return self.seeds
+
+    def accepts(self, leak: Leak) -> None:
+        """Models that can be matched and end in a layer that shows the labels."""
+        super().accepts(leak)
+        last_linear(leak)
+        check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak).repeat_interleave(self.seeds, dim=0)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import Match, squared_distance
-from attackers.parts.labels import recovered
+from attackers.parts.gradients import Match, check_match, squared_distance
+from attackers.parts.labels import last_linear, recovered
 from attackers.parts.lbfgs import minimise
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
@@ -31,6 +31,12 @@ class IDLG(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
+
+    def accepts(self, leak: Leak) -> None:
+        """Models that can be matched and end in a layer that shows the labels."""
+        super().accepts(leak)
+        last_linear(leak)
+        check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)

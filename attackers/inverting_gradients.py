@@ -13,8 +13,8 @@ import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import Match, cosine_distance
-from attackers.parts.labels import recovered
+from attackers.parts.gradients import Match, check_match, cosine_distance
+from attackers.parts.labels import last_linear, recovered
 from attackers.parts.priors import total_variation
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
@@ -34,6 +34,12 @@ class InvertingGradients(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1)
+
+    def accepts(self, leak: Leak) -> None:
+        """Models that can be matched and end in a layer that shows the labels."""
+        super().accepts(leak)
+        last_linear(leak)
+        check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attackers.parts.gradients import mean_gradient
-from attackers.parts.labels import recovered
+from attackers.parts.gradients import how_to_write, mean_gradient
+from attackers.parts.labels import last_linear, recovered
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
@@ -35,9 +35,10 @@ class Linear(Attack):
     needs_weights = False
 
     def accepts(self, leak: Leak) -> None:
-        """Leaks of networks that begin with a linear layer over all pixels."""
+        """Leaks of networks that begin with a linear layer over all pixels and end in one that shows the labels."""
         super().accepts(leak)
         first(leak)
+        last_linear(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         name, scale, shift = first(leak)
@@ -75,15 +76,23 @@ def first(leak: Leak) -> Affine:
     size = leak.protocol.shape[0] * leak.protocol.shape[1] * leak.protocol.shape[2]
     random = torch.rand(size, generator=torch.Generator().manual_seed(0))
     probes = torch.stack([torch.zeros(size), torch.ones(size), random])
-    network(probes.reshape(3, *leak.protocol.shape))
+    try:
+        network(probes.reshape(3, *leak.protocol.shape))
+    except Exception as error:  # a user's code may raise anything
+        raise FedtapError(
+            f"Model {leak.protocol.model!r} cannot be run on three images ({' '.join(str(error).split())[:200]}): "
+            f"{how_to_write(error)}."
+        ) from error
     name, module, inputs = heard[0]
-    if isinstance(module, nn.Linear) and module.bias is not None and tuple(inputs.shape) == (3, size):
+    trained = all(parameter.requires_grad for parameter in module.parameters())
+    if isinstance(module, nn.Linear) and module.bias is not None and trained and tuple(inputs.shape) == (3, size):
         shift, scale = inputs[0], inputs[1] - inputs[0]
         if bool((scale != 0).all()) and torch.allclose(inputs[2], scale * random + shift, atol=1e-5):
             return name, scale.to(leak.device), shift.to(leak.device)
+    kind = type(module).__name__ + ("" if trained else " (frozen)")
     raise FedtapError(
-        "linear needs a model whose first layer is an nn.Linear with bias over all pixels, "
-        f"and {leak.protocol.model!r} begins with {name or 'itself'}, {type(module).__name__}: "
+        "linear needs a model whose first layer is an nn.Linear with bias over all pixels that is trained, and "
+        f"{leak.protocol.model!r} begins with {name or 'itself'}, {kind}: "
         "use --model mlp, or idlg, which matches gradients."
     )
 

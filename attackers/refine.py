@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attackers.parts.checks import check_fields
+from attackers.parts.labels import paired
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
 
 
 @dataclass(frozen=True)
 class Refine(Attack):
-    """`start` guesses, `finish` goes on from there; the result is that of `finish`."""
+    """`start` guesses, `finish` goes on from there; the result is that of `finish`.
+
+    `finish` reads the labels off the gradient in an order of its own: a batch's images are handed over in the order in
+    which their gradient fits those labels best.
+    """
 
     leaks = (GradientLeak, UpdateLeak)
     needs_weights = False
@@ -48,5 +53,5 @@ class Refine(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         guess = self.start.reconstruct(leak, start)
-        images = guess.images.clamp(0, 1).repeat_interleave(self.finish.starts, dim=0)
-        return self.finish.reconstruct(leak, images)
+        images = paired(leak, guess.images.clamp(0, 1))
+        return self.finish.reconstruct(leak, images.repeat_interleave(self.finish.starts, dim=0))

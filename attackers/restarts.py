@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from attackers.parts.checks import check_fields
 from simulator.attack import Attack, Images, Reconstruction
@@ -67,7 +69,9 @@ class Restarts(Attack):
             return Reconstruction(images, labels, objective)
         return guess
 
-    def _best(self, leak: Leak, starts: Images) -> Reconstruction:
+    def _best(
+        self, leak: Leak, starts: Float[Tensor, "victims restarts start batch channel height width"]
+    ) -> Reconstruction:
         """The lowest objective of each victim; `starts` has axes victims, restarts, the attack's own starts."""
         times = starts.shape[1]
         guess = self.attack.reconstruct(leak.repeat(times), starts.flatten(0, 2))

@@ -51,11 +51,15 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
         )
     before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
-        environment = os.environ | QUIET | {
-            "FLWR_HOME": home,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # a module:function's place
-        }
+        environment = (
+            os.environ
+            | QUIET
+            | {
+                "FLWR_HOME": home,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # a module:function's place
+            }
+        )
         port = _free_port()
         (Path(home) / "config.toml").write_text(
             f'[superlink]\ndefault = "fedtap"\n\n[superlink.fedtap]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'

@@ -25,9 +25,7 @@ class ImageKnobs(TypedDict):
     steps: Annotated[int, Knob("local steps of SGD before a client answers", 1)]
     learning_rate: Annotated[float, Knob("learning rate of the clients' SGD", 1e-6, 1e3)]
     rounds: Annotated[int, Knob("rounds of training before the attacked ones", 0)]
-    alpha: Annotated[
-        float, Knob("Dirichlet concentration of classes in clients' training data; 0: IID", 0.0, 1e6)
-    ]
+    alpha: Annotated[float, Knob("Dirichlet concentration of classes in clients' training data; 0: IID", 0.0, 1e6)]
     listener: Annotated[str, Knob("who listens", choices=tuple(LISTENERS))]
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]

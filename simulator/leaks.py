@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -25,6 +25,7 @@ from simulator.errors import FedtapError
 from simulator.files import write_atomically
 
 Tensors = Mapping[str, Tensor]
+Kind = TypeVar("Kind", bound="Leak")
 
 FORMAT = 1
 """Version of the saved form; a reader refuses any other."""
@@ -87,19 +88,19 @@ class Leak:
         """Where the tensors lie."""
         return next(iter(self.observed.values())).device
 
-    def __getitem__(self, which: int | slice | Tensor) -> Self:
+    def __getitem__(self: Kind, which: int | slice | Tensor) -> Kind:
         """The stack of the chosen victims; an int keeps the victims axis, with one entry."""
         if isinstance(which, int):
             which = slice(which, which + 1) if which != -1 else slice(-1, None)
         return self._victims(lambda tensor: tensor[which])
 
-    def repeat(self, restarts: int) -> Self:
+    def repeat(self: Kind, restarts: int) -> Kind:
         """Each victim `restarts` times in a row, numbered in `restarts`."""
         repeated = self._victims(lambda tensor: tensor.repeat_interleave(restarts, dim=0))
         numbers = torch.arange(restarts, device=self.restarts.device).repeat(len(self))
         return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: Kind, device: torch.device | str) -> Kind:
         """The same leak on another device. Victims' names stay on the CPU."""
         return dataclasses.replace(
             self,
@@ -108,7 +109,7 @@ class Leak:
             buffers=_each(self.buffers, lambda tensor: tensor.to(device)),
         )
 
-    def _victims(self, choose: Any) -> Self:
+    def _victims(self: Kind, choose: Any) -> Kind:
         on_model = choose if self.stacked else (lambda tensor: tensor)
         return dataclasses.replace(
             self,

@@ -407,7 +407,7 @@ def cifar10(data_root: Path) -> World:
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "*shape"]], classes: Sequence[str]) -> World:
+def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Sequence[str]) -> World:
     train, test = (_side(arrays[f"x_{part}"], arrays[f"y_{part}"], part) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError("images of x_train and x_test differ in size or channels")
@@ -426,7 +426,7 @@ def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "*shape"]], classes:
     )
 
 
-def _side(images: Shaped[np.ndarray, "*shape"], labels: Shaped[np.ndarray, "*shape"], part: str) -> Side:
+def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], part: str) -> Side:
     if images.dtype != np.uint8:
         raise ValueError(f"x_{part} is {images.dtype}, not uint8")
     if images.ndim == 3:

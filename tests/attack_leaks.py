@@ -34,11 +34,16 @@ def leak_of(
 ) -> Leak:
     """What honest clients with these batches send: the gradient, or the update of a real SGD loop.
 
+    Parameters that are frozen in `network` are so in the leak, and nothing is sent for them but zeros.
+
     Args:
         meta: builds the network, where it is none of fedtap's.
     """
+    shape = (images.shape[2], images.shape[3], images.shape[4])
     with torch.device("meta"):
-        skeleton = meta() if meta else None
+        skeleton = meta() if meta else build(model, shape, 10)
+    for bare, parameter in zip(skeleton.parameters(), network.parameters(), strict=True):
+        bare.requires_grad_(parameter.requires_grad)
     weights = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
     answers = []
     for batch, truth in zip(images, labels, strict=True):
@@ -51,20 +56,73 @@ def leak_of(
                 sgd.step()
         answers.append(
             {
-                name: tensor.detach() - weights[name] if kind == "update" else tensor.grad
+                name: tensor.detach() - weights[name]
+                if kind == "update"
+                else (torch.zeros_like(weights[name]) if tensor.grad is None else tensor.grad)
                 for name, tensor in client.named_parameters()
             }
         )
-    shape = (images.shape[2], images.shape[3], images.shape[4])
     return KINDS[kind](
         observed={name: torch.stack([answer[name] for answer in answers]) for name in weights},
         protocol=Protocol(
             model=model, shape=shape, classes=10, batch=images.shape[1], steps=steps, learning_rate=learning_rate
         ),
-        network=skeleton or build(model, shape, 10),
+        network=skeleton,
         weights=weights,
         buffers={name: buffer.clone() for name, buffer in float_buffers(network).items()},
         clients=torch.arange(len(images)),
         rounds=torch.ones(len(images), dtype=torch.long),
         restarts=torch.zeros(len(images), dtype=torch.long),
     )
+
+
+class OfTheUsers(nn.Module):
+    """Attention and dropout as people write them; `noisy` draws random numbers in its forward pass."""
+
+    def __init__(self, noisy: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3 * 16, 16), nn.Linear(16, 10)
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.1, batch_first=True)
+        self.dropout, self.noisy = nn.Dropout(0.5), noisy
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.embed(images.permute(0, 2, 1, 3).flatten(2))
+        rows = self.dropout(rows + self.attention(rows, rows, rows)[0])
+        if self.noisy:
+            rows = rows + torch.randn_like(rows)
+        return self.head(rows.mean(1))  # type: ignore[no-any-return]
+
+
+class WithConstant(nn.Module):
+    """Keeps its mean as a plain attribute, or as a buffer."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 16 * 16, 10)
+        if buffer:
+            self.register_buffer("mean", torch.tensor([0.5]))
+        else:
+            self.mean = torch.tensor([0.5])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc((images - self.mean).flatten(1))  # type: ignore[no-any-return]
+
+
+class InPlace(nn.Module):
+    """Writes into two tensors that were equal when they were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3 * 16 * 16, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.first(images.flatten(1)))
+        one, other = hidden.new_zeros(hidden.shape), hidden.new_zeros(hidden.shape)
+        one.add_(hidden)
+        other.sub_(2 * hidden)
+        return self.last(torch.tanh(self.middle(one)) + other * other)  # type: ignore[no-any-return]
+
+
+def conv_head() -> nn.Module:
+    """A network without a linear layer."""
+    return nn.Sequential(nn.Conv2d(3, 10, 16), nn.Flatten())

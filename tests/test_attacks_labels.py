@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attackers.parts.labels import last_linear, recovered
+from attackers.parts import labels as labels_module
+from attackers.parts.labels import last_linear, paired, recovered
 from simulator.errors import FedtapError
 from simulator.models import build
-from tests.attack_leaks import leak_of, pictures
+from tests.attack_leaks import conv_head, leak_of, pictures
 
 NETWORK = build("lenet", (3, 16, 16), 10, seed=1234)
 
@@ -55,10 +56,17 @@ def test_batches_with_repeats() -> None:
     assert share_right(recovered(dataclasses.replace(leak, weights=None)), labels) >= 0.7
 
 
-def test_local_steps_are_allowed_for() -> None:
-    images, labels = pictures(12, 8)
-    leak = leak_of(images, labels, NETWORK, "lenet", kind="update", steps=3, learning_rate=0.01)
-    assert share_right(recovered(leak), labels) >= 0.85
+@pytest.mark.parametrize(("batch", "steps", "learning_rate"), [(8, 3, 0.01), (8, 5, 0.05), (4, 5, 0.1)])
+def test_local_steps_are_allowed_for(
+    batch: int, steps: int, learning_rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = pictures(24, batch)
+    leak = leak_of(images, labels, NETWORK, "lenet", kind="update", steps=steps, learning_rate=learning_rate)
+    allowed = share_right(recovered(leak), labels)
+    assert allowed >= 0.85
+    monkeypatch.setattr(labels_module, "SETTLE", 0)
+    if learning_rate > 0.01:
+        assert share_right(recovered(leak), labels) < allowed - 0.1
 
 
 def test_a_last_layer_without_bias_still_tells() -> None:
@@ -74,9 +82,36 @@ def test_a_last_layer_without_bias_still_tells() -> None:
 
 
 def test_a_network_that_does_not_end_in_a_linear_layer_is_refused() -> None:
-    def odd() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 10, 16), nn.Flatten())
-
     images, labels = pictures(1, 1)
     with pytest.raises(FedtapError, match=r"no nn\.Linear with 10 outputs"):
-        last_linear(leak_of(images, labels, odd(), "own", meta=odd))
+        last_linear(leak_of(images, labels, conv_head(), "own", meta=conv_head))
+
+
+def test_a_last_layer_that_is_frozen_is_refused_and_half_of_one_tells() -> None:
+    images, labels = pictures(12, 1)
+    for frozen in (["fc.weight"], ["fc.bias"], ["fc.weight", "fc.bias"]):
+        network = build("lenet", (3, 16, 16), 10, seed=1234)
+        for name in frozen:
+            network.get_parameter(name).requires_grad_(False)
+        leak = leak_of(images, labels, network, "lenet")
+        if len(frozen) == 1:
+            assert torch.equal(recovered(leak), labels)
+            batch = leak_of(images.view(3, 4, 3, 16, 16), labels.view(3, 4), network, "lenet")
+            assert share_right(recovered(batch), labels.view(3, 4)) >= 0.7
+        else:
+            with pytest.raises(FedtapError, match="fc is frozen"):
+                last_linear(leak)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6])
+def test_images_are_put_into_the_order_of_the_labels(batch: int) -> None:
+    images, labels = pictures(3, batch)
+    labels = torch.arange(batch).expand(3, -1)
+    leak = leak_of(images, labels, NETWORK, "lenet")
+    assert torch.equal(recovered(leak), labels)
+    shuffled = images[:, torch.randperm(batch, generator=torch.Generator().manual_seed(1))]
+    assert torch.equal(paired(leak, shuffled), images)
+    assert torch.equal(paired(leak[2], shuffled[2:]), images[2:])
+    assert torch.equal(paired(dataclasses.replace(leak, weights=None, buffers={}), shuffled), shuffled)
+    mute = leak_of(images, labels, conv_head(), "own", meta=conv_head)
+    assert torch.equal(paired(mute, shuffled), shuffled)

@@ -20,6 +20,7 @@ from simulator.errors import FedtapError
 
 def test_names_calls_and_wrappers() -> None:
     assert parse("idlg") == (IDLG(),)
+    assert parse("idlg,idlg(steps=3),restarts(idlg,2)") == (IDLG(), IDLG(steps=3), Restarts(IDLG(), 2))
     assert parse("idlg,dlg(steps=300), restarts(dlg,8),refine(linear,idlg)") == (
         IDLG(),
         DLG(steps=300),
@@ -61,6 +62,9 @@ def test_a_call_says_what_its_repr_says(steps: int, history: int) -> None:
         ("__import__('os').system('true')", "is not an attack"),
         ("idlg(steps=__import__('os').getpid())", "not a constant"),
         ("idlg(*[1])", "not a constant"),
+        ("linear,linear", "linear twice"),
+        ("idlg,dlg,idlg(steps=2400)", r"idlg\(steps=2400\) twice"),
+        ("restarts(dlg,2),idlg,restarts(dlg(),times=2)", "twice"),
         ("idlg(**{'steps': 1})", "field of idlg"),
     ],
 )

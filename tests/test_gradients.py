@@ -8,23 +8,24 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from attackers.parts import gradients
 from attackers.parts.convolutions import correlate, filters_slope, spread
-from attackers.parts.gradients import Match, cosine_distance, squared_distance
+from attackers.parts.gradients import Match, check_match, cosine_distance, squared_distance
 from attackers.parts.priors import isotropic_variation, statistics_gap, total_variation
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
 from simulator.models import build
-from tests.attack_leaks import leak_of, pictures
+from tests.attack_leaks import InPlace, OfTheUsers, WithConstant, leak_of, pictures
 
 KINDS = [("gradient", 1), ("update", 1), ("update", 3)]
 
 
 def plain_answer(leak: Leak, network: nn.Module, images: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The oracle: gradients with `create_graph`, local steps one by one."""
-    weights = dict(network.named_parameters())
+    weights = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     here, total = weights, {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     for _ in range(leak.protocol.steps):
         logits = torch.func.functional_call(network, here, (images,))
@@ -37,11 +38,14 @@ def plain_answer(leak: Leak, network: nn.Module, images: Tensor, target: Tensor)
     return {name: tensor / leak.protocol.steps for name, tensor in total.items()}
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet", "convnet", "resnet20", "vit"])
+@pytest.mark.parametrize("model", ["mlp", "lenet", "convnet", "resnet20", "vit", "lenet frozen"])
 @pytest.mark.parametrize(("kind", "steps"), KINDS)
 def test_the_vmapped_slope_is_that_of_plain_autograd(model: str, kind: str, steps: int) -> None:
     images, labels = pictures(2, 2)
+    model, _, frozen = model.partition(" ")
     network = build(model, (3, 16, 16), 10, seed=5).double()
+    for parameter in list(network.parameters())[: 3 if frozen else 0]:
+        parameter.requires_grad_(False)
     leak = leak_of(images.double(), labels, network, model, kind=kind, steps=steps, learning_rate=0.01)
     guess = torch.rand(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     soft = torch.rand(2, 2, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64).softmax(-1)
@@ -71,6 +75,25 @@ def test_nothing_is_amiss_at_the_true_images(model: str, kind: str, steps: int) 
     scale = sum(tensor.square().sum() for tensor in gradients.mean_gradient(leak).values())
     assert float(Match(leak, squared_distance)(images, labels).max()) < 1e-6 * float(scale)
     assert float(Match(leak, cosine_distance)(images, labels).max()) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("gradient", 1), ("update", 2)])
+def test_frozen_parameters_stay_as_they_are_and_out_of_the_match(kind: str, steps: int) -> None:
+    images, labels = pictures(2, 2)
+    network = build("resnet20", (3, 16, 16), 10, seed=5)
+    network.conv1.requires_grad_(False)
+    network.bn1.requires_grad_(False)
+    network.layer1.requires_grad_(False)
+    leak = leak_of(images, labels, network, "resnet20", kind=kind, steps=steps)
+    assert not leak.observed["conv1.weight"].any()
+    scale = sum(tensor.square().sum() for tensor in leak.observed.values())
+    assert float(Match(leak, squared_distance)(images, labels).max()) < 1e-6 * float(scale)
+    assert "conv1.weight" not in gradients.mean_gradient(leak)
+    assert gradients.mean_gradient(leak).keys() == set(gradients.trained(network)) > {"linear.weight"}
+    rough = Match(dataclasses.replace(leak, resolution=1.0), squared_distance)
+    assert rough.floor * (leak.protocol.learning_rate * steps if kind == "update" else 1) ** 2 == pytest.approx(
+        sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gradient", "update"])
@@ -103,23 +126,6 @@ def test_own_weights_of_each_victim_are_used() -> None:
     )
 
 
-class OfTheUsers(nn.Module):
-    """Attention and dropout as people write them; `noisy` draws random numbers in its forward pass."""
-
-    def __init__(self, noisy: bool) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(3 * 16, 16), nn.Linear(16, 10)
-        self.attention = nn.MultiheadAttention(16, 2, dropout=0.1, batch_first=True)
-        self.dropout, self.noisy = nn.Dropout(0.5), noisy
-
-    def forward(self, images: Tensor) -> Tensor:
-        rows = self.embed(images.permute(0, 2, 1, 3).flatten(2))
-        rows = self.dropout(rows + self.attention(rows, rows, rows)[0])
-        if self.noisy:
-            rows = rows + torch.randn_like(rows)
-        return self.head(rows.mean(1))  # type: ignore[no-any-return]
-
-
 def test_dropout_is_left_out_and_a_model_that_cannot_be_vmapped_is_refused() -> None:
     images, labels = pictures(2, 1)
     leak = leak_of(images, labels, OfTheUsers(False).eval(), "own", meta=lambda: OfTheUsers(False))
@@ -128,20 +134,59 @@ def test_dropout_is_left_out_and_a_model_that_cannot_be_vmapped_is_refused() -> 
     noisy = leak_of(images, labels, OfTheUsers(True), "own", meta=lambda: OfTheUsers(True))
     with pytest.raises(FedtapError, match="without random numbers"):
         Match(noisy, squared_distance)(images, labels)
+    with pytest.raises(FedtapError, match="without random numbers"):
+        check_match(noisy)
 
 
-def test_a_trace_agrees_and_lanes_are_taken_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_kept_as_a_plain_attribute_is_to_be_a_buffer() -> None:
+    images, labels = pictures(2, 1)
+    leak = leak_of(images, labels, WithConstant(False), "own", meta=lambda: WithConstant(False))
+    with pytest.raises(FedtapError, match="register it as a buffer"):
+        check_match(leak)
+    check_match(leak_of(images, labels, WithConstant(True), "own", meta=lambda: WithConstant(True)))
+
+
+def test_a_model_that_is_frozen_throughout_is_refused() -> None:
+    network = build("lenet", (3, 16, 16), 10, seed=5)
+    one, labels = pictures(1, 1)
+    leak = leak_of(one, labels, network, "lenet")
+    leak.network.requires_grad_(False)
+    with pytest.raises(FedtapError, match="train at least one layer"):
+        check_match(leak)
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet", "convnet", "resnet20", "vit", "in place"])
+def test_a_trace_agrees(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "WARM_UP", 1)
+    images, labels = pictures(2, 1)
+    own = InPlace if model == "in place" else None
+    network = (own() if own else build(model, (3, 16, 16), 10, seed=5)).double()
+    match = Match(leak_of(images.double(), labels, network, model, meta=own), squared_distance)
+    guess = images.flip(0).double()
+    (value, slope), (traced_value, traced_slope) = (match.with_slope(guess, labels) for _ in range(2))
+    torch.testing.assert_close(traced_value, value, rtol=1e-9, atol=0)
+    torch.testing.assert_close(traced_slope, slope, rtol=1e-7, atol=1e-9 * float(slope.abs().max()))
+
+
+def test_a_trace_has_no_repeats_where_nothing_is_written_in_place() -> None:
+    def twice(x: Tensor) -> Tensor:
+        return x.exp() + x.exp()
+
+    def written(x: Tensor) -> Tensor:
+        return x.new_zeros(3).add_(x) * x.new_zeros(3).add_(2)
+
+    point = torch.arange(3.0)
+    for function, exps in ((twice, 1), (written, 0)):
+        trace = gradients._without_repeats(make_fx(function)(point))
+        assert torch.equal(trace(point), function(point))
+        assert sum(node.target is torch.ops.aten.exp.default for node in trace.graph.nodes) == exps
+
+
+def test_lanes_are_taken_from_anywhere() -> None:
     images, labels = pictures(7, 1)
-    leak = leak_of(images, labels, build("lenet", (3, 16, 16), 10, seed=5), "lenet")
-    match = Match(leak, squared_distance)
-    guess = images.flip(0).clone().requires_grad_()
-    results = [(match(guess, labels), guess) for _ in range(3)]
-    slopes = [torch.autograd.grad(values.sum(), guess)[0] for values, guess in results]
-    for slope in slopes[1:]:
-        torch.testing.assert_close(slope, slopes[0], rtol=1e-4, atol=1e-5 * float(slope.abs().max()))
-    some = torch.tensor([5, 2])
-    torch.testing.assert_close(match(guess[some], labels[some], some), results[0][0][some], rtol=1e-5, atol=0)
+    match = Match(leak_of(images, labels, build("lenet", (3, 16, 16), 10, seed=5), "lenet"), squared_distance)
+    guess, some = images.flip(0), torch.tensor([5, 2])
+    torch.testing.assert_close(match(guess[some], labels[some], some), match(guess, labels)[some], rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

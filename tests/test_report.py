@@ -201,7 +201,7 @@ def test_originals_have_no_column_where_none_is_known() -> None:
 
 def test_the_blind_guess_is_captioned_with_its_own_psnr() -> None:
     truth = torch.full((2, 3, 8, 8), 0.6)
-    _, decibels = report._cell(picture(original=truth, blind=torch.full((3, 8, 8), 0.5)), "blind guess")
+    _, decibels = report._cell(picture(guesses={}, original=truth, blind=torch.full((3, 8, 8), 0.5)), "blind guess")
     assert decibels == pytest.approx(20.0, abs=1e-4)
 
 
@@ -262,7 +262,7 @@ def pixels(image: Image.Image) -> Tensor:
 def test_nothing_in_a_run_becomes_markup() -> None:
     named = about(scenario=EVIL, question=EVIL, threat=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
     rows = [row(attack=EVIL, defence=EVIL), failed(error=EVIL, client=EVIL)]
-    page = Page(report.html(named, rows, [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 4, 4), 2.0)})]))
+    page = Page(report.html(named, rows, [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 32, 32), 2.0)})]))
     assert "script" not in page.tags
     assert "bold" not in page.tags
     assert page.text.count("alert('x')") >= 8

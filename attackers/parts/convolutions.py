@@ -9,6 +9,7 @@ torch's own kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,10 +115,14 @@ def _convolution(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    *,
+    in_columns: bool = False,
 ) -> Any:
-    if not _plain(stride, dilation) or filters.numel() == 0:
+    if not transposed and in_columns and _worth_columns(filters, stride, dilation, groups):
+        out = correlate(images, filters, stride, padding, groups)
+    elif not transposed or not _plain(stride, dilation) or filters.numel() == 0:
         return NotImplemented
-    if transposed:
+    else:
         kernel = filters.shape[2:]
         size = [
             (n - 1) * s - 2 * p + k + extra
@@ -129,24 +134,6 @@ def _convolution(
             like = images.new_empty(len(images), groups * filters.shape[1], *size)
             terms = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
             out = aten.convolution_backward(images, like, filters, None, *terms)[0]
-        return out if bias is None else out + bias.reshape(-1, 1, 1)
-    return NotImplemented
-
-
-def _convolution_in_columns(
-    images: Tensor,
-    filters: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Any:
-    if transposed or not _worth_columns(filters, stride, dilation, groups):
-        return _convolution(images, filters, bias, stride, padding, dilation, transposed, output_padding, groups)
-    out = correlate(images, filters, stride, padding, groups)
     return out if bias is None else out + bias.reshape(-1, 1, 1)
 
 
@@ -162,51 +149,25 @@ def _convolution_backward(
     output_padding: list[int],
     groups: int,
     output_mask: list[bool],
+    *,
+    in_columns: bool = False,
 ) -> Any:
-    spreads = output_mask[0] and _worth_spreading(filters, stride, groups)
-    if transposed or not _plain(stride, dilation) or not spreads:
+    """One of the slopes (of images, filters, bias) in our own way, the rest by this operator again."""
+    if transposed:
         return NotImplemented
-    rest = [False, *output_mask[1:]]
-    others = (None, None, None)
+    if in_columns and output_mask[1] and _worth_columns(filters, stride, dilation, groups):
+        ours, slope = 1, filters_slope(signal, images, filters.shape, stride, padding, groups)
+    elif output_mask[0] and _plain(stride, dilation) and _worth_spreading(filters, stride, groups):
+        ours, slope = 0, spread(signal, filters, images.shape[2:], stride, padding, groups)
+    else:
+        return NotImplemented
+    slopes: list[Tensor | None] = [None, None, None]
+    rest = [wanted and place != ours for place, wanted in enumerate(output_mask)]
     if any(rest):
         terms = (stride, padding, dilation, transposed, output_padding, groups, rest)
-        others = aten.convolution_backward(signal, images, filters, bias_sizes, *terms)
-    return spread(signal, filters, images.shape[2:], stride, padding, groups), *others[1:]
-
-
-def _convolution_backward_in_columns(
-    signal: Tensor,
-    images: Tensor,
-    filters: Tensor,
-    bias_sizes: list[int] | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-    output_mask: list[bool],
-) -> Any:
-    if transposed or not output_mask[1] or not _worth_columns(filters, stride, dilation, groups):
-        return _convolution_backward(
-            signal,
-            images,
-            filters,
-            bias_sizes,
-            stride,
-            padding,
-            dilation,
-            transposed,
-            output_padding,
-            groups,
-            output_mask,
-        )
-    rest = [output_mask[0], False, output_mask[2]]
-    others = (None, None, None)
-    if any(rest):
-        terms = (stride, padding, dilation, transposed, output_padding, groups, rest)
-        others = aten.convolution_backward(signal, images, filters, bias_sizes, *terms)
-    return others[0], filters_slope(signal, images, filters.shape, stride, padding, groups), others[2]
+        slopes = list(aten.convolution_backward(signal, images, filters, bias_sizes, *terms))
+    slopes[ours] = slope
+    return tuple(slopes)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
@@ -216,7 +177,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
 """What is faster in any case."""
 
 COMPILED_TABLE: dict[Any, Callable[..., Any]] = {
-    aten.convolution.default: _convolution_in_columns,
-    aten.convolution_backward.default: _convolution_backward_in_columns,
+    aten.convolution.default: partial(_convolution, in_columns=True),
+    aten.convolution_backward.default: partial(_convolution_backward, in_columns=True),
 }
 """What is faster once compiled."""

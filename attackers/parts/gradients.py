@@ -8,6 +8,7 @@ where asked, compiled. Both give the same numbers as the plain double backward p
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from attackers.parts.convolutions import COMPILED_TABLE, TABLE
 from simulator.attack import Images
 from simulator.errors import FedtapError
-from simulator.leaks import Leak, Tensors, UpdateLeak
+from simulator.leaks import Leak, Tensors, UpdateLeak, float_buffers
 
 Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
 """Hard labels, or what each image's label is thought to be: a distribution over the classes."""
@@ -59,12 +60,20 @@ def cosine_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) 
     return 1 - product / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
 
 
+def trained(network: nn.Module) -> list[str]:
+    """Names of the parameters that training moves: of frozen ones (`requires_grad=False`) the wire shows only zeros."""
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
 def mean_gradient(leak: Leak) -> dict[str, Tensor]:
-    """The leaked gradient; of an update, ``-update / (learning rate x steps)``: the mean one along its local steps."""
+    """The leaked gradient of what is trained; of an update, its mean along the local steps:
+    ``-update / (learning rate x steps)``.
+    """
+    observed = {name: leak.observed[name] for name in trained(leak.network)}
     if not isinstance(leak, UpdateLeak):
-        return dict(leak.observed)
+        return observed
     protocol = leak.protocol
-    return {name: -tensor / (protocol.learning_rate * protocol.steps) for name, tensor in leak.observed.items()}
+    return {name: -tensor / (protocol.learning_rate * protocol.steps) for name, tensor in observed.items()}
 
 
 def answer(leak: Leak) -> Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]:
@@ -74,19 +83,21 @@ def answer(leak: Leak) -> Callable[[Tensors, Tensors, Tensor, Tensor], dict[str,
         A function of (weights, buffers, images `batch channel height width`, distribution `batch classes`).
     """
     network, protocol, several = stateless(leak.network), leak.protocol, isinstance(leak, UpdateLeak)
+    names = trained(leak.network)
 
-    def loss(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> Tensor:
-        logits = functional_call(network, {**weights, **buffers}, (images,))
+    def loss(moving: Tensors, fixed: Tensors, images: Tensor, distribution: Tensor) -> Tensor:
+        logits = functional_call(network, {**fixed, **moving}, (images,))
         each: Tensor = -(distribution * logits.log_softmax(dim=-1)).sum(dim=-1)
         return each.mean()
 
     def respond(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> dict[str, Tensor]:
-        slopes: dict[str, Tensor] = grad(loss)(weights, buffers, images, distribution)
-        total, here = slopes, weights
+        here, fixed = {name: weights[name] for name in names}, {**weights, **buffers}
+        slopes: dict[str, Tensor] = grad(loss)(here, fixed, images, distribution)
+        total = slopes
         for _ in range(protocol.steps - 1 if several else 0):
-            here = {name: here[name] - protocol.learning_rate * slopes[name] for name in weights}
-            slopes = grad(loss)(here, buffers, images, distribution)
-            total = {name: total[name] + slopes[name] for name in weights}
+            here = {name: here[name] - protocol.learning_rate * slopes[name] for name in names}
+            slopes = grad(loss)(here, fixed, images, distribution)
+            total = {name: total[name] + slopes[name] for name in names}
         return {name: tensor / protocol.steps for name, tensor in total.items()} if several else total
 
     return respond
@@ -172,11 +183,15 @@ class Match:
         )
         try:
             slopes, values = self._program(inputs, soft)(*inputs)
-        except RuntimeError as error:
+            if values.is_meta:
+                raise RuntimeError("its output is on the meta device")
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
             raise FedtapError(
                 f"The gradient of model {self.leak.protocol.model!r} cannot be matched, since torch.func cannot "
-                f"differentiate it twice for {len(images)} victims at once ({str(error).splitlines()[0]}): "
-                "write it without random numbers, operations in place and branches on data."
+                f"differentiate it twice for {len(images)} victim(s) at once ({' '.join(str(error).split())[:200]}): "
+                f"{how_to_write(error)}."
             ) from error
         return values[:true], slopes[0][:true], slopes[1][:true] if soft else slopes[0][:0]
 
@@ -208,6 +223,53 @@ class Match:
 
         shared = 0 if self.leak.stacked else None
         return vmap(lane, in_dims=(shared, shared, 0, 0, 0))
+
+
+def check_match(leak: Leak) -> None:
+    """Refuse a model that no `Match` can work on, before an hour is spent: try it on one lane of random numbers.
+
+    Raises:
+        FedtapError: torch.func cannot differentiate the network twice, or nothing in it is trained.
+    """
+    network = leak.network
+    if not trained(network):
+        raise FedtapError(
+            f"Every parameter of model {leak.protocol.model!r} is frozen (requires_grad=False), so its clients send "
+            "nothing but zeros: train at least one layer."
+        )
+    steps, batch = min(leak.protocol.steps, 2), min(leak.protocol.batch, 2)
+    if (leak.kind, steps, batch) in _TRIED.setdefault(network, set()):
+        return
+    draw = torch.Generator().manual_seed(0)
+
+    def made_up(tensors: Mapping[str, Tensor], *lead: int) -> dict[str, Tensor]:
+        return {
+            name: 0.1 * torch.rand(*lead, *tensor.shape, generator=draw, dtype=tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+
+    parameters = dict(network.named_parameters())
+    one = dataclasses.replace(
+        leak[:1],
+        protocol=dataclasses.replace(leak.protocol, steps=steps, batch=batch),
+        observed=made_up(parameters, 1),
+        weights=made_up(parameters),
+        buffers=made_up(float_buffers(network)),
+        stacked=False,
+    )
+    images = torch.rand(1, batch, *leak.protocol.shape, generator=draw)
+    Match(one, squared_distance)(images, torch.zeros(1, batch, dtype=torch.long))
+    _TRIED[network].add((leak.kind, steps, batch))
+
+
+_TRIED: WeakKeyDictionary[nn.Module, set[tuple[str, int, int]]] = WeakKeyDictionary()
+
+
+def how_to_write(error: Exception) -> str:
+    """What a user's model needs, told from what became of its forward pass."""
+    if any(word in str(error) for word in ("meta", "same device", "expected device")):
+        return "it keeps a tensor that is no parameter, so register it as a buffer of floating point numbers"
+    return "write it without random numbers, operations in place and branches on data"
 
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()
@@ -273,10 +335,12 @@ _STATELESS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def _without_repeats(trace: GraphModule) -> GraphModule:
-    """Drop operations that repeat an earlier one, and those that nothing uses."""
+    """Drop operations that repeat an earlier one, and those that nothing uses; none where one writes in place."""
+    if any(_writes(node.target) for node in trace.graph.nodes):
+        return trace
     seen: dict[Any, Any] = {}
     for node in list(trace.graph.nodes):
-        if node.op not in ("call_function", "get_attr") or getattr(node.target, "is_mutable", False):
+        if node.op not in ("call_function", "get_attr"):
             continue
         twin = seen.setdefault((node.op, node.target, repr(node.args), repr(node.kwargs)), node)
         if twin is not node:
@@ -285,6 +349,12 @@ def _without_repeats(trace: GraphModule) -> GraphModule:
     trace.graph.eliminate_dead_code()
     trace.recompile()
     return trace
+
+
+def _writes(target: object) -> bool:
+    if not isinstance(target, torch._ops.OpOverload) or target is torch.ops.aten.detach_.default:
+        return False
+    return bool(target._schema.is_mutable)
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

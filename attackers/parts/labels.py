@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attackers.parts.gradients import mean_gradient
+from attackers.parts.gradients import Match, check_match, mean_gradient, squared_distance
+from simulator.attack import Images
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, UpdateLeak
 
@@ -36,11 +37,42 @@ def recovered(leak: Leak) -> Int[Tensor, "victims batch"]:
     return torch.stack(labels, dim=1).sort(dim=1).values
 
 
+def paired(leak: Leak, images: Images) -> Images:
+    """Each victim's images in the order in which they suit the `recovered` labels.
+
+    Two images change places as long as the gradient of all of them comes closer to the leaked one for it. All stay as
+    they are where weights, labels or gradients that could tell one order from another are not to be had.
+    """
+    batch = leak.protocol.batch
+    try:
+        last_linear(leak)
+        check_match(leak)
+    except FedtapError:
+        return images
+    if leak.weights is None or batch == 1:
+        return images
+    labels, match = recovered(leak), Match(leak, squared_distance)
+    swaps = torch.arange(batch).repeat(1 + batch * (batch - 1) // 2, 1)  # the first leaves all as it is
+    for row, pair in zip(swaps[1:], torch.combinations(torch.arange(batch)), strict=True):
+        row[pair] = pair.flip(0)
+    ordered = images.clone()
+    for victim in range(len(leak)):
+        lanes, there = torch.full((len(swaps),), victim), labels[victim].expand(len(swaps), -1)
+        for _ in range(batch):
+            tried = ordered[victim][swaps]
+            misfits = match(tried, there, lanes).nan_to_num(nan=float("inf"))
+            best = int(misfits.argmin())
+            if not bool(misfits[best] < misfits[0]):
+                break
+            ordered[victim] = tried[best]
+    return ordered
+
+
 def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
     """Name and module of the layer that yields the logits.
 
     Raises:
-        FedtapError: the network ends in something else.
+        FedtapError: the network ends in something else, or this layer is frozen.
     """
     layers = [
         (name, module)
@@ -52,18 +84,25 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
             f"Labels cannot be read off model {leak.protocol.model!r}: it has no nn.Linear with "
             f"{leak.protocol.classes} outputs to end in; use dlg, which finds the labels along with the images."
         )
-    return layers[-1]
+    name, layer = layers[-1]
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        raise FedtapError(
+            f"Labels cannot be read off model {leak.protocol.model!r}: its last layer {name or 'itself'} is frozen "
+            "(requires_grad=False), so its gradient is not sent; use dlg, which finds the labels along with the images."
+        )
+    return name, layer
 
 
 def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
     """``mean(p - onehot)`` for each class.
 
-    That is the bias's gradient. Without a bias the rows of the weight's gradient show it along the embedding, whose
-    length is then taken from the class that is pulled up most: it is not in the batch, and p is about 1 / classes.
+    That is the bias's gradient. Without a bias that is trained the rows of the weight's gradient show it along the
+    embedding, whose length is then taken from the class that is pulled up most: it is not in the batch, and p is about
+    1 / classes.
     """
-    name, layer = last_linear(leak)
+    name, _ = last_linear(leak)
     gradient, prefix = mean_gradient(leak), f"{name}." if name else ""
-    if layer.bias is not None:
+    if f"{prefix}bias" in gradient:
         return gradient[f"{prefix}bias"]
     rows = gradient[f"{prefix}weight"]
     steepest = rows.norm(dim=2).argmax(dim=1)  # its class is there, so its row points against the embedding
@@ -75,15 +114,15 @@ def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
 def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
     """What the network thinks of the batch on average.
 
-    Where its weights are not known: a class pushed down is thought absent, which makes its slope its mean softmax;
-    those that are pulled up share the rest alike.
+    Where its weights are not known, or half of the layer is frozen: a class pushed down is thought absent, which makes
+    its slope its mean softmax; those that are pulled up share the rest alike.
     """
-    name, layer = last_linear(leak)
-    slopes, prefix = class_slopes(leak), f"{name}." if name else ""
-    if leak.weights is None or layer.bias is None:
+    name, _ = last_linear(leak)
+    gradient, slopes, prefix = mean_gradient(leak), class_slopes(leak), f"{name}." if name else ""
+    if leak.weights is None or not {f"{prefix}weight", f"{prefix}bias"} <= gradient.keys():
         absent, present = slopes.clamp_min(0), slopes < 0
         return torch.where(present, (1 - absent.sum(1, keepdim=True)) / present.sum(1, keepdim=True), absent)
-    rows = mean_gradient(leak)[f"{prefix}weight"]
+    rows = gradient[f"{prefix}weight"]
     embedding = torch.einsum("vc,vcf->vf", slopes, rows) / slopes.square().sum(1, keepdim=True).clamp_min(1e-30)
     weight, bias = leak.weights[f"{prefix}weight"], leak.weights[f"{prefix}bias"]
     logits = (torch.einsum("vcf,vf->vc", weight, embedding) if leak.stacked else embedding @ weight.T) + bias
