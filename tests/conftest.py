@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+from tests.shapes import check_shapes
 
 torch.set_num_threads(1)
-install_import_hook(("simulator", "attackers", "clients"), "tests.shapes.check")  # shapes are types: check them
+check_shapes()
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
