@@ -2,56 +2,101 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import re
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from attackers import ATTACKS
+import attackers
+from attackers import ATTACKS, gradinversion
 from attackers.dlg import DLG
+from attackers.gradinversion import GradInversion
 from attackers.idlg import IDLG
 from attackers.inverting_gradients import InvertingGradients
+from attackers.linear import Linear
 from attackers.parts.gradients import Match, cosine_distance, squared_distance
 from attackers.parts.labels import recovered
-from attackers.parts.priors import total_variation
+from attackers.parts.priors import length, statistics_gap, total_variation
 from attackers.refine import Refine
 from attackers.restarts import Restarts
 from simulator.attack import Attack, Images, Reconstruction, draw
 from simulator.errors import FedtapError
-from simulator.leaks import GradientLeak, Leak
+from simulator.leaks import KINDS, GradientLeak, Leak
 from simulator.models import build
-from tests.attack_leaks import leak_of, pictures
+from simulator.scores import score_all
+from tests.attack_leaks import InPlace, OfTheUsers, WithConstant, conv_head, leak_of, pictures
 
-NAMES = sorted(ATTACKS)
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def of_the_readme() -> dict[str, type[Attack]]:
+    """The README's example of an attack, found as a file in the folder would be."""
+    section = README.partition("**Adding an attack**")[2]
+    file, code = re.search(r"`attackers/(\w+)\.py`", section), re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert file, "the README names no file for its example"
+    assert code, "the README has no example of an attack"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"{file[1]}.py").write_text(code[1])
+        attackers.__path__.append(folder)
+        try:
+            return {file[1]: attackers._scan()[file[1]]}
+        finally:
+            attackers.__path__.remove(folder)
+
+
+CANDIDATES = ATTACKS | of_the_readme()
+NAMES = sorted(CANDIDATES)
+MODELS = ("lenet", "mlp", "convnet", "vit", "resnet20")
 
 
 def quick(name: str) -> Attack:
     """The attack with few steps; a wrapper around iDLG."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(ATTACKS[name])}  # type: ignore[arg-type]
+    fields = {field.name: str(field.type) for field in dataclasses.fields(CANDIDATES[name])}  # type: ignore[arg-type]
     given = {field: IDLG(steps=6) for field, kind in fields.items() if kind == "Attack"}
     small = {"steps": 12, "times": 2, "seeds": 2}
-    return ATTACKS[name](**given, **{field: value for field, value in small.items() if field in fields})
+    return CANDIDATES[name](**given, **{field: value for field, value in small.items() if field in fields})
 
 
-def suited(name: str, victims: int = 2, kind: str = "gradient", seed: int = 0) -> Leak:
-    """A leak that this attack can use."""
-    model = "mlp" if name == "linear" else "lenet"
+def suited(name: str, victims: int = 2, kinds: Sequence[str] = tuple(KINDS), seed: int = 0) -> Leak:
+    """A leak that this attack accepts: of the first kind and model that it does."""
     images, labels = pictures(victims, 1, seed=seed)
-    return leak_of(images, labels, build(model, (3, 16, 16), 10, seed=1234), model, kind=kind, steps=2)
+    for kind, model in itertools.product(kinds, MODELS):
+        leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=1234), model, kind=kind, steps=2)
+        with contextlib.suppress(FedtapError):
+            quick(name).accepts(leak)
+            return leak
+    pytest.skip(f"{name} does not take a {' or a '.join(kinds)}")
+
+
+def without_weights(leak: Leak) -> Leak:
+    return dataclasses.replace(leak, weights=None, buffers={})
+
+
+def wants_weights(attack: Attack) -> bool:
+    """Whether it, or one that it wraps, needs them."""
+    inside = [value for value in vars(attack).values() if isinstance(value, Attack)]
+    return attack.needs_weights or any(wants_weights(one) for one in inside)
 
 
 def test_the_names_of_the_command_line_are_fixed() -> None:
     fixed = {"dlg", "idlg", "inverting_gradients", "gradinversion", "linear", "restarts", "refine"}
     assert fixed <= ATTACKS.keys()
+    assert not fixed & of_the_readme().keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_attack_is_a_frozen_value_that_cites_its_paper(name: str) -> None:
     attack = quick(name)
     assert attack == quick(name)
-    assert name in {type(attack).__module__.rpartition(".")[2]}
+    assert type(attack).__module__.rpartition(".")[2] == name
     with pytest.raises(dataclasses.FrozenInstanceError):
         attack.surprise = 1  # type: ignore[attr-defined]
     said = sys.modules[type(attack).__module__].__doc__ or ""
@@ -61,11 +106,9 @@ def test_an_attack_is_a_frozen_value_that_cites_its_paper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["gradient", "update"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_attack_repeats_itself_to_the_bit_and_leaves_the_leak_as_it_was(name: str, kind: str) -> None:
-    leak = suited(name, kind=kind)
-    if not isinstance(leak, quick(name).leaks):
-        pytest.skip(f"{name} does not take a {kind}")
+    leak = suited(name, kinds=[kind])
     groups = (leak.observed, leak.weights or {}, leak.buffers)
     before = [{key: tensor.clone() for key, tensor in group.items()} for group in groups]
     one, two = quick(name)(leak, seed=3), quick(name)(leak, seed=3)
@@ -91,12 +134,50 @@ def test_an_attack_refuses_what_it_cannot_use(name: str) -> None:
     broken[1, 0] = torch.nan
     with pytest.raises(FedtapError, match="NaN"):
         attack(dataclasses.replace(leak, observed={**leak.observed, key: broken}))
-    blind = dataclasses.replace(leak, weights=None, buffers={})
-    if name == "linear":
-        assert attack(blind).images.shape == (2, 1, 3, 16, 16)
-    else:
+    if wants_weights(attack):
         with pytest.raises(FedtapError, match="does not know them"):
-            attack(blind)
+            attack.accepts(without_weights(leak))
+    else:
+        assert attack(without_weights(leak)).images.shape == (2, 1, 3, 16, 16)
+
+
+def frozen(*names: str) -> nn.Module:
+    """An MLP in which these layers are not trained."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16), nn.ReLU(), nn.Linear(16, 10))
+    for name in names:
+        network.get_submodule(name).requires_grad_(False)
+    return network
+
+
+ODD: dict[str, Callable[[], nn.Module]] = {
+    "no linear layer": conv_head,
+    "random numbers": lambda: OfTheUsers(True),
+    "a plain tensor": lambda: WithConstant(False),
+    "written in place": InPlace,
+    "first layer frozen": lambda: frozen("1"),
+    "last layer frozen": lambda: frozen("3"),
+    "all frozen": lambda: frozen("1", "3"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_attack_accepts_it_can_attack(name: str, odd: str) -> None:
+    torch.manual_seed(0)
+    images, labels = pictures(2, 2)
+    network = ODD[odd]()
+    if odd == "all frozen":
+        network.requires_grad_(True)
+    leak = leak_of(images, labels, network, "own", meta=ODD[odd])
+    if odd == "all frozen":
+        leak.network.requires_grad_(False)
+    attack = quick(name)
+    try:
+        attack.accepts(leak)
+    except FedtapError as error:
+        assert len(str(error)) > 40
+    else:
+        assert attack(leak).objective.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,19 +188,17 @@ def test_a_strangers_leak_teaches_nothing(name: str) -> None:
     assert float(error) > 0.9 * float(grey)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "linear"])
+@pytest.mark.parametrize("name", [name for name in NAMES if wants_weights(quick(name))])
 def test_the_image_moves_towards_the_leak(name: str) -> None:
-    leak = suited(name)
-    attack = quick(name)
-    start = draw(leak.repeat(attack.starts), 0, attack.distribution)
+    leak, attack = suited(name), quick(name)
     guess = attack(leak, seed=0)
-    match = Match(leak, squared_distance)
-    first = start[:: attack.starts]
+    first = draw(leak.repeat(attack.starts), 0, attack.distribution)[:: attack.starts]
     assert float((guess.images - first).abs().mean()) > 1e-3
-    labels = recovered(leak)
-    distance = cosine_distance if name == "inverting_gradients" else squared_distance
-    match = Match(leak, distance)
-    assert bool((match(guess.images, labels) < match(first, labels)).all())
+    closer = [
+        bool((match(guess.images, recovered(leak)) < match(first, recovered(leak))).all())
+        for match in (Match(leak, squared_distance), Match(leak, cosine_distance))
+    ]
+    assert any(closer)
 
 
 @pytest.mark.parametrize("attack", [IDLG(steps=20), DLG(steps=20), InvertingGradients(steps=20)], ids=repr)
@@ -134,16 +213,66 @@ def test_the_objective_is_that_of_the_returned_guess_with_the_returned_labels(at
     torch.testing.assert_close(guess.objective, value, rtol=1e-5, atol=1e-7)
 
 
-def test_a_victim_among_others_fares_as_it_does_alone() -> None:
+def test_starting_points_depend_on_seed_client_round_and_restart_alone() -> None:
+    leak = suited("idlg", victims=3).repeat(2)
+    for distribution in ("uniform", "normal"):
+        starts = draw(leak, 0, distribution)
+        assert len({tuple(start.flatten()[:5].tolist()) for start in starts}) == 6
+        for entry in range(6):
+            assert torch.equal(starts[entry : entry + 1], draw(leak[entry], 0, distribution))
+        assert not torch.isclose(starts, draw(leak, 1, distribution)).flatten(1).all(1).any()
+        later = draw(dataclasses.replace(leak, rounds=leak.rounds + 1), 0, distribution)
+        assert not torch.isclose(starts, later).flatten(1).all(1).any()
+    assert not torch.equal(IDLG(steps=3)(leak, seed=0).images, IDLG(steps=3)(leak, seed=1).images)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        IDLG(steps=15),
+        DLG(steps=15),
+        InvertingGradients(steps=15),
+        GradInversion(steps=15, seeds=2),
+        Restarts(IDLG(steps=15), 2),
+        Restarts(IDLG(steps=15), 3, enough=1e-2),
+        Refine(IDLG(steps=5), IDLG(steps=10)),
+    ],
+    ids=lambda attack: attack.name,
+)
+def test_a_victim_among_others_fares_as_it_does_alone(attack: Attack) -> None:
     images, labels = pictures(3, 1)
     network = build("lenet", (3, 16, 16), 10, seed=1).double()
     leak = leak_of(images.double(), labels, network, "lenet")
-    for attack in (IDLG(steps=15), DLG(steps=15), InvertingGradients(steps=15)):
-        start = draw(leak, 0, attack.distribution).double()
-        together = attack(leak, start=start)
-        for victim in range(3):
-            alone = attack(leak[victim], start=start[victim : victim + 1])
-            torch.testing.assert_close(alone.images[0], together.images[victim], rtol=1e-4, atol=1e-6)
+
+    def guess(leak: Leak) -> Images:
+        return attack(leak, start=draw(leak.repeat(attack.starts), 0, attack.distribution).double()).images
+
+    together = guess(leak)
+    for victim in range(3):
+        torch.testing.assert_close(guess(leak[victim])[0], together[victim], rtol=1e-4, atol=1e-6)
+
+
+def test_gradinversions_seeds_hold_each_other_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    leak, seen = suited("gradinversion"), []
+    monkeypatch.setattr(gradinversion, "length", lambda x: seen.append(x.detach().clone()) or length(x))
+    apart = []
+    for consistency in (0.0, 0.1, 10.0):
+        GradInversion(steps=30, seeds=3, consistency=consistency)(leak)
+        group = seen[-1].unflatten(0, (2, 3))
+        apart.append(float((group - group.mean(1, keepdim=True)).square().mean()))
+    assert apart[0] > 1.2 * apart[1] > 1.44 * apart[2]
+
+
+def test_gradinversion_asks_batchnorm_for_its_statistics() -> None:
+    images, labels = pictures(1, 2)
+    network = build("resnet20", (3, 16, 16), 10, seed=1)
+    leak = leak_of(images, labels, network, "resnet20")
+    without, light, heavy = (GradInversion(steps=1, seeds=1, step_size=0.0, statistics=w)(leak) for w in (0, 1, 2))
+    gap = statistics_gap(leak.network, leak.weights or {}, leak.buffers, without.images[0])
+    torch.testing.assert_close(light.objective - without.objective, gap[None], rtol=1e-3, atol=0)
+    torch.testing.assert_close(heavy.objective - without.objective, 2 * gap[None], rtol=1e-3, atol=0)
+    moved, drawn = (GradInversion(steps=2, seeds=1, statistics=weight)(leak).images for weight in (0.0, 100.0))
+    assert not torch.allclose(moved, drawn, atol=1e-3)
 
 
 def test_idlg_and_dlg_bring_the_picture_back() -> None:
@@ -197,11 +326,24 @@ def test_refine_starts_where_the_first_attack_ended() -> None:
     assert bool((refined.objective <= first.objective).all())
 
 
+def test_refine_pairs_the_images_of_a_batch_with_their_labels() -> None:
+    images, labels = pictures(8, 2)
+    leak = leak_of(images, labels, build("mlp", (3, 16, 16), 10, seed=1234), "mlp")
+    linear, idlg, refined = (attack(leak) for attack in (Linear(), IDLG(steps=40), Refine(Linear(), IDLG(steps=40))))
+    start, end = (
+        torch.tensor([score["mse"] for score in score_all(guess.images, guess.labels, images, labels)])
+        for guess in (linear, refined)
+    )
+    assert bool((end <= start.clamp_min(1e-6)).all())
+    assert bool((refined.objective <= idlg.objective).all())
+    assert float(refined.objective.max()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["gradient", "update"])
 def test_linear_is_exact_for_one_image_and_needs_no_weights(kind: str) -> None:
-    leak = suited("linear", kind=kind)
+    leak = suited("linear", kinds=[kind])
     images, labels = pictures(2, 1)
-    guess = ATTACKS["linear"]()(dataclasses.replace(leak, weights=None, buffers={}))
+    guess = Linear()(without_weights(leak))
     assert torch.equal(guess.labels, labels)
     torch.testing.assert_close(guess.images, images, rtol=0, atol=1e-3)
     assert float(guess.objective.max()) < 1e-6
@@ -218,16 +360,16 @@ def test_linear_undoes_what_stands_before_the_layer() -> None:
 
     images, labels = pictures(2, 1)
     leak = leak_of(images, labels, Shifted(), "mlp_of_mine", meta=Shifted)
-    torch.testing.assert_close(ATTACKS["linear"]()(leak).images, images, rtol=0, atol=1e-3)
+    torch.testing.assert_close(Linear()(leak).images, images, rtol=0, atol=1e-3)
 
 
 def test_linear_finds_images_of_a_batch_that_units_see_alone() -> None:
     images, labels = pictures(4, 3)
     leak = leak_of(images, labels, build("mlp", (3, 16, 16), 10, seed=1234), "mlp")
-    guess = ATTACKS["linear"]()(leak).images
+    guess = Linear()(leak).images
     nearest = (guess[:, :, None] - images[:, None]).square().mean((3, 4, 5)).min(2).values
     assert float((nearest < 1e-4).float().mean()) > 0.3
-    assert float(ATTACKS["linear"]()(leak).objective.max()) <= 1
+    assert float(Linear()(leak).objective.max()) <= 1
 
 
 @pytest.mark.parametrize("model", ["lenet", "convnet", "resnet20", "vit"])
@@ -235,4 +377,4 @@ def test_linear_names_the_layer_in_its_way(model: str) -> None:
     images, labels = pictures(1, 1)
     leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=0), model)
     with pytest.raises(FedtapError, match=r"begins with .*Conv2d"):
-        ATTACKS["linear"]()(leak)
+        Linear()(leak)

@@ -96,8 +96,6 @@ def test_a_last_layer_that_is_frozen_is_refused_and_half_of_one_tells() -> None:
         leak = leak_of(images, labels, network, "lenet")
         if len(frozen) == 1:
             assert torch.equal(recovered(leak), labels)
-            batch = leak_of(images.view(3, 4, 3, 16, 16), labels.view(3, 4), network, "lenet")
-            assert share_right(recovered(batch), labels.view(3, 4)) >= 0.7
         else:
             with pytest.raises(FedtapError, match="fc is frozen"):
                 last_linear(leak)
