@@ -7,6 +7,8 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,74 +77,92 @@ def run(
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
             folder.leak(f"part_{number}", leak)
-        _attack(parts, number, leak, heard, private, folder, pictures, device)
+        played = Played(part, number, private, heard, leak)
+        for order, attack in enumerate(part.attacks):
+            guess = _attack(played, order, attack, folder, device)
+            if guess is not None:
+                _show(pictures, played, attack, guess)
+            _report(folder, parts, leak, list(pictures.values()))
     assert folder is not None
     folder.describe(finished=True)
     return folder.rows
 
 
-def _attack(
-    parts: Sequence[Scenario],
-    number: int,
-    leak: Leak | None,
-    heard: Heard,
-    private: PrivateData,
-    folder: Folder,
-    pictures: dict[Any, report.Picture],
-    device: torch.device,
-) -> None:
-    """Every attack of one part: rows, pictures, and a report of what is finished so far."""
-    part = parts[number]
-    floor = scores.blind(private.world.public.batch(torch.arange(len(private.world.public)))[0])
-    truths = [private(*name) for name in private.names() if name in heard.leaks]
-    blinds = _blind_scores(floor, truths)
-    missing = [name for name in private.names() if name not in heard.leaks]
-    for order, attack in enumerate(part.attacks):
-        unit = _unit(f"part_{number}-{order}", attack)
-        done = folder.kept(unit) if any(row["unit"] == unit for row in folder.rows) else None
-        if leak is not None and done is None:
-            began = time.perf_counter()
-            guess = attack(leak.to(device), seed=part.seed)
-            seconds = (time.perf_counter() - began) / len(leak)
-        elif done is not None:
-            guess = done
-        common = _common(part, unit, attack)
-        rows: list[Row] = [
-            common | {"client": client, "round": rnd, "error": heard.why_missing(client, rnd)}
-            for client, rnd in missing
-        ]
-        if leak is not None:
-            guess = _on_cpu(guess)
-            scored = scores.score_all(guess.images, guess.labels, *_stacked(truths))
-            names = list(zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True))
-            for victim, ((client, rnd), score) in enumerate(zip(names, scored, strict=True)):
-                shown = guess.images[victim][score["matching"]]
-                _picture(pictures, part, client, rnd, truths[victim][0], attack, shown, score["psnr"], floor)
-                if done is None:
-                    values = {name: score[name] for name in SCORES}  # type: ignore[literal-required]
-                    values |= {note: score[note] for note in NOTES if score[note]}  # type: ignore[literal-required]
-                    rows.append(
-                        common
-                        | {"client": client, "round": rnd, **values}
-                        | {"psnr_blind": blinds[victim], "accuracy": heard.accuracy}
-                        | {"objective": _finite(float(guess.objective[victim])), "seconds": seconds, "error": None}
-                    )
-            if done is None:
-                folder.keep(unit, guess)
-        if done is None:
-            folder.rows = [row for row in folder.rows if row["unit"] != unit]
-            folder.add(rows)
-        _report(folder, parts, leak, list(pictures.values()))
+@dataclass(frozen=True)
+class Played:
+    """A part of a run after its rounds: what was heard, and what the scorer knows of it."""
+
+    part: Scenario
+    number: int
+    private: PrivateData
+    heard: Heard
+    leak: Leak | None
+
+    @cached_property
+    def truths(self) -> list[tuple[Tensor, Tensor]]:
+        """Images and labels of each victim in the leak."""
+        return [self.private(*name) for name in self.private.names() if name in self.heard.leaks]
+
+    @cached_property
+    def floor(self) -> Tensor:
+        """The blind guess: one image."""
+        public = self.private.world.public
+        return scores.blind(public.batch(torch.arange(len(public)))[0])
 
 
-NOTES = ("ssim_note", "lpips_note")
+def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: torch.device) -> Reconstruction | None:
+    """One attack's guess, and its rows in the folder; both from the folder where a resumed run has them already."""
+    unit = _unit(f"part_{played.number}-{order}", attack)
+    common = _common(played.part, unit, attack)
+    if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
+        return kept
+    missing = [name for name in played.private.names() if name not in played.heard.leaks]
+    rows: list[Row] = [
+        common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
+        for client, rnd in missing
+    ]
+    guess = None
+    if played.leak is not None:
+        began = time.perf_counter()
+        guess = _on_cpu(attack(played.leak.to(device), seed=played.part.seed))
+        seconds = (time.perf_counter() - began) / len(played.leak)
+        rows += [common | {"seconds": seconds} | row for row in _scored(played, guess)]
+        folder.keep(unit, guess)
+    folder.rows = [row for row in folder.rows if row["unit"] != unit]
+    folder.add(rows)
+    return guess
+
+
+def _scored(played: Played, guess: Reconstruction) -> list[Row]:
+    """What is said of each victim in the leak: here the guess meets the truth."""
+    assert played.leak is not None
+    images, labels = (torch.stack(side) for side in zip(*played.truths, strict=True))
+    scored = scores.score_all(guess.images, guess.labels, images, labels)
+    return [
+        {
+            "client": client,
+            "round": rnd,
+            **{name: score[name] for name in SCORES},  # type: ignore[literal-required]
+            **{note: score[note] for note in NOTES if score[note]},  # type: ignore[literal-required]
+            "psnr_blind": float(scores.psnr(scores.mse(played.floor.expand_as(truth), truth)).mean()),
+            "accuracy": played.heard.accuracy,
+            "objective": _finite(float(objective)),
+            "error": None,
+        }
+        for client, rnd, score, truth, objective in zip(
+            played.leak.clients.tolist(), played.leak.rounds.tolist(), scored, images, guess.objective, strict=True
+        )
+    ]
+
+
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
+NOTES = ("ssim_note", "lpips_note")
 
 
 def _common(part: Scenario, unit: str, attack: Attack) -> Row:
     return {
         "scenario": part.name,
-        **dict(part.swept),
+        **{knob: getattr(part, knob, value) for knob, value in part.swept},
         "attack": _label(attack, part.attacks),
         "defence": "none",
         "world": part.world,
@@ -157,14 +177,6 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
     }
 
 
-def _blind_scores(floor: Tensor, truths: list[tuple[Tensor, Tensor]]) -> list[float]:
-    return [float(scores.psnr(scores.mse(floor.expand_as(images), images)).mean()) for images, _ in truths]
-
-
-def _stacked(truths: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.stack([images for images, _ in truths]), torch.stack([labels for _, labels in truths])
-
-
 def _on_cpu(guess: Reconstruction) -> Reconstruction:
     return Reconstruction(guess.images.cpu(), guess.labels.cpu(), guess.objective.cpu())
 
@@ -173,27 +185,23 @@ def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def _picture(
-    pictures: dict[Any, report.Picture],
-    part: Scenario,
-    client: int,
-    rnd: int,
-    truth: Tensor,
-    attack: Attack,
-    guess: Tensor,
-    psnr: float | None,
-    floor: Tensor,
-) -> None:
-    """Add a guess to its victim's picture. Parts that attack the same victim share one."""
-    key = (part.world, part.batch, part.steps, part.swept, client, rnd)
-    if key not in pictures:
-        here = sum(known[:-2] == key[:-2] for known in pictures)
-        if here >= (PICTURES if not part.swept else 2) or len(pictures) >= 2 * PICTURES:
-            return
-        said = ", ".join(f"{knob} {value}" for knob, value in part.swept)
-        title = f"client {client}" + (f", round {rnd}" if rnd > 1 else "") + (f", {said}" if said else "")
-        pictures[key] = report.Picture(title, truth, {}, floor.expand_as(truth))
-    pictures[key].guesses[f"{_label(attack, part.attacks)} on {part.model}"] = (guess, psnr)
+def _show(pictures: dict[Any, report.Picture], played: Played, attack: Attack, guess: Reconstruction) -> None:
+    """Add a guess to its victims' pictures. Parts that attack the same victims share them."""
+    part = played.part
+    said = "".join(f", {knob} {value}" for knob, value in part.swept)
+    assert played.leak is not None
+    for victim in range(min(len(played.leak), 2 if part.swept else PICTURES)):
+        client, rnd = int(played.leak.clients[victim]), int(played.leak.rounds[victim])
+        truth = played.truths[victim][0]
+        found = guess.images[victim].nan_to_num()
+        found = found[scores.match(found, truth)]
+        key = (part.world, part.batch, part.steps, part.swept, client, rnd)
+        if key not in pictures and len(pictures) < 2 * PICTURES:
+            title = f"client {client}" + (f", round {rnd}" if rnd > 1 else "") + said
+            pictures[key] = report.Picture(title, truth, {}, played.floor.expand_as(truth))
+        if key in pictures:
+            psnr = float(scores.psnr(scores.mse(found, truth)).mean())
+            pictures[key].guesses[f"{_label(attack, part.attacks)} on {part.model}"] = (found, psnr)
 
 
 def _unit(where: str, attack: Attack) -> str:
