@@ -250,12 +250,14 @@ BATCHNORM = (
 )
 
 
-def _threat(part: Scenario, network: nn.Module | None) -> str:
-    update = "its gradient" if part.steps == 1 else f"the sum of {part.steps} local steps"
+def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
+    batches, steps = ({getattr(part, knob) for part in parts} for knob in ("batch", "steps"))
+    images, local = (" or ".join(map(str, sorted(values))) for values in (batches, steps))
     said = [
-        THREATS[part.listener],
-        f"Each honest client sends its weights after training on {part.batch} private image(s); their difference to "
-        f"the weights it was sent is {update}. No defence. The attacker is never shown a label or a pixel.",
+        *dict.fromkeys(THREATS[part.listener] for part in parts),
+        f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; their "
+        "difference to the weights it was sent is its gradient, or the sum of several. No defence. The attacker is never "
+        "shown a label or a pixel.",
         "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
     ]
     if network is not None and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
@@ -275,7 +277,7 @@ def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictur
     about = report.About(
         scenario=part.name,
         question=part.question,
-        threat=_threat(part, leak.network if leak is not None else None),
+        threat=_threat(parts, leak.network if leak is not None else None),
         settings=settings | {"attacks": "\n".join(attacks)},
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )

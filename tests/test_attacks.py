@@ -174,10 +174,9 @@ def test_what_an_attack_accepts_it_can_attack(name: str, odd: str) -> None:
     attack = quick(name)
     try:
         attack.accepts(leak)
-    except FedtapError as error:
-        assert len(str(error)) > 40
-    else:
-        assert attack(leak).objective.isfinite().all()
+    except FedtapError:
+        return
+    assert attack(leak).objective.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -327,9 +326,9 @@ def test_refine_starts_where_the_first_attack_ended() -> None:
 
 
 def test_refine_pairs_the_images_of_a_batch_with_their_labels() -> None:
-    images, labels = pictures(8, 2)
+    images, labels = pictures(6, 2)
     leak = leak_of(images, labels, build("mlp", (3, 16, 16), 10, seed=1234), "mlp")
-    linear, idlg, refined = (attack(leak) for attack in (Linear(), IDLG(steps=40), Refine(Linear(), IDLG(steps=40))))
+    linear, idlg, refined = (attack(leak) for attack in (Linear(), IDLG(steps=15), Refine(Linear(), IDLG(steps=15))))
     start, end = (
         torch.tensor([score["mse"] for score in score_all(guess.images, guess.labels, images, labels)])
         for guess in (linear, refined)
