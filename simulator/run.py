@@ -255,9 +255,9 @@ def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
     images, local = (" or ".join(map(str, sorted(values))) for values in (batches, steps))
     said = [
         *dict.fromkeys(THREATS[part.listener] for part in parts),
-        f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; their "
-        "difference to the weights it was sent is its gradient, or the sum of several. No defence. The attacker is never "
-        "shown a label or a pixel.",
+        f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; "
+        "their difference to the weights it was sent is its gradient, or the sum of several. No defence. "
+        "The attacker is never shown a label or a pixel.",
         "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
     ]
     if network is not None and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
