@@ -35,7 +35,7 @@ def starts(lanes: int, size: int) -> Tensor:
 @pytest.mark.parametrize("history", [5, 10])
 def test_each_lane_ends_where_scipy_ends(history: int) -> None:
     start = starts(4, 10)
-    _, values = minimise(rosenbrock, start, 400, history=history)
+    _, values = minimise(rosenbrock, start, 300, history=history)
 
     def alone(point: object) -> tuple[float, object]:
         value, slope = rosenbrock(torch.as_tensor(point)[None], torch.zeros(1, dtype=torch.long))

@@ -46,7 +46,13 @@ def minimise(
 
 
 def _minimise(
-    objective: Objective, start: Points, block: Tensor, steps: int, history: int, floor: float, label: str
+    objective: Objective,
+    start: Float[Tensor, "all size"],
+    block: Int[Tensor, "lanes"],
+    steps: int,
+    history: int,
+    floor: float,
+    label: str,
 ) -> tuple[Points, Float[Tensor, "lanes"]]:
     lanes, first = block, block[0]
     x = start[block]
