@@ -51,7 +51,8 @@ class Wiretap(Grid):
 
     def _overhear(self, answers: list[Message]) -> list[Message]:
         passed_on = []
-        for answer in sorted(answers, key=partition_of):  # engines answer in any order; sums should not depend on it
+        # engines answer in any order, and an average should not depend on it to the last bit
+        for answer in sorted(answers, key=lambda answer: (partition_of(answer), answer.metadata.src_node_id)):
             order = self._orders.pop(answer.metadata.reply_to_message_id, None)
             if order is not None:
                 try:
