@@ -17,8 +17,8 @@ from dL/db = softmax(z) - onehot at the top, where the label is its lowest entry
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,14 @@ from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak
 
+LARGEST = 2**14
+"""Inputs of a layer: a matrix of their squares takes 2 GiB."""
+
 ROOM = 2**25
-"""Entries of the normal matrices that are solved at once: 256 MiB, of which a few copies live."""
+"""Entries of the tensors that are worked on at once: 256 MiB, of which a few live."""
+
+EDGE = 1e-9
+"""How close to the ends of its range an activation is let, so that it can be undone."""
 
 JITTER = 1e-13
 """What is added to the normal matrix's diagonal, scaled to ones, so that rounding leaves it positive."""
@@ -69,145 +75,159 @@ class ExactGIT(Attack):
                 f"exact_git undoes the gradient of one image, and this one is the mean over {leak.protocol.batch}: "
                 "use --batch 1, or idlg, which matches gradients of batches."
             )
-        chain(leak)
+        if (largest := max(layer.inputs for layer in chain(leak).layers)) > LARGEST:
+            raise FedtapError(
+                f"exact_git solves for all inputs of a layer at once, and model {leak.protocol.model!r} has one with "
+                f"{largest:,}, where memory ends at {LARGEST:,}: use smaller images, or idlg."
+            )
         last_linear(leak)
         check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         network = chain(leak)
-        largest = max(layer.inputs for layer in network.layers) ** 2
-        found = [self._undo(leak[which], network) for which in _chunks(len(leak), max(1, ROOM // largest))]
-        images = torch.cat(found).reshape(start.shape).to(start.dtype).clamp(0, 1)
+        at_once = max(1, ROOM // max(_room(layer) for layer in network.layers))
+        found = [self._undone(leak[first : first + at_once], network) for first in range(0, len(leak), at_once)]
+        images = torch.cat(found).reshape(start.shape).to(_dtype(leak)).clamp(0, 1)
         labels = recovered(leak)
         return Reconstruction(images, labels, Match(leak, squared_distance)(images, labels))
 
-    def _undo(self, leak: Leak, network: Chain) -> Float[Tensor, "victims pixels"]:
-        victims = len(leak)
-        layers = [(layer, *layer.parameters(leak.weights or {}, victims, leak.stacked)) for layer in network.layers]
-        gradients = [leak.observed[f"{layer.name}weight"].double().flatten(2) for layer in network.layers]
-        noises = [self._noise(leak, gradient) for gradient in gradients]
-        means = _grey(network, layers, victims)
-        *_, (_, weight, bias) = layers
-        a, slope, spread = _top(leak, gradients[-1], weight, bias, noises[-1])
+    def _undone(self, leak: Leak, network: Chain) -> Float[Tensor, "victims pixels"]:
+        """From the last layer to the first: `a` and `variance` of a layer's input, `d` of its output."""
+        layers = network.layers
+        gradients = [leak.observed[layer.weight].double().flatten(2) for layer in layers]
+        tensors = [layer.parameters(leak.weights or {}, len(leak), leak.stacked) for layer in layers]
+        means = _grey(network, tensors)
+        a, variance, d = _top(leak, gradients[-1], *tensors[-1], self._noise(leak, gradients[-1]))
         for which in range(len(layers) - 2, -1, -1):
-            layer, below, bias = layers[which]
-            s = layer.activation
-            above, weight, _ = layers[which + 1]
-            # a is this layer's output, `spread` its variance; `slope` is d of the layer above
-            a = a.clamp(s.low + 1e-9, s.high - 1e-9)
-            gain = s.slope(a)
-            pulled = above.scatter(slope @ weight)
-            d = _by_place(pulled * gain, layer)
-            z = _by_place(s.inverse(a), layer)
-            doubt = _by_place(spread / gain.square(), layer)
-            unweighted = torch.ones_like(doubt)
-            last = which == 0
-            prior = self.prior_std * (network.scale.abs() if last else torch.ones_like(means[which][0]))
-            a, spread = _least_squares(
-                layer,
-                below,
-                d,
-                gradients[which],
-                z - bias[:, None],
-                doubt if self.weighted else unweighted,
-                noises[which].square() if self.weighted else torch.ones_like(noises[which]),
-                means[which],
-                prior.square().reciprocal() if self.weighted else torch.zeros_like(prior),
-                variances=not last,
+            layer, s, (weight, bias) = layers[which], layers[which].activation, tensors[which]
+            a = a.clamp(s.low + EDGE, s.high - EDGE)
+            slope = s.slope(a)
+            d = layer.by_place(layers[which + 1].scatter(d @ tensors[which + 1][0]) * slope)
+            unit = network.scale if which == 0 else torch.ones_like(means[which][0])
+            equations = Equations(
+                layer=layer,
+                weight=weight,
+                forward=layer.by_place(s.inverse(a)) - bias[:, None],
+                doubt=layer.by_place(variance / slope.square()),
+                d=d,
+                gradient=gradients[which],
+                noise=self._noise(leak, gradients[which]).square(),
+                mean=means[which],
+                precision=(self.prior_std * unit).square().reciprocal(),
             )
-            slope = d
+            a, variance = (equations if self.weighted else equations.plain()).solve(variances=which > 0)
         return (a - network.shift) / network.scale
 
     def _noise(self, leak: Leak, gradient: Tensor) -> Float[Tensor, "victims"]:
-        """Standard error of an entry: the wire's, the defence's or that of the floating point format."""
-        rounding = torch.finfo(next(iter(leak.observed.values())).dtype).eps
-        return (rounding * gradient.square().mean((1, 2)).sqrt()).clamp_min(max(leak.resolution, self.sigma, 1e-300))
+        """Standard error of an entry: of the floating point format, or the wire's or the defence's where larger."""
+        rounding = torch.finfo(_dtype(leak)).eps
+        return (rounding * gradient.square().mean((1, 2)).sqrt()).clamp_min(max(leak.resolution, self.sigma, 1e-150))
 
 
 def _top(
-    leak: Leak, gradient: Tensor, weight: Tensor, bias: Tensor, noise: Tensor
-) -> tuple[Tensor, Float[Tensor, "victims places filters"], Tensor]:
-    """The last layer's input, its d and the variance of the input: ``G = d a^T`` and ``d = softmax(W a + b) - onehot``.
+    leak: Leak,
+    gradient: Float[Tensor, "victims classes inputs"],
+    weight: Float[Tensor, "victims classes inputs"],
+    bias: Float[Tensor, "victims classes"],
+    noise: Float[Tensor, "victims"],
+) -> tuple[Tensor, Tensor, Float[Tensor, "victims 1 classes"]]:
+    """The last layer's input and its variance, and d: ``a = G'd / |d|^2`` and ``d = softmax(W a + b) - onehot``.
 
-    The label's own entry of d cancels in floating point where the network is sure, the softmax of the others does not.
+    The label's own entry of d cancels in floating point where the network is sure; the softmax of the others does not.
     """
     d = class_slopes(leak).double()
     label = F.one_hot(d.argmin(1), d.shape[1]).double()
     for _ in range(2):
         power = d.square().sum(1, keepdim=True).clamp_min(1e-300)
-        a = torch.einsum("vo,voj->vj", d, gradient) / power
-        others = (torch.einsum("voj,vj->vo", weight, a) + bias).softmax(1) * (1 - label)
+        a = torch.einsum("vc,vci->vi", d, gradient) / power
+        others = (torch.einsum("vci,vi->vc", weight, a) + bias).softmax(1) * (1 - label)
         d = others - label * others.sum(1, keepdim=True)
-    return a, d[:, None], (noise[:, None].square() / power).expand_as(a)
+    return a, (noise[:, None].square() / power).expand_as(a), d[:, None]
 
 
-def _least_squares(
-    layer: Layer,
-    weight: Float[Tensor, "victims filters patch"],
-    d: Float[Tensor, "victims places filters"],
-    gradient: Float[Tensor, "victims filters patch"],
-    forward: Float[Tensor, "victims places filters"],
-    doubt: Float[Tensor, "victims places filters"],
-    noise: Float[Tensor, "victims"],
-    mean: Float[Tensor, "victims inputs"],
-    precision: Float[Tensor, "inputs"],
-    variances: bool,
-) -> tuple[Float[Tensor, "victims inputs"], Float[Tensor, "victims inputs"]]:
-    """The input that fits the layer's equations best, and where asked its variance.
-
-    Lowest ``|K(d) a - G|^2 / noise + sum (W a - forward)^2 / doubt + sum precision (a - mean)^2``, by its normal
-    equations ``(K'K / noise + W' diag(1 / doubt) W + diag(precision)) (a - mean) = ...``.
-    """
-    trust = 1 / doubt.clamp_min(1e-30)
-    seen = layer.gather(mean)
-    missing = (gradient - d.transpose(1, 2) @ seen) / noise[:, None, None]
-    right = layer.scatter((forward - seen @ weight.transpose(1, 2)) * trust @ weight + d @ missing)
-    matrix = normal_matrix(layer, weight, trust, d / noise.sqrt()[:, None, None])
-    matrix.diagonal(dim1=1, dim2=2).add_(precision)
-    scale = matrix.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
-    matrix = matrix.mul_(scale[:, :, None]).mul_(scale[:, None, :])
-    matrix.diagonal(dim1=1, dim2=2).add_(JITTER)
-    factor = torch.linalg.cholesky(matrix)
-    solution = mean + scale * torch.cholesky_solve((scale * right)[:, :, None], factor)[:, :, 0]
-    if not variances:
-        return solution, torch.zeros_like(solution)
-    inverse = torch.cholesky_inverse(factor)
-    return solution, inverse.diagonal(dim1=1, dim2=2) * scale.square()
-
-
-def normal_matrix(
-    layer: Layer, weight: Tensor, trust: Tensor, d: Tensor
-) -> Float[Tensor, "victims inputs inputs"]:
-    """``W' diag(trust) W + K(d)'K(d)``, added up patch by patch, since each equation sees few inputs.
-
-    Of W: for each place, ``sum_filters trust w w'`` on the pairs of its patch. Of K: for each entry of the patch,
-    ``sum_filters d d'`` on the pairs of places that see it.
-    """
-    side, patches = layer.inputs + 1, layer.patches
-    total = weight.new_zeros(len(weight), side * side)
-    pairs = patches[:, :, None] * side + patches[:, None, :]
-    forward = torch.einsum("vpo,voi,voj->vpij", trust, weight, weight)
-    total.index_add_(1, pairs.flatten(), forward.flatten(1))
-    across = patches.T
-    pairs = across[:, :, None] * side + across[:, None, :]
-    of_places = (d @ d.transpose(1, 2))[:, None].expand(-1, len(across), -1, -1)
-    total.index_add_(1, pairs.flatten(), of_places.flatten(1))
-    return total.reshape(-1, side, side)[:, :-1, :-1].contiguous()
-
-
-def _grey(network: Chain, layers: list[tuple[Layer, Tensor, Tensor]], victims: int) -> list[Tensor]:
-    """What each layer is fed where the image is grey: the prior's means."""
-    fed = [(0.5 * network.scale + network.shift).expand(victims, -1)]
-    for layer, weight, bias in layers[:-1]:
+def _grey(network: Chain, tensors: list[tuple[Tensor, Tensor]]) -> list[Float[Tensor, "victims inputs"]]:
+    """What each layer is fed where the image is grey: the means of the prior."""
+    fed = [(0.5 * network.scale + network.shift).expand(len(tensors[0][0]), -1)]
+    for layer, (weight, bias) in zip(network.layers[:-1], tensors, strict=False):
         z = layer.gather(fed[-1]) @ weight.transpose(1, 2) + bias[:, None]
         fed.append(layer.activation.apply(z).transpose(1, 2).flatten(1))
     return fed
 
 
-def _by_place(flat: Tensor, layer: Layer) -> Float[Tensor, "victims places filters"]:
-    """A layer's flat output (filters before places, as convolutions have it) with the filters last."""
-    return flat.unflatten(1, (-1, len(layer.patches))).transpose(1, 2)
+@dataclass(frozen=True)
+class Equations:
+    """All that is known of one layer's input a; `noise`, `doubt` and 1 / `precision` are variances.
+
+    Lowest ``|K(d) a - gradient|^2 / noise + sum (W a - forward)^2 / doubt + sum precision (a - mean)^2`` is sought.
+    """
+
+    layer: Layer
+    weight: Float[Tensor, "victims filters patch"]
+    forward: Float[Tensor, "victims places filters"]
+    doubt: Float[Tensor, "victims places filters"]
+    d: Float[Tensor, "victims places filters"]
+    gradient: Float[Tensor, "victims filters patch"]
+    noise: Float[Tensor, "victims"]
+    mean: Float[Tensor, "victims inputs"]
+    precision: Float[Tensor, "inputs"]
+
+    def plain(self) -> Equations:
+        """The same with every equation worth the same, and no prior."""
+        doubt, noise = torch.ones_like(self.doubt), torch.ones_like(self.noise)
+        return dataclasses.replace(self, doubt=doubt, noise=noise, precision=torch.zeros_like(self.precision))
+
+    def solve(self, variances: bool) -> tuple[Float[Tensor, "victims inputs"], Float[Tensor, "victims inputs"]]:
+        """The a that is sought and, where asked, its variance, by the normal equations
+
+        ``(K'K / noise + W' diag(1 / doubt) W + diag(precision)) (a - mean) = K' (...) / noise + W' (...) / doubt``.
+        """
+        seen = self.layer.gather(self.mean)
+        forward = (self.forward - seen @ self.weight.transpose(1, 2)) / self.doubt
+        gradient = (self.gradient - self.d.transpose(1, 2) @ seen) / self.noise[:, None, None]
+        right = self.layer.scatter(forward @ self.weight + self.d @ gradient)
+        matrix = self.normal_matrix()
+        matrix.diagonal(dim1=1, dim2=2).add_(self.precision)
+        scale = matrix.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
+        matrix.mul_(scale[:, :, None]).mul_(scale[:, None, :])
+        matrix.diagonal(dim1=1, dim2=2).add_(JITTER)
+        factor = torch.linalg.cholesky(matrix)
+        del matrix
+        a = self.mean + scale * torch.cholesky_solve((scale * right)[:, :, None], factor)[:, :, 0]
+        if not variances:
+            return a, torch.zeros_like(a)
+        return a, torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * scale.square()
+
+    def normal_matrix(self) -> Float[Tensor, "victims inputs inputs"]:
+        """``K'K / noise + W' diag(1 / doubt) W``, summed where it is not zero, since an equation sees few inputs.
+
+        Of W: at each place ``sum_filters w w' / doubt``, on the pairs of entries of its patch. Of K: for each entry of
+        a patch ``sum_filters d d' / noise``, on the pairs of places that see it.
+        """
+        patches, side = self.layer.patches, self.layer.inputs + 1
+        total = self.weight.new_zeros(len(self.weight), side * side)
+        of_places = torch.einsum("vpf,vfi,vfj->vpij", 1 / self.doubt, self.weight, self.weight)
+        _add_pairs(total, patches, of_places)
+        between = self.d @ self.d.transpose(1, 2) / self.noise[:, None, None]
+        _add_pairs(total, patches.T, between[:, None].expand(-1, patches.shape[1], -1, -1))
+        return total.reshape(-1, side, side)[:, :-1, :-1].contiguous()
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    return (slice(first, first + size) for first in range(0, count, size))
+def _add_pairs(total: Tensor, groups: Tensor, values: Float[Tensor, "victims groups size size"]) -> None:
+    """Add to the flat square matrices `total` each group's square, at the pairs of the group's members.
+
+    Not by `index_add_`, whose order of summation is left to chance on a GPU.
+    """
+    side = math.isqrt(total.shape[1])
+    pairs = (groups[:, :, None] * side + groups[:, None, :]).flatten()
+    victims = torch.arange(len(total), device=total.device)[:, None]
+    total.index_put_((victims, pairs[None]), values.flatten(1), accumulate=True)
+
+
+def _dtype(leak: Leak) -> torch.dtype:
+    return next(iter(leak.observed.values())).dtype
+
+
+def _room(layer: Layer) -> int:
+    """Entries of the largest tensor that solving for one victim takes."""
+    places, patch = layer.patches.shape
+    return max(layer.inputs**2, places * places * patch, places * patch * patch)
