@@ -12,7 +12,7 @@ With z = W a' + b, a = s(z), d = dL/dz and G = dL/dW, a layer's input a' obeys
     W a'    = s^-1(a) - b          forward, from the layer above
     d'      = W^T d * s'(z')       and so on down
 
-from dL/db = softmax(z) - onehot at the top, where the label is its lowest entry.
+from d = dL/db = softmax(z) - onehot at the top, where the label is its lowest entry.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import Match, check_match, squared_distance
-from attackers.parts.labels import class_slopes, last_linear, recovered
+from attackers.parts.labels import last_linear, recovered
 from attackers.parts.layers import Chain, Layer, chain
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
@@ -80,7 +79,12 @@ class ExactGIT(Attack):
                 f"exact_git solves for all inputs of a layer at once, and model {leak.protocol.model!r} has one with "
                 f"{largest:,}, where memory ends at {LARGEST:,}: use smaller images, or idlg."
             )
-        last_linear(leak)
+        name, last = last_linear(leak)
+        if last.bias is None or not last.bias.requires_grad:
+            raise FedtapError(
+                f"exact_git begins at the gradient of the last layer's bias, and {name} of model "
+                f"{leak.protocol.model!r} has none that is trained: use idlg, which does without."
+            )
         check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
@@ -97,7 +101,9 @@ class ExactGIT(Attack):
         gradients = [leak.observed[layer.weight].double().flatten(2) for layer in layers]
         tensors = [layer.parameters(leak.weights or {}, len(leak), leak.stacked) for layer in layers]
         means = _grey(network, tensors)
-        a, variance, d = _top(leak, gradients[-1], *tensors[-1], self._noise(leak, gradients[-1]))
+        a, variance, d = _top(
+            gradients[-1], leak.observed[str(layers[-1].bias)].double(), self._noise(leak, gradients[-1])
+        )
         for which in range(len(layers) - 2, -1, -1):
             layer, s, (weight, bias) = layers[which], layers[which].activation, tensors[which]
             a = a.clamp(s.low + EDGE, s.high - EDGE)
@@ -125,24 +131,18 @@ class ExactGIT(Attack):
 
 
 def _top(
-    leak: Leak,
     gradient: Float[Tensor, "victims classes inputs"],
-    weight: Float[Tensor, "victims classes inputs"],
-    bias: Float[Tensor, "victims classes"],
+    slopes: Float[Tensor, "victims classes"],
     noise: Float[Tensor, "victims"],
 ) -> tuple[Tensor, Tensor, Float[Tensor, "victims 1 classes"]]:
-    """The last layer's input and its variance, and d: ``a = G'd / |d|^2`` and ``d = softmax(W a + b) - onehot``.
+    """The last layer's input, its variance, and d: ``a = G'd / |d|^2`` with d the bias's gradient as it is.
 
-    The label's own entry of d cancels in floating point where the network is sure; the softmax of the others does not.
+    Recomputing d as ``softmax(W a + b) - onehot`` would undo the cancellation in the label's entry, but the client's
+    own backward pass went on from the rounded d; and where noise counts, the softmax feeds a's error back into d.
     """
-    d = class_slopes(leak).double()
-    label = F.one_hot(d.argmin(1), d.shape[1]).double()
-    for _ in range(2):
-        power = d.square().sum(1, keepdim=True).clamp_min(1e-300)
-        a = torch.einsum("vc,vci->vi", d, gradient) / power
-        others = (torch.einsum("vci,vi->vc", weight, a) + bias).softmax(1) * (1 - label)
-        d = others - label * others.sum(1, keepdim=True)
-    return a, (noise[:, None].square() / power).expand_as(a), d[:, None]
+    power = slopes.square().sum(1, keepdim=True).clamp_min(1e-300)
+    a = torch.einsum("vc,vci->vi", slopes, gradient) / power
+    return a, (noise[:, None].square() / power).expand_as(a), slopes[:, None]
 
 
 def _grey(network: Chain, tensors: list[tuple[Tensor, Tensor]]) -> list[Float[Tensor, "victims inputs"]]:

@@ -69,9 +69,8 @@ class Layer:
     def parameters(self, tensors: Tensors, victims: int, stacked: bool) -> tuple[Tensor, Tensor]:
         """Weight `victims filters patch` and bias `victims filters` (zero where it has none), in float64."""
         weight = tensors[self.weight].double()
-        bias = (
-            weight.new_zeros(weight.shape[: 2 if stacked else 1]) if self.bias is None else tensors[self.bias].double()
-        )
+        none = weight.new_zeros(weight.shape[: 2 if stacked else 1])
+        bias = none if self.bias is None else tensors[self.bias].double()
         if not stacked:
             weight, bias = weight.expand(victims, *weight.shape), bias.expand(victims, *bias.shape)
         return weight.flatten(2), bias
