@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import Match, check_match, squared_distance
+from attackers.parts.gradients import Match, check_match, squared_distance, trained
 from attackers.parts.labels import last_linear, recovered
 from attackers.parts.layers import Chain, Layer, chain
 from simulator.attack import Attack, Images, Reconstruction
@@ -74,16 +74,17 @@ class ExactGIT(Attack):
                 f"exact_git undoes the gradient of one image, and this one is the mean over {leak.protocol.batch}: "
                 "use --batch 1, or idlg, which matches gradients of batches."
             )
-        if (largest := max(layer.inputs for layer in chain(leak).layers)) > LARGEST:
+        layers = chain(leak).layers
+        if (largest := max(layer.inputs for layer in layers)) > LARGEST:
             raise FedtapError(
                 f"exact_git solves for all inputs of a layer at once, and model {leak.protocol.model!r} has one with "
                 f"{largest:,}, where memory ends at {LARGEST:,}: use smaller images, or idlg."
             )
-        name, last = last_linear(leak)
-        if last.bias is None or not last.bias.requires_grad:
+        last_linear(leak)
+        if layers[-1].bias not in trained(leak.network):
             raise FedtapError(
-                f"exact_git begins at the gradient of the last layer's bias, and {name} of model "
-                f"{leak.protocol.model!r} has none that is trained: use idlg, which does without."
+                f"exact_git begins at the gradient of the last layer's bias, and model {leak.protocol.model!r} has none "
+                "there that is trained: use idlg, which does without."
             )
         check_match(leak)
 
@@ -101,9 +102,8 @@ class ExactGIT(Attack):
         gradients = [leak.observed[layer.weight].double().flatten(2) for layer in layers]
         tensors = [layer.parameters(leak.weights or {}, len(leak), leak.stacked) for layer in layers]
         means = _grey(network, tensors)
-        a, variance, d = _top(
-            gradients[-1], leak.observed[str(layers[-1].bias)].double(), self._noise(leak, gradients[-1])
-        )
+        slopes = leak.observed[str(layers[-1].bias)].double()
+        a, variance, d = _top(gradients[-1], slopes, self._noise(leak, gradients[-1]))
         for which in range(len(layers) - 2, -1, -1):
             layer, s, (weight, bias) = layers[which], layers[which].activation, tensors[which]
             a = a.clamp(s.low + EDGE, s.high - EDGE)

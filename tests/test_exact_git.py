@@ -232,6 +232,7 @@ def with_steps(*steps: nn.Module) -> Build:
         (Twice, r"step linear after fc uses the weight fc.weight once more"),
         (Skips, r"step add after fc is not fed by the step before it alone"),
         (Turns, r"does more to the pixels before its first layer"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10, bias=False)), r"gradient of the last layer's bias"),
         (frozen, r"step linear after 1 has a weight, 3.weight, that is frozen"),
         (lambda: nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten()), r"Labels cannot be read off"),
         (lambda: nn.Sequential(nn.Conv2d(3, 10, 3, padding=1), nn.Sigmoid()), r"does not end in a linear layer"),
