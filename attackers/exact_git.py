@@ -83,8 +83,8 @@ class ExactGIT(Attack):
         last_linear(leak)
         if layers[-1].bias not in trained(leak.network):
             raise FedtapError(
-                f"exact_git begins at the gradient of the last layer's bias, and {leak.protocol.model!r} has none there "
-                "that is trained: use idlg, which does without."
+                f"exact_git begins at the gradient of the last layer's bias, and {leak.protocol.model!r} has none "
+                "there that is trained: use idlg, which does without."
             )
         check_match(leak)
 
