@@ -1,0 +1,244 @@
+"""A network read as a chain of layers and invertible activations, from the pixels to the logits.
+
+A linear layer and a convolution are one thing here: at each of its `places` a layer sees a patch of its input, and
+``z[place, filter] = patch[place] . weight[filter] + bias[filter]``. A linear layer has one place, whose patch is all of
+its input. So equations are written once, and no solver has to know what a stride is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from attackers.parts.gradients import how_to_write
+from simulator.errors import FedtapError
+from simulator.leaks import Leak, Tensors
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation s that can be undone, all of it told from its value ``a = s(z)``."""
+
+    apply: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    """``s'(z)``."""
+    bend: Callable[[Tensor], Tensor]
+    """Derivative of `slope` by a."""
+    low: float = -torch.inf
+    high: float = torch.inf
+
+
+IDENTITY = Activation(lambda z: z, lambda a: a, torch.ones_like, torch.zeros_like)
+SIGMOID = Activation(torch.sigmoid, torch.logit, lambda a: a * (1 - a), lambda a: 1 - 2 * a, 0.0, 1.0)
+TANH = Activation(torch.tanh, torch.atanh, lambda a: 1 - a * a, lambda a: -2 * a, -1.0, 1.0)
+
+
+def leaky(slope: float) -> Activation:
+    """``z`` above zero and ``slope * z`` below."""
+
+    def slopes(a: Tensor) -> Tensor:
+        return torch.where(a > 0, 1.0, slope).to(a)
+
+    return Activation(lambda z: F.leaky_relu(z, slope), lambda a: a / slopes(a), slopes, torch.zeros_like)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights, and the activation that its output goes through (none after the last)."""
+
+    weight: str
+    """Name of the parameter."""
+    bias: str | None
+    patches: Int[Tensor, "places patch"]
+    """Which entry of the flat input each entry of a patch is; `inputs`, one past the last, is a zero of the padding."""
+    inputs: int
+    activation: Activation = IDENTITY
+
+    def parameters(self, tensors: Tensors, victims: int, stacked: bool) -> tuple[Tensor, Tensor]:
+        """Weight `victims filters patch` and bias `victims filters` (zero where it has none), in float64."""
+        weight = tensors[self.weight].double()
+        none = weight.new_zeros(weight.shape[: 2 if stacked else 1])
+        bias = none if self.bias is None else tensors[self.bias].double()
+        if not stacked:
+            weight, bias = weight.expand(victims, *weight.shape), bias.expand(victims, *bias.shape)
+        return weight.flatten(2), bias
+
+    def gather(self, flat: Float[Tensor, "victims inputs"]) -> Float[Tensor, "victims places patch"]:
+        """What each place sees of the input."""
+        return F.pad(flat, (0, 1))[:, self.patches]
+
+    def by_place(self, flat: Float[Tensor, "victims outputs"]) -> Float[Tensor, "victims places filters"]:
+        """The layer's output, which has filters before places, with the filters last."""
+        outputs = flat.reshape(len(flat), -1, len(self.patches))
+        return outputs.transpose(1, 2)
+
+    def scatter(self, seen: Float[Tensor, "victims places patch"]) -> Float[Tensor, "victims inputs"]:
+        """The transpose of `gather`."""
+        total = seen.new_zeros(len(seen), self.inputs + 1)
+        victims = torch.arange(len(seen), device=seen.device)[:, None]
+        return total.index_put_((victims, self.patches.flatten()[None]), seen.flatten(1), accumulate=True)[:, :-1]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The layers in order, and what stands before the first: its input is ``scale * pixel + shift``."""
+
+    layers: tuple[Layer, ...]
+    scale: Float[Tensor, "pixels"]
+    shift: Float[Tensor, "pixels"]
+
+
+def chain(leak: Leak) -> Chain:
+    """The leak's network as a chain, found by listening to what it does to three images.
+
+    Raises:
+        FedtapError: something in it is no step of such a chain; it is named.
+    """
+    network = copy.deepcopy(leak.network).to_empty(device="cpu").double()
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.zero_()
+    size = math.prod(leak.protocol.shape)
+    random = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels = torch.stack([torch.zeros_like(random), torch.ones_like(random), random])
+    images = pixels.reshape(3, *leak.protocol.shape)
+    try:
+        with torch.no_grad(), _Listener() as heard:
+            logits = network(images)
+    except Exception as error:  # a user's code may raise anything
+        raise FedtapError(
+            f"Model {leak.protocol.model!r} cannot be run on three images ({' '.join(str(error).split())[:200]}): "
+            f"{how_to_write(error)}."
+        ) from error
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    layers: list[Layer] = []
+    current, entry, made = images, images, {id(images)}  # made: all that came of the images
+    for step in heard.steps:
+        if not made & {id(tensor) for tensor in step.tensors}:
+            continue
+        made.add(id(step.output))
+        layer = step.layer(names)
+        if not layers and layer is None:
+            continue  # what stands before the first layer is told from what it does
+        if layers and [tensor is current for tensor in step.tensors if id(tensor) in made] != [True]:
+            raise _refused(leak, step, layers, "is not fed by the step before it alone")
+        activation = step.activation()
+        if layer is not None:
+            if layer.weight not in trained:
+                raise _refused(leak, step, layers, f"has a weight, {layer.weight}, that is frozen")
+            if layer.weight in {other.weight for other in layers}:
+                raise _refused(leak, step, layers, f"uses the weight {layer.weight} once more")
+            entry = entry if layers else step.tensors[0]
+            layers.append(layer)
+        elif activation is not None and layers[-1].activation is IDENTITY:
+            layers[-1] = dataclasses.replace(layers[-1], activation=activation)
+        elif not step.flattens():
+            raise _refused(leak, step, layers, "cannot be undone")
+        current = step.output
+    last = layers and layers[-1].activation is IDENTITY and len(layers[-1].patches) == 1
+    if logits is not current or not last:
+        raise FedtapError(
+            f"Model {leak.protocol.model!r} does not end in a linear layer that yields the logits, where undoing it "
+            "would begin: use idlg, which needs no such structure."
+        )
+    seen = entry.flatten(1)
+    affine = seen.shape == pixels.shape and torch.allclose(seen[2], seen[0] + (seen[1] - seen[0]) * random)
+    if not affine or not bool((seen[1] != seen[0]).all()):
+        raise FedtapError(
+            f"Model {leak.protocol.model!r} does more to the pixels before its first layer than to scale and shift "
+            "each, which cannot be undone: use idlg, which needs no such structure."
+        )
+    placed = (dataclasses.replace(layer, patches=layer.patches.to(leak.device)) for layer in layers)
+    return Chain(tuple(placed), (seen[1] - seen[0]).to(leak.device), seen[0].to(leak.device))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of a torch function that a network made."""
+
+    function: Any
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, self.named)) if isinstance(leaf, Tensor)]
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.function, "__name__", self.function))
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Its arguments by name."""
+        return dict(zip(names, self.args, strict=False)) | self.named
+
+    def layer(self, names: dict[int, str]) -> Layer | None:
+        """The layer that this is, where it is one with parameters of the network and of the usual form."""
+        if self.function not in (F.linear, F.conv2d):
+            return None
+        given = self.given("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        weight, bias, seen = given["weight"], given.get("bias"), given["input"]
+        usual = id(weight) in names and (bias is None or id(bias) in names)
+        count = seen[0].numel()
+        if not usual or given.get("groups", 1) != 1 or isinstance(given.get("padding"), str):
+            return None
+        if self.function is F.linear:
+            patches = torch.arange(count)[None]
+            usual = seen.ndim == 2
+        else:
+            numbers = torch.arange(1, count + 1, dtype=torch.float64).reshape(1, *seen.shape[1:])
+            how = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
+            patches = F.unfold(numbers, weight.shape[2:], **how)[0].T.long() - 1
+        if not usual:
+            return None
+        return Layer(names[id(weight)], names.get(id(bias)), torch.where(patches < 0, count, patches), count)
+
+    def activation(self) -> Activation | None:
+        """The activation that this is, where it can be undone."""
+        if self.function in (torch.sigmoid, F.sigmoid, Tensor.sigmoid):
+            return SIGMOID
+        if self.function in (torch.tanh, F.tanh, Tensor.tanh):
+            return TANH
+        slope = self.given("input", "negative_slope").get("negative_slope", 0.01)
+        return leaky(slope) if self.function is F.leaky_relu and slope > 0 else None
+
+    def flattens(self) -> bool:
+        """Whether this leaves each image's entries in their order, in one row."""
+        shapes = (torch.flatten, Tensor.flatten, Tensor.reshape, Tensor.view, torch.reshape)
+        return self.function in shapes and self.output.ndim == 2 and len(self.output) == len(self.tensors[0])
+
+
+class _Listener(TorchFunctionMode):
+    """Writes down each torch function that yields a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[_Step] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self.steps.append(_Step(func, args, kwargs or {}, output))
+        return output
+
+
+def _refused(leak: Leak, step: _Step, layers: list[Layer], why: str) -> FedtapError:
+    after = f" after {layers[-1].weight.rpartition('.')[0] or layers[-1].weight}" if layers else ""
+    return FedtapError(
+        f"Model {leak.protocol.model!r} cannot be undone layer by layer, since its step {step.name}{after} {why}: use "
+        "a chain of linear layers and convolutions with sigmoid, tanh or leaky ReLU between them (lenet), or idlg, "
+        "which matches gradients."
+    )
