@@ -57,7 +57,8 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
             | {
                 "FLWR_HOME": home,
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",  # a module:function's place
+                # where a module:function of the user's own may lie
+                "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             }
         )
         port = _free_port()
