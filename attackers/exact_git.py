@@ -1,6 +1,6 @@
 """Exact-GIT: undo the network from its output to its input, each layer a weighted least squares in closed form.
 
-Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026. There is no public code (November 2026), so this is built
+Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026. We found no public code (November 2026): this is built
 from the paper's recursion.
 Departs from the paper in three ways: the weights are known, as a curious server's are (there they are fitted on pairs);
 pseudo-inverses give way to least squares in which each equation is weighted by its propagated error, with a prior
