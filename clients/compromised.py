@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn import functional as F
 
 from clients.training import network, receive
+from simulator.records import tensors_of
 from simulator.scenario import PrivateData
 
 
@@ -22,8 +22,8 @@ def practise(order: Message, private: PrivateData) -> Message:
     world = private.world
     net = network(private.scenario.model, world.shape, len(world.classes))
     receive(net, order.content.array_records["arrays"])
-    examples = order.content.array_records["examples"]
-    images, labels = (torch.from_numpy(examples[name].numpy().copy()) for name in ("images", "labels"))
+    examples = tensors_of(order.content.array_records["examples"])
+    images, labels = examples["images"], examples["labels"]
     trained = replace_all_batch_norm_modules_(
         copy.deepcopy(net).train()
     )  # BatchNorm by batch statistics, no side effect

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from simulator.leaks import float_buffers
 from simulator.models import Shape, build
+from simulator.records import tensors_of
 
 
 @lru_cache(maxsize=4)
@@ -25,7 +26,7 @@ def receive(net: nn.Module, arrays: ArrayRecord) -> None:
     Raises:
         KeyError, RuntimeError: the server sent another model's.
     """
-    sent = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+    sent = tensors_of(arrays)
     wanted = dict(net.named_parameters()) | float_buffers(net)
     if sent.keys() != wanted.keys():
         raise KeyError(f"the server sent {len(sent)} tensors that are not those of this client's model")

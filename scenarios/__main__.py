@@ -18,7 +18,7 @@ from rich.table import Table
 
 from attackers import ATTACKS, parse
 from clients.app import client_app
-from scenarios.knobs import knobs_of
+from scenarios.knobs import knobs_of, pairs
 from scenarios.plan import catalogue, plan, plan_of, question
 from simulator import report
 from simulator.attack import Attack
@@ -70,9 +70,7 @@ def run_command(
     parts = plan(name, knobs)
     config: UserConfig = {**knobs, "scenario": name, "data-root": str(data_root)}
     where = out or Path("runs") / name
-    for part in parts:
-        if ":" in part.model:
-            sys.path.insert(0, str(Path.cwd()))
+    _find_own_code(*(part.model for part in parts))
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower tells of each round; the rows say what matters of it
 
     def grid(part: Scenario) -> LocalGrid:
@@ -96,8 +94,7 @@ def attack_command(
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
     attacks = parse(attack)
-    if ":" in model:
-        sys.path.insert(0, str(Path.cwd()))
+    _find_own_code(model)
     leak = load(leaks, build, model or None)
     rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)
     _say(rows, out)
@@ -128,22 +125,10 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def pairs(words: list[str]) -> dict[str, str]:
-    """`--knob value` and `--knob=value` as a mapping."""
-    knobs: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--"):
-            raise FedtapError(f"{word!r} belongs to no knob: write --knob value, and several values joined by commas.")
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not equals and (found := next(rest, None)) is not None:
-            value = found
-        elif not equals:
-            raise FedtapError(f"--{name} has no value: write --{name} value.")
-        if name in knobs:
-            raise FedtapError(f"--{name} is given twice: join values to try by commas, --{name} {knobs[name]},{value}.")
-        knobs[name] = value
-    return knobs
+def _find_own_code(*models: str) -> None:
+    """Let a module:function of the command line lie in the current folder."""
+    if any(":" in model for model in models):
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def _explain(name: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from attackers import bench as attacks
+from attackers.bench import main as attack_ratios
 from clients.app import client_app
 from simulator.federation import play
 from simulator.local import LocalGrid
@@ -38,7 +38,7 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
     print(f"{ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
     print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
-    attacks.main()
+    attack_ratios()
 
 
 def _scenario(path: Path) -> Scenario:

@@ -23,6 +23,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from scenarios.knobs import pairs
+from scenarios.plan import plan
 from simulator.errors import FedtapError
 from simulator.output import left_by_us
 
@@ -155,9 +157,6 @@ def main(
     ),
 ) -> None:
     """Play a scenario on Flower's deployment or simulation engine."""
-    from scenarios.__main__ import pairs
-    from scenarios.plan import plan
-
     knobs = pairs(context.args)
     for part in plan(name, knobs):  # a mistake is told here, not from inside the engine
         if part.clients not in (0, nodes - 1):

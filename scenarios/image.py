@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, TypedDict, TypeVar, Unpack, get_type_hints
@@ -31,22 +32,10 @@ class ImageKnobs(TypedDict):
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]
 
 
-DEFAULTS: dict[str, Any] = {
-    "world": "photos",
-    "size": 32,
-    "model": "lenet",
-    "attack": "",
-    "victims": 8,
-    "batch": 1,
-    "clients": 0,
-    "steps": 1,
-    "learning_rate": 0.1,
-    "rounds": 0,
-    "alpha": 0.0,
-    "listener": "curious_server",
-    "seed": 0,
-    "weights_seed": 1234,
+DEFAULTS: dict[str, Any] = {"attack": ""} | {
+    field.name: field.default for field in dataclasses.fields(Scenario) if field.name in ImageKnobs.__annotations__
 }
+"""A Scenario's own; no attack means those that the scenario is about."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,10 +45,10 @@ def image_knobs(**defaults: Any) -> Callable[[Function], Function]:
 
     def with_signature(function: Function) -> Function:
         parameters = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-            for (name, hint), default in zip(
-                get_type_hints(ImageKnobs, include_extras=True).items(), (DEFAULTS | defaults).values(), strict=True
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=(DEFAULTS | defaults)[name], annotation=hint
             )
+            for name, hint in get_type_hints(ImageKnobs, include_extras=True).items()
         ]
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return function

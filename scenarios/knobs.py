@@ -27,6 +27,24 @@ class Knob:
     """Whether a comma separates values to try, one after the other."""
 
 
+def pairs(words: list[str]) -> dict[str, str]:
+    """`--knob value` and `--knob=value` as a mapping."""
+    knobs: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            raise FedtapError(f"{word!r} belongs to no knob: write --knob value, and several values joined by commas.")
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals and (found := next(rest, None)) is not None:
+            value = found
+        elif not equals:
+            raise FedtapError(f"--{name} has no value: write --{name} value.")
+        if name in knobs:
+            raise FedtapError(f"--{name} is given twice: join values to try by commas, --{name} {knobs[name]},{value}.")
+        knobs[name] = value
+    return knobs
+
+
 def knobs_of(function: Callable[..., Any]) -> dict[str, tuple[type, Knob, Any]]:
     """Name -> (type, what it means, default) of each of a scenario's keyword arguments."""
     return {

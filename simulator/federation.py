@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, float_buffers
 from simulator.listeners import hear, listener
 from simulator.models import build
+from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario
 from simulator.wiretap import Wiretap, partition_of
 
@@ -107,7 +107,6 @@ def play(
         return None
 
     if strategy is None:
-        logging.getLogger("flwr").setLevel(logging.ERROR)  # FedAvg warns of what is meant: no evaluation by clients
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=clients + 1, min_available_nodes=clients + 1)
     tensors = dict(net.named_parameters()) | float_buffers(net)
     strategy.start(
@@ -137,7 +136,7 @@ def _as_expected(order: RecordDict, answer: RecordDict, client: int) -> None:
 
 def accuracy(net: nn.Module, arrays: ArrayRecord, private: PrivateData) -> float:
     """Share of the victims' side (the world's test data) that these weights classify right; BatchNorm in eval mode."""
-    net.load_state_dict({name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}, strict=False)
+    net.load_state_dict(tensors_of(arrays), strict=False)
     net.eval()
     right = 0
     with torch.no_grad():
@@ -166,6 +165,7 @@ def practice(
     skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
     size = sum(parameter.numel() for parameter in skeleton.parameters())
     chunk = max(1, 16_000_000 // size)  # 64 MB of float32 an answer
+    arrays = tensors_of(heard.arrays)
     for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
         content = RecordDict(
             {
@@ -182,17 +182,13 @@ def practice(
         sent = answers[0].content.array_records["gradients"]
         yield listener(scenario.listener)(  # type: ignore[misc]
             GradientLeak(
-                observed={name: torch.from_numpy(array.numpy().copy()) for name, array in sent.items()},
+                observed=tensors_of(sent),
                 protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
                 network=skeleton,
-                weights={name: _tensor(heard.arrays, name) for name, _ in skeleton.named_parameters()},
-                buffers={name: _tensor(heard.arrays, name) for name in float_buffers(skeleton)},
+                weights={name: arrays[name] for name, _ in skeleton.named_parameters()},
+                buffers={name: arrays[name] for name in float_buffers(skeleton)},
                 clients=torch.full((len(some),), private.clients),
                 rounds=torch.zeros(len(some), dtype=torch.long),
                 restarts=torch.arange(len(some)) + number * chunk,
             )
         )
-
-
-def _tensor(arrays: ArrayRecord, name: str) -> Tensor:
-    return torch.from_numpy(arrays[name].numpy().copy())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simulator.errors import FedtapError, unknown
 from simulator.leaks import GradientLeak, Leak, Protocol, UpdateLeak, float_buffers
+from simulator.records import tensors_of
 
 Listener = Callable[[Leak], Leak]
 
@@ -100,7 +101,7 @@ def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
         )
     record: ArrayRecord = next(iter(content.array_records.values()))
     try:
-        return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+        return tensors_of(record)
     except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
         raise FedtapError(f"The {what} holds arrays that are no tensors ({error}): send float32.") from error
 

@@ -1,0 +1,12 @@
+"""From Flower's records to tensors."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+
+def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
+    """The record's arrays as tensors of their own memory, by name."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
