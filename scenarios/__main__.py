@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -150,20 +149,9 @@ def _overrides(parts: tuple[Scenario, ...]) -> list[str]:
     lines = []
     for part in parts:
         at = ", ".join(f"{knob} {value}" for knob, value in part.swept)
-        named = ", ".join(_shown(attack) for attack in part.attacks)
+        named = ", ".join(attack.written() for attack in part.attacks)
         lines.append(f"{part.victims} victims, {part.model}{f', {at}' if at else ''}: {named}")
     return lines
-
-
-def _shown(attack: Attack) -> str:
-    fields = {field.name: (field.default, getattr(attack, field.name)) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
-    said = [
-        f"{name}={_shown(value) if isinstance(value, Attack) else repr(value)}"
-        for name, (default, value) in fields.items()
-        if value != default
-    ]
-    name = type(attack).__module__.rpartition(".")[2]
-    return f"{name}({', '.join(said)})" if said else name
 
 
 def _catalogue(kind: str, entries: dict[str, str]) -> None:

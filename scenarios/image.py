@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, Unpack, get_type_hints
 from attackers import parse
 from scenarios.knobs import Knob
 from simulator.listeners import LISTENERS
-from simulator.scenario import Scenario
+from simulator.scenario import SOURCES, Scenario
 
 
 class ImageKnobs(TypedDict):
@@ -30,9 +30,13 @@ class ImageKnobs(TypedDict):
     listener: Annotated[str, Knob("who listens", choices=tuple(LISTENERS))]
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]
+    attacker: Annotated[str, Knob("PATH of a trained attack's .safetensors, as a run leaves it", swept=False)]
+    pairs: Annotated[int, Knob("practice pairs for attacks that learn; 0: all the public images, 10,000 at most", 0)]
+    source: Annotated[str, Knob("who computes the practice pairs' gradients", choices=SOURCES)]
+    practice: Annotated[str, Knob("folder of a saved practice, used if it is there and made if not", swept=False)]
 
 
-DEFAULTS: dict[str, Any] = {"attack": ""} | {
+DEFAULTS: dict[str, Any] = {"attack": "", "attacker": ""} | {
     field.name: field.default for field in dataclasses.fields(Scenario) if field.name in ImageKnobs.__annotations__
 }
 """A Scenario's own; no attack means those that the scenario is about."""
@@ -58,13 +62,19 @@ def image_knobs(**defaults: Any) -> Callable[[Function], Function]:
 
 def image_scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
     """The scenario these knobs describe; plan() gives it its name and question."""
-    names = knobs["attack"]
-    return Scenario(attacks=parse(names), **{name: value for name, value in knobs.items() if name != "attack"})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {name: knobs[name] for name in DEFAULTS if name not in ("attack", "attacker")}  # type: ignore[literal-required]
+    return Scenario(attacks=parse(attacks_named(knobs)), **settings)
+
+
+def attacks_named(knobs: ImageKnobs) -> str:
+    """The attacks that the knobs name, a trained one among them; none where they leave it to the scenario."""
+    trained = f"saved({knobs['attacker']!r})" if knobs["attacker"] else ""
+    return ",".join(filter(None, (knobs["attack"], trained)))
 
 
 def matching_and_reading(knobs: ImageKnobs, matching: str) -> tuple[Scenario, ...]:
     """The attacks that the knobs name; where they name none, `matching` on the model, and the closed form on an MLP."""
-    if knobs["attack"]:
+    if attacks_named(knobs):
         return (image_scenario(**knobs),)
     matched, read = knobs.copy(), knobs.copy()
     matched["attack"] = matching

@@ -1,22 +1,34 @@
 """The contracts of an attack: from a leak and a starting point to a reconstruction.
 
 An attack is a value: a frozen dataclass whose fields are its hyper-parameters. The subclass writes `reconstruct`;
-`__call__` is final and checks what goes in and what comes out.
+`__call__` is final and checks what goes in and what comes out. An attack that has to practise first is a `Learner`,
+whose `fit` returns the attack that it has become, a `Learned`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor, nn
 
 from simulator.errors import FedtapError
-from simulator.leaks import Leak
+from simulator.files import write_atomically
+from simulator.leaks import GradientLeak, Leak
+from simulator.practice import About, Practice
+
+FORMAT = 1
+"""Version of the saved form of a trained attack; a reader refuses any other."""
 
 Images = Float[Tensor, "victims batch channel height width"]
 Labels = Int[Tensor, "victims batch"]
@@ -56,6 +68,32 @@ class Attack(ABC):
     def starts(self) -> int:
         """Starting points it wants for each victim."""
         return 1
+
+    def written(self) -> str:
+        """As it is written on the command line, with what differs from its defaults."""
+        said = []
+        for known in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, known.name)
+            if value != known.default:
+                said.append(f"{known.name}={value.written() if isinstance(value, Attack) else repr(value)}")
+        name = type(self).__module__.rpartition(".")[2]
+        return f"{name}({', '.join(said)})" if said else name
+
+    @property
+    def practises(self) -> bool:
+        """Whether it, or an attack that it wraps, has to practise before it can be called."""
+        return any(part.practises for part in self._parts().values())
+
+    def fit(self, practice: Practice, seed: int = 0) -> Attack:
+        """The same attack with each of its parts that learns having learned from this practice."""
+        return dataclasses.replace(self, **{name: part.fit(practice, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
+
+    def learned(self) -> list[Learned]:
+        """Those of its parts that have learned, itself among them."""
+        return [learned for part in self._parts().values() for learned in part.learned()]
+
+    def _parts(self) -> dict[str, Attack]:
+        return {name: part for name, part in vars(self).items() if isinstance(part, Attack)}
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
@@ -97,6 +135,175 @@ class Attack(ABC):
                 f"{self.name} compares gradients at the victim's weights, and the {leak.protocol.listener} "
                 "does not know them: use --listener curious_server, or an attack that does without (linear)."
             )
+
+
+class Learner(Attack):
+    """An attack that learns from practice: it becomes another, `fit(practice) -> Learned`.
+
+    What it learns is a module, which the subclass makes (`inverter`), teaches (`learn`) and uses (`invert`). All that
+    is learned is in the module's parameters and buffers, so that it can be saved without code.
+    """
+
+    leaks = (GradientLeak,)
+    needs_weights = False
+
+    @property
+    def practises(self) -> bool:
+        """It does."""
+        return True
+
+    @property
+    def least(self) -> int:
+        """Pairs below which it cannot learn."""
+        return 2
+
+    @abstractmethod
+    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+        """A module that has learned nothing yet, for the leaks of this architecture (`network` is on the meta device).
+
+        Raises:
+            FedtapError: the architecture is none that this attack can learn to invert.
+        """
+
+    @abstractmethod
+    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+        """Teach the module, in place. What is random comes from `seed`."""
+
+    @abstractmethod
+    def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
+        """Rebuild the images behind `leak` with the module that has learned."""
+
+    @final
+    def fit(self, practice: Practice, seed: int = 0) -> Learned:
+        """Learn from this practice; the same again is remembered.
+
+        Raises:
+            FedtapError: there are too few pairs, or the architecture is none that this attack can learn to invert.
+        """
+        if len(practice) < self.least:
+            raise FedtapError(
+                f"{self.name} needs at least {self.least:,} practice pairs for {practice.about.protocol.model} and has "
+                f"{len(practice):,}, from which it could not tell anything: raise --pairs."
+            )
+        return _learned(self, practice, seed)
+
+    @final
+    def restored(self, about: About, network: nn.Module, tensors: dict[str, Tensor]) -> Learned:
+        """What `fit` returned, from the tensors that it had learned.
+
+        Raises:
+            RuntimeError: they are not those of this attack's module.
+        """
+        inverter = self.inverter(about, network)
+        inverter.load_state_dict(tensors)
+        return Learned(self, about, inverter.eval().requires_grad_(False))
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        raise FedtapError(
+            f"{self.name} has learned nothing yet, and without practice it cannot guess: run it in a scenario, where "
+            "the compromised client gives it pairs, or name a trained one, --attacker PATH."
+        )
+
+
+@lru_cache(maxsize=4)
+def _learned(learner: Learner, practice: Practice, seed: int) -> Learned:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inverter = learner.inverter(practice.about, practice.network)
+        learner.learn(inverter, practice, seed)
+    return Learned(learner, practice.about, inverter.eval().requires_grad_(False))
+
+
+@dataclass(frozen=True)
+class Learned(Attack):
+    """A learner after its practice.
+
+    Args:
+        about: what it practised on: it attacks leaks of the same kind, and no other.
+        inverter: what it has learned.
+    """
+
+    leaks = (GradientLeak,)
+    needs_weights = False
+
+    learner: Learner
+    about: About
+    inverter: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The learner's."""
+        return self.learner.name
+
+    @property
+    def distribution(self) -> Literal["uniform", "normal"]:
+        """The learner's."""
+        return self.learner.distribution
+
+    @property
+    def starts(self) -> int:
+        """The learner's."""
+        return self.learner.starts
+
+    @property
+    def practises(self) -> bool:
+        """It has done so."""
+        return False
+
+    def fit(self, practice: Practice, seed: int = 0) -> Learned:
+        """It learns once."""
+        return self
+
+    def learned(self) -> list[Learned]:
+        """Itself."""
+        return [self]
+
+    def written(self) -> str:
+        """As what it was before it learned."""
+        return self.learner.written()
+
+    def accepts(self, leak: Leak) -> None:
+        """Leaks of the architecture, the image size and the batch that it practised on."""
+        self.learner.accepts(leak)
+        prepared(self.name, self.about, leak)
+
+    def save(self, path: Path) -> None:
+        """Write `path` (.safetensors) and, last, what it is beside it (.json)."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.inverter.state_dict().items()}
+        content = dump_safetensors(tensors)
+        document = {
+            "format": FORMAT,
+            "attack": self.written(),
+            "about": dataclasses.asdict(self.about),
+            "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
+        }
+        write_atomically(path, content)
+        write_atomically(path.with_suffix(".json"), json.dumps(document, indent=2).encode() + b"\n")
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        return self.learner.invert(self.inverter.to(leak.device), leak, start)
+
+
+def prepared(name: str, about: About, leak: Leak) -> None:
+    """Refuse a leak that this practice does not prepare for; warn where only the defence is another.
+
+    Raises:
+        FedtapError: with what was practised and what the leak is.
+    """
+    ours, theirs = about.protocol, leak.protocol
+    for what in ("model", "shape", "classes", "batch"):
+        if getattr(ours, what) != getattr(theirs, what):
+            raise FedtapError(
+                f"{name} practised on {about}, and this leak is of {theirs.model} on "
+                f"{'x'.join(map(str, theirs.shape))} images in {theirs.classes} classes, batch {theirs.batch}, defence "
+                f"{theirs.defence}: train it on pairs of the same kind."
+            )
+    if ours.defence != theirs.defence:
+        warnings.warn(
+            f"{name} practised under defence {ours.defence} and this leak's is {theirs.defence}: "
+            "it takes the defence's traces for the image's, so its guess is worse than what practice would give.",
+            stacklevel=3,
+        )
 
 
 def draw(leak: Leak, seed: int, distribution: Literal["uniform", "normal"]) -> Images:

@@ -16,6 +16,7 @@ from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, float_buffers
 from simulator.listeners import hear, listener
 from simulator.models import build
+from simulator.practice import Pairs, chunk_size, gradients
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario
 from simulator.wiretap import Wiretap, partition_of
@@ -148,8 +149,10 @@ def accuracy(net: nn.Module, arrays: ArrayRecord, private: PrivateData) -> float
 
 def practice(
     grid: Grid, scenario: Scenario, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
-) -> Iterator[GradientLeak]:
+) -> Iterator[Pairs]:
     """Feed public examples to the compromised client, and hear the gradients it sends, one chunk at a time.
+
+    Where the scenario's source is the server, it computes them itself, at the weights that it sends.
 
     Args:
         heard: what `play` returned: it names the compromised client's node and the weights in force.
@@ -158,37 +161,46 @@ def practice(
     Raises:
         FedtapError: the compromised client has not been heard, or does not answer.
     """
+    skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
+    chunk, arrays = chunk_size(skeleton), tensors_of(heard.arrays)
+    for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
+        if scenario.source == "server":
+            network = build(scenario.model, private.world.shape, len(private.world.classes), seed=0)
+            network.load_state_dict(arrays, strict=False)
+            found = gradients(network, some, named)
+        else:
+            found = _fed(grid, private, heard, some, named, part)
+        leak = GradientLeak(
+            observed=found,
+            protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
+            network=skeleton,
+            weights={name: arrays[name] for name, _ in skeleton.named_parameters()},
+            buffers={name: arrays[name] for name in float_buffers(skeleton)},
+            clients=torch.full((len(some),), private.clients),
+            rounds=torch.zeros(len(some), dtype=torch.long),
+            restarts=torch.arange(len(some)) + number * chunk,
+        )
+        yield Pairs(listener(scenario.listener)(leak), some, named)  # type: ignore[arg-type]
+
+
+def _fed(
+    grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int
+) -> dict[str, Tensor]:
+    """The gradients with which the compromised client answers these examples."""
     if private.clients not in heard.nodes:
         raise FedtapError(
             "The compromised client has not answered a round yet, so its node is unknown: play one first."
         )
-    skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
-    size = sum(parameter.numel() for parameter in skeleton.parameters())
-    chunk = max(1, 16_000_000 // size)  # 64 MB of float32 an answer
-    arrays = tensors_of(heard.arrays)
-    for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
-        content = RecordDict(
-            {
-                "arrays": heard.arrays,
-                "examples": ArrayRecord({"images": some, "labels": named}),
-                "config": ConfigRecord({"part": part}),
-            }
-        )
-        order = Message(content, heard.nodes[private.clients], PRACTICE)
-        answers = list(grid.send_and_receive([order]))
-        if not answers or answers[0].has_error():
-            why = answers[0].error.reason if answers else "no answer"
-            raise FedtapError(f"The compromised client did not practise ({why}): check that its ClientApp is fedtap's.")
-        sent = answers[0].content.array_records["gradients"]
-        yield listener(scenario.listener)(  # type: ignore[misc]
-            GradientLeak(
-                observed=tensors_of(sent),
-                protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
-                network=skeleton,
-                weights={name: arrays[name] for name, _ in skeleton.named_parameters()},
-                buffers={name: arrays[name] for name in float_buffers(skeleton)},
-                clients=torch.full((len(some),), private.clients),
-                rounds=torch.zeros(len(some), dtype=torch.long),
-                restarts=torch.arange(len(some)) + number * chunk,
-            )
-        )
+    content = RecordDict(
+        {
+            "arrays": heard.arrays,
+            "examples": ArrayRecord({"images": images, "labels": labels}),
+            "config": ConfigRecord({"part": part}),
+        }
+    )
+    order = Message(content, heard.nodes[private.clients], PRACTICE)
+    answers = list(grid.send_and_receive([order]))
+    if not answers or answers[0].has_error():
+        why = answers[0].error.reason if answers else "no answer"
+        raise FedtapError(f"The compromised client did not practise ({why}): check that its ClientApp is fedtap's.")
+    return tensors_of(answers[0].content.array_records["gradients"])

@@ -20,14 +20,20 @@ from torch import Tensor, nn
 from simulator import report, scores
 from simulator.attack import Attack, Reconstruction
 from simulator.errors import FedtapError
-from simulator.federation import Heard, clients_on, play
+from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, stack
+from simulator.models import build
 from simulator.output import Folder, Row, left_by_us
+from simulator.practice import About, Practice, digest, digest_of
 from simulator.progress import progress
+from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario, private_data
 
 PICTURES = 8
 """Victims shown in the strip and on the page."""
+
+PAIRS = 10_000
+"""Practice pairs where the scenario names no number and the world has as many."""
 
 
 def device_named(name: str) -> torch.device:
@@ -77,7 +83,7 @@ def run(
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
             folder.leak(f"part_{number}", leak)
-        played = Played(part, number, private, heard, leak)
+        played = Played(part, number, private, heard, leak, out, grid)
         for order, attack in enumerate(part.attacks):
             guess = _attack(played, order, attack, folder, device)
             if guess is not None:
@@ -97,6 +103,36 @@ class Played:
     private: PrivateData
     heard: Heard
     leak: Leak | None
+    out: Path
+    grid: Grid
+
+    @cached_property
+    def practice(self) -> Practice:
+        """The part's practice pairs: those of its folder, or heard now and kept there."""
+        part, world = self.part, self.private.world
+        most = len(world.public) // part.batch
+        wanted = part.pairs or min(most, PAIRS)
+        if not 1 <= wanted <= most:
+            raise FedtapError(
+                f"{wanted:,} practice pairs of {part.batch} images are more than the {len(world.public):,} images on "
+                f"the public side of {part.world} give ({most:,}): lower --pairs."
+            )
+        images, labels = world.public.batch(torch.arange(wanted * part.batch))
+        protocol = dataclasses.replace(part.protocol(world), steps=1)
+        known = {**tensors_of(self.heard.arrays), "examples": world.public.images, "classes": world.public.labels}
+        about = About(protocol, part.world, wanted, part.source, digest(known))
+        folder = Path(part.practice) if part.practice else self.out / "practice" / digest_of(about)
+        if (found := Practice.saved(folder, build)) is not None:
+            if len(found) >= wanted and dataclasses.replace(found.about, pairs=wanted) == about:
+                return found.first(wanted)
+            why = "at other weights or on other examples" if str(found.about) == str(about) else "not the same"
+            raise FedtapError(
+                f"{folder} holds {found.about}, and this run needs {about}, {why}: name another folder, --practice."
+            )
+        batches = (images.view(wanted, part.batch, *world.shape), labels.view(wanted, part.batch))
+        heard = practice(self.grid, part, self.private, self.heard, *batches, part=self.number)
+        skeleton = build(part.model, world.shape, len(world.classes))
+        return Practice.record(folder, about, skeleton, progress(heard, "practice"))
 
     @cached_property
     def truths(self) -> list[tuple[Tensor, Tensor]]:
@@ -123,10 +159,19 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     ]
     guess = None
     if played.leak is not None:
+        ready, timing = attack, {}
+        if attack.practises:
+            pairs = played.practice
+            began = time.perf_counter()
+            ready = attack.fit(pairs, played.part.seed)
+            timing = {"pairs": len(pairs), "fit_seconds": time.perf_counter() - began}
+            for learned in ready.learned():
+                learned.save(folder.path / f"attackers/{_unit(f'part_{played.number}', learned)}.safetensors")
+            ready.accepts(played.leak)
         began = time.perf_counter()
-        guess = _on_cpu(attack(played.leak.to(device), seed=played.part.seed))
-        seconds = (time.perf_counter() - began) / len(played.leak)
-        rows += [common | {"seconds": seconds} | row for row in _scored(played, guess)]
+        guess = _on_cpu(ready(played.leak.to(device), seed=played.part.seed))
+        timing["seconds"] = (time.perf_counter() - began) / len(played.leak)
+        rows += [common | timing | row for row in _scored(played, guess)]
         folder.keep(unit, guess)
     folder.rows = [row for row in folder.rows if row["unit"] != unit]
     folder.add(rows)
@@ -171,7 +216,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "batch": part.batch,
         "steps": part.steps,
         "seed": part.seed,
-        **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "objective", "seconds")),
+        **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "objective", "pairs", "fit_seconds", "seconds")),
         "settings": repr(attack),
         "unit": unit,
     }

@@ -15,6 +15,9 @@ from simulator.errors import FedtapError
 from simulator.leaks import Protocol
 from simulator.worlds import World, open_world, partition
 
+SOURCES = ("compromised_client", "server")
+"""Who may compute practice pairs: the client that the adversary feeds, or the server, which knows the weights."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -47,6 +50,12 @@ class Scenario:
     seed: int = 0
     weights_seed: int = 1234
     """Seed of the model's initial weights."""
+    pairs: int = 0
+    """Practice pairs for attacks that learn; 0 means as many as the world's public side gives, 10,000 at most."""
+    source: str = "compromised_client"
+    """Who computes the practice pairs' gradients."""
+    practice: str = ""
+    """Folder of a saved practice, to use or to make; none means one within the run's own."""
     swept: tuple[tuple[str, str], ...] = ()
     """The knobs that have several values in this run, with the value they have here."""
 
@@ -96,6 +105,11 @@ class PrivateData:
             raise FedtapError(
                 f"A batch of {scenario.batch} is larger than the smallest client's data ({smallest} images): "
                 f"lower --batch or --clients{', or raise --alpha' if scenario.alpha else ''}."
+            )
+        if scenario.source == "server" and scenario.listener != "curious_server":
+            raise FedtapError(
+                f"A server that makes practice pairs of its own knows the weights, and the {scenario.listener} does "
+                "not: use --listener curious_server, or leave out --source."
             )
         if scenario.alpha and not scenario.rounds:
             raise FedtapError("--alpha shapes what the clients train on, and they do not train: add --rounds.")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simulator.leaks import KINDS, Leak, Protocol, float_buffers
+from simulator.leaks import KINDS, GradientLeak, Leak, Protocol, float_buffers
 from simulator.models import build
+from simulator.practice import About, Pairs, Practice, digest, digest_of, gradients
 
 
 def pictures(victims: int, batch: int, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,31 @@ def leak_of(
         rounds=torch.ones(len(images), dtype=torch.long),
         restarts=torch.zeros(len(images), dtype=torch.long),
     )
+
+
+def practice_for(
+    leak: Leak, folder: Path, pairs: int = 40, seed: int = 100, network: nn.Module | None = None
+) -> Practice:
+    """Pairs at the leak's weights, of other pictures than `pictures` makes by default.
+
+    Args:
+        network: the leak's own on the CPU, where it is none of fedtap's.
+    """
+    protocol = dataclasses.replace(leak.protocol, steps=1)
+    network = network or copy.deepcopy(leak.network).to_empty(device="cpu")
+    network.load_state_dict({**(leak.weights or {}), **leak.buffers}, strict=False)
+    images, labels = pictures(pairs, protocol.batch, protocol.shape[1], seed)
+    about = About(protocol, "pictures", pairs, digest=f"{digest(leak.weights or {})}, {digest({'images': images})}")
+
+    def chunks() -> Iterator[Pairs]:
+        for some, named in zip(images.split(16), labels.split(16), strict=True):
+            count = torch.arange(len(some))
+            heard = GradientLeak(
+                gradients(network, some, named), protocol, leak.network, leak.weights, leak.buffers, count, count, count
+            )
+            yield Pairs(heard, some, named)
+
+    return Practice.record(folder / digest_of(about), about, leak.network, chunks())
 
 
 class OfTheUsers(nn.Module):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import itertools
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from attackers.gradinversion import GradInversion
 from attackers.idlg import IDLG
 from attackers.inverting_gradients import InvertingGradients
 from attackers.linear import Linear
+from attackers.lti import LTI
 from attackers.parts.gradients import Match, cosine_distance, squared_distance
 from attackers.parts.labels import recovered
 from attackers.parts.priors import length, statistics_gap, total_variation
@@ -32,7 +36,7 @@ from simulator.errors import FedtapError
 from simulator.leaks import KINDS, GradientLeak, Leak
 from simulator.models import build
 from simulator.scores import score_all
-from tests.attack_leaks import InPlace, OfTheUsers, WithConstant, conv_head, leak_of, pictures
+from tests.attack_leaks import InPlace, OfTheUsers, WithConstant, conv_head, leak_of, pictures, practice_for
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -57,11 +61,30 @@ NAMES = sorted(CANDIDATES)
 MODELS = ("lenet", "mlp", "convnet", "vit", "resnet20")
 
 
+SCRATCH = Path(tempfile.mkdtemp(prefix="fedtap-tests-"))
+atexit.register(shutil.rmtree, SCRATCH)
+
+
+@cache
+def trained() -> str:
+    """Path of a trained attack on a small LeNet."""
+    path = SCRATCH / "trained.safetensors"
+    leak = leak_of(*pictures(1, 1), build("lenet", (3, 16, 16), 10, seed=1234), "lenet")
+    LTI(width=8, epochs=1).fit(practice_for(leak, SCRATCH)).save(path)
+    return str(path)
+
+
+def ready(attack: Attack, leak: Leak, network: nn.Module | None = None) -> Attack:
+    """The attack, after practice at the leak's weights if it has to."""
+    return attack.fit(practice_for(leak, SCRATCH, network=network)) if attack.practises else attack
+
+
 def quick(name: str) -> Attack:
     """The attack with few steps; a wrapper around iDLG."""
     fields = {field.name: str(field.type) for field in dataclasses.fields(CANDIDATES[name])}  # type: ignore[arg-type]
-    given = {field: IDLG(steps=4) for field, kind in fields.items() if kind == "Attack"}
-    small = {"steps": 6, "times": 2, "seeds": 2}
+    given: dict[str, object] = {field: IDLG(steps=4) for field, kind in fields.items() if kind == "Attack"}
+    small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8}
+    given |= {field: trained() for field, kind in fields.items() if kind == "str"}
     return CANDIDATES[name](**given, **{field: value for field, value in small.items() if field in fields})
 
 
@@ -111,7 +134,7 @@ def test_an_attack_repeats_itself_to_the_bit_and_leaves_the_leak_as_it_was(name:
     leak = suited(name, kinds=[kind])
     groups = (leak.observed, leak.weights or {}, leak.buffers)
     before = [{key: tensor.clone() for key, tensor in group.items()} for group in groups]
-    one, two = quick(name)(leak, seed=3), quick(name)(leak, seed=3)
+    one, two = (ready(quick(name), leak)(leak, seed=3) for _ in range(2))
     for field in ("images", "labels", "objective"):
         assert torch.equal(getattr(one, field), getattr(two, field)), field
     assert one.objective.isfinite().all()
@@ -122,7 +145,8 @@ def test_an_attack_repeats_itself_to_the_bit_and_leaves_the_leak_as_it_was(name:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_attack_refuses_what_it_cannot_use(name: str) -> None:
-    leak, attack = suited(name), quick(name)
+    leak = suited(name)
+    attack = ready(quick(name), leak)
 
     class OtherLeak(Leak):
         kind = "gradient"
@@ -176,13 +200,14 @@ def test_what_an_attack_accepts_it_can_attack(name: str, odd: str) -> None:
         attack.accepts(leak)
     except FedtapError:
         return
-    assert attack(leak).objective.isfinite().all()
+    assert ready(attack, leak, ODD[odd]())(leak).objective.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strangers_leak_teaches_nothing(name: str) -> None:
     images, _ = pictures(2, 1)
-    guess = quick(name)(suited(name, seed=7)).images
+    leak = suited(name, seed=7)
+    guess = ready(quick(name), leak)(leak).images
     error, grey = ((images - other).square().mean() for other in (guess, images.mean().expand_as(images)))
     assert float(error) > 0.9 * float(grey)
 

@@ -211,11 +211,25 @@ def test_the_compromised_client_answers_what_it_is_fed() -> None:
     heard = play(scenario, grid, private)
     images, labels = private.world.public.batch(torch.arange(10))
     (pairs,) = practice(grid, scenario, private, heard, images.view(5, 2, 3, 16, 16), labels.view(5, 2))
-    pairs.check()
+    pairs.leak.check()
     assert len(pairs) == 5
+    assert torch.equal(pairs.images.flatten(0, 1), images)
     true = gradient(scenario, images[2:4], labels[2:4], len(private.world.classes))
     for name in true:
-        torch.testing.assert_close(pairs.gradient[name][1], true[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(pairs.leak.gradient[name][1], true[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+def test_a_server_makes_the_same_pairs_itself(model: str) -> None:
+    scenario = dataclasses.replace(BASE, model=model)
+    grid, private = federation(scenario)
+    heard = play(scenario, grid, private)
+    images, labels = private.world.public.batch(torch.arange(4))
+    (fed,) = practice(grid, scenario, private, heard, images[:, None], labels[:, None])
+    own = dataclasses.replace(scenario, source="server")
+    (made,) = practice(grid, own, private, dataclasses.replace(heard, nodes={}), images[:, None], labels[:, None])
+    for name in fed.leak.observed:
+        assert torch.equal(fed.leak.observed[name], made.leak.observed[name])
 
 
 def test_an_honest_client_takes_no_examples() -> None:
@@ -263,6 +277,7 @@ def test_a_saved_leak_holds_no_private_pixel(tmp_path: Path) -> None:
         ({"batch": 200, "victims": 1, "rounds": 1}, "larger than the smallest client's data"),
         ({"alpha": 0.5}, "add --rounds"),
         ({"listener": "neighbour"}, "no listener named"),
+        ({"listener": "eavesdropper", "source": "server"}, "the eavesdropper does not"),
     ],
 )
 def test_what_cannot_be_played_is_refused(change: dict[str, object], said: str) -> None:

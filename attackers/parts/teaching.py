@@ -1,0 +1,126 @@
+"""How attacks learn from practice: gradients as rows of numbers, pixels as targets, mean squared error between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attackers.parts.labels import recovered
+from simulator.attack import Reconstruction, generator
+from simulator.errors import FedtapError
+from simulator.leaks import Leak, Tensors
+from simulator.practice import Practice
+from simulator.progress import progress
+
+HELD_OUT = 20
+"""One pair in so many is kept from learning, to estimate the error by."""
+
+Rows = Float[Tensor, "pairs numbers"]
+
+
+class Flat(nn.Module):
+    """A gradient as one row of numbers; a longer one than `most` is hashed to that many (feature hashing, with signs).
+
+    Its parameters are laid in a row in the network's own order.
+    """
+
+    where: Tensor
+    sign: Tensor
+
+    def __init__(self, network: nn.Module, most: int) -> None:
+        super().__init__()
+        self.names = [name for name, _ in network.named_parameters()]
+        size = sum(parameter.numel() for parameter in network.parameters())
+        self.length = min(size, most)
+        draw = generator("feature hashing", size, most)
+        hashed = size > most
+        self.register_buffer("where", torch.randint(most, (size if hashed else 0,), generator=draw), persistent=False)
+        self.register_buffer(
+            "sign", torch.randint(2, (size if hashed else 0,), generator=draw) * 2.0 - 1, persistent=False
+        )
+
+    def forward(self, gradient: Tensors) -> Rows:
+        whole = torch.cat([gradient[name].flatten(1) for name in self.names], dim=1)
+        if not len(self.where):
+            return whole
+        row = whole.new_zeros(len(whole), self.length)
+        return row.index_add_(1, self.where, whole * self.sign)
+
+
+def rows(practice: Practice, features: Callable[[Tensors], Rows]) -> tuple[Rows, Float[Tensor, "pairs batch pixels"]]:
+    """What all pairs look like to an attack that learns, and the images behind them; chunk by chunk.
+
+    Raises:
+        FedtapError: they do not fit into memory.
+    """
+    seen: list[Tensor] = []
+    images: list[Tensor] = []
+    try:
+        for pairs in progress(practice, "reading pairs"):
+            seen.append(features(pairs.leak.observed))
+            images.append(pairs.images.flatten(2))
+        return torch.cat(seen), torch.cat(images)
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise FedtapError(
+            f"{len(practice):,} pairs of {seen[0].shape[1] if seen else 0:,} numbers each do not fit into memory: "
+            "lower --pairs, or the attack's features."
+        ) from error
+
+
+def teach(
+    module: nn.Module,
+    seen: Rows,
+    images: Float[Tensor, "pairs batch pixels"],
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+) -> Float[Tensor, ""]:
+    """Lower the mean squared error of `module(seen)` over all pairs but a few, and return it on those few.
+
+    Args:
+        schedule: stepped after each minibatch.
+    """
+    kept = len(seen) - max(1, len(seen) // HELD_OUT)
+    draw = generator(seed, "minibatches")
+    module.train()
+    for _ in progress(epochs, "learning"):
+        for some in torch.split(torch.randperm(kept, generator=draw), batch):
+            guess = module(seen[some])
+            loss = F.mse_loss(guess, ordered(images[some], guess))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    module.eval()
+    with torch.no_grad():
+        parts = [
+            (module(x).clamp(0, 1), y)
+            for x, y in zip(torch.split(seen[kept:], batch), torch.split(images[kept:], batch), strict=True)
+        ]
+        errors = [(guess - ordered(truth, guess)).square().mean((1, 2)) for guess, truth in parts]
+    return torch.cat(errors).mean()
+
+
+def ordered(truth: Float[Tensor, "pairs batch pixels"], guess: Float[Tensor, "pairs batch pixels"]) -> Tensor:
+    """Each pair's images in the order that lies closest to the guess: a batch has none of its own."""
+    if truth.shape[1] == 1:
+        return truth
+    costs = torch.cdist(guess.detach(), truth).square().cpu().numpy()
+    order = torch.stack([torch.as_tensor(linear_sum_assignment(cost)[1]) for cost in costs]).to(truth.device)
+    return truth.gather(1, order[:, :, None].expand_as(truth))
+
+
+def guessed(images: Float[Tensor, "victims batch pixels"], error: Float[Tensor, ""], leak: Leak) -> Reconstruction:
+    """The reconstruction; its objective is the mean squared error on the pairs that were held out."""
+    shaped = images.reshape(len(leak), leak.protocol.batch, *leak.protocol.shape).clamp(0, 1)
+    return Reconstruction(shaped, recovered(leak), error.expand(len(leak)))

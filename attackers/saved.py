@@ -1,0 +1,90 @@
+"""Saved: an attack that learned in an earlier run, read from its two files.
+
+A wrapper without a paper. The files are NAME.safetensors and NAME.json, as a run leaves them in `attackers/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+
+import attackers
+from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, prepared
+from simulator.errors import FedtapError
+from simulator.leaks import GradientLeak, Leak
+from simulator.practice import About
+
+
+@dataclass(frozen=True)
+class Saved(Attack):
+    """The trained attack whose .safetensors file is at `path`."""
+
+    leaks = (GradientLeak,)
+    needs_weights = False
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        """That of the attack which was saved."""
+        return _described(Path(self.path))[0].name
+
+    def accepts(self, leak: Leak) -> None:
+        """What the attack accepts, of the kind that it practised on."""
+        learner, about, _ = _described(Path(self.path))
+        learner.accepts(leak)
+        prepared(f"{learner.name} of {self.path}", about, leak)
+        _restored(Path(self.path), leak.network)
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        return _restored(Path(self.path), leak.network).reconstruct(leak, start)
+
+
+def _described(path: Path) -> tuple[Learner, About, str]:
+    """The attack that lies at `path`, its practice, and its tensors' digest."""
+    beside = path.with_suffix(".json")
+    for file in (path, beside):
+        if not file.is_file() or file.suffix not in (".safetensors", ".json"):
+            raise FedtapError(
+                f"{file} is not there: a trained attack is two files, NAME.safetensors and NAME.json; "
+                "give the path of the .safetensors file and keep both together."
+            )
+    try:
+        document: dict[str, Any] = json.loads(beside.read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']}, and this fedtap reads {FORMAT}")
+        (learner,) = attackers.parse(document["attack"])
+        if not isinstance(learner, Learner):
+            raise ValueError(f"{document['attack']} does not learn")
+        return learner, About.of(document["about"]), str(document["digest"])
+    except (ValueError, KeyError, TypeError, AttributeError, FedtapError) as error:
+        raise FedtapError(
+            f"{beside} describes no trained attack ({type(error).__name__}: {error}): save it again with `fedtap run`."
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _restored(path: Path, network: nn.Module) -> Learned:
+    learner, about, digest = _described(path)
+    content = path.read_bytes()
+    if hashlib.blake2b(content, digest_size=8).hexdigest() != digest:
+        raise FedtapError(
+            f"{path} is not the file that its .json describes, so one of them was cut short or replaced: "
+            "save the attack again with `fedtap run`."
+        )
+    try:
+        return learner.restored(about, network, load(content))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FedtapError(
+            f"{path} does not hold what {learner.name} learns for {about.protocol.model} ({reason}): "
+            "the model or fedtap has changed since it was saved, so train it again."
+        ) from error

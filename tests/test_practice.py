@@ -1,0 +1,234 @@
+"""Practice sets and trained attacks: what is saved comes back, what is damaged or of another kind is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from attackers import parse
+from attackers.idlg import IDLG
+from attackers.lti import LTI
+from attackers.parts.teaching import Flat, ordered
+from attackers.refine import Refine
+from attackers.saved import Saved
+from clients.app import client_app
+from simulator import practice as practice_module
+from simulator.attack import Attack, Learned
+from simulator.errors import FedtapError
+from simulator.leaks import Leak
+from simulator.local import LocalGrid
+from simulator.models import build
+from simulator.practice import About, Practice, gradients
+from simulator.run import run
+from simulator.scenario import Scenario
+from tests.attack_leaks import leak_of, pictures, practice_for
+
+LENET = build("lenet", (3, 16, 16), 10, seed=1234)
+
+
+def heard(model: str = "lenet", batch: int = 1) -> Leak:
+    return leak_of(*pictures(3, batch), build(model, (3, 16, 16), 10, seed=1234), model)
+
+
+def test_a_gradient_of_each_example_is_what_a_loop_computes() -> None:
+    for model in ("lenet", "convnet", "vit"):
+        network = build(model, (3, 16, 16), 10, seed=3)
+        images, labels = pictures(3, 2)
+        found = gradients(network, images, labels)
+        for pair in range(3):
+            loss = F.cross_entropy(network(images[pair]), labels[pair])
+            for (name, _), true in zip(
+                network.named_parameters(), torch.autograd.grad(loss, list(network.parameters())), strict=True
+            ):
+                torch.testing.assert_close(found[name][pair], true, rtol=1e-3, atol=1e-6)
+
+
+def test_a_frozen_parameters_gradient_is_zero() -> None:
+    network = build("lenet", (3, 16, 16), 10, seed=3)
+    network.conv1.requires_grad_(False)  # type: ignore[union-attr]
+    found = gradients(network, *pictures(2, 1))
+    assert not found["conv1.weight"].any()
+    assert found["conv2.weight"].any()
+
+
+def test_a_practice_is_read_in_the_order_it_was_heard(tmp_path: Path) -> None:
+    made = practice_for(heard(), tmp_path, pairs=40)
+    again = Practice.saved(made.folder, build)
+    assert again is not None
+    assert again.about == made.about
+    images, labels = pictures(40, 1, seed=100)
+    for practice, count in ((again, 40), (again.first(20), 20), (again.first(90), 40)):
+        chunks = list(practice)
+        assert len(practice) == count
+        assert torch.equal(torch.cat([pairs.images for pairs in chunks]), images[:count])
+        assert torch.equal(torch.cat([pairs.labels for pairs in chunks]), labels[:count])
+        true = gradients(LENET, images[:count], labels[:count])["fc.weight"]
+        torch.testing.assert_close(torch.cat([pairs.leak.observed["fc.weight"] for pairs in chunks]), true)
+
+
+def test_a_practice_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> None:
+    made = practice_for(heard(), tmp_path)
+    assert Practice.saved(tmp_path, build) is None
+    chunk = sorted(made.folder.glob("pairs_*"))[1]
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FedtapError, match="the practice is not whole"):
+        list(made)
+    (made.folder / "practice.json").write_text('{"format": 1}')
+    with pytest.raises(FedtapError, match="does not describe a practice"):
+        Practice.saved(made.folder, build)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(0, 5))
+def test_hashing_is_linear_and_keeps_lengths_on_average(most: int, seed: int) -> None:
+    network = nn.Linear(6, 5)
+    draw = torch.Generator().manual_seed(seed)
+    gradient = {name: torch.randn(200, *p.shape, generator=draw) for name, p in network.named_parameters()}
+    flat = Flat(network, most)
+    hashed = flat(gradient)
+    assert hashed.shape == (200, min(most, 35))
+    doubled = flat({name: 2 * tensor for name, tensor in reversed(gradient.items())})  # whatever the order
+    torch.testing.assert_close(doubled, 2 * hashed)
+    power = sum(tensor.square().sum() for tensor in gradient.values())
+    assert 0.5 < float(hashed.square().sum() / power) < 2.0
+
+
+def test_a_batchs_images_are_taught_in_the_order_of_the_guess() -> None:
+    truth = torch.rand(4, 3, 7)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        assert torch.equal(ordered(truth, truth[:, order] + 0.01), truth[:, order])
+
+
+def learned(tmp_path: Path, leak: Leak | None = None) -> Learned:
+    return LTI(width=8, epochs=1).fit(practice_for(leak or heard(), tmp_path))
+
+
+def test_a_trained_attack_comes_back_from_its_files(tmp_path: Path) -> None:
+    made = learned(tmp_path)
+    made.save(tmp_path / "lti.safetensors")
+    saved = Saved(str(tmp_path / "lti.safetensors"))
+    assert saved.name == made.name == "lti"
+    assert not saved.practises
+    leak = dataclasses.replace(heard(), weights=None, buffers={})
+    assert torch.equal(saved(leak).images, made(leak).images)
+    refined = Refine(saved, IDLG(steps=2))
+    assert refined(heard()).images.shape == (3, 1, 3, 16, 16)
+
+
+def test_practice_teaches(tmp_path: Path) -> None:
+    practice = practice_for(heard(), tmp_path, pairs=800)
+    images, _ = pictures(3, 1)
+    lti = LTI(width=100, epochs=20, rate=1e-3, batch=32)
+    error = float((lti.fit(practice)(heard()).images - images).square().mean())
+    grey = float((images - images.mean()).square().mean())
+    assert error < 0.96 * grey
+    stranger = leak_of(*pictures(3, 1, seed=9), LENET, "lenet")
+    assert float((lti.fit(practice)(stranger).images - images).square().mean()) > 1.02 * error
+    assert abs(float(lti.fit(practice)(heard()).objective[0]) / error - 1) < 1  # its own estimate, on held-out pairs
+
+
+def test_wrappers_pass_their_practice_on(tmp_path: Path) -> None:
+    wrapped = Refine(LTI(width=8, epochs=1), IDLG(steps=2))
+    assert wrapped.practises
+    with pytest.raises(FedtapError, match="has learned nothing yet"):
+        wrapped(heard())
+    ready = wrapped.fit(practice_for(heard(), tmp_path))
+    assert not ready.practises
+    assert len(ready.learned()) == 1
+    assert ready(heard()).objective.isfinite().all()
+
+
+def test_what_it_has_not_practised_on_is_refused(tmp_path: Path) -> None:
+    made = learned(tmp_path)
+    for leak, said in ((heard(batch=2), "batch 1.*this leak is of.*batch 2"), (heard("mlp"), "pairs of lenet.*of mlp")):
+        with pytest.raises(FedtapError, match=said):
+            made(leak)
+    defended = dataclasses.replace(heard(), protocol=dataclasses.replace(heard().protocol, defence="noise(0.1)"))
+    with pytest.warns(UserWarning, match="practised under defence none and this leak's is noise"):
+        made(defended)
+    with pytest.raises(FedtapError, match="at least 2 practice pairs"):
+        LTI(width=8).fit(practice_for(heard(), tmp_path).first(1))
+
+
+def test_a_damaged_attacker_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lti.safetensors"
+    learned(tmp_path).save(path)
+    description = path.with_suffix(".json").read_text()
+
+    def refused(said: str, name: str = str(path)) -> None:
+        with pytest.raises(FedtapError, match=said):
+            Saved(name)(heard())
+
+    refused("is not there", str(tmp_path / "other.safetensors"))
+    refused("is not there", str(tmp_path))
+    for broken in ("{", "{}", description.replace('"format": 1', '"format": 9'), description.replace("lti(", "dlg(")):
+        path.with_suffix(".json").write_text(broken)
+        refused("describes no trained attack")
+    path.with_suffix(".json").write_text(description)
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    refused("cut short or replaced")
+    path.write_bytes(content)
+    changed = json.loads(description) | {"attack": "lti(width=9, epochs=1)"}
+    path.with_suffix(".json").write_text(json.dumps(changed))
+    refused("does not hold what lti learns")
+
+
+def test_written_is_read_back() -> None:
+    for text in ("lti(width=5)", "refine(start=lti, finish=idlg(steps=3))", "restarts(attack=idlg, times=2)"):
+        (attack,) = parse(text)
+        assert attack.written() == text
+        assert parse(attack.written()) == (attack,)
+
+
+BASE = Scenario(
+    (LTI(width=8, epochs=1),), "test", "?", size=16, victims=2, pairs=20, model="mlp", listener="eavesdropper"
+)
+
+
+def play(out: Path, **change: object) -> list[dict[str, object]]:
+    part = dataclasses.replace(BASE, **change)  # type: ignore[arg-type]
+
+    def grid(part: Scenario) -> LocalGrid:
+        return LocalGrid(client_app(lambda config: (part,)), part.victims + 1)
+
+    return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"))
+
+
+def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = str(tmp_path / "pairs")
+    rows = play(tmp_path / "one", practice=shared)
+    assert [row["pairs"] for row in rows] == [20, 20]
+    assert all(float(row["fit_seconds"]) > 0 for row in rows)  # type: ignore[arg-type]
+    trained: tuple[Attack, ...] = (Saved(str(tmp_path / "one/attackers/part_0-lti.safetensors")),)
+    again = play(tmp_path / "two", attacks=trained)
+    assert [row["mse"] for row in again] == [row["mse"] for row in rows]
+
+    def never(*_: object) -> None:
+        raise AssertionError("it practised again")
+
+    monkeypatch.setattr(practice_module.Practice, "record", never)
+    assert [row["pairs"] for row in play(tmp_path / "three", practice=shared, pairs=15)] == [15, 15]
+    for change, said in (
+        ({"weights_seed": 5}, "at other weights"),
+        ({"pairs": 21}, "holds 20 pairs"),
+        ({"model": "lenet"}, "holds 20 pairs of mlp.*needs 20 pairs of lenet"),
+        ({"pairs": 4000}, "are more than the"),
+    ):
+        with pytest.raises(FedtapError, match=said):
+            play(tmp_path / "four", practice=shared, **change)
+
+
+def test_about_says_what_it_is() -> None:
+    about = About(heard().protocol, "photos", 1200)
+    assert "1,200 pairs of lenet on 3x16x16 images of photos in 10 classes, batch 1" in str(about)
+    assert About.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about
