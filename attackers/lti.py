@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attackers.parts.checks import check_fields
-from attackers.parts.labels import last_linear
+from attackers.parts.labels import last_linear, recovered
 from attackers.parts.teaching import Flat, guessed, rows, teach
 from simulator.attack import Images, Learner, Reconstruction
 from simulator.leaks import Leak, Tensors
@@ -60,7 +60,7 @@ class LTI(Learner):
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, Perceptron)
-        return guessed(inverter(leak.observed), inverter.error, leak)
+        return guessed(inverter(leak.observed), recovered(leak), inverter.error, leak)
 
 
 class Perceptron(nn.Module):

@@ -36,7 +36,7 @@ SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_bl
 NOTES = ("ssim_note", "lpips_note")
 """Why a score is empty."""
 
-ASIDE = ("accuracy", "labels", "settings", "unit", *NOTES)
+ASIDE = ("accuracy", "labels", "settings", "unit", "fit_seconds", *NOTES)
 """What else a row may hold that is not a knob."""
 
 WHO = ("scenario", "attack", "client", "round", "seed")
@@ -82,6 +82,8 @@ class Summary:
     psnr: float | None
     spread: tuple[float, float] | None
     """First and third quartile of the PSNR."""
+    mse: float | None
+    """Mean over victims."""
     ssim: float | None
     lpips: float | None
     recovered: float | None
@@ -120,6 +122,7 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
         psnrs=psnrs,
         psnr=over("psnr", statistics.median),
         spread=(low, high) if psnrs else None,
+        mse=over("mse", statistics.mean),
         ssim=over("ssim", statistics.median),
         lpips=over("lpips", statistics.median),
         recovered=over("recovered", statistics.mean),
@@ -145,13 +148,14 @@ def _values(rows: Iterable[Row], column: str) -> list[float]:
 def table(rows: Sequence[Row]) -> Table:
     """The summaries, for a terminal of 80 columns: SSIM is left to the page."""
     summaries = summarise(rows)
-    legend = f"medians over n victims, quartiles in brackets; ≥{RECOVERED_DB:g}dB: share of images; s: each victim"
+    share = f"≥{RECOVERED_DB:g}dB: share of images"
+    legend = f"medians over n victims, quartiles in brackets; {share}; MSE: mean; s: each victim"
     shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=None, padding=(0, 1, 0, 0))
     knobs = list(summaries[0].knobs) if summaries else []
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
     shown.add_column("attack", overflow="fold")
-    for name in ("n", "PSNR dB", "blind", f"≥{RECOVERED_DB:g}dB", "LPIPS", "label", "s"):
+    for name in ("n", "PSNR dB", "blind", f"≥{RECOVERED_DB:g}dB", "MSE", "LPIPS", "label", "s"):
         shown.add_column(name, justify="right", no_wrap=True)
     for entry in summaries:
         words = (plain(word) for word in (*entry.knobs.values(), entry.attack, *_cells(entry, but="ssim")))
@@ -166,6 +170,7 @@ def _cells(entry: Summary, but: str = "") -> list[str]:
         "psnr": _number(entry.psnr, ".1f") + spread,
         "blind": _number(entry.psnr_blind, ".1f"),
         "recovered": _number(entry.recovered, ".0%"),
+        "mse": _number(entry.mse, ".2g"),
         "ssim": _number(entry.ssim, ".3f"),
         "lpips": _number(entry.lpips, ".3f"),
         "label": _number(entry.label_correct, ".0%"),
@@ -431,7 +436,8 @@ def _summaries(rows: Sequence[Row]) -> str:
         body.append(f"<tr>{words}<td>{_dots(entry, right)}</td>{figures}</tr>")
     return (
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f"<p class='pale'>Medians over victims; in brackets the first and third quartile. Recovered is the share of "
+        f"<p class='pale'>Medians over victims (MSE: the mean); in brackets the first and third quartile. "
+        "Recovered is the share of "
         f"images with a PSNR of {RECOVERED_DB:g} dB or more (the dashed line); the orange line is the blind guess. "
         "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
         + "".join(f"<p class='pale'>{escape(note)}</p>" for note in _notes(rows))

@@ -10,7 +10,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attackers.parts.labels import recovered
 from simulator.attack import Reconstruction, generator
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors
@@ -120,7 +119,12 @@ def ordered(truth: Float[Tensor, "pairs batch pixels"], guess: Float[Tensor, "pa
     return truth.gather(1, order[:, :, None].expand_as(truth))
 
 
-def guessed(images: Float[Tensor, "victims batch pixels"], error: Float[Tensor, ""], leak: Leak) -> Reconstruction:
-    """The reconstruction; its objective is the mean squared error on the pairs that were held out."""
-    shaped = images.reshape(len(leak), leak.protocol.batch, *leak.protocol.shape).clamp(0, 1)
-    return Reconstruction(shaped, recovered(leak), error.expand(len(leak)))
+def guessed(images: Float[Tensor, "victims *shape"], labels: Tensor, error: Tensor, leak: Leak) -> Reconstruction:
+    """The reconstruction of a leak of `leak.protocol.batch` images a victim.
+
+    Args:
+        images: all pixels of each victim, in any shape.
+        error: the attack's own estimate, one for all or one a victim.
+    """
+    shaped = images.reshape(len(leak), leak.protocol.batch, *leak.protocol.shape)
+    return Reconstruction(shaped, labels, error.expand(len(leak)))
