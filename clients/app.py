@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,18 +24,30 @@ def client_app(plan: Plan) -> ClientApp:
         config: ConfigRecord = order.content.config_records["config"]
         scenario = plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
         clients = int(context.node_config["num-partitions"]) - 1
-        torch.set_num_threads(1)  # clients share the cores, and small tensors gain nothing from a second one
         return private_data(scenario, Path(str(context.run_config.get("data-root") or "data")), clients)
 
     @app.train()
     def train(order: Message, context: Context) -> Message:
-        return honest.train(order, context, private(order, context))
+        with one_thread():
+            return honest.train(order, context, private(order, context))
 
     @app.query("practice")
     def practice(order: Message, context: Context) -> Message:
         data = private(order, context)
         if int(context.node_config["partition-id"]) != data.clients:
             raise PermissionError("an honest client takes no examples from the server")
-        return compromised.practise(order, data)
+        with one_thread():
+            return compromised.practise(order, data)
 
     return app
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Clients share the cores, and small tensors gain nothing from a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

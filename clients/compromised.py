@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
+from clients.defences import parse
 from clients.training import network, receive
-from simulator.practice import gradients
+from simulator.attack import generator
+from simulator.practice import digest, gradients
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData
 
@@ -20,6 +22,8 @@ def practise(order: Message, private: PrivateData) -> Message:
     receive(net, order.content.array_records["arrays"])
     examples = tensors_of(order.content.array_records["examples"])
     found = gradients(net, examples["images"], examples["labels"])
+    if (defence := parse(private.scenario.defence)) is not None:
+        found = defence(found, generator(private.scenario.seed, "defence", digest(examples)))
     content = RecordDict(
         {"gradients": ArrayRecord(found), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
     )

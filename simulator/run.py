@@ -209,7 +209,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "scenario": part.name,
         **{knob: getattr(part, knob, value) for knob, value in part.swept},
         "attack": _label(attack, part.attacks),
-        "defence": "none",
+        "defence": part.defence,
         "world": part.world,
         "model": part.model,
         "listener": part.listener,
@@ -301,7 +301,8 @@ def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
     said = [
         *dict.fromkeys(THREATS[part.listener] for part in parts),
         f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; "
-        "their difference to the weights it was sent is its gradient, or the sum of several. No defence. "
+        "their difference to the weights it was sent is its gradient, or the sum of several. "
+        f"Defence: {' or '.join(dict.fromkeys(part.defence for part in parts))}. "
         "The attacker is never shown a label or a pixel.",
         "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
     ]

@@ -46,6 +46,8 @@ class Scenario:
     """Rounds of training on the clients' own data before the attacked ones."""
     alpha: float = 0.0
     """Dirichlet concentration of the classes over clients; 0 means IID."""
+    defence: str = "none"
+    """What clients do to what they send, as written on the command line; all know it."""
     listener: str = "curious_server"
     seed: int = 0
     weights_seed: int = 1234
@@ -68,6 +70,7 @@ class Scenario:
             batch=self.batch,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            defence=self.defence,
             listener=self.listener,
         )
 
@@ -110,6 +113,11 @@ class PrivateData:
             raise FedtapError(
                 f"A server that makes practice pairs of its own knows the weights, and the {scenario.listener} does "
                 "not: use --listener curious_server, or leave out --source."
+            )
+        if scenario.source == "server" and scenario.defence != "none":
+            raise FedtapError(
+                f"The server's own practice pairs are without the clients' defence, {scenario.defence}, so they teach "
+                "another kind of gradient: leave out --source, and the compromised client defends them."
             )
         if scenario.alpha and not scenario.rounds:
             raise FedtapError("--alpha shapes what the clients train on, and they do not train: add --rounds.")

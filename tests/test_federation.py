@@ -277,6 +277,7 @@ def test_a_saved_leak_holds_no_private_pixel(tmp_path: Path) -> None:
         ({"batch": 200, "victims": 1, "rounds": 1}, "larger than the smallest client's data"),
         ({"alpha": 0.5}, "add --rounds"),
         ({"listener": "neighbour"}, "no listener named"),
+        ({"defence": "noise(0.1)", "source": "server"}, "without the clients' defence"),
         ({"listener": "eavesdropper", "source": "server"}, "the eavesdropper does not"),
     ],
 )
