@@ -24,6 +24,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 from torch import Tensor
 
+from simulator.curves import Curve, svg
 from simulator.files import write_atomically
 from simulator.scores import RECOVERED_DB, mse, psnr
 
@@ -334,7 +335,8 @@ td.error { white-space: normal; min-width: 18em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
 dt { color: var(--pale); }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; font-family: ui-monospace, monospace; }
-svg { display: block; } svg text { fill: var(--pale); font: 10px system-ui, sans-serif; }
+svg { display: block; } td svg text { fill: var(--pale); font: 10px system-ui, sans-serif; }
+.chart svg { width: 100%; height: auto; }
 .dot { fill: var(--ink); fill-opacity: .35; } .dot.good { fill: var(--good); fill-opacity: .6; }
 .axis { stroke: var(--line); } .limit { stroke: var(--good); stroke-dasharray: 2 2; } .floor { stroke: var(--mark);
   stroke-width: 2; }
@@ -348,6 +350,7 @@ def html(about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         f"<h1>{escape(about.scenario)}</h1><p class='lead'>{escape(about.question)}</p>",
         _verdicts(rows),
         _gallery(pictures),
+        _curves(rows),
         "<h2>What each attack got</h2>" + _summaries(rows) if rows else "",
         f"<h2>Who listens, and what they know</h2><p style='white-space: pre-line'>{escape(about.threat)}</p>",
         "<h2>Every victim</h2>" + _rows(rows) if rows else "",
@@ -391,6 +394,37 @@ def _verdicts(rows: Sequence[Row]) -> str:
     return f"<ul>{''.join(lines)}</ul>" if 0 < len(lines) <= SHOWN else ""
 
 
+def _curves(rows: Sequence[Row]) -> str:
+    """PSNR and MSE against each knob that varies over numbers."""
+    summaries = [
+        entry for entry in summarise(rows) if entry.psnr is not None and entry.spread and entry.mse is not None
+    ]
+    charts = []
+    for knob in summaries[0].knobs if summaries else ():
+        points = [(entry, _numeric(entry.knobs[knob])) for entry in summaries]
+        if len({value for _, value in points if value is not None}) < 2:
+            continue
+        curves: dict[str, Curve] = {}
+        for entry, value in points:
+            if value is None or entry.psnr is None or entry.spread is None or entry.mse is None:
+                continue
+            others = [f"{name.replace('_', ' ')} {said}" for name, said in entry.knobs.items() if name != knob]
+            label = ", ".join([entry.attack, *others])
+            curves.setdefault(label, Curve(label)).add(value, entry.psnr, *entry.spread, entry.mse)
+        floors = [entry.psnr_blind for entry in summaries if entry.psnr_blind is not None]
+        floor = statistics.median(floors) if floors else None
+        charts.append(f"<div class='chart'>{svg(knob.replace('_', ' '), list(curves.values()), floor)}</div>")
+    return "<h2>Curves</h2>" + "".join(charts) if charts else ""
+
+
+def _numeric(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
 def _gallery(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
@@ -425,7 +459,7 @@ def _summaries(rows: Sequence[Row]) -> str:
     summaries = summarise(rows)
     right = max([60.0, *(value for entry in summaries for value in entry.psnrs)])
     names = [name.replace("_", " ") for name in summaries[0].knobs]
-    numbers = ("victims", "PSNR dB", "blind dB", "recovered", "SSIM", "LPIPS", "labels", "s/victim")
+    numbers = ("victims", "PSNR dB", "blind dB", "recovered", "MSE", "SSIM", "LPIPS", "labels", "s/victim")
     head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "attack", "PSNR of each victim"))
     head += "".join(f"<th class='number'>{name}</th>" for name in numbers)
     body = []

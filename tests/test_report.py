@@ -289,3 +289,20 @@ def test_write_leaves_a_strip_and_a_page_and_nothing_half_done(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(FedtapError, match="could not be written"):
         report.write(tmp_path / "file", about(), [row()], [picture()])
+
+
+def test_a_swept_number_is_drawn_as_a_curve() -> None:
+    rows = [
+        row(attack, client, sigma=sigma, psnr=30.0 - 20 * sigma)
+        for sigma in (0.0, 0.01, 0.5)
+        for attack in ("dlg", "lti <b>")
+        for client in range(3)
+    ]
+    page = report.html(about(), rows, [])
+    chart = page[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    assert "PSNR and MSE against sigma" in chart
+    assert "lti &lt;b&gt;" in chart
+    assert "<b>" not in chart
+    assert chart == report.html(about(), rows, [])[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    for flat in ([row(sigma=0.0), row(client=1, sigma=0.0)], [row(model="lenet"), row(model="vit")], [failed()]):
+        assert "<h2>Curves</h2>" not in report.html(about(), flat, [])

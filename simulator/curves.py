@@ -1,0 +1,93 @@
+"""Curves: what each attack got, against a swept knob; drawn by matplotlib for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+GREY = "#808795"
+"""Of lines and words: it is read on white and on black."""
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedtap",
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+MANY = 8
+"""Values from which on the axis shows only some."""
+
+
+class Curve:
+    """One attack: at each value of the knob its PSNR (median and quartiles, dB) and its mean squared error."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.points: list[tuple[float, float, float, float, float]] = []
+
+    def add(self, value: float, psnr: float, low: float, high: float, mse: float) -> None:
+        """What it got at this value."""
+        self.points.append((value, psnr, low, high, mse))
+
+
+def svg(knob: str, curves: Sequence[Curve], floor: float | None) -> str:
+    """Two charts beside each other, PSNR and MSE against the knob, as an SVG element that stretches to its place.
+
+    Args:
+        floor: PSNR of the blind guess, in dB.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        quality, error = figure.subplots(1, 2)
+        values = sorted({point[0] for curve in curves for point in curve.points})
+        for number, curve in enumerate(curves):
+            at, psnr, low, high, mse = zip(*sorted(curve.points), strict=True)
+            how = {"color": f"C{number % 10}", "marker": "o", "markersize": 4, "linestyle": LINES[number // 10 % 3]}
+            quality.plot(at, psnr, label=curve.label, **how)
+            quality.fill_between(at, low, high, color=how["color"], alpha=0.12, linewidth=0)
+            error.plot(at, mse, **how)
+        if floor is not None:
+            quality.axhline(floor, color=GREY, linestyle=":", label="blind guess")
+        error.set_yscale("log")
+        quality.set_ylabel("PSNR, dB (median, quartiles)")
+        error.set_ylabel("MSE (mean)")
+        for axes in (quality, error):
+            axes.set_xlabel(knob)
+            axes.grid(color=GREY, alpha=0.2)
+            _scale(axes, values)
+        figure.legend(loc="outside lower center", ncols=4)
+        content = BytesIO()
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    text = content.getvalue().decode()
+    return text[text.index("<svg") :].replace("<svg ", f"<svg role='img' aria-label='PSNR and MSE against {knob}' ", 1)
+
+
+LINES = ("-", "--", ":")
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic where the values span more than one order of magnitude, with room for a zero; their own ticks."""
+    positive = [value for value in values if value > 0]
+    if positive and min(values) >= 0 and positive[-1] > 10 * positive[0]:
+        if positive == list(values):
+            axes.set_xscale("log")
+        else:
+            axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+            axes.set_xlim(left=-positive[0] / 4)
+    ticks = values if len(values) <= MANY else values[:: -(-len(values) // MANY)]
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
