@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypedDict, TypeVar, Unpack, get_type_hints
 
 from attackers import parse
@@ -47,14 +47,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def image_knobs(**defaults: Any) -> Callable[[Function], Function]:
-    """Give a scenario's function the signature of the image knobs, with these defaults; a tuple is swept."""
+    """Give a scenario's function the signature of its own knobs and the image knobs, with these defaults.
+
+    A tuple is swept.
+    """
 
     def with_signature(function: Function) -> Function:
+        hints = get_type_hints(function, include_extras=True)
+        own = {
+            name: hints[name]
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        knobs = own | get_type_hints(ImageKnobs, include_extras=True)
         parameters = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=(DEFAULTS | defaults)[name], annotation=hint
             )
-            for name, hint in get_type_hints(ImageKnobs, include_extras=True).items()
+            for name, hint in knobs.items()
         ]
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return function
@@ -73,6 +83,18 @@ def attacks_named(knobs: ImageKnobs) -> str:
     """The attacks that the knobs name, a trained one among them; none where they leave it to the scenario."""
     trained = f"saved({knobs['attacker']!r})" if knobs["attacker"] else ""
     return ",".join(filter(None, (knobs["attack"], trained)))
+
+
+def heard_by(knobs: ImageKnobs, panels: Mapping[str, str]) -> tuple[Scenario, ...]:
+    """The attacks that the knobs name; where they name none, a part for each listener, with its own panel."""
+    if attacks_named(knobs):
+        return (image_scenario(**knobs),)
+    parts = []
+    for listener, panel in panels.items():
+        part = knobs.copy()
+        part["listener"], part["attack"] = listener, panel
+        parts.append(image_scenario(**part))
+    return tuple(parts)
 
 
 def matching_and_reading(knobs: ImageKnobs, matching: str) -> tuple[Scenario, ...]:

@@ -227,7 +227,7 @@ def gradients(
         return F.cross_entropy(functional_call(stateless, trained, (some,)), named)
 
     trained = {name: weight.detach() for name, weight in stateless.named_parameters() if weight.requires_grad}
-    found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=256, randomness="different")(
+    found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=128, randomness="different")(
         trained, images, labels
     )
     return {

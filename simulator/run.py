@@ -255,8 +255,8 @@ def _unit(where: str, attack: Attack) -> str:
 
 
 def _label(attack: Attack, panel: Sequence[Attack]) -> str:
-    """Its name; with its settings where the panel has two of that name."""
-    return attack.name if sum(other.name == attack.name for other in panel) == 1 else repr(attack)
+    """Its name; as it is written on the command line where the panel has two of that name."""
+    return attack.name if sum(other.name == attack.name for other in panel) == 1 else attack.written()
 
 
 def _about(parts: Sequence[Scenario], device: torch.device) -> dict[str, Any]:
