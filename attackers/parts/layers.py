@@ -26,6 +26,10 @@ from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors
 
 
+EDGE = 1e-9
+"""How close to the ends of its range an activation is let, so that it can be undone."""
+
+
 @dataclass(frozen=True)
 class Activation:
     """An activation s that can be undone, all of it told from its value ``a = s(z)``."""
@@ -38,6 +42,10 @@ class Activation:
     """Derivative of `slope` by a."""
     low: float = -torch.inf
     high: float = torch.inf
+
+    def inside(self, a: Tensor) -> Tensor:
+        """What is nearest to a and can be undone."""
+        return a.clamp(self.low + EDGE, self.high - EDGE)
 
 
 IDENTITY = Activation(lambda z: z, lambda a: a, torch.ones_like, torch.zeros_like)
