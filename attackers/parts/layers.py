@@ -25,7 +25,6 @@ from attackers.parts.gradients import how_to_write
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors
 
-
 EDGE = 1e-9
 """How close to the ends of its range an activation is let, so that it can be undone."""
 
@@ -82,6 +81,12 @@ class Layer:
         if not stacked:
             weight, bias = weight.expand(victims, *weight.shape), bias.expand(victims, *bias.shape)
         return weight.flatten(2), bias
+
+    @property
+    def linear(self) -> bool:
+        """Whether its one patch is its input as it is."""
+        patch = self.patches[0]
+        return len(self.patches) == 1 and torch.equal(patch, torch.arange(self.inputs, device=patch.device))
 
     def gather(self, flat: Float[Tensor, "victims inputs"]) -> Float[Tensor, "victims places patch"]:
         """What each place sees of the input."""
