@@ -18,7 +18,7 @@ from d = dL/db = softmax(z) - onehot at the top, where the label is its lowest e
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,21 +26,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import Match, check_match, squared_distance, trained
-from attackers.parts.labels import last_linear, recovered
+from attackers.parts.gradients import trained
 from attackers.parts.layers import Chain, Layer, chain
+from attackers.parts.recursion import along, check_undoable, dtype_of, normal_matrix, slopes_below, undone
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak
-
-LARGEST = 2**14
-"""Inputs of a layer: a matrix of their squares takes 2 GiB."""
-
-ROOM = 2**25
-"""Entries of the tensors that are worked on at once: 256 MiB, of which a few live."""
-
-EDGE = 1e-9
-"""How close to the ends of its range an activation is let, so that it can be undone."""
 
 JITTER = 1e-13
 """What is added to the normal matrix's diagonal, scaled to ones, so that rounding leaves it positive."""
@@ -69,32 +60,15 @@ class ExactGIT(Attack):
     def accepts(self, leak: Leak) -> None:
         """One image a victim, and a network of layers and activations that can be undone."""
         super().accepts(leak)
-        if leak.protocol.batch != 1:
-            raise FedtapError(
-                f"exact_git undoes the gradient of one image, and this one is the mean over {leak.protocol.batch}: "
-                "use --batch 1, or idlg, which matches gradients of batches."
-            )
-        layers = chain(leak).layers
-        if (largest := max(layer.inputs for layer in layers)) > LARGEST:
-            raise FedtapError(
-                f"exact_git solves for all inputs of a layer at once, and model {leak.protocol.model!r} has one with "
-                f"{largest:,}, where memory ends at {LARGEST:,}: use smaller images, or idlg."
-            )
-        last_linear(leak)
-        if layers[-1].bias not in trained(leak.network):
+        check_undoable(self, leak, _all)
+        if chain(leak).layers[-1].bias not in trained(leak.network):
             raise FedtapError(
                 f"exact_git begins at the gradient of the last layer's bias, and {leak.protocol.model!r} has none "
-                "there that is trained: use idlg, which does without."
+                "there that is trained: use rgap or idlg, which do without."
             )
-        check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
-        network = chain(leak)
-        at_once = max(1, ROOM // max(_room(layer) for layer in network.layers))
-        found = [self._undone(leak[first : first + at_once], network) for first in range(0, len(leak), at_once)]
-        images = torch.cat(found).reshape(start.shape).to(_dtype(leak)).clamp(0, 1)
-        labels = recovered(leak)
-        return Reconstruction(images, labels, Match(leak, squared_distance)(images, labels))
+        return undone(leak, _all, self._undone)
 
     def _undone(self, leak: Leak, network: Chain) -> Float[Tensor, "victims pixels"]:
         """From the last layer to the first: `a` and `variance` of a layer's input, `d` of its output."""
@@ -106,9 +80,9 @@ class ExactGIT(Attack):
         a, variance, d = _top(gradients[-1], slopes, self._noise(leak, gradients[-1]))
         for which in range(len(layers) - 2, -1, -1):
             layer, s, (weight, bias) = layers[which], layers[which].activation, tensors[which]
-            a = a.clamp(s.low + EDGE, s.high - EDGE)
+            a = s.inside(a)
             slope = s.slope(a)
-            d = layer.by_place(layers[which + 1].scatter(d @ tensors[which + 1][0]) * slope)
+            d = layer.by_place(slopes_below(layers[which + 1], tensors[which + 1][0], d, slope))
             unit = network.scale if which == 0 else torch.ones_like(means[which][0])
             equations = Equations(
                 layer=layer,
@@ -122,11 +96,11 @@ class ExactGIT(Attack):
                 precision=(self.prior_std * unit).square().reciprocal(),
             )
             a, variance = (equations if self.weighted else equations.plain()).solve(variances=which > 0)
-        return (a - network.shift) / network.scale
+        return a
 
     def _noise(self, leak: Leak, gradient: Tensor) -> Float[Tensor, "victims"]:
         """Standard error of an entry: of the floating point format, or the wire's or the defence's where larger."""
-        rounding = torch.finfo(_dtype(leak)).eps
+        rounding = torch.finfo(dtype_of(leak)).eps
         return (rounding * gradient.square().mean((1, 2)).sqrt()).clamp_min(max(leak.resolution, self.sigma, 1e-150))
 
 
@@ -141,7 +115,7 @@ def _top(
     own backward pass went on from the rounded d; and where noise counts, the softmax feeds a's error back into d.
     """
     power = slopes.square().sum(1, keepdim=True).clamp_min(1e-300)
-    a = torch.einsum("vc,vci->vi", slopes, gradient) / power
+    a = along(gradient, slopes)
     return a, (noise[:, None].square() / power).expand_as(a), slopes[:, None]
 
 
@@ -198,36 +172,9 @@ class Equations:
         return a, torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * scale.square()
 
     def normal_matrix(self) -> Float[Tensor, "victims inputs inputs"]:
-        """``K'K / noise + W' diag(1 / doubt) W``, summed where it is not zero, since an equation sees few inputs.
-
-        Of W: at each place ``sum_filters w w' / doubt``, on the pairs of entries of its patch. Of K: for each entry of
-        a patch ``sum_filters d d' / noise``, on the pairs of places that see it.
-        """
-        patches, side = self.layer.patches, self.layer.inputs + 1
-        total = self.weight.new_zeros(len(self.weight), side * side)
-        of_places = torch.einsum("vpf,vfi,vfj->vpij", 1 / self.doubt, self.weight, self.weight)
-        _add_pairs(total, patches, of_places)
-        between = self.d @ self.d.transpose(1, 2) / self.noise[:, None, None]
-        _add_pairs(total, patches.T, between[:, None].expand(-1, patches.shape[1], -1, -1))
-        return total.reshape(-1, side, side)[:, :-1, :-1].contiguous()
+        """``K'K / noise + W' diag(1 / doubt) W``."""
+        return normal_matrix(self.layer, self.weight, 1 / self.doubt, self.d, 1 / self.noise)
 
 
-def _add_pairs(total: Tensor, groups: Tensor, values: Float[Tensor, "victims groups size size"]) -> None:
-    """Add to the flat square matrices `total` each group's square, at the pairs of the group's members.
-
-    Not by `index_add_`, whose order of summation is left to chance on a GPU.
-    """
-    side = math.isqrt(total.shape[1])
-    pairs = (groups[:, :, None] * side + groups[:, None, :]).flatten()
-    victims = torch.arange(len(total), device=total.device)[:, None]
-    total.index_put_((victims, pairs[None]), values.flatten(1), accumulate=True)
-
-
-def _dtype(leak: Leak) -> torch.dtype:
-    return next(iter(leak.observed.values())).dtype
-
-
-def _room(layer: Layer) -> int:
-    """Entries of the largest tensor that solving for one victim takes."""
-    places, patch = layer.patches.shape
-    return max(layer.inputs**2, places * places * patch, places * patch * patch)
+def _all(network: Chain) -> Sequence[Layer]:
+    return network.layers

@@ -25,6 +25,9 @@ from attackers.parts.gradients import how_to_write
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors
 
+EDGE = 1e-9
+"""How close to the ends of its range an activation is let, so that it can be undone."""
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -38,6 +41,10 @@ class Activation:
     """Derivative of `slope` by a."""
     low: float = -torch.inf
     high: float = torch.inf
+
+    def inside(self, a: Tensor) -> Tensor:
+        """What is nearest to a and can be undone."""
+        return a.clamp(self.low + EDGE, self.high - EDGE)
 
 
 IDENTITY = Activation(lambda z: z, lambda a: a, torch.ones_like, torch.zeros_like)
@@ -74,6 +81,12 @@ class Layer:
         if not stacked:
             weight, bias = weight.expand(victims, *weight.shape), bias.expand(victims, *bias.shape)
         return weight.flatten(2), bias
+
+    @property
+    def linear(self) -> bool:
+        """Whether its one patch is its input as it is."""
+        patch = self.patches[0]
+        return len(self.patches) == 1 and torch.equal(patch, torch.arange(self.inputs, device=patch.device))
 
     def gather(self, flat: Float[Tensor, "victims inputs"]) -> Float[Tensor, "victims places patch"]:
         """What each place sees of the input."""
