@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attackers.parts.announced import sigma
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import trained
 from attackers.parts.layers import Chain, Layer, chain
@@ -41,16 +42,16 @@ JITTER = 1e-13
 class ExactGIT(Attack):
     """The recursion from logits to pixels; one image a victim, weights known.
 
+    How much of the gradient is noise is known: what the defence announces, and what the wire and the floating point
+    format round.
+
     Args:
-        sigma: standard deviation of the noise on each entry of the gradient, as the defence announces it. What the
-            wire and the floating point format round is known from the leak.
         prior_std: of a pixel around grey, and of an activation around that of a grey image.
         weighted: weigh each equation by its error and use the prior; otherwise plain least squares.
     """
 
     leaks = (GradientLeak,)
 
-    sigma: float = 0.0
     prior_std: float = 0.25
     weighted: bool = True
 
@@ -101,7 +102,9 @@ class ExactGIT(Attack):
     def _noise(self, leak: Leak, gradient: Tensor) -> Float[Tensor, "victims"]:
         """Standard error of an entry: of the floating point format, or the wire's or the defence's where larger."""
         rounding = torch.finfo(dtype_of(leak)).eps
-        return (rounding * gradient.square().mean((1, 2)).sqrt()).clamp_min(max(leak.resolution, self.sigma, 1e-150))
+        return (rounding * gradient.square().mean((1, 2)).sqrt()).clamp_min(
+            max(leak.resolution, sigma(leak.protocol), 1e-150)
+        )
 
 
 def _top(
