@@ -1,0 +1,28 @@
+"""How much noise must a client add before its image is lost?
+
+Expect: what stops the exact attacks long before (1e-3 of noise on an entry) hardly touches the learned ones, since they
+practise under the same noise; the two in one estimator follow the exact one where it is exact, the learned one where it
+is not, and lie above both in between. At 0.1, as large as the gradient itself, the learned attacks still see shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Unpack
+
+from scenarios.image import ImageKnobs, heard_by, image_knobs
+from scenarios.knobs import Knob
+from simulator.scenario import Scenario
+
+PANELS = {"curious_server": "ridge,exact_git,fused_git"}
+
+
+@image_knobs(victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
+def scenario(
+    *,
+    sigma: Annotated[float, Knob("standard deviation of the noise on each entry of the gradient", 0.0, 1e6)],
+    **knobs: Unpack[ImageKnobs],
+) -> tuple[Scenario, ...]:
+    """Gaussian noise on every entry of what clients send; all know how much."""
+    if sigma:
+        knobs["defence"] = f"noise({sigma})"
+    return heard_by(knobs, PANELS)
