@@ -50,7 +50,7 @@ class Ridge(Learner):
         gram = x @ x.T
         beside = (seen[kept:] - mean) @ x.T
         unit = float(gram.diagonal().mean())
-        best = float("inf")
+        best, chosen = float("inf"), torch.zeros_like(y)
         for strength in STRENGTHS:
             ridged = gram.clone()
             ridged.diagonal().add_(max(strength * unit, 1e-30))
@@ -60,8 +60,8 @@ class Ridge(Learner):
             dual = torch.cholesky_solve(y, factor)
             error = float((grey + beside @ dual).clamp(0, 1).sub(images[kept:]).square().mean())
             if error < best:
-                best = error
-                inverter.slope.copy_(x.T @ dual)
+                best, chosen = error, dual
+        inverter.slope.copy_(x.T @ chosen)
         inverter.offset.copy_(grey - mean @ inverter.slope)
         inverter.error.fill_(best)
 

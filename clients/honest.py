@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from flwr.app import ConfigRecord, Context, Message
+from torch import Tensor
 
 from clients.defences import parse
-from clients.training import answer, network, receive, sgd
+from clients.training import answer, drifted, network, receive, sgd
 from simulator.attack import generator
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData
@@ -25,13 +28,29 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
     images, labels = private(client, rnd)
     net = network(scenario.model, world.shape, len(world.classes))
     receive(net, order.content.array_records["arrays"])
+    before = tensors_of(order.content.array_records["arrays"])
+    here, moved = before, 0.0
+    if scenario.local_samples and private.victim(client, rnd) is not None:
+        here = drifted(before, private)
+        net.load_state_dict(here, strict=False)
+        moved = _distance(here, before)
     batch = min(scenario.batch, len(images))
     with torch.random.fork_rng(devices=[]):  # what a model draws (dropout) depends on the client and round alone
         torch.manual_seed(generator(scenario.seed, "training", client, rnd).initial_seed())
         loss = sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate)
-    if (defence := parse(scenario.defence)) is not None:
-        before, after = tensors_of(order.content.array_records["arrays"]), dict(net.named_parameters())
-        summed = {name: (before[name] - after[name].detach()) / scenario.learning_rate for name in after}
-        sent = defence(summed, generator(scenario.seed, "defence", client, rnd))
-        net.load_state_dict({name: before[name] - scenario.learning_rate * sent[name] for name in after}, strict=False)
-    return answer(order, net, len(images), client, loss)
+    after = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    defence = parse(scenario.defence)
+    if defence is not None or here is not before:  # what is sent is the server's weights, and the change on top of them
+        change = {name: (here[name] - after[name]) / scenario.learning_rate for name in after}
+        if defence is not None:
+            change = defence(change, generator(scenario.seed, "defence", client, rnd))
+        net.load_state_dict(
+            {name: before[name] - scenario.learning_rate * change[name] for name in after}, strict=False
+        )
+    return answer(order, net, len(images), client, loss, moved)
+
+
+def _distance(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:
+    """``|here - there| / |there|`` over all tensors."""
+    apart = sum(float((here[name] - there[name]).double().square().sum()) for name in there)
+    return math.sqrt(apart / sum(float(there[name].double().square().sum()) for name in there))

@@ -9,9 +9,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simulator.attack import generator
 from simulator.leaks import float_buffers
 from simulator.models import Shape, build
+from simulator.practice import digest
 from simulator.records import tensors_of
+from simulator.scenario import PrivateData
 
 
 @lru_cache(maxsize=4)
@@ -58,7 +61,36 @@ def sgd(net: nn.Module, images: Tensor, labels: Tensor, steps: int, batch: int, 
     return loss.item()
 
 
-def answer(order: Message, net: nn.Module, examples: int, partition: int, loss: float) -> Message:
-    """The reply FedAvg expects: one ArrayRecord, one MetricRecord."""
-    metrics = MetricRecord({"num-examples": examples, "partition": partition, "loss": loss})
+UNSHARED_RATE, UNSHARED_BATCH = 0.01, 32
+"""Learning rate and batch of the training that a victim does by itself; GIT's, https://arxiv.org/abs/2505.20026."""
+
+
+def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor]:
+    """The weights after a victim's own, unshared training from these; remembered, since it is the same for all."""
+    key = (digest(before), private.scenario, private.world.name)
+    if key not in _DRIFTED:
+        scenario, world = private.scenario, private.world
+        net = build(scenario.model, world.shape, len(world.classes), seed=0)
+        net.load_state_dict(before, strict=False)
+        images, labels = private.unshared()
+        draw = generator(scenario.seed, "unshared")
+        for _ in range(scenario.local_epochs):
+            order = torch.randperm(len(images), generator=draw)
+            steps = -(-len(order) // UNSHARED_BATCH)
+            sgd(net, images[order], labels[order], steps, UNSHARED_BATCH, UNSHARED_RATE)
+        _DRIFTED.clear()
+        _DRIFTED[key] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
+    return _DRIFTED[key]
+
+
+_DRIFTED: dict[object, dict[str, Tensor]] = {}
+
+
+def answer(order: Message, net: nn.Module, examples: int, partition: int, loss: float, moved: float = 0.0) -> Message:
+    """The reply FedAvg expects: one ArrayRecord, one MetricRecord.
+
+    Args:
+        moved: how far the client's weights had drifted from the server's, as a share of their length.
+    """
+    metrics = MetricRecord({"num-examples": examples, "partition": partition, "loss": loss, "moved": moved})
     return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=order)

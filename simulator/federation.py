@@ -21,7 +21,7 @@ from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario
 from simulator.wiretap import Wiretap, partition_of
 
-METRICS = ("num-examples", "partition", "loss")
+METRICS = ("num-examples", "partition", "loss", "moved")
 """What fedtap's clients report of their training."""
 
 PRACTICE = "query.practice"
@@ -37,8 +37,17 @@ class Heard:
     nodes: dict[int, int] = field(default_factory=dict)
     lost: dict[int, list[str]] = field(default_factory=dict)
     """Round -> why answers failed that named no client."""
+    start: ArrayRecord = field(default_factory=ArrayRecord)
+    """The weights before any training."""
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     """The weights of the last attacked round, before it."""
+    moved: dict[tuple[int, int], float] = field(default_factory=dict)
+    """How far victims say that their weights had drifted, as a share of their length."""
+
+    def practised_at(self, when: str) -> ArrayRecord:
+        """The weights at which the adversary practises."""
+        return self.start if when == "start" else self.arrays
+
     accuracy: float | None = None
     """Test accuracy, 0 to 1, of the weights that the first victims were sent; None where nothing was trained."""
 
@@ -98,8 +107,11 @@ def play(
             raise
         if private.victim(client, rnd) is not None:
             heard.leaks[client, rnd] = hearing(leak)
+            heard.moved[client, rnd] = float(answer.content.metric_records["metrics"]["moved"])  # type: ignore[arg-type]
 
     def evaluate(rnd: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if rnd == 0:
+            heard.start = arrays
         if rnd < scenario.rounds + scenario.attacked_rounds(clients):
             heard.arrays = arrays
         if scenario.rounds and rnd == scenario.rounds:
@@ -162,7 +174,7 @@ def practice(
         FedtapError: the compromised client has not been heard, or does not answer.
     """
     skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
-    chunk, arrays = chunk_size(skeleton), tensors_of(heard.arrays)
+    chunk, arrays = chunk_size(skeleton), tensors_of(heard.practised_at(scenario.practised))
     for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
         if scenario.source == "server":
             network = build(scenario.model, private.world.shape, len(private.world.classes), seed=0)
@@ -193,7 +205,7 @@ def _fed(
         )
     content = RecordDict(
         {
-            "arrays": heard.arrays,
+            "arrays": heard.practised_at(private.scenario.practised),
             "examples": ArrayRecord({"images": images, "labels": labels}),
             "config": ConfigRecord({"part": part}),
         }

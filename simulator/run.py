@@ -119,7 +119,11 @@ class Played:
             )
         images, labels = world.public.batch(torch.arange(wanted * part.batch))
         protocol = dataclasses.replace(part.protocol(world), steps=1)
-        known = {**tensors_of(self.heard.arrays), "examples": world.public.images, "classes": world.public.labels}
+        known = {
+            **tensors_of(self.heard.practised_at(part.practised)),
+            "examples": world.public.images,
+            "classes": world.public.labels,
+        }
         about = About(protocol, part.world, wanted, part.source, digest(known))
         folder = Path(part.practice) if part.practice else self.out / "practice" / digest_of(about)
         if (found := Practice.saved(folder, build)) is not None:
@@ -191,6 +195,7 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
             **{note: score[note] for note in NOTES if score[note]},  # type: ignore[literal-required]
             "psnr_blind": float(scores.psnr(scores.mse(played.floor.expand_as(truth), truth)).mean()),
             "accuracy": played.heard.accuracy,
+            "moved": played.heard.moved[client, rnd],
             "objective": _finite(float(objective)),
             "error": None,
         }
@@ -216,7 +221,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "batch": part.batch,
         "steps": part.steps,
         "seed": part.seed,
-        **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "objective", "pairs", "fit_seconds", "seconds")),
+        **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")),
         "settings": repr(attack),
         "unit": unit,
     }

@@ -18,6 +18,9 @@ from simulator.worlds import World, open_world, partition
 SOURCES = ("compromised_client", "server")
 """Who may compute practice pairs: the client that the adversary feeds, or the server, which knows the weights."""
 
+PRACTISED = ("now", "start")
+"""When the adversary may practise."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -56,6 +59,12 @@ class Scenario:
     """Practice pairs for attacks that learn; 0 means as many as the world's public side gives, 10,000 at most."""
     source: str = "compromised_client"
     """Who computes the practice pairs' gradients."""
+    practised: str = "now"
+    """When: `now`, at the weights of the last attacked round, or at the `start`, before any training."""
+    local_samples: int = 0
+    """Images of its own, unshared, that a victim first trains on; 0 means none, and no training."""
+    local_epochs: int = 1
+    """Times that it trains on all of them."""
     practice: str = ""
     """Folder of a saved practice, to use or to make; none means one within the run's own."""
     swept: tuple[tuple[str, str], ...] = ()
@@ -119,6 +128,11 @@ class PrivateData:
                 f"The server's own practice pairs are without the clients' defence, {scenario.defence}, so they teach "
                 "another kind of gradient: leave out --source, and the compromised client defends them."
             )
+        if scenario.local_samples > len(self.world.train):
+            raise FedtapError(
+                f"A victim cannot train on {scenario.local_samples} images of its own, since the training side of "
+                f"{scenario.world} has {len(self.world.train)}: lower --local-samples."
+            )
         if scenario.alpha and not scenario.rounds:
             raise FedtapError("--alpha shapes what the clients train on, and they do not train: add --rounds.")
 
@@ -133,6 +147,10 @@ class PrivateData:
         attacked = rnd - self.scenario.rounds - 1
         number = attacked * self.clients + client
         return number if attacked >= 0 and client < self.clients and number < self.scenario.victims else None
+
+    def unshared(self) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
+        """What a victim trains on before it shares a gradient: the same for all, as if they were one client."""
+        return self.world.train.batch(slice(self.scenario.local_samples))
 
     def names(self) -> list[tuple[int, int]]:
         """(client, round) of each victim, in order."""

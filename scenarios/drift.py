@@ -1,0 +1,20 @@
+"""Does a learned attack still work on a client whose weights have moved since the attacker practised?
+
+Expect: the error grows slowly with the distance: it doubles only after thousands of local images and many epochs, or
+some dozens of global rounds. A server that practises anew, or that knows the weights, loses nothing to global rounds.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from scenarios.image import ImageKnobs, heard_by, image_knobs
+from simulator.scenario import Scenario
+
+PANELS = {"eavesdropper": "training_mean,ridge"}
+
+
+@image_knobs(victims=8, local_samples=(0, 64, 256), local_epochs=(1, 10))
+def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
+    """A victim trains by itself from the broadcast weights, then shares one gradient."""
+    return heard_by(knobs, PANELS)
