@@ -11,20 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord
 from torch.nn import functional as F
 
 from attackers.bench import main as attack_ratios
 from clients.app import client_app
-from simulator.federation import play
+from simulator.federation import Heard, play, practice
 from simulator.local import LocalGrid
 from simulator.models import build
 from simulator.scenario import PrivateData, Scenario, private_data
 
-CLIENTS, STEPS, BATCH, ROUNDS = 20, 10, 32, 5
+CLIENTS, STEPS, BATCH, ROUNDS, PAIRS = 20, 10, 32, 5, 2048
 
 
 def main() -> None:
-    """A round of the federation over a bare loop doing the same training; then the attacks' own ratios."""
+    """A round of the federation, and practice, over bare loops that do the same; then the attacks' own ratios."""
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.manual_seed(0)
@@ -38,6 +39,13 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
     print(f"{ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
     print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
+    fed, plain = [], []
+    for _ in range(5):
+        fed.append(_seconds(lambda: _practice(scenario, private)))
+        plain.append(_seconds(lambda: _one_by_one(private)))
+    ratio = statistics.median(a / b for a, b in zip(plain, fed, strict=True))
+    print(f"{PAIRS} LeNet practice pairs through the federation, 1 thread: {1e6 * min(fed) / PAIRS:.0f} µs a pair")
+    print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
     attack_ratios()
 
 
@@ -66,6 +74,28 @@ def _scenario(path: Path) -> Scenario:
 
 def _federation(scenario: Scenario, private: PrivateData) -> None:
     play(scenario, LocalGrid(client_app(lambda config: (scenario,)), CLIENTS), private)
+
+
+def _practice(scenario: Scenario, private: PrivateData) -> None:
+    """Pairs fed to the compromised client and heard, after the round in which it shows itself."""
+    grid = LocalGrid(client_app(lambda config: (scenario,)), CLIENTS)
+    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    arrays = ArrayRecord({name: weight.detach() for name, weight in net.named_parameters()})
+    heard = Heard(arrays=arrays, nodes={private.clients: list(grid.get_node_ids())[private.clients]})
+    images, labels = private.world.train.batch(slice(PAIRS))
+    assert sum(map(len, practice(grid, scenario, private, heard, images[:, None], labels[:, None]))) == PAIRS
+
+
+def _one_by_one(private: PrivateData) -> None:
+    """The same gradients with nothing around them."""
+    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    weights = list(net.parameters())
+    images, labels = private.world.train.batch(slice(PAIRS))
+    found = [
+        torch.autograd.grad(F.cross_entropy(net(x[None]), y[None]), weights)
+        for x, y in zip(images, labels, strict=True)
+    ]
+    assert len([torch.stack(each) for each in zip(*found, strict=True)]) == len(weights)
 
 
 def _bare(private: PrivateData) -> None:
