@@ -11,7 +11,7 @@ from attackers import parse
 from clients import defences
 from scenarios.knobs import Knob
 from simulator.listeners import LISTENERS
-from simulator.scenario import PRACTISED, SOURCES, Scenario
+from simulator.scenario import CLASSES, PRACTISED, SOURCES, Scenario
 
 
 class ImageKnobs(TypedDict):
@@ -35,6 +35,9 @@ class ImageKnobs(TypedDict):
     attacker: Annotated[str, Knob("PATH of a trained attack's .safetensors, as a run leaves it", swept=False)]
     pairs: Annotated[int, Knob("practice pairs for attacks that learn; 0: all the public images, 10,000 at most", 0)]
     source: Annotated[str, Knob("who computes the practice pairs' gradients", choices=SOURCES)]
+    practice_classes: Annotated[str, Knob("classes of the practice examples, or a half of them", choices=CLASSES)]
+    victims_world: Annotated[str, Knob("where the victims' images are from, if from another world", path=True)]
+    victims_classes: Annotated[str, Knob("classes of the victims' images, or a half of them", choices=CLASSES)]
     practised: Annotated[str, Knob("when: at the weights in force, or at those before any training", choices=PRACTISED)]
     local_samples: Annotated[int, Knob("images of its own that a victim trains on before it shares a gradient", 0)]
     local_epochs: Annotated[int, Knob("times that it trains on all of them", 1)]

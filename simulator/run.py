@@ -205,6 +205,9 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
     ]
 
 
+SHIFTS = ("practice_classes", "victims_world", "victims_classes")
+"""Settings by which practice and victims may differ; a row has those that are not as usual."""
+
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 NOTES = ("ssim_note", "lpips_note")
 
@@ -216,6 +219,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "attack": _label(attack, part.attacks),
         "defence": part.defence,
         "world": part.world,
+        **{knob: getattr(part, knob) for knob in SHIFTS if getattr(part, knob) != getattr(Scenario, knob)},
         "model": part.model,
         "listener": part.listener,
         "batch": part.batch,

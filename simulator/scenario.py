@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,10 +14,13 @@ from torch import Tensor
 from simulator.attack import Attack, generator
 from simulator.errors import FedtapError
 from simulator.leaks import Protocol
-from simulator.worlds import World, open_world, partition
+from simulator.worlds import Side, World, open_world, partition
 
 SOURCES = ("compromised_client", "server")
 """Who may compute practice pairs: the client that the adversary feeds, or the server, which knows the weights."""
+
+CLASSES = ("all", "low", "high")
+"""Which classes: all, or a half of them."""
 
 PRACTISED = ("now", "start")
 """When the adversary may practise."""
@@ -59,6 +63,12 @@ class Scenario:
     """Practice pairs for attacks that learn; 0 means as many as the world's public side gives, 10,000 at most."""
     source: str = "compromised_client"
     """Who computes the practice pairs' gradients."""
+    practice_classes: str = "all"
+    """Classes of the examples that the adversary feeds: `all`, or the `low` or `high` half of them."""
+    victims_world: str = ""
+    """Where the victims' images are from; none means from the world itself."""
+    victims_classes: str = "all"
+    """Classes of the victims' images, likewise."""
     practised: str = "now"
     """When: `now`, at the weights of the last attacked round, or at the `start`, before any training."""
     local_samples: int = 0
@@ -178,7 +188,35 @@ def private_data(scenario: Scenario, data_root: Path, clients: int) -> PrivateDa
     Raises:
         FedtapError: the world cannot be opened or holds too little.
     """
-    return PrivateData(scenario, world_of(scenario.world, data_root, scenario.size), clients)
+    world = world_of(scenario.world, data_root, scenario.size)
+    victims = world.victims
+    if scenario.victims_world:
+        other = world_of(scenario.victims_world, data_root, scenario.size)
+        if other.shape != world.shape:
+            raise FedtapError(
+                f"The images of {scenario.victims_world} are {'x'.join(map(str, other.shape))} and those of "
+                f"{scenario.world} {'x'.join(map(str, world.shape))}, so one model cannot take both: change --size."
+            )
+        victims = Side(other.victims.images, other.victims.labels % len(world.classes))
+    half = len(world.classes) // 2
+    public = _of_classes(world.public, scenario.practice_classes, half)
+    return PrivateData(
+        scenario,
+        dataclasses.replace(world, public=public, victims=_of_classes(victims, scenario.victims_classes, half)),
+        clients,
+    )
+
+
+def _of_classes(side: Side, which: str, half: int) -> Side:
+    """The images of all classes, of those below `half`, or of the others."""
+    if which == "all":
+        return side
+    rows = ((side.labels < half) if which == "low" else (side.labels >= half)).nonzero().flatten()
+    if not len(rows):
+        raise FedtapError(
+            f"There are no images of the {which} half of the classes, since the world has too few: give it two classes."
+        )
+    return Side(side.images[rows], side.labels[rows])
 
 
 @lru_cache(maxsize=2)

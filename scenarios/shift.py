@@ -1,0 +1,28 @@
+"""Does a learned attack see what it never practised on?
+
+Expect: of classes that were left out of the practice it sees a little less, of another world two or three times the
+error; the exact attacks care for neither. The floors move too: read each row beside its own.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from scenarios.image import ImageKnobs, heard_by, image_knobs
+from simulator.scenario import Scenario
+
+PANELS = {"eavesdropper": "training_mean,ridge"}
+
+
+@image_knobs(victims=8)
+def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
+    """Practice and victims alike; then of other classes; then, where one is named, of another world."""
+    same, other, elsewhere = knobs.copy(), knobs.copy(), knobs.copy()
+    same["victims_classes"], same["practice_classes"], same["victims_world"] = "low", "low", ""
+    other["victims_classes"], other["practice_classes"], other["victims_world"] = "low", "high", ""
+    parts = (*heard_by(same, PANELS), *heard_by(other, PANELS))
+    if not knobs["victims_world"]:
+        return parts
+    here = knobs.copy()
+    here["victims_world"] = ""
+    return (*parts, *heard_by(here, PANELS), *heard_by(elsewhere, PANELS))
