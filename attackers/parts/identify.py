@@ -32,7 +32,10 @@ from simulator.leaks import GradientLeak, Leak
 ROUNDS = 20
 """Times that the equations are gone through, at most."""
 
-EXCESS = 16
+SETTLED = 1e-7
+"""Relative change of the last layer's weight in a round at which no more are gone through."""
+
+EXCESS = 8
 """Pairs that a round uses, in multiples of those that would just do."""
 
 KNOWN = 1e-2
@@ -47,14 +50,17 @@ SMALLEST = 1.2e-38
 EDGE = 1e-9
 """How close to the ends of its range an activation is let, so that it can be undone."""
 
-JITTER = 1e-12
+SHARPEST = 1e-6
+"""Least noise that equations for activations are given, relative to the gradient: finer, rounding hides the prior."""
+
+JITTER = 1e-13
 """What is added to a normal matrix's diagonal, scaled to ones, so that rounding leaves it positive."""
 
-Affine = tuple[Float[Tensor, "filters patch"], Float[Tensor, "filters"]]
-"""Weight and bias of a layer."""
+Affine = tuple[Tensor, Tensor]
+"""Weight, `filters patch`, and bias, `filters`, of a layer."""
 
-Estimate = tuple[Float[Tensor, "pairs entries"], Float[Tensor, "pairs entries"]]
-"""Activations and their standard deviations."""
+Estimate = tuple[Tensor, Tensor]
+"""Activations and their standard deviations, each `pairs entries`."""
 
 
 def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Tensor]:
@@ -88,16 +94,15 @@ def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Te
         fed=(fed[0][few], fed[1][few]),
     )
     below: list[Affine] = []
-    step = torch.inf
     for _ in range(ROUNDS if hidden else 0):
-        below = pairs.below(weight, below)
-        weight, before, previous = pairs.top(below), weight, step
-        step = float((weight - before).norm() / weight.norm())
-        if step >= previous:
+        below, before = pairs.below(weight, below), weight
+        weight = pairs.top(below)
+        if float((weight - before).norm() / weight.norm()) < SETTLED:
             break
     pairs.check(below)
+    below.append((weight, softmax.bias(fed[0], weight)))
     found = {}
-    for layer, (weight, bias) in zip((*hidden, last), (*below, (weight, softmax.bias(fed[0], weight))), strict=True):
+    for layer, (weight, bias) in zip(network.layers, below, strict=True):
         found[layer.weight] = weight.reshape(leak.gradient[layer.weight].shape[1:])
         if layer.bias is not None:
             found[layer.bias] = bias
@@ -158,7 +163,9 @@ class _Softmax:
                     f"Of {len(inputs):,} practice pairs {len(difference):,} show how the logits of classes {one} and "
                     f"{self.reference} differ, and the last layer needs {size:,}: give more pairs, of other labels."
                 )
-            weight[one] = torch.linalg.lstsq(padded[rows] / error[:, None], difference[:, None] / error[:, None])[0][:, 0]
+            weight[one] = torch.linalg.lstsq(padded[rows] / error[:, None], difference[:, None] / error[:, None])[0][
+                :, 0
+            ]
         return _centred(weight[:, :-1])
 
     def bias(self, inputs: Float[Tensor, "pairs inputs"], weight: Tensor) -> Float[Tensor, "classes"]:
@@ -217,7 +224,7 @@ class Pairs:
     def top(self, below: list[Affine]) -> Float[Tensor, "classes inputs"]:
         """The last layer's weight by the gradient below it, of which each filter f is
 
-            G[f] = sum_place h[place] s'(z[place, f]) sum_class W'[class, f, place] d'[class].
+        G[f] = sum_place h[place] s'(z[place, f]) sum_class W'[class, f, place] d'[class].
         """
         layer, inputs = self.layers[-2], self.pixels
         for under, affine in zip(self.layers[:-2], below, strict=False):
@@ -234,7 +241,9 @@ class Pairs:
             normal = (seen @ seen.transpose(1, 2)).flatten(1).T @ both
             normal = normal.reshape(places, places, classes, classes).transpose(1, 2).flatten(2).flatten(0, 1)
             right = (seen @ (gradient[:, which] / noise[:, None])[:, :, None])[:, :, 0].T @ d
-            weight[:, which] = _solved(normal, right.flatten()).reshape(places, classes).T
+            factor, scale = _factored(normal)
+            solution = scale * torch.cholesky_solve(scale * right.flatten()[:, None], factor)
+            weight[:, which] = solution.reshape(places, classes).T
         return _centred(weight.flatten(1))
 
     def check(self, below: list[Affine]) -> None:
@@ -275,10 +284,9 @@ def _input(layer: Layer, d: Tensor, gradient: Tensor, noise: Float[Tensor, "pair
         right = matrix @ (gradient[:, :, columns].transpose(1, 2).flatten(1) / noise[:, None])[:, :, None]
         normal = matrix @ matrix.transpose(1, 2)
         normal.diagonal(dim1=1, dim2=2).add_(1)
-        scale = normal.diagonal(dim1=1, dim2=2).rsqrt()
-        factor = torch.linalg.cholesky(normal * scale[:, :, None] * scale[:, None, :])
-        inputs[:, members] = scale * torch.cholesky_solve(scale[:, :, None] * right, factor)[:, :, 0]
-        variance[:, members] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * scale.square()
+        factor, scale = _factored(normal)
+        inputs[:, members] = (scale * torch.cholesky_solve(scale * right, factor))[:, :, 0]
+        variance[:, members] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * scale[:, :, 0].square()
     return inputs, variance.sqrt()
 
 
@@ -322,17 +330,18 @@ def _centred(rows: Tensor) -> Tensor:
     return rows - rows.mean(0)
 
 
-def _solved(normal: Float[Tensor, "size size"], right: Float[Tensor, "size"]) -> Float[Tensor, "size"]:
-    scale = normal.diagonal().clamp_min(1e-300).rsqrt()
-    scaled = normal * scale[:, None] * scale
-    scaled.diagonal().add_(JITTER)
-    return scale * torch.cholesky_solve((scale * right)[:, None], torch.linalg.cholesky(scaled))[:, 0]
+def _factored(normal: Float[Tensor, "*pairs size size"]) -> tuple[Tensor, Float[Tensor, "*pairs size 1"]]:
+    """Cholesky factor of the matrix scaled to a diagonal of ones, and the scale of its rows and columns."""
+    scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()[..., None]
+    scaled = normal * scale * scale.mT
+    scaled.diagonal(dim1=-2, dim2=-1).add_(JITTER)
+    return torch.linalg.cholesky(scaled), scale
 
 
 def _seen(leak: Leak, layer: Layer) -> tuple[Float[Tensor, "pairs filters patch"], Float[Tensor, "pairs"]]:
     """A layer's gradient, and the standard error of its entries: the format's, or the wire's where larger."""
     gradient = leak.observed[layer.weight].double().flatten(2)
-    noise = _rounding(leak) * gradient.square().mean((1, 2)).sqrt()
+    noise = max(_rounding(leak), SHARPEST) * gradient.square().mean((1, 2)).sqrt()
     return gradient, noise.clamp_min(max(leak.resolution, 1e-150))
 
 
