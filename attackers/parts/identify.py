@@ -41,8 +41,8 @@ EXCESS = 8
 KNOWN = 1e-2
 """Standard deviation below which the gradient determines an activation; one that it leaves open has about 1."""
 
-UNEXPLAINED = 0.1
-"""Share of the last layer's input, as it varies over the pairs, that the weights may leave unexplained."""
+UNEXPLAINED = 1e-4
+"""Share of the variance of the last layer's input over the pairs that the weights may leave unexplained."""
 
 SMALLEST = 1.2e-38
 """Float32 keeps its relative precision down to here."""
@@ -79,7 +79,7 @@ def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Te
     """
     network = chain(leak)
     *hidden, last = network.layers
-    _check(leak, (*hidden, last))
+    _check(leak, network.layers, len(images))
     slopes = leak.gradient[str(last.bias)].double()
     fed = _input(last, slopes[:, None], *_seen(leak, last))
     softmax = _Softmax.of(slopes, labels[:, 0], _rounding(leak), leak.resolution)
@@ -87,7 +87,7 @@ def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Te
     pixels = network.scale * images.double().flatten(1) + network.shift
     few = slice(EXCESS * max([leak.protocol.classes, *map(_needed, hidden)]))
     pairs = Pairs(
-        layers=(*hidden, last),
+        layers=network.layers,
         pixels=pixels[few],
         gradients=[_seen(leak[few], layer) for layer in hidden],
         slopes=slopes[few],
@@ -153,27 +153,25 @@ class _Softmax:
         Raises:
             FedtapError: too few pairs show a class.
         """
-        classes, size = self.error.shape[1], inputs.shape[1] + 1
+        classes, size, reference = self.error.shape[1], inputs.shape[1] + 1, self.reference
         padded = F.pad(inputs, (0, 1), value=1.0)
         weight = inputs.new_zeros(classes, size)
-        for one in set(range(classes)) - {self.reference}:
-            rows, difference, error = self.relation(one, self.reference)
+        for one in set(range(classes)) - {reference}:
+            rows, difference, error = (tensor[:, None] for tensor in self.relation(one, reference))
             if len(difference) < size:
                 raise FedtapError(
                     f"Of {len(inputs):,} practice pairs {len(difference):,} show how the logits of classes {one} and "
-                    f"{self.reference} differ, and the last layer needs {size:,}: give more pairs, of other labels."
+                    f"{reference} differ, and the last layer needs {size:,}: give more pairs, of other labels."
                 )
-            weight[one] = torch.linalg.lstsq(padded[rows] / error[:, None], difference[:, None] / error[:, None])[0][
-                :, 0
-            ]
+            weight[one] = torch.linalg.lstsq(padded[rows[:, 0]] / error, difference / error).solution[:, 0]
         return _centred(weight[:, :-1])
 
     def bias(self, inputs: Float[Tensor, "pairs inputs"], weight: Tensor) -> Float[Tensor, "classes"]:
         """What the logits' differences are, on average, beside those that the weight makes."""
-        bias = weight.new_zeros(len(weight))
-        for one in set(range(len(weight))) - {self.reference}:
-            rows, difference, error = self.relation(one, self.reference)
-            rest = difference - inputs[rows] @ (weight[one] - weight[self.reference])
+        bias, reference = weight.new_zeros(len(weight)), self.reference
+        for one in set(range(len(weight))) - {reference}:
+            rows, difference, error = self.relation(one, reference)
+            rest = difference - inputs[rows] @ (weight[one] - weight[reference])
             bias[one] = (rest / error.square()).sum() / (1 / error.square()).sum()
         return _centred(bias)
 
@@ -259,8 +257,9 @@ class Pairs:
         left = float((shown - inputs).square().sum() / (shown - shown.mean(0)).square().sum())
         if not left < UNEXPLAINED:
             raise FedtapError(
-                f"No weights explain the practice pairs ({left:.0%} of what the last layer is fed is left over), since "
-                "images and gradients are not of each other or too noisy: give them as the client answered them."
+                f"No weights explain the practice pairs (what the last layer is fed is off by {left:.0e} of its "
+                "variance), since these are too few or too noisy, or images and gradients are not of each other: give "
+                "more pairs, as the client answered them."
             )
 
 
@@ -277,7 +276,7 @@ def _input(layer: Layer, d: Tensor, gradient: Tensor, noise: Float[Tensor, "pair
     for members, columns in _parts(layer):
         at = torch.full((layer.inputs + 1,), len(members))
         at[members] = torch.arange(len(members))
-        at = at[layer.patches[:, columns]]
+        at = at[layer.patches.cpu()[:, columns]]
         matrix = d.new_zeros(len(d), len(members) + 1, len(columns), d.shape[2])
         matrix[:, at, torch.arange(len(columns)).expand_as(at)] = d[:, :, None].expand(-1, -1, len(columns), -1)
         matrix = matrix[:, :-1].flatten(2) / noise[:, None, None]
@@ -355,8 +354,14 @@ def _needed(layer: Layer) -> int:
     return -(-(patch + 1) // places)
 
 
-def _check(leak: GradientLeak, layers: tuple[Layer, ...]) -> None:
-    """Refuse what cannot be identified, as far as it can be told from the network alone."""
+def _check(leak: GradientLeak, layers: tuple[Layer, ...], images: int) -> None:
+    """Refuse what cannot be identified, as far as that shows before the equations are solved."""
+    leak.check()
+    if images != len(leak):
+        raise FedtapError(
+            f"There are {images:,} practice images and {len(leak):,} gradients, and a pair is one of each: give as "
+            "many of both, in the same order."
+        )
     if leak.protocol.batch != 1:
         raise FedtapError(
             f"Weights are told from the gradient of one image a pair, and these are means over {leak.protocol.batch}: "
