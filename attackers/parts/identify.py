@@ -302,17 +302,21 @@ def _parts(layer: Layer) -> list[tuple[Int[Tensor, "members"], Int[Tensor, "colu
 
 
 def _regressed(layer: Layer, inputs: Float[Tensor, "pairs inputs"], output: Estimate) -> Affine:
-    """Weight and bias by s^-1(a) = W h + b, each equation weighed by its error, that of a over s'(z)."""
+    """Weight and bias by s^-1(a) = W h + b, each equation weighed by its error, that of a over s'(z).
+
+    The filters of a linear layer share their mean, so that one factorisation of what may be a large matrix does.
+    """
     a = _inside(layer, output[0])
     error = layer.by_place(output[1] / layer.activation.slope(a)).flatten(0, 1)
-    z = layer.by_place(layer.activation.inverse(a)).flatten(0, 1) / error
+    z = layer.by_place(layer.activation.inverse(a)).flatten(0, 1)
     patches = layer.gather(inputs).flatten(0, 1)
     if layer.bias is not None:
         patches = F.pad(patches, (0, 1), value=1.0)
-    found = [
-        torch.linalg.lstsq(patches / error[:, [which]], z[:, [which]]).solution[:, 0] for which in range(z.shape[1])
-    ]
-    affine = torch.stack(found)
+    if len(layer.patches) == 1:
+        weighed = [(error.square().mean(1, keepdim=True).sqrt(), z)]
+    else:
+        weighed = list(zip(torch.split(error, 1, dim=1), torch.split(z, 1, dim=1), strict=True))
+    affine = torch.cat([torch.linalg.lstsq(patches / each, some / each).solution for each, some in weighed], dim=1).T
     return (affine, affine.new_zeros(len(affine))) if layer.bias is None else (affine[:, :-1], affine[:, -1])
 
 
