@@ -59,12 +59,12 @@ def drawn(make: Build) -> nn.Module:
 
 
 def practised(
-    network: nn.Module, meta: nn.Module, pairs: int, size: int, dtype: torch.dtype = torch.float64
+    network: nn.Module, meta: nn.Module, pairs: int, size: int, dtype: torch.dtype = torch.float64, classes: int = 10
 ) -> tuple[GradientLeak, Tensor, Tensor]:
     """Pairs of noise images and their gradients, as the compromised client answers them."""
     draw = torch.Generator().manual_seed(1)
     images = torch.rand(pairs, 1, 3, size, size, generator=draw, dtype=torch.float64)
-    labels = torch.randint(10, (pairs, 1), generator=draw)
+    labels = torch.randint(classes, (pairs, 1), generator=draw)
     weights = {name: tensor.detach().to(dtype) for name, tensor in network.named_parameters()}
 
     def loss(weights: dict[str, Tensor], some: Tensor, named: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def practised(
     gradients = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=64)(weights, images.to(dtype), labels)
     leak = GradientLeak(
         observed=gradients,
-        protocol=Protocol("mine", (3, size, size), 10, batch=1, listener="eavesdropper"),
+        protocol=Protocol("mine", (3, size, size), classes, batch=1, listener="eavesdropper"),
         network=meta.to("meta"),
         weights=None,
         buffers={},
@@ -106,6 +106,14 @@ def test_exact_gradients_show_the_weights_to_rounding(make: Build, pairs: int) -
         name: tensor.shape for name, tensor in network.named_parameters()
     }
     assert worst(found, network) < 1e-7
+
+
+def test_of_two_classes_the_label_itself_shows_the_logits() -> None:
+    def two() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(108, 20), nn.Sigmoid(), nn.Linear(20, 2))
+
+    network = drawn(two)
+    assert worst(identify(*practised(network, two(), 200, 6, classes=2)), network) < 1e-7
 
 
 def test_float32_gradients_show_weights_as_good_as_the_true_ones() -> None:

@@ -53,7 +53,7 @@ EDGE = 1e-9
 SHARPEST = 1e-6
 """Least noise that equations for activations are given, relative to the gradient: finer, rounding hides the prior."""
 
-JITTER = 1e-13
+JITTER = 1e-12
 """What is added to a normal matrix's diagonal, scaled to ones, so that rounding leaves it positive."""
 
 Affine = tuple[Tensor, Tensor]
@@ -66,7 +66,9 @@ Estimate = tuple[Tensor, Tensor]
 def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Tensor]:
     """Weights with the same gradients as the unknown ones: parameter name -> float64 tensor.
 
-    Softmax leaves a row common to all classes of the last layer open; here its rows' mean is zero.
+    Softmax leaves a row common to all classes of the last layer open; here its rows' mean is zero. The pairs have to
+    outnumber the last layer's inputs, by a sixth for LeNet on photographs, and its rarest class's probability has to
+    stand out of the gradient's noise in as many of them.
 
     Args:
         leak: a pair an entry, of one image each; its weights are not read.
