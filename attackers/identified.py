@@ -15,7 +15,7 @@ from torch import nn
 
 from attackers.parts.announced import sigma
 from attackers.parts.checks import check_fields
-from attackers.parts.identify import identify
+from attackers.parts.identify import check_identifiable, identify
 from simulator.attack import Attack, Images, Learner, Reconstruction
 from simulator.leaks import GradientLeak, Leak, stack
 from simulator.practice import About, Practice
@@ -44,6 +44,7 @@ class Identified(Learner):
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts where it knows the weights."""
         super().accepts(leak)
+        check_identifiable(leak)
         blank = {name: torch.zeros(p.shape, device=leak.device) for name, p in leak.network.named_parameters()}
         self.attack.accepts(dataclasses.replace(leak, weights=blank, buffers={}, stacked=False))
 

@@ -167,7 +167,15 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
         if attack.practises:
             pairs = played.practice
             began = time.perf_counter()
-            ready = attack.fit(pairs, played.part.seed)
+            try:
+                ready = attack.fit(pairs, played.part.seed)
+            except FedtapError as error:  # it cannot learn from these pairs: a result, like any other
+                names = zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), strict=True)
+                told = {"pairs": len(pairs), "error": str(error)}
+                rows += [common | told | {"client": client, "round": rnd} for client, rnd in names]
+                folder.rows = [row for row in folder.rows if row["unit"] != unit]
+                folder.add(rows)
+                return None
             timing = {"pairs": len(pairs), "fit_seconds": time.perf_counter() - began}
             for learned in ready.learned():
                 learned.save(folder.path / f"attackers/{_unit(f'part_{played.number}', learned)}.safetensors")

@@ -76,12 +76,14 @@ def trained() -> str:
 
 def ready(attack: Attack, leak: Leak, network: nn.Module | None = None) -> Attack:
     """The attack, after practice at the leak's weights if it has to."""
-    return attack.fit(practice_for(leak, SCRATCH, network=network)) if attack.practises else attack
+    pairs = 300 if attack.name.startswith("identified") else 40  # as many as a last layer has inputs, and more
+    return attack.fit(practice_for(leak, SCRATCH, pairs, network=network)) if attack.practises else attack
 
 
 def quick(name: str) -> Attack:
     """The attack with few steps; a wrapper around iDLG."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(CANDIDATES[name])}  # type: ignore[arg-type]
+    every = dataclasses.fields(CANDIDATES[name])  # type: ignore[arg-type]
+    fields = {field.name: str(field.type) for field in every if field.default_factory is dataclasses.MISSING}
     given: dict[str, object] = {field: IDLG(steps=4) for field, kind in fields.items() if kind == "Attack"}
     small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8}
     given |= {field: trained() for field, kind in fields.items() if kind == "str"}

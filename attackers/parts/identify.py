@@ -79,9 +79,9 @@ def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Te
         FedtapError: batches of several images, a network that is no chain of layers and activations that can be
             undone or ends without a bias, too few pairs, or pairs that no weights explain.
     """
+    _check(leak, len(images))
     network = chain(leak)
     *hidden, last = network.layers
-    _check(leak, network.layers, len(images))
     slopes = leak.gradient[str(last.bias)].double()
     fed = _input(last, slopes[:, None], *_seen(leak, last))
     softmax = _Softmax.of(slopes, labels[:, 0], _rounding(leak), leak.resolution)
@@ -360,7 +360,32 @@ def _needed(layer: Layer) -> int:
     return -(-(patch + 1) // places)
 
 
-def _check(leak: GradientLeak, layers: tuple[Layer, ...], images: int) -> None:
+def check_identifiable(leak: Leak) -> tuple[Layer, ...]:
+    """The layers of a network whose weights can be told from pairs like these.
+
+    Raises:
+        FedtapError: several images a pair, no chain of layers that can be undone, or one that is not trained.
+    """
+    if leak.protocol.batch != 1:
+        raise FedtapError(
+            f"Weights are told from the gradient of one image a pair, and these are means over {leak.protocol.batch}: "
+            "practise with --batch 1."
+        )
+    layers = chain(leak).layers
+    if layers[-1].bias not in trained(leak.network):
+        raise FedtapError(
+            f"Weights are told from the gradient of the last layer's bias, and {leak.protocol.model!r} has none there "
+            "that is trained: give its last layer a bias, or use --listener curious_server."
+        )
+    if frozen := [layer.weight for layer in layers if layer.weight not in trained(leak.network)]:
+        raise FedtapError(
+            f"Weights are told from their own gradients, and {frozen[0]} of {leak.protocol.model!r} is frozen: "
+            "train every layer, or use --listener curious_server."
+        )
+    return layers
+
+
+def _check(leak: GradientLeak, images: int) -> None:
     """Refuse what cannot be identified, as far as that shows before the equations are solved."""
     leak.check()
     if images != len(leak):
@@ -368,17 +393,7 @@ def _check(leak: GradientLeak, layers: tuple[Layer, ...], images: int) -> None:
             f"There are {images:,} practice images and {len(leak):,} gradients, and a pair is one of each: give as "
             "many of both, in the same order."
         )
-    if leak.protocol.batch != 1:
-        raise FedtapError(
-            f"Weights are told from the gradient of one image a pair, and these are means over {leak.protocol.batch}: "
-            "practise with --batch 1."
-        )
-    if layers[-1].bias not in trained(leak.network):
-        raise FedtapError(
-            f"Weights are told from the gradient of the last layer's bias, and {leak.protocol.model!r} has none there "
-            "that is trained: give its last layer a bias, or use --listener curious_server."
-        )
-    if len(leak) < (needed := max(map(_needed, layers))):
+    if len(leak) < (needed := max(map(_needed, check_identifiable(leak)))):
         raise FedtapError(
             f"The weights of {leak.protocol.model!r} need at least {needed:,} practice pairs, one for each unknown of "
             f"a filter of its widest layer, and there are {len(leak):,}: give more pairs."
