@@ -1,10 +1,10 @@
 """A learned way from a gradient to its image, built stage by stage from the victim's own structure.
 
 Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026: its Coarse-GIT, one module a layer, from output to input.
-Departs from the paper in four ways: it begins with what a linear layer gives away in closed form; the image starts from
+Departs from the paper in five ways: it begins with what a linear layer gives away in closed form; the image starts from
 a ridge regression on that; a stage reads a gradient through a learned estimate of the layer's error signal, for a
-layer's gradient is that signal times the layer's input; and a stage is a few convolutions on the grid of the layer's
-input, not a perceptron.
+layer's gradient is that signal times the layer's input; those estimates are also taught by the first layer, whose input
+is the image that the attacker knows; and a stage is a few convolutions on the grid of the layer's input, no perceptron.
 
 At batch 1 a linear layer on one row h has, with d = dL/dz, dL/db = d and dL/dW = G = d h^T, so h = G^T d / |d|^2.
 """
@@ -38,6 +38,9 @@ FINEST = 16
 
 EDGE = 1e-6
 """How close to the ends of its range an activation is let, so that it can be undone."""
+
+FOLDS = 5
+"""Of the ridge regression: a stage learns from starts that did not see their own image, as a victim's will not."""
 
 STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0)
 """Of the ridge regression, in units of a feature's variance."""
@@ -95,30 +98,43 @@ class Leaf:
         inverse = INVERSES.get(self.activation)
         return h if inverse is None else torch.cat([inverse(h), h], 1)
 
-    def adjoint(self, error: Tensor, gradient: Tensor) -> Float[Tensor, "victims channels height width"]:
-        """What this error signal picks out of the gradient, standing where the layer's input stands."""
-        victims, (channels, height, width) = len(error), as_map(self.input)
-        if len(self.input) == 2:
-            seen = error.flatten(2).transpose(1, 2) @ gradient  # victims tokens width
-            return seen.transpose(1, 2).reshape(victims, channels, height, width)
-        lost = [  # what the strides leave over at the far edges
+    @property
+    def lost(self) -> list[int]:
+        """Rows and columns of the input that the strides leave over at the far edges."""
+        return [
             side - (out - 1) * stride + 2 * padding - dilation * (kernel - 1) - 1
             for side, out, stride, padding, dilation, kernel in zip(
                 self.input[1:], self.output[1:], self.stride, self.padding, self.dilation, self.shape[2:], strict=True
             )
         ]
-        # all victims in one call, each a group of its own
+
+    def back(self, error: Tensor, weight: Tensor) -> Float[Tensor, "victims channels height width"]:
+        """The error signal of the layer's input, W^T d, as a map; `weight` has the layer's shape."""
+        if len(self.input) == 2:
+            return torch.einsum("nohw,oi->nihw", error, weight)
+        return F.conv_transpose2d(error, weight, None, self.stride, self.padding, self.lost, self.groups, self.dilation)
+
+    def adjoint(self, error: Tensor, gradient: Tensor) -> Float[Tensor, "victims channels height width"]:
+        """What the error signal picks out of each victim's gradient, as a map of the layer's input."""
+        if len(self.input) == 2:
+            return torch.einsum("nohw,noi->nihw", error, gradient)
+        each, victims = error.reshape(1, -1, *error.shape[2:]), len(error)  # all in one call, each a group of its own
         seen = F.conv_transpose2d(
-            error.reshape(1, -1, *error.shape[2:]),
+            each,
             gradient.flatten(0, 1),
             None,
             self.stride,
             self.padding,
-            lost,
+            self.lost,
             victims * self.groups,
             self.dilation,
         )
-        return seen.reshape(victims, channels, height, width)
+        return seen.reshape(victims, *self.input)
+
+    def gradient(self, error: Tensor, seen: Tensor) -> Tensor:
+        """What a convolution without groups leaks under this error signal: `victims *shape`."""
+        patches = F.unfold(seen, self.shape[2:], self.dilation, self.padding, self.stride)  # victims patch places
+        return (error.flatten(2) @ patches.transpose(1, 2)).reshape(-1, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -268,12 +284,12 @@ class Generator(nn.Module):
             begin = sum(leaf.known for leaf in self.rows[: self.rows.index(first)])
             self.top = slice(begin, begin + first.known)
             channels, height, side = as_map(body[0].output)
-            copies, rest = divmod(first.known, channels * height * side)
-            self.state = (first.known, 1, 1) if rest or not copies else (copies * channels, height, side)
+            copies, rest = divmod(2 * first.known, channels * height * side)
+            self.state = (2 * first.known, 1, 1) if rest or not copies else (copies * channels, height, side)
         state, above = self.state, 0
         for stage in body:
             self.stages.append(_Reader(stage, clues, state, above, shape, width, hints))
-            state, above = (width, *_grid(as_map(stage.input))), as_map(stage.spread[0].output)[0]
+            state, above = (width, *_grid(as_map(stage.input))), as_map(stage.spread[0].input)[0]
         if body:
             self.fold = max(1, shape[1] // state[1])
             self.last = nn.Conv2d(state[0], shape[0] * self.fold**2, 1)
@@ -281,24 +297,37 @@ class Generator(nn.Module):
 
     def forward(self, gradients: Gradients) -> Float[Tensor, "victims channels height width"]:
         """The images, in [0, 1]."""
-        return self.images(gradients).clamp(0, 1)
+        return self.images(gradients)[0].clamp(0, 1)
 
-    def images(self, gradients: Gradients) -> Float[Tensor, "victims channels height width"]:
-        """The images as they come, for training: outside [0, 1] a clamp would have no slope."""
+    def images(
+        self, gradients: Gradients, start: Tensor | None = None, truth: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The images as they come, for training (outside [0, 1] a clamp would have no slope), and the surprise: how far
+        the first layer's gradient is from what the true images would leak under its estimated error signal.
+        """
         known, length, direction = self._closed_form(gradients)
         features, clues = self._standardised(known, length, direction)
-        start = features @ self.ridge + self.offset
+        start = features @ self.ridge + self.offset if start is None else start
         image = (start + self.bootstrap(torch.cat([features, clues], 1))).reshape(-1, *self.shape)
+        surprise = image.new_zeros(())
         if self.stages:
-            state, error = features[:, self.top].reshape(-1, *self.state), None
+            # as known too: an activation's slope is one function of its value, the same for all entries
+            top = torch.cat([features[:, self.top], known[:, self.top]], 1)
+            state, error = top.reshape(-1, *self.state), None
             for stage in self.stages:
-                state, error = stage(state, error, image, gradients, clues, length)
+                state, error, surprise = stage(state, error, image, gradients, clues, length, truth)
             image = image + F.interpolate(F.pixel_shuffle(self.last(state), self.fold), self.shape[1:])
-        return torch.lerp(start.reshape(image.shape), image, self.trust)
+        return torch.where(self.trust > 0, image, start.reshape(image.shape)), surprise
 
     @torch.no_grad()
-    def fit_statistics(self, gradients: Gradients, images: Float[Tensor, "pairs channels height width"]) -> None:
-        """All that is fitted in closed form: means, deviations, the ridge regression."""
+    def fit_statistics(
+        self, gradients: Gradients, images: Float[Tensor, "pairs channels height width"]
+    ) -> Float[Tensor, "pairs pixels"]:
+        """All that is fitted in closed form: means, deviations, the ridge regression.
+
+        Returns:
+            The pairs' own starts, each by a regression that did not see it.
+        """
         known, length, direction = self._closed_form(gradients)
         every = torch.cat([known, length.log()], 1)
         self.mean.copy_(every.mean(0))
@@ -306,9 +335,11 @@ class Generator(nn.Module):
         features, clues = self._standardised(known, length, direction)
         pixels = images.flatten(1)
         self.offset.copy_(pixels.mean(0))
-        self.ridge.copy_(_ridge(features, pixels - self.offset))
+        ridge, others = _ridge(features, pixels - self.offset)
+        self.ridge.copy_(ridge)
         for stage in self.stages:
             stage.fit_statistics(gradients, clues, length)  # type: ignore[operator]
+        return others + self.offset
 
     def _closed_form(self, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         """The rows' inputs; the last layer's error signal's length, `victims 1`, and direction, `victims classes`."""
@@ -331,18 +362,20 @@ class _Reader(nn.Module):
         shapes = [(leaf.weight, leaf.shape) for leaf in stage.spread] + list(stage.others)
         self.news = nn.ModuleDict({_key(name): _News(math.prod(shape), clues) for name, shape in shapes})
         self.names = [name for name, _ in shapes]
-        self.tables, self.gates, self.chains, self.norms = (
-            nn.ParameterList(),
-            nn.ModuleList(),
-            nn.ModuleList(),
-            nn.ModuleList(),
-        )
+        first = stage.spread[0]
+        self.weight = nn.Parameter(torch.randn(first.shape) / math.sqrt(math.prod(first.shape[1:])))
+        self.sees_image = len(stage.leaves) == 1 and first.input == image and first.groups == 1
+        self.scale = nn.Parameter(torch.ones(image[0], 1, 1))
+        self.shift = nn.Parameter(torch.zeros(image[0], 1, 1))
+        self.tables, self.slopes = nn.ParameterList(), nn.ParameterList()
+        self.gates, self.chains, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         seen = 0
         for leaf in stage.spread:
-            output, near = as_map(leaf.output), 1 if len(leaf.output) == 2 else 2
-            self.tables.append(nn.Parameter(0.3 * torch.randn(clues, *output)))
-            self.gates.append(nn.Conv2d(state[0], output[0], 3, padding=1))
-            self.chains.append(nn.Conv2d(above, output[0], 2 * near - 1, padding=near - 1) if above else nn.Identity())
+            output = as_map(leaf.output)
+            self.tables.append(nn.Parameter((0.01 if above else 0.3) * torch.randn(clues, *output)))
+            self.slopes.append(nn.Parameter(torch.ones(output)))
+            self.gates.append(nn.Sequential(nn.Conv2d(state[0], width, 1), nn.ReLU(), nn.Conv2d(width, output[0], 1)))
+            self.chains.append(nn.Conv2d(above, output[0], 1) if above not in (0, output[0]) else nn.Identity())
             channels = _resampled(as_map(leaf.input), self.grid)[0]
             self.norms.append(nn.BatchNorm2d(channels))
             seen += channels
@@ -356,29 +389,47 @@ class _Reader(nn.Module):
         )
 
     def forward(
-        self, state: Tensor, above: Tensor | None, image: Tensor, gradients: Gradients, clues: Tensor, length: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The running estimate of the stage's input, and the error signal of its first layer."""
-        news = [self.news[_key(name)](gradients[name], clues, length) for name in self.names]
-        parts, errors = [_resample(state, self.grid), _resample(image, self.grid)], []
+        self,
+        state: Tensor,
+        above: Tensor | None,
+        image: Tensor,
+        gradients: Gradients,
+        clues: Tensor,
+        length: Tensor,
+        truth: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The running estimate of the stage's input, its error signal, and the surprise where it sees the image."""
+        news = [self._of(name)(gradients[name], clues, length) for name in self.names]
+        parts = [_resample(state, self.grid), _resample(image, self.grid)]
+        errors, surprise = [], state.new_zeros(())
         for which, leaf in enumerate(self.stage.spread):
             error = torch.einsum("nc,cxyz->nxyz", clues, self.tables[which])
             if above is not None:
                 error = error + F.interpolate(self.chains[which](above), error.shape[2:])
             # d = (W^T d') * s'(z): the slope is told by the activation
-            error = error * (1 + F.interpolate(self.gates[which](state), error.shape[2:]))
+            error = error * (self.slopes[which] + F.interpolate(self.gates[which](state), error.shape[2:]))
+            shown = news[which].reshape(-1, *leaf.shape)
+            if self.sees_image:
+                leaked = gradients[leaf.weight] / (length[:, :, None, None, None] * self._of(leaf.weight).size)
+                shown = leaked - leaf.gradient(error, self.scale * image.detach() + self.shift)
+                if truth is not None:
+                    surprise = F.mse_loss(leaf.gradient(error, self.scale * truth + self.shift), leaked)
+            parts.append(self.norms[which](_resample(leaf.adjoint(error, shown), self.grid)))
             errors.append(error)
-            shown = leaf.adjoint(error, news[which].reshape(-1, *leaf.shape))
-            parts.append(self.norms[which](_resample(shown, self.grid)))
         heard = torch.relu(self.hear(torch.cat(news, 1))) * self.turn(clues)
         parts.append(self.tell(heard).reshape(-1, HINTED, *self.grid))
         mixed = self.mix(torch.cat(parts, 1))
-        return mixed + self.sharpen(mixed), errors[0]
+        return mixed + self.sharpen(mixed), self.stage.spread[0].back(errors[0], self.weight), surprise
 
     def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
         """What of each gradient the label explains, and the size of the rest."""
         for name in self.names:
-            self.news[_key(name)].fit(gradients[name], clues, length)  # type: ignore[operator]
+            self._of(name).fit(gradients[name], clues, length)
+
+    def _of(self, name: str) -> _News:
+        news = self.news[_key(name)]
+        assert isinstance(news, _News)
+        return news
 
 
 class _News(nn.Module):
@@ -399,11 +450,16 @@ class _News(nn.Module):
         entries, given = gradient.flatten(1) / length, _with_one(clues)
         normal = given.T @ given + 1e-6 * len(given) * torch.eye(given.shape[1], device=given.device)
         self.explained.copy_(torch.linalg.solve(normal, given.T @ entries))
-        self.size.copy_((entries - given @ self.explained).square().mean().sqrt().clamp_min(1e-12))
+        rest, all_of_it = ((entries - part).square().mean().sqrt() for part in (given @ self.explained, 0.0))
+        self.size.copy_(rest.clamp_min(1e-3 * all_of_it).clamp_min(1e-12))
 
 
 HINTED = 4
 """Channels of what a stage hears of its gradients directly."""
+
+
+SURPRISE = 5e-3
+"""Weight of the surprise beside the misfit, which is about as small."""
 
 
 def fit(
@@ -422,24 +478,28 @@ def fit(
     Args:
         told: called after each epoch with its mean loss.
     """
-    held = torch.arange(len(images), device=images.device) % 20 == 19
+    held = torch.arange(len(images), device=images.device) % 20 == 0
     taught, kept = ~held, {name: tensor[held] for name, tensor in gradients.items()}
     rows = taught.nonzero().flatten()
-    generator.fit_statistics({name: tensor[rows] for name, tensor in gradients.items()}, images[rows])
+    starts = generator.fit_statistics({name: tensor[rows] for name, tensor in gradients.items()}, images[rows])
     adam = torch.optim.Adam(generator.parameters(), rate)
     steps = max(1, len(rows) // batch)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=epochs * steps, pct_start=0.1)
     generator.train()
     for epoch in range(epochs):
         total = 0.0
-        for chosen in rows[torch.randperm(len(rows))][: steps * batch].chunk(steps):
-            guess = generator.images({name: tensor[chosen] for name, tensor in gradients.items()})
-            loss = F.mse_loss(guess, images[chosen])
+        for which in torch.randperm(len(rows))[: steps * batch].chunk(steps):
+            chosen, start = rows[which], starts[which]
+            truth = images[chosen]
+            here = {name: tensor[chosen] for name, tensor in gradients.items()}
+            guess, surprise = generator.images(here, start, truth)
+            misfit = F.mse_loss(guess, truth)
+            loss = misfit + SURPRISE * surprise
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
             cycle.step()
-            total += loss.item() / steps
+            total += misfit.item() / steps
         told(epoch, total)
     generator.eval()
     misfits = []
@@ -450,18 +510,33 @@ def fit(
         generator.trust.fill_(float(misfits[1] < misfits[0]))
 
 
-def _ridge(features: Float[Tensor, "pairs features"], wanted: Float[Tensor, "pairs pixels"]) -> Tensor:
-    """The regression's matrix; its strength is the best one on every tenth pair."""
-    held = torch.arange(len(features), device=features.device) % 10 == 9
-    given, answer = features[~held].double(), wanted[~held].double()
-    normal, moment = given.T @ given / len(given), given.T @ answer / len(given)
-    one = torch.eye(given.shape[1]).to(given)
+def _ridge(
+    features: Float[Tensor, "pairs features"], wanted: Float[Tensor, "pairs pixels"]
+) -> tuple[Float[Tensor, "features pixels"], Float[Tensor, "pairs pixels"]]:
+    """The regression's matrix, and for each pair the answer of the regression on the other folds' pairs.
 
-    def solved(strength: float) -> Tensor:
-        matrix: Tensor = torch.linalg.solve(normal + strength * one, moment)
-        return matrix.to(features.dtype)
+    Its strength is the one that serves the first fold best.
+    """
+    fold = torch.arange(len(features), device=features.device) % FOLDS
+    given, answer = features.double(), wanted.double()
+    normals = torch.stack([given[fold == k].T @ given[fold == k] for k in range(FOLDS)])
+    moments = torch.stack([given[fold == k].T @ answer[fold == k] for k in range(FOLDS)])
 
-    return min(map(solved, STRENGTHS), key=lambda matrix: F.mse_loss(features[held] @ matrix, wanted[held]).item())
+    def solved(strength: float, without: int | None = None) -> Tensor:
+        normal, moment = normals.sum(0), moments.sum(0)
+        if without is not None:
+            normal, moment = normal - normals[without], moment - moments[without]
+        ridge = strength * normal.diagonal().mean() * torch.eye(len(normal)).to(normal)
+        return torch.cholesky_solve(moment, torch.linalg.cholesky(normal + ridge))
+
+    def misfit(strength: float) -> float:
+        return F.mse_loss(given[fold == 0] @ solved(strength, 0), answer[fold == 0]).item()
+
+    strength = min(STRENGTHS, key=misfit)
+    others = torch.empty_like(wanted)
+    for k in range(FOLDS):
+        others[fold == k] = (given[fold == k] @ solved(strength, k)).to(wanted.dtype)
+    return solved(strength).to(features.dtype), others
 
 
 def _grid(shape: Map) -> tuple[int, int]:
