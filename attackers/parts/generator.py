@@ -261,7 +261,7 @@ class Generator(nn.Module):
     trust: Tensor
 
     def __init__(
-        self, stages: tuple[Stage, ...], shape: Map, width: int = 32, hidden: int = 512, hints: int = 32
+        self, stages: tuple[Stage, ...], shape: Map, width: int = 32, hidden: int = 64, hints: int = 32
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -466,7 +466,7 @@ def fit(
     generator: Generator,
     gradients: Gradients,
     images: Float[Tensor, "pairs channels height width"],
-    epochs: int = 14,
+    epochs: int = 8,
     batch: int = 100,
     rate: float = 4e-3,
     told: Callable[[int, float], None] = lambda epoch, loss: None,
