@@ -1,0 +1,622 @@
+"""A learned way from a gradient to its image, built stage by stage from the victim's own structure.
+
+Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026: its Coarse-GIT, one module a layer, from output to input.
+Departs from the paper in five ways: it begins with what a linear layer gives away in closed form; the image starts from
+a ridge regression on that; a stage reads a gradient through a learned estimate of the layer's error signal, for a
+layer's gradient is that signal times the layer's input; those estimates are also taught by the first layer, whose input
+is the image that the attacker knows; and a stage is a few convolutions on the grid of the layer's input, no perceptron.
+
+At batch 1 a linear layer on one row h has, with d = dL/dz, dL/db = d and dL/dW = G = d h^T, so h = G^T d / |d|^2.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from simulator.errors import FedtapError
+
+Gradients = Mapping[str, Tensor]
+"""By name of the parameter: `victims *shape`."""
+
+Shape = tuple[int, ...]
+
+Map = tuple[int, int, int]
+"""Channels, height, width."""
+
+FINEST = 16
+"""Longest side of a grid that a stage works on; finer maps are folded into channels."""
+
+EDGE = 1e-6
+"""How close to the ends of its range an activation is let, so that it can be undone."""
+
+FOLDS = 5
+"""Of the ridge regression: a stage learns from starts that did not see their own image, as a victim's will not."""
+
+STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0)
+"""Of the ridge regression, in units of a feature's variance."""
+
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda a: torch.logit(a, EDGE),
+    "tanh": lambda a: torch.atanh(a.clamp(EDGE - 1, 1 - EDGE)),
+}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A linear layer or a convolution: its gradient is its error signal times its input, summed over places."""
+
+    weight: str
+    bias: str | None
+    shape: Shape
+    """Of the weight."""
+    input: Shape
+    """Of one image's input: `channels height width`, `tokens width` or `width`."""
+    output: Shape
+    activation: str = ""
+    """What its input came out of, where that is in INVERSES."""
+    stride: Shape = (1, 1)
+    padding: Shape = (0, 0)
+    dilation: Shape = (1, 1)
+    groups: int = 1
+
+    @property
+    def is_row(self) -> bool:
+        """Whether its input is one row of features, which is then known in closed form."""
+        return len(self.input) == 1
+
+    @property
+    def known(self) -> int:
+        """How many features `row` returns."""
+        return self.input[0] * (1 + (self.activation in INVERSES))
+
+    def error(self, gradients: Gradients) -> Float[Tensor, "victims outputs"]:
+        """A row's error signal: its bias's gradient, or else the gradient's leading left singular vector."""
+        if self.bias is not None:
+            return gradients[self.bias]
+        gradient = gradients[self.weight]
+        leading = torch.linalg.eigh(gradient @ gradient.transpose(1, 2))[1][:, :, -1:]
+        largest = leading.gather(1, leading.abs().argmax(1, keepdim=True))
+        # softmax - onehot: the label's entry is the largest, and negative
+        error: Tensor = -leading * largest.sign() * gradient.flatten(1).norm(dim=1)[:, None, None]
+        return error.squeeze(2)
+
+    def row(self, gradients: Gradients) -> Float[Tensor, "victims known"]:
+        """Its input, and what went into the activation before it."""
+        error = self.error(gradients)
+        length = error.square().sum(1, keepdim=True).clamp_min(1e-24)
+        h = torch.einsum("nof,no->nf", gradients[self.weight], error) / length
+        inverse = INVERSES.get(self.activation)
+        return h if inverse is None else torch.cat([inverse(h), h], 1)
+
+    @property
+    def lost(self) -> list[int]:
+        """Rows and columns of the input that the strides leave over at the far edges."""
+        return [
+            side - (out - 1) * stride + 2 * padding - dilation * (kernel - 1) - 1
+            for side, out, stride, padding, dilation, kernel in zip(
+                self.input[1:], self.output[1:], self.stride, self.padding, self.dilation, self.shape[2:], strict=True
+            )
+        ]
+
+    def back(self, error: Tensor, weight: Tensor) -> Float[Tensor, "victims channels height width"]:
+        """The error signal of the layer's input, W^T d, as a map; `weight` has the layer's shape."""
+        if len(self.input) == 2:
+            return torch.einsum("nohw,oi->nihw", error, weight)
+        return F.conv_transpose2d(error, weight, None, self.stride, self.padding, self.lost, self.groups, self.dilation)
+
+    def adjoint(self, error: Tensor, gradient: Tensor) -> Float[Tensor, "victims channels height width"]:
+        """What the error signal picks out of each victim's gradient, as a map of the layer's input."""
+        if len(self.input) == 2:
+            return torch.einsum("nohw,noi->nihw", error, gradient)
+        each, victims = error.reshape(1, -1, *error.shape[2:]), len(error)  # all in one call, each a group of its own
+        seen = F.conv_transpose2d(
+            each,
+            gradient.flatten(0, 1),
+            None,
+            self.stride,
+            self.padding,
+            self.lost,
+            victims * self.groups,
+            self.dilation,
+        )
+        return seen.reshape(victims, *self.input)
+
+    def gradient(self, error: Tensor, seen: Tensor) -> Tensor:
+        """What a convolution without groups leaks under this error signal: `victims *shape`."""
+        patches = F.unfold(seen, self.shape[2:], self.dilation, self.padding, self.stride)  # victims patch places
+        return (error.flatten(2) @ patches.transpose(1, 2)).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A layer, or a block of layers, with the parameters in it."""
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    others: tuple[tuple[str, Shape], ...]
+    """Parameters that are no leaf's weight: biases, norms, positions."""
+    input: Shape
+    output: Shape
+
+    @property
+    def spread(self) -> tuple[Leaf, ...]:
+        """The leaves whose input has places."""
+        return tuple(leaf for leaf in self.leaves if not leaf.is_row)
+
+
+def as_map(shape: Shape) -> Map:
+    """The shape of a map that holds this: tokens stand in a square where they fill one, a row in one place."""
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    tokens, width = shape if len(shape) == 2 else (1, shape[0])
+    side = math.isqrt(tokens)
+    return (width, side, side) if side * side == tokens else (width, tokens, 1)
+
+
+def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
+    """The network's stages from input to output, found as it runs on one image without numbers.
+
+    The network itself and every `Sequential` in it are opened; each other module with parameters is a stage, but a norm
+    joins the stage before it.
+
+    Raises:
+        FedtapError: a layer has a form that no stage can read, or a parameter belongs to none; it is named.
+    """
+    network = copy.deepcopy(network).to("meta").eval()
+    names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    called = {id(module): name for name, module in network.named_modules()}
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def heard(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        given = inputs[0] if inputs else None
+        if module in calls:
+            raise _refused(called[id(module)], module, "runs more than once")
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+            raise _refused(called[id(module)], module, "does not take a tensor first and return one")
+        calls[module] = given, output
+
+    for module in network.modules():
+        if _trained(module):
+            module.register_forward_hook(heard)
+    with torch.no_grad(), _Activations() as activations:
+        network(torch.zeros(1, *shape, device="meta"))
+
+    def leaf(module: nn.Module) -> Leaf | None:
+        if not isinstance(module, nn.Linear | nn.Conv2d) or module not in calls or not module.weight.requires_grad:
+            return None
+        given, made = calls[module]
+        convolution = isinstance(module, nn.Conv2d)
+        usual = given.ndim == 4 if convolution else given.ndim in (2, 3)
+        if not usual or (convolution and (module.padding_mode != "zeros" or isinstance(module.padding, str))):
+            raise _refused(called[id(module)], module, "is not one whose gradient can be read")
+        geometry = ("stride", "padding", "dilation", "groups") if convolution else ()
+        return Leaf(
+            names[id(module.weight)],
+            names[id(module.bias)] if module.bias is not None and module.bias.requires_grad else None,
+            tuple(module.weight.shape),
+            tuple(given.shape[1:]),
+            tuple(made.shape[1:]),
+            activations.kinds.get(id(given), ""),
+            **{name: getattr(module, name) for name in geometry},
+        )
+
+    found: list[Stage] = []
+    opened = set(_opened(network))
+    for module, (given, made) in calls.items():
+        if module not in opened:
+            continue
+        leaves = tuple(one for part in module.modules() if (one := leaf(part)) is not None)
+        read = {one.weight for one in leaves}
+        others = tuple((names[id(each)], tuple(each.shape)) for each in _trained(module) if names[id(each)] not in read)
+        if leaves:
+            found.append(Stage(called[id(module)], leaves, others, tuple(given.shape[1:]), tuple(made.shape[1:])))
+        elif found and given.shape == made.shape:  # a norm
+            found[-1] = replace(found[-1], others=found[-1].others + others)
+        else:
+            raise _refused(called[id(module)], module, "holds no linear layer or convolution")
+    if found:  # the network's own, such as positions
+        own = tuple((names[id(each)], tuple(each.shape)) for each in _trained(network, recurse=False))
+        found[0] = replace(found[0], others=found[0].others + own)
+    covered = {leaf.weight for stage in found for leaf in stage.leaves} | {
+        n for stage in found for n, _ in stage.others
+    }
+    if missing := [name for name in names.values() if name not in covered]:
+        raise FedtapError(
+            f"Parameter {missing[0]} belongs to no layer that runs as a module, so no stage can read its gradient: "
+            "call the layer that holds it, or use idlg, which needs no such structure."
+        )
+    if not found or len(found[-1].leaves) != 1 or not found[-1].leaves[0].is_row:
+        raise FedtapError(
+            "The network does not end in a linear layer on one row of features, where reading its gradient begins: use "
+            "idlg, which needs no such structure."
+        )
+    return tuple(found)
+
+
+class Generator(nn.Module):
+    """From the gradient of one image each to the images.
+
+    Args:
+        stages: the network's, from input to output.
+        shape: of an image.
+        width: channels of the running estimate.
+        hidden: units of the bootstrap's perceptron.
+        hints: units through which a stage reads all its gradients directly.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    offset: Tensor
+    ridge: Tensor
+    trust: Tensor
+
+    def __init__(
+        self, stages: tuple[Stage, ...], shape: Map, width: int = 32, hidden: int = 64, hints: int = 32
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        body = [stage for stage in reversed(stages) if stage.spread]
+        self.rows = [leaf for stage in reversed(stages) for leaf in stage.leaves if leaf.is_row]
+        features, pixels = sum(leaf.known for leaf in self.rows), math.prod(shape)
+        clues = self.rows[0].output[0] + 1
+        self.register_buffer("mean", torch.zeros(features + 1))
+        self.register_buffer("deviation", torch.ones(features + 1))
+        self.register_buffer("offset", torch.zeros(pixels))
+        self.register_buffer("ridge", torch.zeros(features, pixels))
+        self.register_buffer("trust", torch.ones(()))
+        self.bootstrap = nn.Sequential(nn.Linear(features + clues, hidden), nn.ReLU(), nn.Linear(hidden, pixels))
+        _silence(self.bootstrap[-1])
+        self.stages = nn.ModuleList()
+        self.state: Map = (0, 0, 0)
+        if body:
+            # the rows that follow the last map: the first of them is that map, flattened, where the sizes agree
+            first = next(leaf for stage in stages[stages.index(body[0]) + 1 :] for leaf in stage.leaves)
+            begin = sum(leaf.known for leaf in self.rows[: self.rows.index(first)])
+            self.top = slice(begin, begin + first.known)
+            channels, height, side = as_map(body[0].output)
+            copies, rest = divmod(2 * first.known, channels * height * side)
+            self.state = (2 * first.known, 1, 1) if rest or not copies else (copies * channels, height, side)
+        state, above = self.state, 0
+        for stage in body:
+            self.stages.append(_Reader(stage, clues, state, above, shape, width, hints))
+            state, above = (width, *_grid(as_map(stage.input))), as_map(stage.spread[0].input)[0]
+        if body:
+            self.fold = max(1, shape[1] // state[1])
+            self.last = nn.Conv2d(state[0], shape[0] * self.fold**2, 1)
+            _silence(self.last)
+
+    def forward(self, gradients: Gradients) -> Float[Tensor, "victims channels height width"]:
+        """The images, in [0, 1]."""
+        return self.images(gradients)[0].clamp(0, 1)
+
+    def images(
+        self, gradients: Gradients, start: Tensor | None = None, truth: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The images as they come, for training (outside [0, 1] a clamp would have no slope), and the surprise: how far
+        the first layer's gradient is from what the true images would leak under its estimated error signal.
+        """
+        known, length, direction = self._closed_form(gradients)
+        features, clues = self._standardised(known, length, direction)
+        start = features @ self.ridge + self.offset if start is None else start
+        image = (start + self.bootstrap(torch.cat([features, clues], 1))).reshape(-1, *self.shape)
+        surprise = image.new_zeros(())
+        if self.stages:
+            # as known too: an activation's slope is one function of its value, the same for all entries
+            top = torch.cat([features[:, self.top], known[:, self.top]], 1)
+            state, error = top.reshape(-1, *self.state), None
+            for stage in self.stages:
+                state, error, surprise = stage(state, error, image, gradients, clues, length, truth)
+            image = image + F.interpolate(F.pixel_shuffle(self.last(state), self.fold), self.shape[1:])
+        return torch.where(self.trust > 0, image, start.reshape(image.shape)), surprise
+
+    @torch.no_grad()
+    def fit_statistics(
+        self, gradients: Gradients, images: Float[Tensor, "pairs channels height width"]
+    ) -> Float[Tensor, "pairs pixels"]:
+        """All that is fitted in closed form: means, deviations, the ridge regression.
+
+        Returns:
+            The pairs' own starts, each by a regression that did not see it.
+        """
+        known, length, direction = self._closed_form(gradients)
+        every = torch.cat([known, length.log()], 1)
+        self.mean.copy_(every.mean(0))
+        self.deviation.copy_(every.std(0).clamp_min(1e-12))
+        features, clues = self._standardised(known, length, direction)
+        pixels = images.flatten(1)
+        self.offset.copy_(pixels.mean(0))
+        ridge, others = _ridge(features, pixels - self.offset)
+        self.ridge.copy_(ridge)
+        for stage in self.stages:
+            stage.fit_statistics(gradients, clues, length)  # type: ignore[operator]
+        return others + self.offset
+
+    def _closed_form(self, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows' inputs; the last layer's error signal's length, `victims 1`, and direction, `victims classes`."""
+        error = self.rows[0].error(gradients)
+        length = error.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return torch.cat([leaf.row(gradients) for leaf in self.rows], 1), length, error / length
+
+    def _standardised(self, known: Tensor, length: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' inputs, and what every stage is told: the error signal's direction and length."""
+        every = (torch.cat([known, length.log()], 1) - self.mean) / self.deviation
+        return every[:, :-1], torch.cat([direction, every[:, -1:]], 1)
+
+
+class _Reader(nn.Module):
+    """One stage: from the running estimate of its output, and its gradients, to that of its input."""
+
+    def __init__(self, stage: Stage, clues: int, state: Map, above: int, image: Map, width: int, hints: int) -> None:
+        super().__init__()
+        self.stage, self.grid = stage, _grid(as_map(stage.input))
+        shapes = [(leaf.weight, leaf.shape) for leaf in stage.spread] + list(stage.others)
+        self.news = nn.ModuleDict({_key(name): _News(math.prod(shape), clues) for name, shape in shapes})
+        self.names = [name for name, _ in shapes]
+        first = stage.spread[0]
+        self.weight = nn.Parameter(torch.randn(first.shape) / math.sqrt(math.prod(first.shape[1:])))
+        self.sees_image = len(stage.leaves) == 1 and first.input == image and first.groups == 1
+        self.scale = nn.Parameter(torch.ones(image[0], 1, 1))
+        self.shift = nn.Parameter(torch.zeros(image[0], 1, 1))
+        self.tables, self.slopes = nn.ParameterList(), nn.ParameterList()
+        self.gates, self.chains, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        seen = 0
+        for leaf in stage.spread:
+            output = as_map(leaf.output)
+            self.tables.append(nn.Parameter((0.01 if above else 0.3) * torch.randn(clues, *output)))
+            self.slopes.append(nn.Parameter(torch.ones(output)))
+            self.gates.append(nn.Sequential(nn.Conv2d(state[0], width, 1), nn.ReLU(), nn.Conv2d(width, output[0], 1)))
+            self.chains.append(nn.Conv2d(above, output[0], 1) if above not in (0, output[0]) else nn.Identity())
+            channels = _resampled(as_map(leaf.input), self.grid)[0]
+            self.norms.append(nn.BatchNorm2d(channels))
+            seen += channels
+        self.hear = nn.Linear(sum(math.prod(shape) for _, shape in shapes), hints)
+        self.turn = nn.Linear(clues, hints)
+        self.tell = nn.Linear(hints, HINTED * math.prod(self.grid))
+        taken = _resampled(state, self.grid)[0] + _resampled(image, self.grid)[0] + seen + HINTED
+        self.mix = nn.Conv2d(taken, width, 1)
+        self.sharpen = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(
+        self,
+        state: Tensor,
+        above: Tensor | None,
+        image: Tensor,
+        gradients: Gradients,
+        clues: Tensor,
+        length: Tensor,
+        truth: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The running estimate of the stage's input, its error signal, and the surprise where it sees the image."""
+        news = [self._of(name)(gradients[name], clues, length) for name in self.names]
+        parts = [_resample(state, self.grid), _resample(image, self.grid)]
+        errors, surprise = [], state.new_zeros(())
+        for which, leaf in enumerate(self.stage.spread):
+            error = torch.einsum("nc,cxyz->nxyz", clues, self.tables[which])
+            if above is not None:
+                error = error + F.interpolate(self.chains[which](above), error.shape[2:])
+            # d = (W^T d') * s'(z): the slope is told by the activation
+            error = error * (self.slopes[which] + F.interpolate(self.gates[which](state), error.shape[2:]))
+            shown = news[which].reshape(-1, *leaf.shape)
+            if self.sees_image:
+                leaked = gradients[leaf.weight] / (length[:, :, None, None, None] * self._of(leaf.weight).size)
+                shown = leaked - leaf.gradient(error, self.scale * image.detach() + self.shift)
+                if truth is not None:
+                    surprise = F.mse_loss(leaf.gradient(error, self.scale * truth + self.shift), leaked)
+            parts.append(self.norms[which](_resample(leaf.adjoint(error, shown), self.grid)))
+            errors.append(error)
+        heard = torch.relu(self.hear(torch.cat(news, 1))) * self.turn(clues)
+        parts.append(self.tell(heard).reshape(-1, HINTED, *self.grid))
+        mixed = self.mix(torch.cat(parts, 1))
+        return mixed + self.sharpen(mixed), self.stage.spread[0].back(errors[0], self.weight), surprise
+
+    def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
+        """What of each gradient the label explains, and the size of the rest."""
+        for name in self.names:
+            self._of(name).fit(gradients[name], clues, length)
+
+    def _of(self, name: str) -> _News:
+        news = self.news[_key(name)]
+        assert isinstance(news, _News)
+        return news
+
+
+class _News(nn.Module):
+    """A gradient over the error signal's length, less what the error signal's direction explains of it."""
+
+    explained: Tensor
+    size: Tensor
+
+    def __init__(self, entries: int, clues: int) -> None:
+        super().__init__()
+        self.register_buffer("explained", torch.zeros(clues, entries))
+        self.register_buffer("size", torch.ones(()))
+
+    def forward(self, gradient: Tensor, clues: Tensor, length: Tensor) -> Float[Tensor, "victims entries"]:
+        return (gradient.flatten(1) / length - _with_one(clues) @ self.explained) / self.size
+
+    def fit(self, gradient: Tensor, clues: Tensor, length: Tensor) -> None:
+        entries, given = gradient.flatten(1) / length, _with_one(clues)
+        normal = given.T @ given + 1e-6 * len(given) * torch.eye(given.shape[1], device=given.device)
+        self.explained.copy_(torch.linalg.solve(normal, given.T @ entries))
+        rest, all_of_it = ((entries - part).square().mean().sqrt() for part in (given @ self.explained, 0.0))
+        self.size.copy_(rest.clamp_min(1e-3 * all_of_it).clamp_min(1e-12))
+
+
+HINTED = 4
+"""Channels of what a stage hears of its gradients directly."""
+
+
+SURPRISE = 5e-3
+"""Weight of the surprise beside the misfit, which is about as small."""
+
+
+def fit(
+    generator: Generator,
+    gradients: Gradients,
+    images: Float[Tensor, "pairs channels height width"],
+    epochs: int = 8,
+    batch: int = 100,
+    rate: float = 4e-3,
+    told: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> None:
+    """Fit on pairs: the statistics in closed form, then Adam under one cycle of rates on the mean squared error.
+
+    Every twentieth pair is held out, and what was learned is kept only where it beats the ridge regression there.
+
+    Args:
+        told: called after each epoch with its mean loss.
+    """
+    held = torch.arange(len(images), device=images.device) % 20 == 0
+    taught, kept = ~held, {name: tensor[held] for name, tensor in gradients.items()}
+    rows = taught.nonzero().flatten()
+    starts = generator.fit_statistics({name: tensor[rows] for name, tensor in gradients.items()}, images[rows])
+    adam = torch.optim.Adam(generator.parameters(), rate)
+    steps = max(1, len(rows) // batch)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=epochs * steps, pct_start=0.1)
+    generator.train()
+    for epoch in range(epochs):
+        total = 0.0
+        for which in torch.randperm(len(rows))[: steps * batch].chunk(steps):
+            chosen, start = rows[which], starts[which]
+            truth = images[chosen]
+            here = {name: tensor[chosen] for name, tensor in gradients.items()}
+            guess, surprise = generator.images(here, start, truth)
+            misfit = F.mse_loss(guess, truth)
+            loss = misfit + SURPRISE * surprise
+            adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            cycle.step()
+            total += misfit.item() / steps
+        told(epoch, total)
+    generator.eval()
+    misfits = []
+    with torch.no_grad():
+        for trust in (0.0, 1.0):
+            generator.trust.fill_(trust)
+            misfits.append(F.mse_loss(generator(kept), images[held]).item())
+        generator.trust.fill_(float(misfits[1] < misfits[0]))
+
+
+def _ridge(
+    features: Float[Tensor, "pairs features"], wanted: Float[Tensor, "pairs pixels"]
+) -> tuple[Float[Tensor, "features pixels"], Float[Tensor, "pairs pixels"]]:
+    """The regression's matrix, and for each pair the answer of the regression on the other folds' pairs.
+
+    Its strength is the one that serves the first fold best.
+    """
+    fold = torch.arange(len(features), device=features.device) % FOLDS
+    given, answer = features.double(), wanted.double()
+    normals = torch.stack([given[fold == k].T @ given[fold == k] for k in range(FOLDS)])
+    moments = torch.stack([given[fold == k].T @ answer[fold == k] for k in range(FOLDS)])
+
+    def solved(strength: float, without: int | None = None) -> Tensor:
+        normal, moment = normals.sum(0), moments.sum(0)
+        if without is not None:
+            normal, moment = normal - normals[without], moment - moments[without]
+        ridge = strength * normal.diagonal().mean() * torch.eye(len(normal)).to(normal)
+        return torch.cholesky_solve(moment, torch.linalg.cholesky(normal + ridge))
+
+    def misfit(strength: float) -> float:
+        return F.mse_loss(given[fold == 0] @ solved(strength, 0), answer[fold == 0]).item()
+
+    strength = min(STRENGTHS, key=misfit)
+    others = torch.empty_like(wanted)
+    for k in range(FOLDS):
+        others[fold == k] = (given[fold == k] @ solved(strength, k)).to(wanted.dtype)
+    return solved(strength).to(features.dtype), others
+
+
+def _grid(shape: Map) -> tuple[int, int]:
+    """The grid that a stage works on for a map of this shape: its own, or folded to FINEST."""
+    _, height, width = shape
+    for factor in range(1, min(height, width) + 1):
+        if height % factor == 0 == width % factor and max(height, width) // factor <= FINEST:
+            return height // factor, width // factor
+    return min(height, FINEST), min(width, FINEST)
+
+
+def _fold(height: int, width: int, grid: tuple[int, int]) -> int:
+    """By how much a map is folded to fit a grid; 0 where it must be resized."""
+    factor = height // grid[0]
+    return factor if (grid[0] * factor, grid[1] * factor) == (height, width) else 0
+
+
+def _resampled(shape: Map, grid: tuple[int, int]) -> Map:
+    """The shape of `_resample`'s answer."""
+    return shape[0] * max(1, _fold(*shape[1:], grid)) ** 2, *grid
+
+
+def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps on this grid: finer ones are folded into channels, others take the nearest value."""
+    factor = _fold(maps.shape[2], maps.shape[3], grid)
+    if factor == 1:
+        return maps
+    return F.pixel_unshuffle(maps, factor) if factor else F.interpolate(maps, grid)
+
+
+def _with_one(clues: Tensor) -> Tensor:
+    """The error signal's direction, and one."""
+    return torch.cat([clues[:, :-1], torch.ones_like(clues[:, :1])], 1)
+
+
+def _silence(layer: nn.Module) -> None:
+    """Let a layer begin with zeros."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _opened(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are stages or norms."""
+    for child in module.children():
+        if isinstance(child, nn.Sequential):
+            yield from _opened(child)
+        elif _trained(child):
+            yield child
+
+
+def _trained(module: nn.Module, recurse: bool = True) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters(recurse) if parameter.requires_grad]
+
+
+def _refused(name: str, module: nn.Module, why: str) -> FedtapError:
+    return FedtapError(
+        f"Layer {name or 'at the top'} ({type(module).__name__}) {why}, so no stage can read its gradient: use linear "
+        "layers, convolutions padded with zeros, norms and blocks of them, or idlg, which needs no such structure."
+    )
+
+
+class _Activations(TorchFunctionMode):
+    """Notes which tensors are the output of an activation that can be undone, also after they were flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[int, str] = {}
+        self._alive: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self._alive.append(output)  # so that no other tensor takes its id
+            name = getattr(func, "__name__", "")
+            if name in INVERSES:
+                self.kinds[id(output)] = name
+            elif name in ("flatten", "reshape", "view") and id(args[0]) in self.kinds:
+                self.kinds[id(output)] = self.kinds[id(args[0])]
+        return output
