@@ -31,7 +31,7 @@ from attackers.parts.labels import recovered
 from attackers.parts.priors import length, statistics_gap, total_variation
 from attackers.refine import Refine
 from attackers.restarts import Restarts
-from simulator.attack import Attack, Images, Reconstruction, draw
+from simulator.attack import Attack, Images, Learned, Learner, Reconstruction, draw
 from simulator.errors import FedtapError
 from simulator.leaks import KINDS, GradientLeak, Leak
 from simulator.models import build
@@ -85,7 +85,7 @@ def quick(name: str) -> Attack:
     every = dataclasses.fields(CANDIDATES[name])  # type: ignore[arg-type]
     fields = {field.name: str(field.type) for field in every if field.default_factory is dataclasses.MISSING}
     given: dict[str, object] = {field: IDLG(steps=4) for field, kind in fields.items() if kind == "Attack"}
-    small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8}
+    small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8, "inner": 4}
     given |= {field: trained() for field, kind in fields.items() if kind == "str"}
     return CANDIDATES[name](**given, **{field: value for field, value in small.items() if field in fields})
 
@@ -106,8 +106,10 @@ def without_weights(leak: Leak) -> Leak:
 
 
 def wants_weights(attack: Attack) -> bool:
-    """Whether it, or one that it wraps, needs them."""
-    inside = [value for value in vars(attack).values() if isinstance(value, Attack)]
+    """Whether it, or one that it wraps, needs them; one that learns says so for all of it."""
+    if isinstance(attack, Learned):
+        return attack.learner.needs_weights
+    inside = [] if isinstance(attack, Learner) else [v for v in vars(attack).values() if isinstance(v, Attack)]
     return attack.needs_weights or any(wants_weights(one) for one in inside)
 
 
@@ -216,7 +218,8 @@ def test_a_strangers_leak_teaches_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if wants_weights(quick(name))])
 def test_the_image_moves_towards_the_leak(name: str) -> None:
-    leak, attack = suited(name), quick(name)
+    leak = suited(name)
+    attack = ready(quick(name), leak)
     guess = attack(leak, seed=0)
     first = draw(leak.repeat(attack.starts), 0, attack.distribution)[:: attack.starts]
     assert float((guess.images - first).abs().mean()) > 1e-3

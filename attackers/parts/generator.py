@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from attackers.parts.teaching import HELD_OUT
+from simulator.attack import generator as seeded
 from simulator.errors import FedtapError
+from simulator.progress import progress
 
 Gradients = Mapping[str, Tensor]
 """By name of the parameter: `victims *shape`."""
@@ -36,8 +39,11 @@ Map = tuple[int, int, int]
 FINEST = 16
 """Longest side of a grid that a stage works on; finer maps are folded into channels."""
 
-EDGE = 1e-6
-"""How close to the ends of its range an activation is let, so that it can be undone."""
+EDGES = (1e-6, 1e-4, 1e-2, 5e-2)
+"""How close to the ends of its range an activation may be let, so that it can be undone; noise asks for room."""
+
+TRIED, PROBES = 3000, 64
+"""Pairs and pixels on which values of EDGES are tried."""
 
 FOLDS = 5
 """Of the ridge regression: a stage learns from starts that did not see their own image, as a victim's will not."""
@@ -45,10 +51,13 @@ FOLDS = 5
 STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0)
 """Of the ridge regression, in units of a feature's variance."""
 
-INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": lambda a: torch.logit(a, EDGE),
-    "tanh": lambda a: torch.atanh(a.clamp(EDGE - 1, 1 - EDGE)),
+INVERSES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sigmoid": lambda a, edge: torch.logit(a, edge),
+    "tanh": lambda a, edge: torch.atanh(a.clamp(edge - 1, 1 - edge)),
 }
+
+ERROR, KNOWN = "<error>", "<known>"
+"""Names, among those of parameters, of the last layer's error signal and of the rows that are known in closed form."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Leaf:
 
     @property
     def known(self) -> int:
-        """How many features `row` returns."""
+        """How many features `features` returns."""
         return self.input[0] * (1 + (self.activation in INVERSES))
 
     def error(self, gradients: Gradients) -> Float[Tensor, "victims outputs"]:
@@ -90,13 +99,16 @@ class Leaf:
         error: Tensor = -leading * largest.sign() * gradient.flatten(1).norm(dim=1)[:, None, None]
         return error.squeeze(2)
 
-    def row(self, gradients: Gradients) -> Float[Tensor, "victims known"]:
-        """Its input, and what went into the activation before it."""
+    def row(self, gradients: Gradients) -> Float[Tensor, "victims features"]:
+        """Its input, in closed form."""
         error = self.error(gradients)
         length = error.square().sum(1, keepdim=True).clamp_min(1e-24)
-        h = torch.einsum("nof,no->nf", gradients[self.weight], error) / length
+        return torch.einsum("nof,no->nf", gradients[self.weight], error) / length
+
+    def features(self, row: Float[Tensor, "victims features"], edge: float) -> Float[Tensor, "victims known"]:
+        """Its input, after what went into the activation before it where that can be undone."""
         inverse = INVERSES.get(self.activation)
-        return h if inverse is None else torch.cat([inverse(h), h], 1)
+        return row if inverse is None else torch.cat([inverse(row, edge), row], 1)
 
     @property
     def lost(self) -> list[int]:
@@ -259,6 +271,7 @@ class Generator(nn.Module):
     offset: Tensor
     ridge: Tensor
     trust: Tensor
+    edge: Tensor
 
     def __init__(
         self, stages: tuple[Stage, ...], shape: Map, width: int = 32, hidden: int = 64, hints: int = 32
@@ -274,6 +287,7 @@ class Generator(nn.Module):
         self.register_buffer("offset", torch.zeros(pixels))
         self.register_buffer("ridge", torch.zeros(features, pixels))
         self.register_buffer("trust", torch.ones(()))
+        self.register_buffer("edge", torch.tensor(EDGES[0]))
         self.bootstrap = nn.Sequential(nn.Linear(features + clues, hidden), nn.ReLU(), nn.Linear(hidden, pixels))
         _silence(self.bootstrap[-1])
         self.stages = nn.ModuleList()
@@ -297,13 +311,24 @@ class Generator(nn.Module):
 
     def forward(self, gradients: Gradients) -> Float[Tensor, "victims channels height width"]:
         """The images, in [0, 1]."""
-        return self.images(gradients)[0].clamp(0, 1)
+        return self.images(self.read(gradients))[0].clamp(0, 1)
+
+    def read(self, gradients: Gradients) -> dict[str, Tensor]:
+        """What the stages look at: rows in closed form in the place of their layers' gradients, which are larger."""
+        rows = {leaf.weight for leaf in self.rows}
+        kept = {name: tensor for name, tensor in gradients.items() if name not in rows}
+        kept[ERROR] = self.rows[0].error(gradients)
+        kept[KNOWN] = torch.cat([leaf.row(gradients) for leaf in self.rows], 1)
+        return kept
 
     def images(
         self, gradients: Gradients, start: Tensor | None = None, truth: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The images as they come, for training (outside [0, 1] a clamp would have no slope), and the surprise: how far
         the first layer's gradient is from what the true images would leak under its estimated error signal.
+
+        Args:
+            gradients: as `read` returns them.
         """
         known, length, direction = self._closed_form(gradients)
         features, clues = self._standardised(known, length, direction)
@@ -328,6 +353,7 @@ class Generator(nn.Module):
         Returns:
             The pairs' own starts, each by a regression that did not see it.
         """
+        self.edge.fill_(min(EDGES, key=lambda edge: self._misfit(gradients, images.flatten(1), edge)))
         known, length, direction = self._closed_form(gradients)
         every = torch.cat([known, length.log()], 1)
         self.mean.copy_(every.mean(0))
@@ -341,11 +367,23 @@ class Generator(nn.Module):
             stage.fit_statistics(gradients, clues, length)  # type: ignore[operator]
         return others + self.offset
 
+    def _misfit(self, gradients: Gradients, pixels: Tensor, edge: float) -> float:
+        """Of a ridge regression on some of the pairs, for some of the pixels, on others."""
+        self.edge.fill_(edge)
+        known = self._closed_form({name: gradients[name][:TRIED] for name in (ERROR, KNOWN)})[0]
+        known = (known - known.mean(0)) / known.std(0).clamp_min(1e-12)
+        some = pixels[:TRIED, :: max(1, pixels.shape[1] // PROBES)]
+        some = some - some.mean(0)
+        return F.mse_loss(_ridge(known, some)[1], some).item()
+
     def _closed_form(self, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         """The rows' inputs; the last layer's error signal's length, `victims 1`, and direction, `victims classes`."""
-        error = self.rows[0].error(gradients)
+        error = gradients[ERROR]
         length = error.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return torch.cat([leaf.row(gradients) for leaf in self.rows], 1), length, error / length
+        rows = torch.split(gradients[KNOWN], [leaf.input[0] for leaf in self.rows], 1)
+        edge = float(self.edge)
+        known = [leaf.features(row, edge) for leaf, row in zip(self.rows, rows, strict=True)]
+        return torch.cat(known, 1), length, error / length
 
     def _standardised(self, known: Tensor, length: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' inputs, and what every stage is told: the error signal's direction and length."""
@@ -466,48 +504,51 @@ def fit(
     generator: Generator,
     gradients: Gradients,
     images: Float[Tensor, "pairs channels height width"],
-    epochs: int = 8,
-    batch: int = 100,
-    rate: float = 4e-3,
-    told: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> None:
+    *,
+    epochs: int,
+    batch: int,
+    rate: float,
+    seed: int,
+) -> Float[Tensor, ""]:
     """Fit on pairs: the statistics in closed form, then Adam under one cycle of rates on the mean squared error.
 
-    Every twentieth pair is held out, and what was learned is kept only where it beats the ridge regression there.
+    The last pairs are held out, one in HELD_OUT: what was learned is kept only where it beats the ridge regression
+    there.
 
     Args:
-        told: called after each epoch with its mean loss.
+        gradients: as `Generator.read` returns them.
+
+    Returns:
+        The mean squared error on the pairs that were held out.
     """
-    held = torch.arange(len(images), device=images.device) % 20 == 0
-    taught, kept = ~held, {name: tensor[held] for name, tensor in gradients.items()}
-    rows = taught.nonzero().flatten()
-    starts = generator.fit_statistics({name: tensor[rows] for name, tensor in gradients.items()}, images[rows])
+    kept = len(images) - max(1, len(images) // HELD_OUT)
+
+    def rows(which: Tensor | slice) -> dict[str, Tensor]:
+        return {name: tensor[which] for name, tensor in gradients.items()}
+
+    starts = generator.fit_statistics(rows(slice(kept)), images[:kept])
     adam = torch.optim.Adam(generator.parameters(), rate)
-    steps = max(1, len(rows) // batch)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=epochs * steps, pct_start=0.1)
+    steps, draw = max(1, kept // batch), seeded(seed, "minibatches")
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=max(1, epochs * steps), pct_start=0.1)
     generator.train()
-    for epoch in range(epochs):
-        total = 0.0
-        for which in torch.randperm(len(rows))[: steps * batch].chunk(steps):
-            chosen, start = rows[which], starts[which]
-            truth = images[chosen]
-            here = {name: tensor[chosen] for name, tensor in gradients.items()}
-            guess, surprise = generator.images(here, start, truth)
-            misfit = F.mse_loss(guess, truth)
-            loss = misfit + SURPRISE * surprise
+    for _ in progress(epochs, "learning"):
+        for some in torch.randperm(kept, generator=draw)[: steps * batch].chunk(steps):
+            guess, surprise = generator.images(rows(some), starts[some], images[some])
+            loss = F.mse_loss(guess, images[some]) + SURPRISE * surprise
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
             cycle.step()
-            total += misfit.item() / steps
-        told(epoch, total)
     generator.eval()
     misfits = []
     with torch.no_grad():
         for trust in (0.0, 1.0):
             generator.trust.fill_(trust)
-            misfits.append(F.mse_loss(generator(kept), images[held]).item())
-        generator.trust.fill_(float(misfits[1] < misfits[0]))
+            parts = torch.arange(kept, len(images)).split(batch)  # type: ignore[no-untyped-call]
+            guess = torch.cat([generator.images(rows(some))[0].clamp(0, 1) for some in parts])
+            misfits.append(F.mse_loss(guess, images[kept:]))
+    generator.trust.fill_(float(misfits[1] < misfits[0]))
+    return min(misfits)
 
 
 def _ridge(
