@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attackers.coarse_git import CoarseGIT
 from attackers.exact_git import ExactGIT
 from attackers.gauss_newton import LANES
 from attackers.parts.checks import check_fields
@@ -22,7 +23,6 @@ from attackers.parts.gradients import check_match
 from attackers.parts.labels import last_linear, recovered
 from attackers.parts.newton import Product, fitted, residual
 from attackers.parts.teaching import HELD_OUT
-from attackers.ridge import Ridge
 from simulator.attack import Attack, Images, Learner, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
@@ -41,7 +41,7 @@ class FusedGIT(Learner):
 
     needs_weights = True
 
-    prior: Attack = field(default_factory=Ridge)
+    prior: Attack = field(default_factory=CoarseGIT)
     steps: int = 10
     inner: int = 100
 

@@ -11,7 +11,7 @@ from typing import Unpack
 from scenarios.image import ImageKnobs, heard_by, image_knobs
 from simulator.scenario import Scenario
 
-PANELS = {"eavesdropper": "training_mean,ridge"}
+PANELS = {"eavesdropper": "training_mean,ridge,coarse_git"}
 
 
 @image_knobs(victims=8, local_samples=(0, 64, 256), local_epochs=(1, 10))

@@ -11,10 +11,10 @@ from typing import Unpack
 from scenarios.image import ImageKnobs, heard_by, image_knobs
 from simulator.scenario import Scenario
 
-FLOORS = "grey,training_mean,nearest,ridge"
 PANELS = {
-    "eavesdropper": f"{FLOORS},lti(width=600,epochs=60)",
-    "curious_server": "exact_git(weighted=False),exact_git",
+    "eavesdropper": "grey,training_mean,nearest,ridge,lti(width=500,epochs=60,rate=3e-4),flat_mlp,coarse_git,"
+    "identified(exact_git)",
+    "curious_server": "rgap,exact_git(weighted=False),exact_git,fused_git",
 }
 
 

@@ -33,7 +33,9 @@ class ImageKnobs(TypedDict):
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]
     attacker: Annotated[str, Knob("PATH of a trained attack's .safetensors, as a run leaves it", swept=False)]
-    pairs: Annotated[int, Knob("practice pairs for attacks that learn; 0: all the public images, 10,000 at most", 0)]
+    pairs: Annotated[
+        int, Knob("practice pairs for attacks that learn; 0: the public images and their mirrors, 10,000 at most", 0)
+    ]
     source: Annotated[str, Knob("who computes the practice pairs' gradients", choices=SOURCES)]
     practice_classes: Annotated[str, Knob("classes of the practice examples, or a half of them", choices=CLASSES)]
     victims_world: Annotated[str, Knob("where the victims' images are from, if from another world", path=True)]

@@ -13,7 +13,7 @@ from scenarios.image import ImageKnobs, heard_by, image_knobs
 from scenarios.knobs import Knob
 from simulator.scenario import Scenario
 
-PANELS = {"curious_server": "ridge,exact_git,fused_git"}
+PANELS = {"curious_server": "coarse_git,exact_git,refine(exact_git,gauss_newton),fused_git"}
 
 
 @image_knobs(victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))

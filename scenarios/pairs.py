@@ -11,10 +11,10 @@ from typing import Unpack
 from scenarios.image import ImageKnobs, heard_by, image_knobs
 from simulator.scenario import Scenario
 
-PANELS = {"eavesdropper": "training_mean,nearest,ridge,lti(width=600,epochs=60)"}
+PANELS = {"eavesdropper": "training_mean,nearest,ridge,coarse_git,identified(exact_git)"}
 
 
-@image_knobs(victims=8, pairs=(100, 200, 400))
+@image_knobs(victims=8, pairs=(100, 200, 400, 900))
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """The same victims, attacked after more and more practice."""
     return heard_by(knobs, PANELS)

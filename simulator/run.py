@@ -33,7 +33,7 @@ PICTURES = 8
 """Victims shown in the strip and on the page."""
 
 PAIRS = 10_000
-"""Practice pairs where the scenario names no number and the world has as many."""
+"""Practice pairs where the scenario names no number and the world has as many, mirror images included."""
 
 
 def device_named(name: str) -> torch.device:
@@ -110,14 +110,16 @@ class Played:
     def practice(self) -> Practice:
         """The part's practice pairs: those of its folder, or heard now and kept there."""
         part, world = self.part, self.private.world
-        most = len(world.public) // part.batch
+        most = 2 * len(world.public) // part.batch
         wanted = part.pairs or min(most, PAIRS)
         if not 1 <= wanted <= most:
             raise FedtapError(
                 f"{wanted:,} practice pairs of {part.batch} images are more than the {len(world.public):,} images on "
-                f"the public side of {part.world} give ({most:,}): lower --pairs."
+                f"the public side of {part.world} and their mirror images give ({most:,}): lower --pairs."
             )
-        images, labels = world.public.batch(torch.arange(wanted * part.batch))
+        images, labels = world.public.batch(torch.arange(wanted * part.batch) % len(world.public))
+        mirrored = torch.arange(len(images)) >= len(world.public)
+        images[mirrored] = images[mirrored].flip(3)
         protocol = dataclasses.replace(part.protocol(world), steps=1)
         known = {
             **tensors_of(self.heard.practised_at(part.practised)),

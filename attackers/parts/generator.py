@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -398,8 +398,7 @@ class _Reader(nn.Module):
         super().__init__()
         self.stage, self.grid = stage, _grid(as_map(stage.input))
         shapes = [(leaf.weight, leaf.shape) for leaf in stage.spread] + list(stage.others)
-        self.news = nn.ModuleDict({_key(name): _News(math.prod(shape), clues) for name, shape in shapes})
-        self.names = [name for name, _ in shapes]
+        self.newsroom = Newsroom(shapes, clues)
         first = stage.spread[0]
         self.weight = nn.Parameter(torch.randn(first.shape) / math.sqrt(math.prod(first.shape[1:])))
         self.sees_image = len(stage.leaves) == 1 and first.input == image and first.groups == 1
@@ -437,7 +436,7 @@ class _Reader(nn.Module):
         truth: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The running estimate of the stage's input, its error signal, and the surprise where it sees the image."""
-        news = [self._of(name)(gradients[name], clues, length) for name in self.names]
+        news = self.newsroom(gradients, clues, length)
         parts = [_resample(state, self.grid), _resample(image, self.grid)]
         errors, surprise = [], state.new_zeros(())
         for which, leaf in enumerate(self.stage.spread):
@@ -448,7 +447,7 @@ class _Reader(nn.Module):
             error = error * (self.slopes[which] + F.interpolate(self.gates[which](state), error.shape[2:]))
             shown = news[which].reshape(-1, *leaf.shape)
             if self.sees_image:
-                leaked = gradients[leaf.weight] / (length[:, :, None, None, None] * self._of(leaf.weight).size)
+                leaked = gradients[leaf.weight] / (length[:, :, None, None, None] * self.newsroom.of(leaf.weight).size)
                 shown = leaked - leaf.gradient(error, self.scale * image.detach() + self.shift)
                 if truth is not None:
                     surprise = F.mse_loss(leaf.gradient(error, self.scale * truth + self.shift), leaked)
@@ -461,10 +460,29 @@ class _Reader(nn.Module):
 
     def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
         """What of each gradient the label explains, and the size of the rest."""
-        for name in self.names:
-            self._of(name).fit(gradients[name], clues, length)
+        self.newsroom.fit_statistics(gradients, clues, length)
 
-    def _of(self, name: str) -> _News:
+
+class Newsroom(nn.Module):
+    """What the gradients of a stage tell beyond the label."""
+
+    def __init__(self, shapes: Sequence[tuple[str, Shape]], clues: int) -> None:
+        super().__init__()
+        self.names = [name for name, _ in shapes]
+        self.entries = sum(math.prod(shape) for _, shape in shapes)
+        self.news = nn.ModuleDict({_key(name): _News(math.prod(shape), clues) for name, shape in shapes})
+
+    def forward(self, gradients: Gradients, clues: Tensor, length: Tensor) -> list[Tensor]:
+        """Of each parameter, `victims entries`."""
+        return [self.of(name)(gradients[name], clues, length) for name in self.names]
+
+    def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
+        """What of each gradient the label explains, and the size of the rest."""
+        for name in self.names:
+            self.of(name).fit(gradients[name], clues, length)
+
+    def of(self, name: str) -> _News:
+        """One parameter's."""
         news = self.news[_key(name)]
         assert isinstance(news, _News)
         return news
