@@ -17,6 +17,7 @@ from rich.table import Table
 
 from attackers import ATTACKS, parse
 from clients.app import client_app
+from scenarios.image import with_trained
 from scenarios.knobs import knobs_of, pairs
 from scenarios.plan import catalogue, plan, plan_of, question
 from simulator import report
@@ -85,14 +86,15 @@ def run_command(
 @cli.command("attack")
 def attack_command(
     leaks: Annotated[Path, typer.Argument(help="A saved leak (.safetensors, its .json beside it).")],
-    attack: Annotated[str, typer.Option(help="NAME[,NAME…], each with settings if need be: idlg(steps=300).")] = "idlg",
+    attack: Annotated[str, typer.Option(help="NAME[,NAME…], each with settings if need be; idlg unless said.")] = "",
+    attacker: Annotated[str, typer.Option(help="PATH of a trained attack's .safetensors, as a run leaves it.")] = "",
     model: Annotated[str, typer.Option(help="The leak's architecture, where it is a module:function of yours.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/attack"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
-    attacks = parse(attack)
+    attacks = parse(with_trained(attack, attacker) or "idlg")
     _find_own_code(model)
     leak = load(leaks, build, model or None)
     rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)

@@ -88,9 +88,13 @@ def image_scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
 
 
 def attacks_named(knobs: ImageKnobs) -> str:
-    """The attacks that the knobs name, a trained one among them; none where they leave it to the scenario."""
-    trained = f"saved({knobs['attacker']!r})" if knobs["attacker"] else ""
-    return ",".join(filter(None, (knobs["attack"], trained)))
+    """The attacks that the knobs name; none where they leave it to the scenario."""
+    return with_trained(knobs["attack"], knobs["attacker"])
+
+
+def with_trained(attack: str, attacker: str) -> str:
+    """Attacks as written for `--attack`, and the trained one at the path `attacker` if there is one."""
+    return ",".join(filter(None, (attack, attacker and f"saved({attacker!r})")))
 
 
 def heard_by(knobs: ImageKnobs, panels: Mapping[str, str]) -> tuple[Scenario, ...]:
