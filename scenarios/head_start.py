@@ -1,7 +1,7 @@
 """Does a learned guess give an iterative attack a head start?
 
-Expect: yes, and the shorter the run the larger: at equal iterations, from Coarse GIT's guess, gradient matching ends far
-above where it ends from noise; Gauss-Newton steps, which seldom find the way from noise, need a dozen from there.
+Expect: yes, and the shorter the run the larger: at equal iterations, from Coarse GIT's guess, gradient matching ends
+far above where it ends from noise; Gauss-Newton, which seldom finds the way from noise, needs a dozen steps from there.
 """
 
 from __future__ import annotations

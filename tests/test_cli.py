@@ -317,7 +317,7 @@ def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
     parts = plan(name, {"batch": ",".join(map(str, batch)), "steps": "1", "attack": "linear", "model": "mlp"})
-    assert [part.batch for part in parts] == batch
+    assert list(dict.fromkeys(part.batch for part in parts)) == batch  # a scenario may sweep more by itself
     assert all(part.name == name and part.question for part in parts)
 
 
