@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attackers.parts.checks import check_fields
 from attackers.parts.generator import Generator, fit, stages
 from attackers.parts.labels import last_linear, recovered
-from attackers.parts.teaching import guessed
+from attackers.parts.teaching import check_room, guessed
 from simulator.attack import Attack, Images, Learner, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
@@ -107,4 +107,6 @@ def compact(generator: Generator, practice: Practice) -> tuple[dict[str, Tensor]
     for pairs in progress(practice, "reading pairs"):
         read.append(generator.read(pairs.leak.observed))
         images.append(pairs.images[:, 0])
+        if len(read) == 1:
+            check_room(len(practice), sum(t[0].numel() for t in read[0].values()) + images[0][0].numel())
     return {name: torch.cat([part[name] for part in read]) for name in read[0]}, torch.cat(images)

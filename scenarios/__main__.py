@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -113,6 +114,7 @@ def list_command() -> None:
 def main() -> None:
     """Run the command line; a FedtapError is one sentence on standard error and exit code 2."""
     words = sys.argv[1:]
+    warnings.showwarning = _warn
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     try:
@@ -124,6 +126,12 @@ def main() -> None:
     except FedtapError as error:
         Console(stderr=True).print(f"fedtap: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _warn(message: Warning | str, category: type[Warning], *_where: Any, **_named: Any) -> None:
+    """A sentence of ours as it is; of the libraries', only what is not about their own future."""
+    if issubclass(category, UserWarning):
+        Console(stderr=True).print(f"fedtap: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _find_own_code(*models: str) -> None:

@@ -1,4 +1,6 @@
-"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `strip.png`, `report.html`.
+"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `attackers/`, `strip.png`, `report.html`.
+
+Practice pairs lie in `practice/`, and stay there for the next run that asks for the same ones.
 
 Every file is written whole or not at all, so a run that is stopped leaves what it had finished.
 """
@@ -50,7 +52,7 @@ class Folder:
         elif before is not None:
             for name in ("rows.jsonl", "strip.png", "report.html"):
                 (path / name).unlink(missing_ok=True)
-            for name in ("leaks", "guesses"):
+            for name in ("leaks", "guesses", "attackers"):
                 shutil.rmtree(path / name, ignore_errors=True)
         self.describe(finished=False)
 

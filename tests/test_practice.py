@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from attackers import parse
 from attackers.idlg import IDLG
 from attackers.lti import LTI
-from attackers.parts.teaching import Flat, ordered
+from attackers.parts.teaching import Flat, check_room, ordered
 from attackers.refine import Refine
 from attackers.saved import Saved
 from clients.app import client_app
@@ -134,6 +135,13 @@ def test_practice_teaches(tmp_path: Path) -> None:
     stranger = leak_of(*pictures(3, 1, seed=9), LENET, "lenet")
     assert float((lti.fit(practice)(stranger).images - images).square().mean()) > 1.02 * error
     assert abs(float(lti.fit(practice)(heard()).objective[0]) / error - 1) < 1  # its own estimate, on held-out pairs
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    check_room(100, 5000)
+    with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs 102"):
+        check_room(200, 5000)
 
 
 def test_wrappers_pass_their_practice_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -59,18 +60,32 @@ def rows(practice: Practice, features: Callable[[Tensors], Rows]) -> tuple[Rows,
     """
     seen: list[Tensor] = []
     images: list[Tensor] = []
+    for pairs in progress(practice, "reading pairs"):
+        seen.append(features(pairs.leak.observed))
+        images.append(pairs.images.flatten(2))
+        if len(seen) == 1:
+            check_room(len(practice), seen[0].shape[1] + images[0][0].numel())
+    return torch.cat(seen), torch.cat(images)
+
+
+def check_room(pairs: int, numbers: int) -> None:
+    """Refuse, before it is tried, what memory does not hold twice: in chunks, and as a whole.
+
+    Args:
+        numbers: float32 that each pair takes.
+
+    Raises:
+        FedtapError: with how many pairs would fit.
+    """
     try:
-        for pairs in progress(practice, "reading pairs"):
-            seen.append(features(pairs.leak.observed))
-            images.append(pairs.images.flatten(2))
-        return torch.cat(seen), torch.cat(images)
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return  # this system does not say
+    if (needed := 8 * pairs * numbers) > free:
         raise FedtapError(
-            f"{len(practice):,} pairs of {seen[0].shape[1] if seen else 0:,} numbers each do not fit into memory: "
-            "lower --pairs, or the attack's features."
-        ) from error
+            f"{pairs:,} pairs of {numbers:,} numbers each take {needed / 1e9:.1f} GB to learn from, and "
+            f"{free / 1e9:.1f} GB are free: use at most --pairs {int(pairs * free / needed):,}, or fewer of the attack's features."
+        )
 
 
 def teach(
