@@ -84,7 +84,8 @@ def check_room(pairs: int, numbers: int) -> None:
     if (needed := 8 * pairs * numbers) > free:
         raise FedtapError(
             f"{pairs:,} pairs of {numbers:,} numbers each take {needed / 1e9:.1f} GB to learn from, and "
-            f"{free / 1e9:.1f} GB are free: use at most --pairs {int(pairs * free / needed):,}, or fewer of the attack's features."
+            f"{free / 1e9:.1f} GB are free: use at most --pairs {int(pairs * free / needed):,}, "
+            "or fewer of the attack's features."
         )
 
 
