@@ -54,7 +54,7 @@ class Identified(Learner):
 
     def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
         assert isinstance(inverter, Weights)
-        chunks = list(practice.first(self.pairs or len(practice)))
+        chunks = [pairs.to("cpu") for pairs in practice.first(self.pairs or len(practice))]
         leak = stack([pairs.leak for pairs in chunks])
         assert isinstance(leak, GradientLeak)
         images, labels = (torch.cat(parts) for parts in zip(*((p.images, p.labels) for p in chunks), strict=True))

@@ -209,7 +209,7 @@ class Learner(Attack):
 def _learned(learner: Learner, practice: Practice, seed: int) -> Learned:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inverter = learner.inverter(practice.about, practice.network)
+        inverter = learner.inverter(practice.about, practice.network).to(practice.device)
         learner.learn(inverter, practice, seed)
     return Learned(learner, practice.about, inverter.eval().requires_grad_(False))
 

@@ -84,6 +84,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: str) -> Pairs:
+        """The same pairs on another device."""
+        return Pairs(self.leak.to(device), self.images.to(device), self.labels.to(device))
+
     def __getitem__(self, which: slice | Tensor) -> Pairs:
         return Pairs(self.leak[which], self.images[which], self.labels[which])
 
@@ -96,11 +100,13 @@ class Practice:
         folder: where `record` left them.
         about: what they are; `pairs` may be less than the folder holds: the first so many.
         network: the architecture, on the meta device.
+        device: where pairs are put as they are read, and where an attack learns from them.
     """
 
     folder: Path
     about: About
     network: nn.Module = dataclasses.field(repr=False, compare=False)
+    device: str = "cpu"
 
     def __len__(self) -> int:
         return self.about.pairs
@@ -112,7 +118,7 @@ class Practice:
                 return
             pairs = self._read(number)[:left]
             left -= len(pairs)
-            yield pairs
+            yield pairs.to(self.device)
 
     def _read(self, number: int) -> Pairs:
         path = self.folder / _chunk(number)

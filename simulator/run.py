@@ -167,7 +167,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     if played.leak is not None:
         ready, timing = attack, {}
         if attack.practises:
-            pairs = played.practice
+            pairs = dataclasses.replace(played.practice, device=str(device))
             began = time.perf_counter()
             try:
                 ready = attack.fit(pairs, played.part.seed)
