@@ -32,6 +32,7 @@ class ImageKnobs(TypedDict):
     listener: Annotated[str, Knob("who listens", choices=tuple(LISTENERS))]
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]
+    weights: Annotated[str, Knob(".safetensors of initial weights, in the place of the seed's", swept=False)]
     attacker: Annotated[str, Knob("PATH of a trained attack's .safetensors, as a run leaves it", swept=False)]
     pairs: Annotated[
         int, Knob("practice pairs for attacks that learn; 0: the public images and their mirrors, 10,000 at most", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, float_buffers
 from simulator.listeners import hear, listener
-from simulator.models import build
+from simulator.models import build, with_weights
 from simulator.practice import Pairs, chunk_size, gradients
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario
@@ -85,6 +86,8 @@ def play(
     protocol = scenario.protocol(world)
     skeleton = build(scenario.model, world.shape, len(world.classes))
     net = build(scenario.model, world.shape, len(world.classes), seed=scenario.weights_seed)
+    if scenario.weights:
+        with_weights(net, Path(scenario.weights))
     hearing = listener(scenario.listener)
     heard = Heard()
 

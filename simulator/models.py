@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -208,6 +211,28 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             "a model is a function of (shape, classes) that returns an nn.Module from images to logits."
         ) from error
     return network.train() if seed is not None else network.train().to("meta")
+
+
+def with_weights(network: nn.Module, path: Path) -> nn.Module:
+    """The network with the weights of a .safetensors file, parameter name -> tensor, buffers likewise.
+
+    Raises:
+        FedtapError: the file is not there, damaged, or of another model.
+    """
+    try:
+        tensors = load_file(path)
+        found = network.load_state_dict(tensors, strict=False)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise FedtapError(
+            f"{path} does not hold this model's weights ({' '.join(str(error).split())[:200]}): "
+            "give a .safetensors file with a tensor for each parameter."
+        ) from error
+    lacking = [name for name in found.missing_keys if not name.endswith("num_batches_tracked")]
+    if strange := [*lacking, *found.unexpected_keys]:
+        raise FedtapError(
+            f"{path} holds another model's weights, since {strange[0]} is not in both: name its model, --model."
+        )
+    return network
 
 
 def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:

@@ -59,6 +59,8 @@ class Scenario:
     seed: int = 0
     weights_seed: int = 1234
     """Seed of the model's initial weights."""
+    weights: str = ""
+    """A .safetensors file of initial weights, such as those of a trained model, in the place of the seed's."""
     pairs: int = 0
     """Practice pairs for attacks that learn; 0 means as many as the world's public side gives, 10,000 at most."""
     source: str = "compromised_client"

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedMedian
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -292,3 +293,21 @@ def test_a_federation_of_another_size_is_refused() -> None:
     assert clients_on(grid, BASE) == 3
     with pytest.raises(FedtapError, match="has 4 nodes, and test needs 8"):
         clients_on(grid, dataclasses.replace(BASE, clients=7))
+
+
+def test_the_federation_may_begin_with_weights_from_a_file(tmp_path: Path) -> None:
+    network = build("resnet20", (3, 16, 16), 8, seed=77)
+    kept = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    save_file(kept, tmp_path / "own.safetensors")
+    scenario = dataclasses.replace(BASE, model="resnet20", weights=str(tmp_path / "own.safetensors"))
+    grid, private = federation(scenario)
+    leak = play(scenario, grid, private).leaks[0, 1]
+    for name, parameter in network.named_parameters():
+        assert torch.equal((leak.weights or {})[name], parameter)
+    for change, said in (
+        ({"model": "mlp"}, "another model's weights"),
+        ({"weights": str(tmp_path / "none.safetensors")}, "does not hold this model's weights"),
+    ):
+        other = dataclasses.replace(scenario, **change)
+        with pytest.raises(FedtapError, match=said):
+            play(other, *federation(other))
