@@ -97,9 +97,9 @@ def leak_labels() -> Tensor:
 
 def test_gauss_newton_ends_at_the_image_and_a_strangers_leak_at_the_stranger() -> None:
     images, leak = leaked()
-    guess = GaussNewton(steps=20)(leak, start=(images + 0.1 * torch.randn(images.shape)).clamp(0, 1))
+    guess = GaussNewton(steps=8, inner=40)(leak, start=(images + 0.1 * torch.randn(images.shape)).clamp(0, 1))
     assert psnr(guess.images, images) > 50
-    stranger = GaussNewton(steps=20)(leaked(seed=9)[1], start=images)
+    stranger = GaussNewton(steps=4, inner=20)(leaked(seed=9)[1], start=images)
     assert psnr(stranger.images, images) < 20
 
 
@@ -110,7 +110,7 @@ def practised(attack: FusedGIT, leak: Leak, folder: Path, pairs: int = 300) -> T
 
 def test_without_noise_it_is_exact_and_under_much_it_is_what_was_learned(tmp_path: Path) -> None:
     images, leak = leaked()
-    fused = FusedGIT(Ridge(), steps=8)
+    fused = FusedGIT(Ridge(), steps=4, inner=40)
     exact = psnr(ExactGIT()(leak).images, images)
     assert psnr(practised(fused, leak, tmp_path), images) > min(exact - 0.2, 90)
     drowned = announcing(noisy(leak, 1e3), 1e3)
@@ -124,7 +124,7 @@ def test_between_the_two_it_is_better_than_both(tmp_path: Path) -> None:
     practice = practice_for(sent, tmp_path, 600, network=drawn(sigmoid_net).float())
     scores = {
         attack.name: float(-10 * math.log10(float((attack.fit(practice)(sent).images - images).square().mean())))
-        for attack in (ExactGIT(), Ridge(), FusedGIT(Ridge()))
+        for attack in (ExactGIT(), Ridge(), FusedGIT(Ridge(), steps=5, inner=40))
     }
     assert scores["fused_git"] > max(scores["exact_git"], scores["ridge"]) + 1, scores
 
@@ -141,8 +141,8 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
 
 def test_a_floor_can_be_the_prior_and_a_start(tmp_path: Path) -> None:
     images, leak = leaked()
-    guess = practised(FusedGIT(prior=TrainingMean()), leak, tmp_path)
+    guess = practised(FusedGIT(TrainingMean(), steps=3, inner=30), leak, tmp_path)
     assert psnr(guess, images) > 60
     network = drawn(sigmoid_net).float()
-    refined = Refine(TrainingMean(), GaussNewton()).fit(practice_for(leak, tmp_path, network=network))
+    refined = Refine(TrainingMean(), GaussNewton(steps=2, inner=10)).fit(practice_for(leak, tmp_path, network=network))
     assert refined(leak).objective.isfinite().all()
