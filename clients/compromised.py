@@ -1,6 +1,7 @@
 """The compromised client: an honest one whose channel the adversary can feed with examples of its own.
 
-It answers `query.practice` with the gradient of each example it is fed, computed as its training would.
+It answers `query.practice` with the gradient of each example it is fed, computed as its training would; where the
+adversary also feeds it examples to train on, at the weights to which that leads.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from clients.defences import parse
-from clients.training import network, receive
+from clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, sgd
 from simulator.attack import generator
 from simulator.practice import digest, gradients
 from simulator.records import tensors_of
@@ -20,6 +21,10 @@ def practise(order: Message, private: PrivateData) -> Message:
     world = private.world
     net = network(private.scenario.model, world.shape, len(world.classes))
     receive(net, order.content.array_records["arrays"])
+    if "drift" in order.content.array_records:
+        drift, config = tensors_of(order.content.array_records["drift"]), order.content.config_records["config"]
+        steps = int(config["drift-steps"])  # type: ignore[arg-type]
+        sgd(net, drift["images"].float() / 255, drift["labels"], steps, UNSHARED_BATCH, UNSHARED_RATE)
     examples = tensors_of(order.content.array_records["examples"])
     found = gradients(net, examples["images"], examples["labels"])
     if (defence := parse(private.scenario.defence)) is not None:

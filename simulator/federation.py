@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
+from simulator.attack import generator
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, float_buffers
 from simulator.listeners import hear, listener
@@ -24,6 +25,10 @@ from simulator.wiretap import Wiretap, partition_of
 
 METRICS = ("num-examples", "partition", "loss", "moved")
 """What fedtap's clients report of their training."""
+
+DRIFT_EXAMPLES, DRIFT_STEPS = 2000, 6000
+"""What the compromised client trains on before a chunk of practice, in steps log-uniform up to so many: as long as the
+twenty epochs on 10,000 images after which GIT's paper looks."""
 
 PRACTICE = "query.practice"
 """Message type under which the compromised client is fed public examples."""
@@ -178,13 +183,15 @@ def practice(
     """
     skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
     chunk, arrays = chunk_size(skeleton), tensors_of(heard.practised_at(scenario.practised))
+    if scenario.drifts:
+        chunk = min(chunk, -(-len(images) // scenario.drifts))
     for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
         if scenario.source == "server":
             network = build(scenario.model, private.world.shape, len(private.world.classes), seed=0)
             network.load_state_dict(arrays, strict=False)
             found = gradients(network, some, named)
         else:
-            found = _fed(grid, private, heard, some, named, part)
+            found = _fed(grid, private, heard, some, named, part, number)
         leak = GradientLeak(
             observed=found,
             protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
@@ -199,9 +206,9 @@ def practice(
 
 
 def _fed(
-    grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int
+    grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int, number: int
 ) -> dict[str, Tensor]:
-    """The gradients with which the compromised client answers these examples."""
+    """The gradients with which the compromised client answers these examples; it may be told to train on before."""
     if private.clients not in heard.nodes:
         raise FedtapError(
             "The compromised client has not answered a round yet, so its node is unknown: play one first."
@@ -213,6 +220,12 @@ def _fed(
             "config": ConfigRecord({"part": part}),
         }
     )
+    if private.scenario.drifts:
+        draw, public = generator(private.scenario.seed, "drift", number), private.world.public
+        which = torch.randint(len(public), (DRIFT_EXAMPLES,), generator=draw)
+        content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which]})
+        steps = DRIFT_STEPS ** float(torch.rand((), generator=draw))
+        content["config"] = ConfigRecord({"part": part, "drift-steps": round(steps)})
     order = Message(content, heard.nodes[private.clients], PRACTICE)
     answers = list(grid.send_and_receive([order]))
     if not answers or answers[0].has_error():

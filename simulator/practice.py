@@ -47,6 +47,8 @@ class About:
     pairs: int
     source: str = "compromised_client"
     """Who computed the gradients."""
+    drifts: int = 0
+    """Different weights among the pairs'; 0 means those in force alone."""
     digest: str = ""
     """Of the weights in force and of the examples: it tells sets apart, and tells nothing else of them."""
 
@@ -55,6 +57,7 @@ class About:
         return (
             f"{self.pairs:,} pairs of {p.model} on {'x'.join(map(str, p.shape))} images of {self.world} "
             f"in {p.classes} classes, batch {p.batch}, defence {p.defence}, {p.listener}, from the {self.source}"
+            + (f", at {self.drifts} drifted weights" if self.drifts else "")
         )
 
     @staticmethod

@@ -126,7 +126,7 @@ class Played:
             "examples": world.public.images,
             "classes": world.public.labels,
         }
-        about = About(protocol, part.world, wanted, part.source, digest(known))
+        about = About(protocol, part.world, wanted, part.source, part.drifts, digest(known))
         folder = Path(part.practice) if part.practice else self.out / "practice" / digest_of(about)
         if (found := Practice.saved(folder, build)) is not None:
             if len(found) >= wanted and dataclasses.replace(found.about, pairs=wanted) == about:

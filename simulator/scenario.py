@@ -71,6 +71,8 @@ class Scenario:
     """Where the victims' images are from; none means from the world itself."""
     victims_classes: str = "all"
     """Classes of the victims' images, likewise."""
+    drifts: int = 0
+    """Different weights at which it practises: the compromised client first trains on, each time for another while."""
     practised: str = "now"
     """When: `now`, at the weights of the last attacked round, or at the `start`, before any training."""
     local_samples: int = 0
@@ -134,6 +136,11 @@ class PrivateData:
             raise FedtapError(
                 f"A server that makes practice pairs of its own knows the weights, and the {scenario.listener} does "
                 "not: use --listener curious_server, or leave out --source."
+            )
+        if scenario.source == "server" and scenario.drifts:
+            raise FedtapError(
+                "The server's own practice pairs are at the weights that it sends, and --drifts asks for others: leave "
+                "out --source, and the compromised client drifts."
             )
         if scenario.source == "server" and scenario.defence != "none":
             raise FedtapError(
