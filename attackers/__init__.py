@@ -78,7 +78,7 @@ def _attack(node: ast.expr) -> Attack:
             raise FedtapError(f"{keyword.arg} in {ast.unparse(node)} is given twice: keep one.")
         given[str(keyword.arg)] = keyword.value
     for field in fields:
-        if field.name not in given and field.default is dataclasses.MISSING:
+        if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {HOW}.")
     attack: Attack = kind(
         **{field.name: _value(given[field.name], str(field.type)) for field in fields if field.name in given}

@@ -49,7 +49,7 @@ class CoarseGIT(Learner):
 
     @property
     def least(self) -> int:
-        """Two minibatches' worth of pairs is where a ridge regression's folds begin to say anything."""
+        """Where a ridge regression's folds begin to say anything."""
         return 40
 
     def accepts(self, leak: Leak) -> None:

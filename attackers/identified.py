@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from attackers.parts.announced import sigma
 from attackers.parts.checks import check_fields
 from attackers.parts.identify import check_identifiable, identify
 from simulator.attack import Attack, Images, Learner, Reconstruction
+from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, stack
 from simulator.practice import About, Practice
 
@@ -35,11 +37,26 @@ class Identified(Learner):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.attack.practises and not isinstance(self.attack, Learner):
+            raise FedtapError(
+                f"identified teaches an attack that learns, and {self.attack.written()} has one inside it: put "
+                "identified inside instead, such as refine(coarse_git,identified(idlg))."
+            )
 
     @property
     def name(self) -> str:
         """As it was asked for."""
         return f"identified {self.attack.name}"
+
+    @property
+    def distribution(self) -> Literal["uniform", "normal"]:
+        """The attack's own."""
+        return self.attack.distribution
+
+    @property
+    def starts(self) -> int:
+        """The attack's own."""
+        return self.attack.starts
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts where it knows the weights."""

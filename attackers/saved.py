@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -36,6 +36,16 @@ class Saved(Attack):
     def name(self) -> str:
         """That of the attack which was saved."""
         return _described(Path(self.path))[0].name
+
+    @property
+    def distribution(self) -> Literal["uniform", "normal"]:
+        """The attack's own."""
+        return _described(Path(self.path))[0].distribution
+
+    @property
+    def starts(self) -> int:
+        """The attack's own."""
+        return _described(Path(self.path))[0].starts
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, of the kind that it practised on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from clients.defences import parse
-from clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, sgd
+from clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, seeded, sgd
 from simulator.attack import generator
 from simulator.practice import digest, gradients
 from simulator.records import tensors_of
@@ -24,9 +24,11 @@ def practise(order: Message, private: PrivateData) -> Message:
     if "drift" in order.content.array_records:
         drift, config = tensors_of(order.content.array_records["drift"]), order.content.config_records["config"]
         steps = int(config["drift-steps"])  # type: ignore[arg-type]
-        sgd(net, drift["images"].float() / 255, drift["labels"], steps, UNSHARED_BATCH, UNSHARED_RATE)
+        with seeded(private.scenario.seed, "drift", digest(drift)):
+            sgd(net, drift["images"].float() / 255, drift["labels"], steps, UNSHARED_BATCH, UNSHARED_RATE)
     examples = tensors_of(order.content.array_records["examples"])
-    found = gradients(net, examples["images"], examples["labels"])
+    with seeded(private.scenario.seed, "practice", digest(examples)):
+        found = gradients(net, examples["images"], examples["labels"])
     if (defence := parse(private.scenario.defence)) is not None:
         found = defence(found, generator(private.scenario.seed, "defence", digest(examples)))
     content = RecordDict(

@@ -25,6 +25,9 @@ class Noise:
 
     sigma: float
 
+    def __str__(self) -> str:
+        return f"noise({self.sigma!r})"
+
     def __call__(self, gradient: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
         """The gradient that is sent; what is random comes from `draw`, in the order of the names."""
         return {

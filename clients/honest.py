@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor
 
 from clients.defences import parse
-from clients.training import answer, drifted, network, receive, sgd
+from clients.training import answer, drifted, network, receive, seeded, sgd
 from simulator.attack import generator
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData
@@ -35,8 +34,7 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
         net.load_state_dict(here, strict=False)
         moved = _distance(here, before)
     batch = min(scenario.batch, len(images))
-    with torch.random.fork_rng(devices=[]):  # what a model draws (dropout) depends on the client and round alone
-        torch.manual_seed(generator(scenario.seed, "training", client, rnd).initial_seed())
+    with seeded(scenario.seed, "training", client, rnd):
         loss = sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     defence = parse(scenario.defence)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -21,6 +23,14 @@ from simulator.scenario import PrivateData
 def network(model: str, shape: Shape, classes: int) -> nn.Module:
     """A network to fill with weights, kept between rounds: building one costs as much as a training step."""
     return build(model, shape, classes, seed=0)
+
+
+@contextmanager
+def seeded(*names: int | str) -> Iterator[None]:
+    """What a model draws (dropout) depends on these names alone, and leaves torch's own generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*names).initial_seed())
+        yield
 
 
 def receive(net: nn.Module, arrays: ArrayRecord) -> None:
@@ -74,10 +84,11 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
         net.load_state_dict(before, strict=False)
         images, labels = private.unshared()
         draw = generator(scenario.seed, "unshared")
-        for _ in range(scenario.local_epochs):
-            order = torch.randperm(len(images), generator=draw)
-            steps = -(-len(order) // UNSHARED_BATCH)
-            sgd(net, images[order], labels[order], steps, UNSHARED_BATCH, UNSHARED_RATE)
+        with seeded(scenario.seed, "unshared"):
+            for _ in range(scenario.local_epochs):
+                order = torch.randperm(len(images), generator=draw)
+                steps = -(-len(order) // UNSHARED_BATCH)
+                sgd(net, images[order], labels[order], steps, UNSHARED_BATCH, UNSHARED_RATE)
         _DRIFTED.clear()
         _DRIFTED[key] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
     return _DRIFTED[key]

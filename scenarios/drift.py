@@ -14,7 +14,7 @@ from simulator.scenario import Scenario
 PANELS = {"eavesdropper": "training_mean,ridge,coarse_git"}
 
 
-@image_knobs(victims=8, local_samples=(0, 64, 256), local_epochs=(1, 10))
+@image_knobs(listener="", victims=8, local_samples=(0, 32, 128, 512), local_epochs=10)
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """A victim trains by itself from the broadcast weights, then shares one gradient."""
     return heard_by(knobs, PANELS)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, Unpack, get_type_hints
 from attackers import parse
 from clients import defences
 from scenarios.knobs import Knob
+from simulator.errors import FedtapError
 from simulator.listeners import LISTENERS
 from simulator.scenario import CLASSES, PRACTISED, SOURCES, Scenario
 
@@ -84,7 +85,7 @@ def image_knobs(**defaults: Any) -> Callable[[Function], Function]:
 
 def image_scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
     """The scenario these knobs describe; plan() gives it its name and question."""
-    defences.parse(knobs["defence"])
+    knobs["defence"] = str(defences.parse(knobs["defence"]) or "none")  # one spelling, for all who read it
     settings: dict[str, Any] = {name: knobs[name] for name in DEFAULTS if name not in ("attack", "attacker")}  # type: ignore[literal-required]
     return Scenario(attacks=parse(attacks_named(knobs)), **settings)
 
@@ -100,13 +101,22 @@ def with_trained(attack: str, attacker: str) -> str:
 
 
 def heard_by(knobs: ImageKnobs, panels: Mapping[str, str]) -> tuple[Scenario, ...]:
-    """The attacks that the knobs name; where they name none, a part for each listener, with its own panel."""
-    if attacks_named(knobs):
-        return (image_scenario(**knobs),)
+    """A part for each listener, with its panel; the knobs may choose the listener, the attacks, or both.
+
+    Raises:
+        FedtapError: the listener has no panel, and no attack is named.
+    """
+    named = attacks_named(knobs)
+    chosen = [knobs["listener"]] if knobs["listener"] else list(panels)[: 1 if named else None]
+    if not named and chosen[0] not in panels:
+        raise FedtapError(
+            f"This scenario has no attacks of its own for the {chosen[0]}, but for {' and '.join(panels)}: "
+            "name some, --attack."
+        )
     parts = []
-    for listener, panel in panels.items():
+    for listener in chosen:
         part = knobs.copy()
-        part["listener"], part["attack"] = listener, panel
+        part["listener"], part["attack"] = listener, knobs["attack"] if named else panels[listener]
         parts.append(image_scenario(**part))
     return tuple(parts)
 

@@ -11,18 +11,20 @@ from typing import Annotated, Unpack
 
 from scenarios.image import ImageKnobs, heard_by, image_knobs
 from scenarios.knobs import Knob
+from simulator.errors import FedtapError
 from simulator.scenario import Scenario
 
 PANELS = {"curious_server": "coarse_git,exact_git,refine(exact_git,gauss_newton),fused_git"}
 
 
-@image_knobs(victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
+@image_knobs(listener="", victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
 def scenario(
     *,
     sigma: Annotated[float, Knob("standard deviation of the noise on each entry of the gradient", 0.0, 1e6)],
     **knobs: Unpack[ImageKnobs],
 ) -> tuple[Scenario, ...]:
     """Gaussian noise on every entry of what clients send; all know how much."""
-    if sigma:
-        knobs["defence"] = f"noise({sigma})"
+    if knobs["defence"] != "none":
+        raise FedtapError("In this scenario --sigma is the defence, and --defence would be another: leave one out.")
+    knobs["defence"] = f"noise({sigma})" if sigma else "none"
     return heard_by(knobs, PANELS)

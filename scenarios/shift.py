@@ -14,7 +14,7 @@ from simulator.scenario import Scenario
 PANELS = {"eavesdropper": "training_mean,ridge,coarse_git"}
 
 
-@image_knobs(victims=8)
+@image_knobs(listener="", victims=8)
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """Practice and victims alike; then of other classes; then, where one is named, of another world."""
     same, other, elsewhere = knobs.copy(), knobs.copy(), knobs.copy()

@@ -74,7 +74,8 @@ class Attack(ABC):
         said = []
         for known in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, known.name)
-            if value != known.default:
+            made = known.default_factory
+            if value != (known.default if made is dataclasses.MISSING else made()):
                 said.append(f"{known.name}={value.written() if isinstance(value, Attack) else repr(value)}")
         name = type(self).__module__.rpartition(".")[2]
         return f"{name}({', '.join(said)})" if said else name

@@ -69,7 +69,7 @@ def svg(knob: str, curves: Sequence[Curve], floor: float | None) -> str:
             axes.set_xlabel(knob)
             axes.grid(color=GREY, alpha=0.2)
             _scale(axes, values)
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=3)
         content = BytesIO()
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     text = content.getvalue().decode()

@@ -10,6 +10,10 @@ class FedtapError(Exception):
     """A mistake in the input: one sentence with cause, reason and remedy. The command line prints it and exits 2."""
 
 
+class DamagedError(FedtapError):
+    """A file of ours that is not whole."""
+
+
 def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
     """The error for a name that is not among `names`, with the nearest one."""
     known = sorted(names)

@@ -183,9 +183,10 @@ def practice(
     """
     skeleton = build(scenario.model, private.world.shape, len(private.world.classes))
     chunk, arrays = chunk_size(skeleton), tensors_of(heard.practised_at(scenario.practised))
-    if scenario.drifts:
-        chunk = min(chunk, -(-len(images) // scenario.drifts))
-    for number, (some, named) in enumerate(zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True)):
+    drifts = torch.arange(len(images)).tensor_split(max(1, scenario.drifts))
+    chunks = [(number, which) for number, rows in enumerate(drifts) for which in torch.split(rows, chunk)]
+    for number, which in chunks:
+        some, named = images[which], labels[which]
         if scenario.source == "server":
             network = build(scenario.model, private.world.shape, len(private.world.classes), seed=0)
             network.load_state_dict(arrays, strict=False)
@@ -200,7 +201,7 @@ def practice(
             buffers={name: arrays[name] for name in float_buffers(skeleton)},
             clients=torch.full((len(some),), private.clients),
             rounds=torch.zeros(len(some), dtype=torch.long),
-            restarts=torch.arange(len(some)) + number * chunk,
+            restarts=which,
         )
         yield Pairs(listener(scenario.listener)(leak), some, named)  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn import functional as F
 
-from simulator.errors import FedtapError
+from simulator.errors import DamagedError
 from simulator.files import write_atomically
 from simulator.leaks import GradientLeak, Protocol, Tensors
 
@@ -69,7 +69,10 @@ class About:
         """
         protocol = dict(document["protocol"])  # type: ignore[call-overload]
         about = {name: value for name, value in document.items() if name != "protocol"}
-        return About(Protocol(**{**protocol, "shape": tuple(protocol["shape"])}), **about)  # type: ignore[arg-type]
+        made = About(Protocol(**{**protocol, "shape": tuple(protocol["shape"])}), **about)  # type: ignore[arg-type]
+        if any(type(count) is not int or count < 0 for count in (made.pairs, made.drifts)):
+            raise ValueError("pairs and drifts are whole numbers from 0")
+        return made
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,9 @@ class Practice:
         path = self.folder / _chunk(number)
         try:
             tensors = load_file(path)
-            images, labels = tensors["images"], tensors["labels"]
+            images, labels, clients = tensors["images"], tensors["labels"], tensors["clients"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise FedtapError(
+            raise DamagedError(
                 f"{path} cannot be read ({error}), so the practice is not whole: delete {self.folder} and run again."
             ) from error
         groups: dict[str, dict[str, Tensor]] = {"gradient": {}, "weights": {}, "buffers": {}}
@@ -143,7 +146,7 @@ class Practice:
             network=self.network,
             weights=groups["weights"] or None,
             buffers=groups["buffers"],
-            clients=tensors["clients"],
+            clients=clients,
             rounds=torch.zeros(len(labels), dtype=torch.long),
             restarts=torch.zeros(len(labels), dtype=torch.long),
         )
@@ -192,7 +195,7 @@ class Practice:
                 raise ValueError(f"a format other than {FORMAT}")
             about = About.of(document)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FedtapError(
+            raise DamagedError(
                 f"{file} does not describe a practice ({type(error).__name__}: {error}): delete {folder} and run again."
             ) from error
         return Practice(folder, about, build(about.protocol.model, about.protocol.shape, about.protocol.classes))

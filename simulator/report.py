@@ -43,6 +43,9 @@ ASIDE = ("accuracy", "moved", "labels", "settings", "unit", "fit_seconds", *NOTE
 WHO = ("scenario", "attack", "client", "round", "seed")
 """Whose row it is; seeds are repetitions, so they are summarised over."""
 
+FAILURES = 3
+"""Reasons given under the table, at most."""
+
 SHOWN = 8
 """Victims in the strip, at most."""
 
@@ -135,7 +138,9 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Why scores are empty, each reason once."""
-    return list(dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note)))
+    notes = dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note))
+    failed = dict.fromkeys(f"{row.get('attack')} failed: {row['error']}" for row in rows if row.get("error"))
+    return [*notes, *list(failed)[:FAILURES]]
 
 
 def _values(rows: Iterable[Row], column: str) -> list[float]:
@@ -408,13 +413,26 @@ def _curves(rows: Sequence[Row]) -> str:
         for entry, value in points:
             if value is None or entry.psnr is None or entry.spread is None or entry.mse is None:
                 continue
-            others = [f"{name.replace('_', ' ')} {said}" for name, said in entry.knobs.items() if name != knob]
+            others = [
+                f"{name.replace('_', ' ')} {said}"
+                for name, said in entry.knobs.items()
+                if name != knob and not _follows(name, knob, summaries)
+            ]
             label = ", ".join([entry.attack, *others])
             curves.setdefault(label, Curve(label)).add(value, entry.psnr, *entry.spread, entry.mse)
         floors = [entry.psnr_blind for entry in summaries if entry.psnr_blind is not None]
         floor = statistics.median(floors) if floors else None
         charts.append(f"<div class='chart'>{svg(knob.replace('_', ' '), list(curves.values()), floor)}</div>")
     return "<h2>Curves</h2>" + "".join(charts) if charts else ""
+
+
+def _follows(name: str, knob: str, summaries: Sequence[Summary]) -> bool:
+    """Whether one knob's value is told by the attack and another knob's value."""
+    told: dict[tuple[str, str], str] = {}
+    return all(
+        told.setdefault((entry.attack, entry.knobs[knob]), entry.knobs[name]) == entry.knobs[name]
+        for entry in summaries
+    )
 
 
 def _numeric(text: str) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from simulator import report, scores
 from simulator.attack import Attack, Reconstruction
-from simulator.errors import FedtapError
+from simulator.errors import DamagedError, FedtapError
 from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, stack
 from simulator.models import build
@@ -110,13 +110,7 @@ class Played:
     def practice(self) -> Practice:
         """The part's practice pairs: those of its folder, or heard now and kept there."""
         part, world = self.part, self.private.world
-        most = 2 * len(world.public) // part.batch
-        wanted = part.pairs or min(most, PAIRS)
-        if not 1 <= wanted <= most:
-            raise FedtapError(
-                f"{wanted:,} practice pairs of {part.batch} images are more than the {len(world.public):,} images on "
-                f"the public side of {part.world} and their mirror images give ({most:,}): lower --pairs."
-            )
+        wanted = part.pairs or min(self.private.most_pairs, PAIRS)
         images, labels = world.public.batch(torch.arange(wanted * part.batch) % len(world.public))
         mirrored = torch.arange(len(images)) >= len(world.public)
         images[mirrored] = images[mirrored].flip(3)
@@ -126,15 +120,15 @@ class Played:
             "examples": world.public.images,
             "classes": world.public.labels,
         }
+        if part.defence != "none" or part.drifts:  # then what is drawn depends on the seed
+            known["seed"] = torch.tensor(part.seed)
         about = About(protocol, part.world, wanted, part.source, part.drifts, digest(known))
-        folder = Path(part.practice) if part.practice else self.out / "practice" / digest_of(about)
-        if (found := Practice.saved(folder, build)) is not None:
-            if len(found) >= wanted and dataclasses.replace(found.about, pairs=wanted) == about:
-                return found.first(wanted)
-            why = "at other weights or on other examples" if str(found.about) == str(about) else "not the same"
-            raise FedtapError(
-                f"{folder} holds {found.about}, and this run needs {about}, {why}: name another folder, --practice."
-            )
+        same = about if part.drifts else dataclasses.replace(about, pairs=0)  # of plain pairs the first ones will do
+        root = Path(part.practice) if part.practice else self.out / "practice"
+        folder = root / digest_of(same)
+        found = Practice.saved(folder, build)
+        if found is not None and len(found) >= wanted:
+            return found.first(wanted)
         batches = (images.view(wanted, part.batch, *world.shape), labels.view(wanted, part.batch))
         heard = practice(self.grid, part, self.private, self.heard, *batches, part=self.number)
         skeleton = build(part.model, world.shape, len(world.classes))
@@ -171,6 +165,8 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
             began = time.perf_counter()
             try:
                 ready = attack.fit(pairs, played.part.seed)
+            except DamagedError:
+                raise
             except FedtapError as error:  # it cannot learn from these pairs: a result, like any other
                 names = zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), strict=True)
                 told = {"pairs": len(pairs), "error": str(error)}
@@ -179,8 +175,9 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
                 folder.add(rows)
                 return None
             timing = {"pairs": len(pairs), "fit_seconds": time.perf_counter() - began}
-            for learned in ready.learned():
-                learned.save(folder.path / f"attackers/{_unit(f'part_{played.number}', learned)}.safetensors")
+            for number, learned in enumerate(ready.learned()):
+                where = f"part_{played.number}-{order}" + (f"-{number}" if number else "")
+                learned.save(folder.path / f"attackers/{_unit(where, learned)}.safetensors")
             ready.accepts(played.leak)
         began = time.perf_counter()
         guess = _on_cpu(ready(played.leak.to(device), seed=played.part.seed))
@@ -252,14 +249,15 @@ def _finite(value: float) -> float | None:
 def _show(pictures: dict[Any, report.Picture], played: Played, attack: Attack, guess: Reconstruction) -> None:
     """Add a guess to its victims' pictures. Parts that attack the same victims share them."""
     part = played.part
-    said = "".join(f", {knob} {value}" for knob, value in part.swept)
+    shifts = tuple((knob, getattr(part, knob)) for knob in SHIFTS if getattr(part, knob) != getattr(Scenario, knob))
+    said = "".join(f", {knob.replace('_', ' ')} {value}" for knob, value in (*part.swept, *shifts))
     assert played.leak is not None
     for victim in range(min(len(played.leak), 2 if part.swept else PICTURES)):
         client, rnd = int(played.leak.clients[victim]), int(played.leak.rounds[victim])
         truth = played.truths[victim][0]
         found = guess.images[victim].nan_to_num()
         found = found[scores.match(found, truth)]
-        key = (part.world, part.batch, part.steps, part.swept, client, rnd)
+        key = (part.world, part.batch, part.steps, part.swept, shifts, client, rnd)
         if key not in pictures and len(pictures) < 2 * PICTURES:
             title = f"client {client}" + (f", round {rnd}" if rnd > 1 else "") + said
             pictures[key] = report.Picture(title, truth, {}, played.floor.expand_as(truth))
@@ -334,9 +332,9 @@ def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictur
     """strip.png and report.html of all that is finished so far."""
     part = parts[0]
     settings = {
-        name: str(value)
-        for name, value in dataclasses.asdict(part).items()
-        if name not in ("name", "question", "attacks", "swept") and name not in dict(part.swept)
+        field.name: " or ".join(dict.fromkeys(str(getattr(one, field.name)) for one in parts))
+        for field in dataclasses.fields(Scenario)
+        if field.name not in ("name", "question", "attacks", "swept") and field.name not in dict(part.swept)
     }
     attacks = dict.fromkeys(f"{row['attack']} on {row['model']}: {row['settings']}" for row in folder.rows)
     about = report.About(
@@ -364,6 +362,11 @@ def attack_saved(
     left_by_us(out, ATTACK)
     for attack in attacks:
         attack.accepts(leak)
+        if attack.practises:
+            raise FedtapError(
+                f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
+                f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --attacker PATH."
+            )
     protocol = leak.protocol
     about = {"name": ATTACK, "scenario": [repr(protocol), *map(repr, attacks)], "question": f"What is in {source}?"}
     folder = Folder(out, {**about, "seed": seed, **_environment(device)})

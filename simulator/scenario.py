@@ -137,6 +137,17 @@ class PrivateData:
                 f"A server that makes practice pairs of its own knows the weights, and the {scenario.listener} does "
                 "not: use --listener curious_server, or leave out --source."
             )
+        if scenario.pairs > self.most_pairs:
+            raise FedtapError(
+                f"{scenario.pairs:,} practice pairs of {scenario.batch} images are more than the "
+                f"{len(self.world.public):,} images on the public side of {scenario.world} and their mirror images "
+                f"give ({self.most_pairs:,}): lower --pairs."
+            )
+        if scenario.drifts > (scenario.pairs or self.most_pairs):
+            raise FedtapError(
+                f"{scenario.drifts} drifted weights are more than the practice pairs, and each needs one at least: "
+                "lower --drifts, or raise --pairs."
+            )
         if scenario.source == "server" and scenario.drifts:
             raise FedtapError(
                 "The server's own practice pairs are at the weights that it sends, and --drifts asks for others: leave "
@@ -154,6 +165,11 @@ class PrivateData:
             )
         if scenario.alpha and not scenario.rounds:
             raise FedtapError("--alpha shapes what the clients train on, and they do not train: add --rounds.")
+
+    @property
+    def most_pairs(self) -> int:
+        """Practice pairs that the public images and their mirror images make."""
+        return 2 * len(self.world.public) // self.scenario.batch
 
     @cached_property
     def shares(self) -> list[Int[Tensor, "images"]]:

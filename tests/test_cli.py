@@ -16,7 +16,7 @@ from PIL import Image
 
 import simulator.scenario
 import simulator.vision
-from attackers import ATTACKS
+from attackers import ATTACKS, parse
 from scenarios.__main__ import main
 from scenarios.knobs import settings
 from scenarios.plan import catalogue, plan, plan_of
@@ -319,6 +319,31 @@ def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
     parts = plan(name, {"batch": ",".join(map(str, batch)), "steps": "1", "attack": "linear", "model": "mlp"})
     assert list(dict.fromkeys(part.batch for part in parts)) == batch  # a scenario may sweep more by itself
     assert all(part.name == name and part.question for part in parts)
+
+
+@pytest.mark.parametrize("name", sorted(catalogue()))
+def test_every_scenario_can_be_planned_as_it_is(name: str) -> None:
+    parts = plan(name, {})
+    assert all(part.attacks for part in parts)
+    for part in parts:
+        for attack in part.attacks:
+            assert parse(attack.written()) == (attack,)
+
+
+def test_a_listener_that_is_named_is_the_one_that_listens() -> None:
+    for words, listeners in (
+        ({}, {"eavesdropper", "curious_server"}),
+        ({"listener": "curious_server"}, {"curious_server"}),
+        ({"attack": "ridge"}, {"eavesdropper"}),
+        ({"attack": "idlg", "listener": "curious_server"}, {"curious_server"}),
+    ):
+        assert {part.listener for part in plan("git", words)} == listeners
+    with pytest.raises(FedtapError, match="no attacks of its own for the curious_server"):
+        plan("drift", {"listener": "curious_server"})
+    with pytest.raises(FedtapError, match="--sigma is the defence"):
+        plan("noise", {"defence": "noise(0.5)"})
+    assert plan("noise", {"sigma": "0.10"})[0].defence == "noise(0.1)"
+    assert plan("first_leak", {"defence": " noise ( 1e-1 ) "})[0].defence == "noise(0.1)"
 
 
 @given(word=st.text(max_size=12), knob=st.sampled_from(["victims", "learning_rate", "batch", "alpha", "listener"]))

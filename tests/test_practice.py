@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from attackers import parse
+from attackers.identified import Identified
 from attackers.idlg import IDLG
 from attackers.lti import LTI
+from attackers.parts import teaching
 from attackers.parts.teaching import Flat, check_room, ordered
 from attackers.refine import Refine
 from attackers.saved import Saved
 from clients.app import client_app
-from simulator import practice as practice_module
 from simulator.attack import Attack, Learned
 from simulator.errors import FedtapError
+from simulator.federation import play as play_rounds
+from simulator.federation import practice as hear_pairs
 from simulator.leaks import Leak
 from simulator.local import LocalGrid
 from simulator.models import build
 from simulator.practice import About, Practice, gradients
 from simulator.run import run
-from simulator.scenario import Scenario
+from simulator.scenario import Scenario, private_data
 from tests.attack_leaks import leak_of, pictures, practice_for
 
 LENET = build("lenet", (3, 16, 16), 10, seed=1234)
@@ -137,10 +139,13 @@ def test_practice_teaches(tmp_path: Path) -> None:
     assert abs(float(lti.fit(practice)(heard()).objective[0]) / error - 1) < 1  # its own estimate, on held-out pairs
 
 
-def test_what_does_not_fit_into_memory_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+def test_what_does_not_fit_into_memory_is_refused_with_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
+    monkeypatch.setattr(teaching, "MEMORY", tmp_path / "meminfo")
     check_room(100, 5000)
-    with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs 102"):
+    with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs"):
         check_room(200, 5000)
 
 
@@ -212,28 +217,59 @@ def play(out: Path, **change: object) -> list[dict[str, object]]:
     return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"))
 
 
-def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path) -> None:
     shared = str(tmp_path / "pairs")
     rows = play(tmp_path / "one", practice=shared)
     assert [row["pairs"] for row in rows] == [20, 20]
     assert all(float(row["fit_seconds"]) > 0 for row in rows)  # type: ignore[arg-type]
-    trained: tuple[Attack, ...] = (Saved(str(tmp_path / "one/attackers/part_0-lti.safetensors")),)
+    trained: tuple[Attack, ...] = (Saved(str(tmp_path / "one/attackers/part_0-0-lti.safetensors")),)
     again = play(tmp_path / "two", attacks=trained)
     assert [row["mse"] for row in again] == [row["mse"] for row in rows]
 
-    def never(*_: object) -> None:
-        raise AssertionError("it practised again")
-
-    monkeypatch.setattr(practice_module.Practice, "record", never)
+    made = sorted((tmp_path / "pairs").iterdir())
     assert [row["pairs"] for row in play(tmp_path / "three", practice=shared, pairs=15)] == [15, 15]
-    for change, said in (
-        ({"weights_seed": 5}, "at other weights"),
-        ({"pairs": 21}, "holds 20 pairs"),
-        ({"model": "lenet"}, "holds 20 pairs of mlp.*needs 20 pairs of lenet"),
-        ({"pairs": 4000}, "are more than the"),
-    ):
+    assert sorted((tmp_path / "pairs").iterdir()) == made, "the first of those that are there will do"
+    for change in ({"weights_seed": 5}, {"defence": "noise(0.1)"}, {"model": "lenet"}, {"drifts": 2}):
+        play(tmp_path / "four", practice=shared, **change)
+        assert len(sorted((tmp_path / "pairs").iterdir())) == len(made) + 1, change
+        made = sorted((tmp_path / "pairs").iterdir())
+    defended = [play(tmp_path / "five", practice=shared, defence="noise(0.1)", seed=seed)[0]["mse"] for seed in (0, 1)]
+    assert defended[1] == play(tmp_path / "six", defence="noise(0.1)", seed=1)[0]["mse"] != defended[0]
+    for change, said in (({"pairs": 4000}, "are more than the"), ({"drifts": 21}, "21 drifted weights are more")):
         with pytest.raises(FedtapError, match=said):
-            play(tmp_path / "four", practice=shared, **change)
+            play(tmp_path / "seven", **change)
+
+
+def test_a_damaged_practice_ends_the_run_and_pairs_that_teach_nothing_do_not(tmp_path: Path) -> None:
+    rows = play(tmp_path / "one", attacks=(Identified(IDLG(steps=2)), LTI(width=8, epochs=1)), model="lenet")
+    assert [row["error"] is None for row in rows] == [False, False, True, True]
+    assert "practice pairs" in str(rows[0]["error"])
+    (chunk,) = (tmp_path / "one/practice").rglob("pairs_00000.safetensors")
+    chunk.write_bytes(chunk.read_bytes()[:-20])
+    with pytest.raises(FedtapError, match="the practice is not whole"):
+        play(tmp_path / "one", attacks=(LTI(width=8, epochs=2),), model="lenet")
+
+
+def test_each_learner_is_saved_under_a_name_of_its_own(tmp_path: Path) -> None:
+    one, two = LTI(width=8, epochs=1), LTI(width=8, epochs=2)
+    play(tmp_path, attacks=(one, two, Refine(one, two)), listener="curious_server")
+    names = sorted(path.name for path in (tmp_path / "attackers").glob("*.safetensors"))
+    assert names == [f"part_0-{n}-lti.safetensors" for n in ("0", "1", "2", "2-1")]
+
+
+def test_pairs_at_drifted_weights_are_as_many_kinds_as_asked(tmp_path: Path) -> None:
+    images = torch.full((1, 3, 16, 16), 0.5)
+    found = []
+    for drifts in (0, 3):
+        part = dataclasses.replace(BASE, drifts=drifts)
+        private = private_data(part, Path("data"), 2)
+        grid = LocalGrid(client_app(lambda config, part=part: (part,)), 3)  # type: ignore[misc]
+        heard = play_rounds(part, grid, private)
+        same = images.expand(7, 1, 3, 16, 16)
+        chunks = list(hear_pairs(grid, part, private, heard, same, torch.zeros(7, 1, dtype=torch.long)))
+        first = torch.cat([pairs.leak.observed["5.bias"] for pairs in chunks])
+        found.append(len(torch.unique((first * 1e4).round(), dim=0)))
+    assert found == [1, 3]
 
 
 def test_about_says_what_it_is() -> None:

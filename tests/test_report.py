@@ -304,5 +304,10 @@ def test_a_swept_number_is_drawn_as_a_curve() -> None:
     assert "lti &lt;b&gt;" in chart
     assert "<b>" not in chart
     assert chart == report.html(about(), rows, [])[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    follows = [
+        each | {"defence": f"noise({each['sigma']})", "pairs": 10 if "lti" in each["attack"] else None} for each in rows
+    ]
+    legend = report.html(about(), follows, [])
+    assert "defence noise" not in legend.partition("<h2>What")[0].partition("<h2>Curves</h2>")[2]
     for flat in ([row(sigma=0.0), row(client=1, sigma=0.0)], [row(model="lenet"), row(model="vit")], [failed()]):
         assert "<h2>Curves</h2>" not in report.html(about(), flat, [])

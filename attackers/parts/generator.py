@@ -585,8 +585,14 @@ def _ridge(
         normal, moment = normals.sum(0), moments.sum(0)
         if without is not None:
             normal, moment = normal - normals[without], moment - moments[without]
-        ridge = strength * normal.diagonal().mean() * torch.eye(len(normal)).to(normal)
-        return torch.cholesky_solve(moment, torch.linalg.cholesky(normal + ridge))
+        ridge = (strength * normal.diagonal().mean()).clamp_min(1e-12) * torch.eye(len(normal)).to(normal)
+        factor, failed = torch.linalg.cholesky_ex(normal + ridge)
+        if failed or not bool(factor.isfinite().all()):
+            raise FedtapError(
+                "The last layer's inputs, as the practice gradients show them, leave a ridge regression nothing to "
+                "hold on to: practise with several classes, or with less noise."
+            )
+        return torch.cholesky_solve(moment, factor)
 
     def misfit(strength: float) -> float:
         return F.mse_loss(given[fold == 0] @ solved(strength, 0), answer[fold == 0]).item()

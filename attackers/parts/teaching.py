@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors
 from simulator.practice import Practice
 from simulator.progress import progress
+
+MEMORY = Path("/proc/meminfo")
 
 HELD_OUT = 20
 """One pair in so many is kept from learning, to estimate the error by."""
@@ -77,10 +79,9 @@ def check_room(pairs: int, numbers: int) -> None:
     Raises:
         FedtapError: with how many pairs would fit.
     """
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    if not MEMORY.is_file():
         return  # this system does not say
+    free = next(1024 * int(line.split()[1]) for line in MEMORY.read_text().splitlines() if "MemAvailable" in line)
     if (needed := 8 * pairs * numbers) > free:
         raise FedtapError(
             f"{pairs:,} pairs of {numbers:,} numbers each take {needed / 1e9:.1f} GB to learn from, and "
