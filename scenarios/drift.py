@@ -1,7 +1,8 @@
 """Does a learned attack still work on a client whose weights have moved since the attacker practised?
 
-Expect: the error grows slowly with the distance: it doubles only after thousands of local images and many epochs, or
-some dozens of global rounds. A server that practises anew, or that knows the weights, loses nothing to global rounds.
+Expect: no, if it practised at one draw of the weights: a few steps of SGD take it below the blind guess, because what
+it learned leans on small differences that any drift drowns. Practice at many drifted weights (--drifts) buys hundreds
+of steps. A server that practises anew, or that knows the weights, loses nothing to global rounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Does a learned attack see what it never practised on?
 
-Expect: of classes that were left out of the practice it sees a little less, of another world two or three times the
-error; the exact attacks care for neither. The floors move too: read each row beside its own.
+Expect: images of another world come back with less than twice the error; of classes that were left out of the practice
+little comes back, since the stages lean on the label. Read each row beside its own floor: the floors move too.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def test_each_learner_is_saved_under_a_name_of_its_own(tmp_path: Path) -> None:
     one, two = LTI(width=8, epochs=1), LTI(width=8, epochs=2)
     play(tmp_path, attacks=(one, two, Refine(one, two)), listener="curious_server")
     names = sorted(path.name for path in (tmp_path / "attackers").glob("*.safetensors"))
-    assert names == [f"part_0-{n}-lti.safetensors" for n in ("0", "1", "2", "2-1")]
+    assert names == [f"part_0-{n}-lti.safetensors" for n in ("0", "1", "2-1", "2")]
 
 
 def test_pairs_at_drifted_weights_are_as_many_kinds_as_asked(tmp_path: Path) -> None:
