@@ -153,7 +153,7 @@ def test_the_stages_learn_what_no_regression_starts_them_with(tmp_path: Path) ->
         adam.zero_grad()
         losses[-1].backward()
         adam.step()
-    assert float(sum(losses[-10:])) < 0.6 * float(sum(losses[:10]))
+    assert sum(loss.item() for loss in losses[-10:]) < 0.6 * sum(loss.item() for loss in losses[:10])
 
 
 @pytest.mark.parametrize("model", MODELS)
