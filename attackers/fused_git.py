@@ -9,6 +9,7 @@ layer, from Exact-GIT's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -121,7 +122,7 @@ class Prior(nn.Module):
     def __init__(self, about: About, guess: nn.Module) -> None:
         super().__init__()
         self.guess = guess
-        pixels = about.protocol.batch * about.protocol.shape[0] * about.protocol.shape[1] * about.protocol.shape[2]
+        pixels = about.protocol.batch * math.prod(about.protocol.shape)
         self.register_buffer("errors", torch.zeros(max(1, about.pairs // HELD_OUT), pixels))
 
     def precision(self) -> Product:

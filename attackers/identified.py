@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -47,16 +46,6 @@ class Identified(Learner):
     def name(self) -> str:
         """As it was asked for."""
         return f"identified {self.attack.name}"
-
-    @property
-    def distribution(self) -> Literal["uniform", "normal"]:
-        """The attack's own."""
-        return self.attack.distribution
-
-    @property
-    def starts(self) -> int:
-        """The attack's own."""
-        return self.attack.starts
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts where it knows the weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ class Album(nn.Module):
     def __init__(self, about: About, flat: Flat) -> None:
         super().__init__()
         self.flat = flat
-        pixels = about.protocol.shape[0] * about.protocol.shape[1] * about.protocol.shape[2]
+        pixels = math.prod(about.protocol.shape)
         self.register_buffer("seen", torch.zeros(about.pairs, flat.length))
         self.register_buffer("labels", torch.zeros(about.pairs, about.protocol.batch, dtype=torch.long))
         self.register_buffer("images", torch.zeros(about.pairs, about.protocol.batch, pixels, dtype=torch.uint8))

@@ -6,7 +6,6 @@ A wrapper without a paper.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from attackers.parts.checks import check_fields
 from attackers.parts.labels import paired
@@ -35,16 +34,6 @@ class Refine(Attack):
     def name(self) -> str:
         """Both, in order."""
         return f"{self.start.name} + {self.finish.name}"
-
-    @property
-    def distribution(self) -> Literal["uniform", "normal"]:
-        """Of the attack that begins."""
-        return self.start.distribution
-
-    @property
-    def starts(self) -> int:
-        """Of the attack that begins."""
-        return self.start.starts
 
     def accepts(self, leak: Leak) -> None:
         """What both accept."""

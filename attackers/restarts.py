@@ -6,7 +6,6 @@ A wrapper without a paper. The objective is the attack's own: nothing here sees 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -39,11 +38,6 @@ class Restarts(Attack):
     def name(self) -> str:
         """As it was asked for."""
         return f"{self.attack.name} x{self.times}"
-
-    @property
-    def distribution(self) -> Literal["uniform", "normal"]:
-        """The attack's own."""
-        return self.attack.distribution
 
     @property
     def starts(self) -> int:

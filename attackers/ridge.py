@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +81,7 @@ class Affine(nn.Module):
     def __init__(self, about: About, flat: Flat) -> None:
         super().__init__()
         self.flat = flat
-        shape = about.protocol.shape
-        pixels = about.protocol.batch * shape[0] * shape[1] * shape[2]
+        pixels = about.protocol.batch * math.prod(about.protocol.shape)
         self.register_buffer("slope", torch.zeros(flat.length, pixels))
         self.register_buffer("offset", torch.zeros(pixels))
         self.register_buffer("error", torch.tensor(0.0))

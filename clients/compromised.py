@@ -27,10 +27,11 @@ def practise(order: Message, private: PrivateData) -> Message:
         with seeded(private.scenario.seed, "drift", digest(drift)):
             sgd(net, drift["images"].float() / 255, drift["labels"], steps, UNSHARED_BATCH, UNSHARED_RATE)
     examples = tensors_of(order.content.array_records["examples"])
-    with seeded(private.scenario.seed, "practice", digest(examples)):
+    seed, fed = private.scenario.seed, digest(examples)
+    with seeded(seed, "practice", fed):
         found = gradients(net, examples["images"], examples["labels"])
     if (defence := parse(private.scenario.defence)) is not None:
-        found = defence(found, generator(private.scenario.seed, "defence", digest(examples)))
+        found = defence(found, generator(seed, "defence", fed))
     content = RecordDict(
         {"gradients": ArrayRecord(found), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 from clients.defences import parse
 from clients.training import answer, drifted, network, receive, seeded, sgd
 from simulator.attack import generator
-from simulator.records import tensors_of
 from simulator.scenario import PrivateData
 
 
@@ -26,8 +25,7 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
     rnd = int(config["server-round"])  # type: ignore[arg-type]
     images, labels = private(client, rnd)
     net = network(scenario.model, world.shape, len(world.classes))
-    receive(net, order.content.array_records["arrays"])
-    before = tensors_of(order.content.array_records["arrays"])
+    before = receive(net, order.content.array_records["arrays"])
     here, moved = before, 0.0
     if scenario.local_samples and private.victim(client, rnd) is not None:
         here = drifted(before, private)

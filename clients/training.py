@@ -33,8 +33,8 @@ def seeded(*names: int | str) -> Iterator[None]:
         yield
 
 
-def receive(net: nn.Module, arrays: ArrayRecord) -> None:
-    """Set the network's parameters and buffers to the server's.
+def receive(net: nn.Module, arrays: ArrayRecord) -> dict[str, Tensor]:
+    """Set the network's parameters and buffers to the server's, and return those.
 
     Raises:
         KeyError, RuntimeError: the server sent another model's.
@@ -44,6 +44,7 @@ def receive(net: nn.Module, arrays: ArrayRecord) -> None:
     if sent.keys() != wanted.keys():
         raise KeyError(f"the server sent {len(sent)} tensors that are not those of this client's model")
     net.load_state_dict(sent, strict=False)
+    return sent
 
 
 def carried(net: nn.Module) -> ArrayRecord:

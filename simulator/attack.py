@@ -61,13 +61,13 @@ class Attack(ABC):
 
     @property
     def distribution(self) -> Literal["uniform", "normal"]:
-        """What the starting point is drawn from: U(0, 1) or N(0, 1), for each pixel."""
-        return "uniform"
+        """What the starting point is drawn from: U(0, 1) or N(0, 1), for each pixel; as the attack it wraps first."""
+        return next((part.distribution for part in self._parts().values()), "uniform")
 
     @property
     def starts(self) -> int:
-        """Starting points it wants for each victim."""
-        return 1
+        """Starting points it wants for each victim; as many as the attack it wraps first."""
+        return next((part.starts for part in self._parts().values()), 1)
 
     def written(self) -> str:
         """As it is written on the command line, with what differs from its defaults."""
@@ -235,16 +235,6 @@ class Learned(Attack):
     def name(self) -> str:
         """The learner's."""
         return self.learner.name
-
-    @property
-    def distribution(self) -> Literal["uniform", "normal"]:
-        """The learner's."""
-        return self.learner.distribution
-
-    @property
-    def starts(self) -> int:
-        """The learner's."""
-        return self.learner.starts
 
     @property
     def practises(self) -> bool:
