@@ -241,7 +241,25 @@ class AttentionLeak(Leak):
         return {"output": tuple(answer.shape[1:])}
 
 
-KINDS: dict[str, type[Leak]] = {kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak)}
+class StationaryLeak(Leak):
+    """The weights of a model that its client trained to the end, shape of each parameter.
+
+    `weights` are the ones that were broadcast; the regulariser of the training is the protocol's `prior`, and the
+    client's number of examples its `batch`.
+    """
+
+    kind = "stationary"
+    precise = True
+
+    @property
+    def trained(self) -> Tensors:
+        """Parameter name -> `victims *parameter`."""
+        return self.observed
+
+
+KINDS: dict[str, type[Leak]] = {
+    kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, StationaryLeak)
+}
 
 
 NAMES = ("clients", "rounds", "restarts")

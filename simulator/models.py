@@ -28,11 +28,28 @@ from simulator.precode import with_bottleneck
 Shape = tuple[int, ...]
 
 
-def mlp(shape: Shape, classes: int, width: int = 256, depth: int = 2) -> nn.Module:
-    """Two hidden ReLU layers of 256 units; the first linear layer's gradient holds the image in closed form."""
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+}
+
+
+def mlp(
+    shape: Shape, classes: int, width: int = 256, depth: int = 2, activation: str = "relu", bias: bool = True
+) -> nn.Module:
+    """Two hidden ReLU layers of 256 units; the first linear layer's gradient holds the image in closed form.
+
+    Raises:
+        FedtapError: no such activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise unknown("activation", activation, ACTIVATIONS)
     widths = [math.prod(shape), *[width] * depth]
-    hidden = [(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
-    return nn.Sequential(nn.Flatten(), *itertools.chain(*hidden), nn.Linear(widths[-1], classes))
+    hidden = [(nn.Linear(a, b, bias=bias), ACTIVATIONS[activation]()) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(nn.Flatten(), *itertools.chain(*hidden), nn.Linear(widths[-1], classes, bias=bias))
 
 
 class LeNet(nn.Module):
@@ -259,7 +276,10 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
     base, bracket, _ = name.partition("(")
     if base not in MODELS:
         raise unknown("model", name, MODELS)
-    takes = [size for size in inspect.signature(MODELS[base]).parameters if size not in ("shape", "classes")]
+    parameters = inspect.signature(MODELS[base]).parameters.values()
+    takes = {
+        parameter.name: parameter.default for parameter in parameters if parameter.name not in ("shape", "classes")
+    }
     sizes: dict[str, object] = {}
     try:
         call = ast.parse(name, mode="eval").body
@@ -267,9 +287,12 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
             sizes = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
-    fit = all(name in takes and type(size) is int and size >= 1 for name, size in sizes.items())
+    fit = all(
+        name in takes and type(size) is type(takes[name]) and (type(size) is not int or size >= 1)
+        for name, size in sizes.items()
+    )
     if bracket and not (sizes and fit):
-        how = f"it takes whole numbers from 1: {base}({takes[0]}=16)" if takes else f"it has one: {base}"
+        how = f"it takes whole numbers from 1: {base}({next(iter(takes))}=16)" if takes else f"it has one: {base}"
         raise FedtapError(f"Model {name!r} is no size of {base} that can be built; {how}.")
     return functools.partial(MODELS[base], **sizes)
 
