@@ -22,6 +22,7 @@ without. Haim's smoothed derivative of ReLU and his hinges on range and weight a
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ EXPLAINED = 1e-3
 SOLVED, ENDED = 1e-22, 1e-12
 """Squared share of the whitened ∇R left over at which a round ends, and one at whose end no further one is needed."""
 
-PICKED = 0.6
-"""Share of all starts' points that a new start may pick from."""
+PICKED = (0.6, 0.1)
+"""Share of all starts' points that a new start may pick from: the first start's, the last's, and evenly between."""
 
 GIVE, TAKE, LEAST, MOST = 1 / 3, 4.0, 1e-15, 1e10
 """The damping's change after a step that is kept, after one that is not, its least, and where a lane is stuck."""
@@ -142,8 +143,9 @@ class StationaryMMD(Attack[PseudoData]):
         rows = terms.directions(weights, inputs) / math.sqrt(len(inputs))
         _, spread, across = torch.linalg.svd(rows, full_matrices=False)
         largest = spread[:, :1]
-        scale = torch.where(spread > FAINTEST * largest, (spread**2 + self.whiten * largest**2).rsqrt(), 0.0)
-        return (across * scale[:, :, None]).transpose(1, 2)
+        scale: Tensor = torch.where(spread > FAINTEST * largest, (spread**2 + self.whiten * largest**2).rsqrt(), 0.0)
+        divided: Tensor = across * scale[:, :, None]
+        return divided.transpose(1, 2)
 
     def _solve(
         self, terms: Terms, weights: Tensors, slope: Tensor, whitener: Tensor, found: Tensor
@@ -200,7 +202,8 @@ def recombined(
     pulls = pulls.reshape(victims, starts * many, len(unit), -1)
     size_of = pulls.square().sum((2, 3))
     draw = generator("stationary_mmd", "picks", number)
-    barred = (torch.rand(starts, starts * many, generator=draw) > PICKED).to(found.device)
+    share = torch.linspace(*PICKED, starts)[:, None]
+    barred = (torch.rand(starts, starts * many, generator=draw) > share).to(found.device)
     target = -(slope[:, None] @ whitener)
     rest = target.expand(-1, starts, -1)
     picked = torch.zeros(victims, starts, 0, dtype=torch.long, device=found.device)
@@ -233,7 +236,7 @@ class Terms:
         ones = torch.ones(classes, 1, dtype=torch.float64)
         identity = torch.eye(classes, dtype=torch.float64)[:, : classes - 1]
         self.basis = torch.linalg.qr(torch.cat([ones, identity], dim=1)).Q[:, 1:]
-        network = network.eval()
+        network = copy.deepcopy(network).eval()
 
         def logits(weights: Tensors, point: Tensor) -> Tensor:
             answered: Tensor = functional_call(network, dict(weights), (point.reshape(1, *shape),))[0]
@@ -241,7 +244,8 @@ class Terms:
 
         def along(weights: Tensors, unknowns: Tensor) -> Tensor:
             point, slopes = unknowns[: self.size], unknowns[self.size :]
-            return slopes @ (self.basis.to(point).T @ logits(weights, point))
+            total: Tensor = slopes @ (self.basis.to(point).T @ logits(weights, point))
+            return total
 
         def one(weights: Tensors, unknowns: Tensor) -> Tensor:
             gradient: dict[str, Tensor] = grad(along)(weights, unknowns)
@@ -261,11 +265,13 @@ class Terms:
 
     def singly(self, weights: Tensors, unknowns: Tensor) -> Float[Tensor, "victims points entries"]:
         """Each point's pull by itself."""
-        return self._one(dict(weights), unknowns[:, None])[:, 0]
+        pulls: Tensor = self._one(dict(weights), unknowns[:, None])
+        return pulls[:, 0]
 
     def jacobian(self, weights: Tensors, found: Tensor) -> Float[Tensor, "victims starts unknowns entries"]:
         """Its derivatives by each point's features and slopes."""
-        return self._jacobian(dict(weights), found).transpose(-1, -2).flatten(2, 3)
+        slopes: Tensor = self._jacobian(dict(weights), found)
+        return slopes.transpose(-1, -2).flatten(2, 3)
 
     def directions(self, weights: Tensors, points: Tensor) -> Float[Tensor, "victims gradients entries"]:
         """The gradient of each basis slope's logit at each point; the points are the same for all victims."""

@@ -5,6 +5,7 @@ It works in double precision and sends back what any client sends: weights, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class Training:
 
     regulariser: Regulariser
     optimiser: str = "lbfgs"
-    steps: int = 20_000
+    steps: int = 6_000
     """Of L-BFGS, at most."""
 
     def __post_init__(self) -> None:
@@ -79,7 +80,7 @@ class Training:
         inputs = inputs.double()
 
         def parts(flat: Tensor) -> dict[str, Tensor]:
-            split = flat.split([size.numel() for size in sizes.values()])
+            split = torch.split(flat, [size.numel() for size in sizes.values()])
             return {name: part.reshape(size) for (name, size), part in zip(sizes.items(), split, strict=True)}
 
         def loss() -> Tensor:
@@ -101,13 +102,21 @@ class Training:
             adam = torch.optim.Adam([weights], lr=ADAM_RATE)
             for _ in range(ADAM_STEPS):
                 adam.step(closure)
+        rest = [math.inf, math.inf]
         for number in range(self.steps // AT_ONCE if self.optimiser == "lbfgs" else 0):
-            if left() < CLOSE:
+            rest.append(left())
+            if rest[-1] < CLOSE or rest[-1] > rest[-3] / 2:  # it has ended, or ReLU's kinks leave it nowhere to end
                 break
             # near the end the loss no longer tells two steps apart, and the gradient alone leads on
             search = "strong_wolfe" if number % 2 == 0 else None
-            settings = {"max_iter": AT_ONCE, "history_size": HISTORY, "tolerance_grad": 0.0, "tolerance_change": 0.0}
-            torch.optim.LBFGS([weights], line_search_fn=search, **settings).step(closure)
+            torch.optim.LBFGS(  # type: ignore[no-untyped-call]
+                [weights],
+                max_iter=AT_ONCE,
+                history_size=HISTORY,
+                tolerance_grad=0,
+                tolerance_change=0,
+                line_search_fn=search,
+            ).step(closure)
         return parts(weights.detach()), left()
 
 

@@ -6,19 +6,24 @@ truth's before they are scored.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest
+from scipy.stats import binomtest, spearmanr
 from torch import Tensor
 
 from simulator.errors import FedtapError
 
 RECOVERED_DB = 30.0
 """A PSNR from which an image counts as recovered."""
+
+FAINT = 0.1
+"""Weight, in examples, below which a pseudo-point stands for none."""
 
 PSNR_CAP = 100.0
 """PSNR of images that are the same, or nearly so (MSE <= 1e-10): a finite number, for files and medians."""
@@ -184,6 +189,31 @@ def score_all(
         )
         for victim in range(victims)
     ]
+
+
+def nearest(
+    points: Float[Tensor, "points features"],
+    weights: Float[Tensor, "points"],
+    truth: Float[Tensor, "examples features"],
+) -> Float[Tensor, "examples"]:
+    """Relative distance ``|z - x| / |x|`` of each true example to the point that is matched to it.
+
+    Points and examples are paired so that the distances sum to the least; points of weight below FAINT, which stand for
+    no example, are left out, and an example without a point is at distance 1, that of the origin, at most.
+    """
+    points = points[(weights >= FAINT) & points.isfinite().all(1)]
+    distance = torch.cdist(truth, points) / truth.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    apart = torch.ones(len(truth), dtype=truth.dtype)
+    row, column = map(torch.from_numpy, linear_sum_assignment(distance.clamp_max(1.0).numpy()))
+    apart[row] = distance[row, column].clamp_max(1.0)
+    return apart
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's; NaN where all of one side are alike."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constant sides
+        return float(spearmanr(one, other).statistic)
 
 
 def best_constant(public: Batch) -> Image:
