@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 from simulator.curves import GREY, STYLE, element
 from simulator.output import Row
 
+ACROSS = 3
+"""Charts beside each other."""
+
 
 def recovery_svg(rows: Sequence[Row]) -> str:
     """The share of examples recovered, each client a dot and their mean a line, against width, for each attack."""
@@ -45,8 +48,12 @@ def scatter_svg(rows: Sequence[Row], named: Mapping[str, str]) -> str:
         named: score's column -> what it is called.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(named), 4.2), layout="constrained")
-        for axes, (column, name) in zip(figure.subplots(1, len(named), squeeze=False)[0], named.items(), strict=True):
+        lines = -(-len(named) // ACROSS)
+        figure = Figure(figsize=(11, 3.6 * lines), layout="constrained")
+        places = figure.subplots(lines, ACROSS, squeeze=False).flatten()
+        for axes in places[len(named) :]:
+            axes.set_axis_off()
+        for axes, (column, name) in zip(places, named.items(), strict=False):
             for number, regulariser in enumerate(dict.fromkeys(row["regulariser"] for row in rows)):
                 for held, face in ((False, "none"), (True, f"C{number}")):
                     own = [row for row in rows if row["regulariser"] == regulariser and row["validation"] is held]
@@ -63,6 +70,7 @@ def scatter_svg(rows: Sequence[Row], named: Mapping[str, str]) -> str:
             axes.set_xlabel(name)
             axes.set_ylim(-0.05, 1.05)
             axes.grid(color=GREY, alpha=0.2)
-        figure.axes[0].set_ylabel("share of examples recovered")
+        for axes in places[::ACROSS]:
+            axes.set_ylabel("share of examples recovered")
         figure.legend(loc="outside lower center", ncols=3, title="filled: not used to choose among the scores")
         return element(figure, "share recovered against scores of vulnerability")
