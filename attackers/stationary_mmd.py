@@ -113,6 +113,8 @@ class StationaryMMD(Attack[PseudoData]):
         return drawn
 
     def reconstruct(self, leak: Leak, start: Tensor) -> PseudoData:
+        if not bool(start.isfinite().all()):
+            raise FedtapError("The starting point holds NaN or infinity, from which no step leads on: leave it out.")
         slope, weights = flat(pull(leak)), {name: tensor.double() for name, tensor in leak.observed.items()}
         _warn(leak, slope)
         terms = Terms(leak.network, leak.protocol.shape, leak.protocol.classes)
@@ -153,7 +155,7 @@ class StationaryMMD(Attack[PseudoData]):
         """Lower ``|(slope + sum) W|²`` for each victim and start by ``(J'J + damping diag J'J) d = -J'r``."""
         target = slope[:, None] @ whitener
         rest = target + terms.sums(weights, found) @ whitener
-        cost = rest.square().sum(-1)
+        cost = rest.square().sum(-1).nan_to_num(torch.inf)
         damping = torch.full_like(cost, 0.1)
         for _ in progress(self.steps, "stationary_mmd"):
             jacobian = terms.jacobian(weights, found)
@@ -166,11 +168,12 @@ class StationaryMMD(Attack[PseudoData]):
             there = found - step.reshape(found.shape)
             tried = target + terms.sums(weights, there) @ whitener
             value = tried.square().sum(-1)
-            kept = (value < cost) & (failed == 0)
+            going = (cost.amin(1) > SOLVED) & (damping.amin(1) < MOST)  # a victim stops when it would by itself
+            kept = (value < cost) & (failed == 0) & going[:, None]
             found = torch.where(kept[..., None, None], there, found)
             rest, cost = torch.where(kept[..., None], tried, rest), torch.where(kept, value, cost)
             damping = (damping * torch.where(kept, GIVE, TAKE)).clamp_min(LEAST)
-            if bool(((cost.amin(1) < SOLVED) | (damping.amin(1) > MOST)).all()):
+            if not bool(going.any()):
                 break
         return found, cost
 
@@ -216,7 +219,7 @@ def recombined(
         columns = pulls[lanes, picked].flatten(2, 3)
         gram = columns @ columns.transpose(-1, -2)
         gram += torch.diag_embed(1e-12 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).expand(gram.shape[:-1]))
-        slopes = torch.linalg.solve(gram, (columns @ target[:, 0, :, None][:, None])[..., 0])
+        slopes, _ = torch.linalg.solve_ex(gram, (columns @ target[:, 0, :, None][:, None])[..., 0])
         rest = target - (slopes[..., None, :] @ columns)[..., 0, :]
     chosen = torch.cat([points[lanes, picked], slopes.reshape(*picked.shape, len(unit))], -1)
     made = torch.cat([chosen, fresh], 2)

@@ -244,6 +244,8 @@ def test_leaks_that_cannot_be_used_are_refused() -> None:
     broken = dict(leak.observed) | {first: leak.observed[first] * math.nan}
     with pytest.raises(FedtapError, match="holds NaN or infinity"):
         QUICK(dataclasses.replace(leak, observed=broken))
+    with pytest.raises(FedtapError, match="starting point holds NaN"):
+        QUICK(leak, start=QUICK.begin(leak.repeat(6), 0) * math.nan)
     with pytest.raises(FedtapError, match="does not know them"):
         QUICK(dataclasses.replace(leak, weights=None))
     protocol = dataclasses.replace(leak.protocol, classes=1)
