@@ -156,7 +156,9 @@ def test_more_rounds_never_leave_more() -> None:
 
 def test_a_training_that_stopped_early_is_told_and_shows_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"no stationary point under fedprox.*has not trained to the end"):
-        rows = played(tmp_path, dataclasses.replace(SMALL, training="adam"))
+        rows = played(
+            tmp_path, dataclasses.replace(SMALL, training="adam"), StationaryMMD(restarts=6, rounds=1, steps=30)
+        )
     for row in rows:
         assert row["recovered"] == 0
         assert not row["explained"]
@@ -224,7 +226,7 @@ def test_no_points_explain_what_is_of_too_high_a_rank() -> None:
     assert float(unexplainable(moved).min()) > 1e-2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        guess = QUICK(moved)
+        guess = StationaryMMD(restarts=2, rounds=1, steps=5)(moved)
     assert bool((guess.objective.sqrt() >= unexplainable(moved)).all())
     idle = dataclasses.replace(
         leak, observed={name: value.expand(2, *value.shape).double() for name, value in weights_of(leak).items()}
