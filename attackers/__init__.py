@@ -12,9 +12,9 @@ from simulator.attack import Attack
 from simulator.errors import FedtapError, unknown
 
 
-def _scan() -> dict[str, type[Attack]]:
+def _scan() -> dict[str, type[Attack[Any]]]:
     """Every attack in this folder by the name of its file, which defines one public attack."""
-    found: dict[str, type[Attack]] = {}
+    found: dict[str, type[Attack[Any]]] = {}
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg or module.name == "bench":
             continue
@@ -29,7 +29,7 @@ def _scan() -> dict[str, type[Attack]]:
     return found
 
 
-ATTACKS: dict[str, type[Attack]] = _scan()
+ATTACKS: dict[str, type[Attack[Any]]] = _scan()
 """Name on the command line -> attack."""
 
 HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
