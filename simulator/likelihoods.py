@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from simulator.errors import FedtapError
+from simulator.leaks import Protocol
 
 HALF_CAUCHY = re.compile(r"halfcauchy\(\s*([0-9.eE+-]+)\s*\)")
 
-HOW = "write linear_regression(INPUTS, DEGREE, PRIOR) or bayesian_network(INPUTS, HIDDEN, NOISE)"
+HOW = "write linear_regression, polynomial(DEGREE) or bayesian_network(HIDDEN, NOISE)"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ class Likelihood(ABC):
     def log_prior(self, theta: Float[Tensor, "d"]) -> Float[Tensor, ""]:
         """log p(θ), up to a constant."""
 
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The architecture, on the meta device: a parameter for each group of them, in the order of θ."""
+
     @property
     def columns(self) -> int:
         """Numbers of a record."""
@@ -104,7 +108,10 @@ class LinearRegression(Likelihood):
             )
 
     def __str__(self) -> str:
-        return f"linear_regression({self.inputs}, {self.degree}, {self.sigma})"
+        return "linear_regression" if self.degree == 1 else f"polynomial({self.degree})"
+
+    def network(self) -> nn.Module:
+        return _bare(beta=self.inputs * self.degree + 1, sigma=1)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -130,15 +137,15 @@ class LinearRegression(Likelihood):
     @property
     def monomials(self) -> list[tuple[int, ...]]:
         """Powers of the columns in each statistic; those of ψψᵀ, ψy and y², each once, 1 first."""
-        units = [tuple(int(at == column) for at in range(self.columns)) for column in range(self.columns)]
-        psi = [(0,) * self.columns]
-        psi += [tuple(power * one for one in units[column]) for power in self._powers for column in range(self.inputs)]
-        pairs = combinations_with_replacement([*psi, units[-1]], 2)
-        return sorted({tuple(map(sum, zip(*pair, strict=True))) for pair in pairs}, key=lambda powers: powers[::-1])
+        products = {_product(*pair) for pair in combinations_with_replacement(self._u, 2)}
+        return sorted(products, key=lambda powers: (sum(powers), powers[::-1]))
 
     @property
-    def _powers(self) -> range:
-        return range(1, self.degree + 1)
+    def _u(self) -> list[tuple[int, ...]]:
+        """Powers of the columns in each entry of u = (ψ, y)."""
+        units = [tuple(int(at == column) for at in range(self.columns)) for column in range(self.columns)]
+        inputs = [tuple(power * one for one in unit) for power in range(1, self.degree + 1) for unit in units[:-1]]
+        return [(0,) * self.columns, *inputs, units[-1]]
 
     def statistics(self, points: Float[Tensor, "*points columns"]) -> Float[Tensor, "*points statistics"]:
         """What of a record the likelihood sees: its sums over all records are sufficient."""
@@ -156,16 +163,16 @@ class LinearRegression(Likelihood):
     @property
     def _gather(self) -> Float[Tensor, "statistics products"]:
         """Which entries of uuᵀ are the same monomial."""
-        one, last = (0,) * self.columns, (0,) * self.inputs + (1,)
-        psi = [one]
-        for power in self._powers:
-            psi += [tuple(power * int(at == column) for at in range(self.columns)) for column in range(self.inputs)]
-        u, place = [*psi, last], {powers: row for row, powers in enumerate(self.monomials)}
+        u, place = self._u, {powers: row for row, powers in enumerate(self.monomials)}
         gather = torch.zeros(len(place), len(u) ** 2)
         for row, left in enumerate(u):
             for column, right in enumerate(u):
-                gather[place[tuple(map(sum, zip(left, right, strict=True)))], row * len(u) + column] = 1.0
+                gather[place[_product(left, right)], row * len(u) + column] = 1.0
         return gather
+
+
+def _product(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(one + other for one, other in zip(left, right, strict=True))
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,10 @@ class BayesianNetwork(Likelihood):
             )
 
     def __str__(self) -> str:
-        return f"bayesian_network({self.inputs}, {self.hidden}, {self.noise:g})"
+        return f"bayesian_network({self.hidden}, {self.noise:g})"
+
+    def network(self) -> nn.Module:
+        return _bare(into=self.hidden * self.inputs, bias=self.hidden, out=self.hidden, offset=1)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -195,29 +205,50 @@ class BayesianNetwork(Likelihood):
         wide = self.hidden
         into, bias, out, offset = theta.split([wide * self.inputs, wide, wide, 1])  # type: ignore[no-untyped-call]
         hidden = torch.tanh(into.reshape(wide, self.inputs) @ point[:-1] + bias)
-        return -0.5 * ((point[-1] - out @ hidden - offset[0]) / self.noise) ** 2
+        residual: Tensor = point[-1] - out @ hidden - offset[0]
+        return -0.5 * (residual / self.noise) ** 2
 
     def log_prior(self, theta: Float[Tensor, "d"]) -> Float[Tensor, ""]:
         return -0.5 * theta @ theta
 
 
-KINDS: dict[str, Callable[..., Likelihood]] = {
-    "linear_regression": lambda inputs, degree, sigma: LinearRegression(int(inputs), int(degree), prior(sigma)),
-    "bayesian_network": lambda inputs, hidden, noise: BayesianNetwork(int(inputs), int(hidden), float(noise)),
-}
+KINDS = ("linear_regression", "polynomial", "bayesian_network")
+
+NORMAL = "normal(1)"
+"""The prior of a network's parameters."""
 
 
-def likelihood(text: str) -> Likelihood:
-    """The model of this name, as a protocol says it: ``linear_regression(1, 1, halfcauchy(2.5))``.
+def likelihood(model: str, inputs: int, prior_of_sigma: str = "flat") -> Likelihood:
+    """The model of this name, as a protocol says it, on so many inputs.
 
     Raises:
         FedtapError: there is none of this name, or its values are not such.
     """
-    name, bracket, rest = text.strip().partition("(")
-    values = [word.strip() for word in rest.removesuffix(")").split(",")]
-    if name not in KINDS or not bracket or not rest.endswith(")") or len(values) != 3:
-        raise FedtapError(f"{text!r} is no likelihood that fedtap knows: {HOW}.")
+    name, _, rest = model.strip().partition("(")
+    values = [word.strip() for word in rest.removesuffix(")").split(",") if rest]
     try:
-        return KINDS[name](*values)
+        if name == "bayesian_network":
+            hidden, noise = values
+            return BayesianNetwork(inputs, int(hidden), float(noise))
+        (degree,) = values if name == "polynomial" else ["1"] if not values else ["", ""]
+        if name in KINDS:
+            return LinearRegression(inputs, int(degree), prior(prior_of_sigma))
     except ValueError as error:
-        raise FedtapError(f"{text!r} cannot be read as a likelihood ({error}): {HOW}.") from error
+        raise FedtapError(f"{model!r} cannot be read as a likelihood ({error}): {HOW}.") from error
+    raise FedtapError(f"{model!r} is no likelihood that fedtap knows: {HOW}.")
+
+
+def likelihood_of(protocol: Protocol) -> Likelihood:
+    """The model that a posterior is of.
+
+    Raises:
+        FedtapError: the protocol's model is none whose likelihood is known.
+    """
+    return likelihood(protocol.model, protocol.shape[0], protocol.prior)
+
+
+def _bare(**sizes: int) -> nn.Module:
+    network = nn.Module()
+    for name, size in sizes.items():
+        network.register_parameter(name, nn.Parameter(torch.empty(size, device="meta")))
+    return network

@@ -48,7 +48,8 @@ class Coordinates:
 
     def inside(self, draws: Float[Tensor, "victims draws d"]) -> Float[Tensor, "victims draws d"]:
         """The draws' φ."""
-        return torch.linalg.solve_triangular(self.factor, (draws - self.mean[:, None]).mT, upper=False).mT
+        phi: Tensor = torch.linalg.solve_triangular(self.factor, (draws - self.mean[:, None]).mT, upper=False)
+        return phi.mT
 
 
 def coordinates(draws: Float[Tensor, "victims draws d"], names: tuple[str, ...], whiten: bool = True) -> Coordinates:
@@ -109,8 +110,8 @@ def check_draws(draws: Float[Tensor, "victims draws d"], model: Likelihood) -> N
     names = model.parameters
     if draws.shape[-1] != len(names):
         raise FedtapError(
-            f"The draws are of {draws.shape[-1]} parameters and {model} has {len(names)} ({', '.join(names)}): name the "
-            "inputs of the regression whose draws they are, --x."
+            f"The draws are of {draws.shape[-1]} parameters and {model} has {len(names)} ({', '.join(names)}): name "
+            "the inputs of the regression whose draws they are, --x."
         )
     for at in model.positive:
         if bool((draws[..., at] <= 0).any()):
@@ -159,21 +160,28 @@ def divergence(
 
         score = grad(log_posterior)
         if estimator == "exact":
-            bent = vmap(lambda v: v @ jvp(score, (phi,), (v,))[1])(torch.eye(len(phi)).to(phi))
-            return bent.sum() + 0.5 * score(phi).square().sum()
+            bent = vmap(lambda v: v @ _along(score, phi, v)[1])(torch.eye(len(phi)).to(phi))
+            return bent.sum() + 0.5 * score(phi).square().sum()  # type: ignore[no-any-return]
         if estimator == "sliced":
-            slope, along = jvp(score, (phi,), (noise,))
+            slope, along = _along(score, phi, noise)
             return noise @ along + 0.5 * slope.square().sum()
         one, other = score(phi + NOISE * noise), score(phi - NOISE * noise)
-        return noise @ (one - other) / (2 * NOISE) + 0.25 * (one.square().sum() + other.square().sum())
+        bent = noise @ (one - other) / (2 * NOISE)
+        return bent + 0.25 * (one.square().sum() + other.square().sum())  # type: ignore[no-any-return]
 
     over_draws = vmap(at_draw, (0, 0, None, None, None, None))
     return vmap(over_draws)(phi, noise, where.mean, where.factor, weights, points).mean(1)
 
 
+def _along(f: Field, phi: Point, v: Point) -> tuple[Tensor, Tensor]:
+    """f, and its derivative along v."""
+    value, slope = jvp(f, (phi,), (v,))[:2]
+    return value, slope
+
+
 @dataclass(frozen=True)
 class Quadratic:
-    """``J(S) = g . S + ½ Sᵀ H S + constant``: the divergence as the sufficient statistics S of the pseudo-data see it."""
+    """``J(S) = g . S + ½ Sᵀ H S + constant``, S the sums of the pseudo-data's sufficient statistics."""
 
     h: Float[Tensor, "victims statistics statistics"]
     g: Float[Tensor, "victims statistics"]
@@ -185,7 +193,8 @@ class Quadratic:
 
     def times(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims statistics"]:
         """``H S``."""
-        return (self.h @ sums[..., None])[..., 0]
+        product: Tensor = self.h @ sums[..., None]
+        return product[..., 0]
 
     def slope(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims statistics"]:
         """``g + H S``."""
@@ -231,7 +240,7 @@ def reduced(
             return torch.cat([model.log_prior(theta)[None], model.natural(theta)])
 
         def bent(v: Point) -> Tensor:
-            return jvp(lambda p: jvp(f, (p,), (v,))[1], (phi,), (v,))[1]  # type: ignore[no-any-return]
+            return _along(lambda p: _along(f, p, v)[1], phi, v)[1]
 
         if estimator == "denoising":
             one, other = jacfwd(f)(phi + NOISE * noise), jacfwd(f)(phi - NOISE * noise)
