@@ -107,8 +107,13 @@ class PosteriorMMD(Attack[PseudoData]):
             pass
         return PseudoData(points[..., :-1], points[..., -1], weights, objective)
 
-    def path(self, leak: Leak, start: Points) -> Iterator[tuple[Weights, Points, Float[Tensor, "victims"]]]:
+    def path(
+        self, leak: Leak, start: Points, quadratic: Quadratic | None = None
+    ) -> Iterator[tuple[Weights, Points, Float[Tensor, "victims"]]]:
         """Weights, points and objective: at the start, and after each iteration; the last is the guess.
+
+        Args:
+            quadratic: that of this leak, where it is known already.
 
         Raises:
             FedtapError: the draws are not those of the protocol's model, have a singular covariance, or a derivative
@@ -118,9 +123,8 @@ class PosteriorMMD(Attack[PseudoData]):
         units = Units.of(model, draws)
         logs, places = torch.zeros_like(start[..., 0]), SPREAD * start.to(draws)
         if isinstance(model, LinearRegression):
-            quadratic = self.quadratic(leak, draws)
             descend = self._gauss_newton if self.optimiser == "gauss_newton" else self._adam
-            yield from descend(model, quadratic, units, logs, places)
+            yield from descend(model, quadratic or self.quadratic(leak, draws), units, logs, places)
         else:
             yield from self._adam_on_batches(model, leak, draws, units, logs, places)
 
@@ -165,7 +169,8 @@ class PosteriorMMD(Attack[PseudoData]):
         return torch.stack([directions(one, self.estimator, draw) for one, draw in each])
 
     @property
-    def _steps(self) -> int:
+    def steps(self) -> int:
+        """Iterations, where the likelihood has statistics."""
         return self.iterations or STEPS[self.optimiser]
 
     def _gauss_newton(
@@ -180,7 +185,7 @@ class PosteriorMMD(Attack[PseudoData]):
         sums, best = _sums(model, units, logs, places), torch.empty(0)
         best = quadratic(sums)
         yield logs.exp(), units(places), best
-        for _ in progress(self._steps, self.name):
+        for _ in progress(self.steps, self.name):
             slope = _slope(model, units, logs, places) @ k  # victims unknowns statistics
             normal = slope.mT @ slope
             scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -204,8 +209,8 @@ class PosteriorMMD(Attack[PseudoData]):
         """The same quadratic by first-order steps."""
         logs, places = logs.clone().requires_grad_(), places.clone().requires_grad_()
         adam = torch.optim.Adam([logs, places], self.step_size)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self._steps)
-        for _ in progress(self._steps, self.name):
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+        for _ in progress(self.steps, self.name):
             objective = quadratic(_sums(model, units, logs, places))
             yield logs.detach().exp(), units(places.detach()), objective.detach()
             logs.grad, places.grad = torch.autograd.grad(objective.sum(), [logs, places])

@@ -51,7 +51,7 @@ def answer(
 
 def posterior(order: Message, client: int, tensors: dict[str, Tensor]) -> Message:
     """The answer that holds these tensors; how many records they are of is not said."""
-    content = RecordDict({"posterior": ArrayRecord(tensors), "metrics": MetricRecord({"partition": client})})  # type: ignore[arg-type]
+    content = RecordDict({"posterior": ArrayRecord(tensors), "metrics": MetricRecord({"partition": client})})
     return Message(content, reply_to=order)
 
 
@@ -100,9 +100,7 @@ def exact(model: LinearRegression, records: Records, draws: int, seed: int = 0, 
     return torch.cat([((beta[:, None] + moved) / scale[:, None]).T, sigma[:, None]], dim=1)
 
 
-def laplace(
-    model: Likelihood, records: Records, seed: int = 0
-) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+def laplace(model: Likelihood, records: Records, seed: int = 0) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
     """A mode of the posterior, and the inverse of the negative log-posterior's Hessian there.
 
     Raises:
@@ -163,12 +161,13 @@ def hmc(model: Likelihood, records: Records, draws: int, seed: int = 0, client: 
             size *= math.exp(0.1 * (float(taken.float().mean()) - ACCEPTED))
         else:
             kept.append(phi)
-    return (mean + torch.stack(kept, dim=1).flatten(0, 1) @ factor.T)[:draws]
+    every = torch.stack(kept, dim=1).flatten(0, 1)[:draws]
+    return mean + every @ factor.T  # type: ignore[no-any-return]
 
 
 def _log_posterior(model: Likelihood, theta: Float[Tensor, "d"], records: Records) -> Float[Tensor, ""]:
     logs = vmap(model.log_likelihood, (None, 0))(theta, records)
-    return logs.sum() + model.log_prior(theta)  # type: ignore[no-any-return]
+    return torch.stack([logs.sum(), model.log_prior(theta)]).sum()
 
 
 def _start(model: Likelihood, records: Records, seed: int) -> Float[Tensor, "d"]:

@@ -98,4 +98,6 @@ def _read(path: Path) -> Any:
             return json.loads(folder.read(files[0]))
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, RecursionError, OverflowError) as error:
         # json and UTF-8 raise ValueErrors; zipfile says of a password with a RuntimeError
-        raise FedtapError(f"{path} cannot be read ({error}): it is damaged or of another format; fetch it again.") from error
+        raise FedtapError(
+            f"{path} cannot be read ({error}): it is damaged or of another format; fetch it again."
+        ) from error

@@ -193,8 +193,7 @@ class Quadratic:
 
     def times(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims statistics"]:
         """``H S``."""
-        product: Tensor = self.h @ sums[..., None]
-        return product[..., 0]
+        return (self.h * sums[:, None]).sum(-1)
 
     def slope(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims statistics"]:
         """``g + H S``."""
@@ -213,7 +212,8 @@ class Quadratic:
                 "The draws do not tell all of the data's sufficient statistics, as there are too few different ones: "
                 "give more draws."
             )
-        return -unit * torch.linalg.solve(scaled, (unit * self.g)[..., None])[..., 0]
+        found: Tensor = torch.linalg.solve(scaled, (unit * self.g)[..., None])
+        return -unit * found[..., 0]
 
 
 def reduced(
