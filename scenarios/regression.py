@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -293,7 +294,7 @@ class Regression(Study):
             """In units of the goal; a mean, as the deviations it is off."""
             value, goal = float(values[0]), goals[statistic]
             if statistic.startswith("mean"):
-                return (value - goal) / max(goals[statistic.replace("mean", "var")], 1e-300) ** 0.5
+                return (value - goal) / math.sqrt(max(goals[statistic.replace("mean", "var")], 1e-300))
             return value / goal
 
         panels: dict[str, list[Course]] = {}
