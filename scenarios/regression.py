@@ -208,7 +208,7 @@ class Regression(Study):
     ) -> tuple[list[int], list[Sums]]:
         """Iterations, and the sums there."""
         found: dict[int, Sums] = {}
-        every = max(1, self.attack.steps // COURSE)
+        every = max(1, self.attack.steps // COURSE) if self.optimiser == "adam" else 1
         for step, (weights, points, _) in enumerate(self.attack.path(leak, start.to(leak.device), quadratic)):
             if step % every == 0:
                 found[step] = sums_of(weights.cpu(), points.cpu())

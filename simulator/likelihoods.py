@@ -149,8 +149,11 @@ class LinearRegression(Likelihood):
 
     def statistics(self, points: Float[Tensor, "*points columns"]) -> Float[Tensor, "*points statistics"]:
         """What of a record the likelihood sees: its sums over all records are sufficient."""
-        powers = points.new_tensor(self.monomials)
-        return (points[..., None, :] ** powers).prod(-1)
+        u, pairs = self._u, combinations_with_replacement(range(len(self._u)), 2)
+        place = {_product(u[left], u[right]): (left, right) for left, right in pairs}  # of equal ones, any does
+        left, right = zip(*(place[powers] for powers in self.monomials), strict=True)
+        seen = torch.cat([self.features(points[..., :-1]), points[..., -1:]], dim=-1)
+        return seen[..., left] * seen[..., right]
 
     def natural(self, theta: Float[Tensor, "d"]) -> Float[Tensor, "statistics"]:
         """``log l(θ, z) = natural(θ) . statistics(z)``: −log σ on 1, and −vvᵀ/2σ² on uuᵀ, v = (β, −1), u = (ψ, y)."""

@@ -96,8 +96,8 @@ def _read(path: Path) -> Any:
             if files[0].file_size > LARGEST:
                 raise FedtapError(f"{path} unfolds to {files[0].file_size:,} bytes, which is no such file: unpack it.")
             return json.loads(folder.read(files[0]))
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, RecursionError, OverflowError) as error:
-        # json and UTF-8 raise ValueErrors; zipfile says of a password with a RuntimeError
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        # json and UTF-8 raise ValueErrors, zipfile a RuntimeError of a password; deep nesting is one too
         raise FedtapError(
             f"{path} cannot be read ({error}): it is damaged or of another format; fetch it again."
         ) from error

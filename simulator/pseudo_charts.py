@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from simulator.curves import GREY, STYLE, element
@@ -108,6 +109,7 @@ def differences(
                 sound = [(x, y) for x, y in some if math.isfinite(y)]
                 axes.plot(*zip(*sound, strict=True), "o-", label=label, color=f"C{number}", markersize=4)
             axes.axvline(told[title] + 0.5, color=GREY, linestyle="--")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_yscale("log")
             axes.set_title(title, fontsize=10, color=GREY)
             axes.set_xlabel(across)
