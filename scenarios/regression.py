@@ -43,6 +43,12 @@ COURSE = 200
 
 WHITENED = ("yes", "no")
 
+TINY = 1e-9
+"""A truth below which no relative error is told."""
+
+REGRESSIONS = ("linear_regression", "polynomial")
+"""Models of which σ has the prior that is asked for."""
+
 ALL = "all"
 """The name of the sum over clients, in rows."""
 
@@ -62,7 +68,8 @@ THREAT = (
 class Regression(Study):
     """Clients with a posterior of one model each, and what its pseudo-data have in common with their records.
 
-    Without a file, 434 records are made: y = 26 + 0.6 x + N(0, 18²), x skewed around 100.
+    Without a file, 434 records are made: y = 26 + 0.6 x + N(0, 18²), x skewed around 100. For a network all columns
+    are standardised.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -130,6 +137,8 @@ class Regression(Study):
         if self.draws and not self.data:
             return None
         every = _columns(_found(self.data, data_root), self.names) if self.data else self.made()
+        if not self.model.startswith(REGRESSIONS):  # a network is trained on numbers around 0
+            every = (every - every.mean(0)) / every.std(0).clamp_min(1e-300)
         if len(every) < self.shards:
             raise FedtapError(f"{len(every)} records cannot be dealt to {self.shards} clients: give more records.")
         order = torch.randperm(len(every), generator=generator(self.seed, "shards"))
@@ -150,7 +159,7 @@ class Regression(Study):
         records = self.records(0, data_root)
         drawn = len(_draws(_found(self.draws, data_root))[0]) if self.draws else 0
         inputs = records.shape[1] - 1 if records is not None else max(drawn - 2, 1)
-        prior = self.prior if self.model.startswith(("linear", "poly")) else NORMAL
+        prior = self.prior if self.model.startswith(REGRESSIONS) else NORMAL
         model = likelihood(self.model, inputs, prior)
         if self.draws and drawn != len(model.parameters):
             raise FedtapError(
@@ -190,7 +199,10 @@ class Regression(Study):
             readings["oracle"] = self.readings(with_total(sums_in(model, quadratic.minimum().cpu())), model)
         if private[0] is not None:
             readings["truth"] = self.readings(with_total(sums_over(private)), model)
-        charts = self.charts_of(steps, [self.readings(sums, model) for sums in course], readings) | {
+        charts = {}
+        if quadratic is not None:  # on batches of draws, only the ends are known
+            charts = self.charts_of(steps, [self.readings(sums, model) for sums in course], readings)
+        charts |= {
             "Pseudo-data over the private records": pseudo_charts.points(
                 private[0],
                 {"pseudo-data": _first(guess), "pseudo-data that began elsewhere": _first(twin)},
@@ -368,7 +380,8 @@ def _labels(model: Likelihood) -> tuple[str, ...]:
 
 
 def _error(value: float | None, truth: float | None) -> float | None:
-    return abs(float(value / truth) - 1) if value is not None and truth else None
+    sound = value is not None and truth is not None and abs(truth) > TINY
+    return abs(float(value / truth) - 1) if sound else None  # type: ignore[operator]
 
 
 def _first(guess: PseudoData) -> tuple[Float[Tensor, "pseudo columns"], Float[Tensor, "pseudo"]]:

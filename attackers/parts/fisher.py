@@ -209,8 +209,8 @@ class Quadratic:
         scaled = self.h * unit[:, :, None] * unit[:, None]
         if bool((torch.linalg.eigvalsh(scaled)[:, 0] < 1e-14).any()):
             raise FedtapError(
-                "The draws do not tell all of the data's sufficient statistics, as there are too few different ones: "
-                "give more draws."
+                "The draws do not tell all of the data's sufficient statistics, as H is singular to working precision: "
+                "there are too few different draws, or one is extreme (a σ near 0?): give more, or leave that one out."
             )
         found: Tensor = torch.linalg.solve(scaled, (unit * self.g)[..., None])
         return -unit * found[..., 0]
