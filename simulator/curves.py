@@ -159,7 +159,7 @@ def _stairs(across: Sequence[float], up: Sequence[float]) -> list[int]:
 
 
 def element(figure: Figure, words: str) -> str:
-    """The figure as an SVG element that stretches to its place, with words for those who cannot see it."""
+    """A figure as an SVG element that stretches to its place; `words` are for those who do not see it."""
     content = BytesIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     text = content.getvalue().decode()
