@@ -39,7 +39,7 @@ from simulator.leaks import Leak, StationaryLeak, Tensors
 from simulator.progress import progress
 from simulator.regulariser import Regulariser
 
-EXPLAINED = 1e-3
+EXPLAINED = 1e-5
 """Share of ∇R left over, as a length, up to which the points explain the weights."""
 
 SOLVED, ENDED = 1e-22, 1e-12
@@ -328,8 +328,8 @@ def _warn(leak: Leak, slope: Tensor) -> None:
         if share > EXPLAINED:
             warnings.warn(
                 f"The weights of client {client} are no stationary point under {leak.protocol.prior}, since "
-                f"{leak.protocol.batch} examples leave at least {share:.1%} of the regulariser's pull unexplained: it "
-                "has not trained to the end, or with another regulariser; what comes back means nothing.",
+                f"{leak.protocol.batch} examples leave at least {share:.2g} of the regulariser's pull unexplained: it "
+                "has not trained to the end, or with another regulariser, or what it sent was rounded.",
                 stacklevel=4,
             )
 

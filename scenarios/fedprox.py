@@ -2,10 +2,10 @@
 
 Expect: yes, where the model has more weights than the data have numbers. At the end of the training the pull
 μ (θ - θ_global) is, to the sign, the sum of the examples' gradients, and the server knows it. Plain restarts find half
-of ten examples at widths 64 and 128, and next to none at 16; restarts that are recombined find all and half. Weight
-decay to zero hides them: it brings the first layer to rank 1, in which all data on a line look alike, and points
-that explain the weights are not the private ones. So do trainings that stop early, and half precision on the wire; the
-rows say where the weights are no stationary point.
+of ten examples at widths 64 and 128, and next to none at 16; restarts that are recombined find all there, and half at
+16. Weights that travel as float32 show as much, and as float16 still most. Weight decay to zero hides the data: it
+brings the first layer to rank 1, in which all data on a line look alike, and the points that explain the weights are
+not the private ones. So do trainings that stop early; the rows say where the weights are no stationary point.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FedProx(Trained):
     )
     legend: ClassVar[str] = (
         "recovered: share of examples with a point within 1 % of their length, 0 for random points; distance: median, "
-        "relative; residual: share of the regulariser's slope that the points leave, explained below 0.1 %; left: the "
+        "relative; residual: share of the regulariser's slope that the points leave, explained below 0.001 %; left: the "
         "client's gradient, as it says; unexplainable: what no points could explain; layer rank: of the first weights"
     )
 
