@@ -48,7 +48,7 @@ class FedProx(Trained):
     )
     legend: ClassVar[str] = (
         "recovered: share of examples with a point within 1 % of their length, 0 for random points; distance: median, "
-        "relative; residual: share of the regulariser's slope that the points leave, explained below 0.001 %; left: the "
+        "relative; residual: share of the regulariser's slope that points leave, explained below 0.001 %; left: the "
         "client's gradient, as it says; unexplainable: what no points could explain; layer rank: of the first weights"
     )
 
