@@ -18,6 +18,7 @@ from rich.table import Table
 
 from attackers import ATTACKS, parse
 from clients.app import client_app
+from clients.cost import overhead
 from scenarios.game import Game, check
 from scenarios.game_report import play_games, table_of
 from scenarios.image import with_trained
@@ -87,7 +88,7 @@ def run_command(
     console.print(question(name).splitlines()[0], highlight=False)
     for line in _overrides(parts):
         console.print(f"  {line}", highlight=False, markup=False)
-    rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume)
+    rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume, overhead=overhead)
     _say(rows, where)
     check([row for row in rows if "canaries" in row])
 

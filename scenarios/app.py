@@ -9,6 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from clients.app import client_app
+from clients.cost import overhead
 from scenarios.game import Game
 from scenarios.plan import plan_of
 from simulator.errors import FedtapError
@@ -34,4 +35,5 @@ def main(grid: Grid, context: Context) -> None:
         Path(str(config.get("out") or f"runs/{parts[0].name}")),
         device=device_named(str(config.get("device") or "")),
         data_root=Path(str(config.get("data-root") or "data")),
+        overhead=overhead,
     )

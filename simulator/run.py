@@ -67,8 +67,12 @@ def run(
     device: torch.device,
     data_root: Path,
     resume: bool = False,
+    overhead: Callable[[Scenario, PrivateData], float | None] = lambda part, private: None,
 ) -> list[Row]:
     """Play each part over its grid and attack what was heard; `out` holds what a run leaves.
+
+    Args:
+        overhead: measures how many times as long an exchange takes a client with a part's defence as without.
 
     Raises:
         FedtapError: a part cannot be played, or one of its attacks cannot use its leaks.
@@ -97,7 +101,7 @@ def run(
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
             folder.leak(f"part_{number}", leak)
-        played = Played(part, number, private, heard, leak, out, grid)
+        played = Played(part, number, private, heard, leak, out, grid, overhead)
         for order, attack in enumerate(part.attacks):
             guess = _attack(played, order, attack, folder, device)
             if guess is not None:
@@ -119,6 +123,12 @@ class Played:
     leak: Leak | None
     out: Path
     grid: Grid
+    measure: Callable[[Scenario, PrivateData], float | None]
+
+    @cached_property
+    def overhead(self) -> float | None:
+        """What the defence costs a client: measured once, where rows are made."""
+        return self.measure(self.part, self.private)
 
     @cached_property
     def practice(self) -> Practice:
@@ -169,9 +179,9 @@ class Played:
 def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: torch.device) -> Reconstruction | None:
     """One attack's guess, and its rows in the folder; both from the folder where a resumed run has them already."""
     unit = _unit(f"part_{played.number}-{order}", attack)
-    common = _common(played.part, unit, attack)
     if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
         return kept
+    common = _common(played.part, unit, attack) | {"overhead": played.overhead}
     missing = [name for name in played.private.names() if name not in played.heard.leaks]
     rows: list[Row] = [
         common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
