@@ -21,13 +21,15 @@ def test_what_costs_a_client_nothing_has_no_ratio(defence: str) -> None:
     assert measured(defence) is None
 
 
-def test_the_ratio_is_that_of_the_time() -> None:
-    def work(times: int) -> None:
-        for _ in range(times):
-            torch.ones(200, 200) @ torch.ones(200, 200)
+def test_the_ratio_is_that_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
 
-    assert 5 < times_as_long(lambda: work(10), lambda: work(1)) < 20
-    assert (measured("quantise(4)") or 0) > 1
+    def work(takes: float) -> None:
+        clock[0] += takes
+
+    monkeypatch.setattr("clients.cost.time.process_time", lambda: clock[0])
+    assert times_as_long(lambda: work(0.5), lambda: work(0.125)) == pytest.approx(4)
+    assert times_as_long(lambda: work(1e-3), lambda: work(4e-3)) == pytest.approx(0.25)
 
 
 def test_measuring_draws_nothing_and_leaves_no_trace() -> None:
@@ -39,9 +41,7 @@ def test_measuring_draws_nothing_and_leaves_no_trace() -> None:
 def test_an_exchange_is_an_honest_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Local steps, each on its own images, and one defended update."""
     seen: list[int] = []
-    monkeypatch.setattr(
-        "clients.cost.sgd", lambda net, images, labels, steps, batch, *rest: seen.extend((steps, batch))
-    )
+    monkeypatch.setattr("clients.cost.sgd", lambda net, images, labels, *how: seen.extend(how[:2]))
     monkeypatch.setattr("clients.cost.defended", lambda defence, before, after, rate, draw: seen.append(0) or after)
     exchange("mlp", "clip(1.0)", (3, 8, 8), 4, torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.long), steps=3)()
     assert seen == [3, 2, 0]
