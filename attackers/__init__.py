@@ -8,13 +8,13 @@ import importlib
 import pkgutil
 from typing import Any
 
-from simulator.attack import Attack
+from simulator.attack import Attack, Reconstruction
 from simulator.errors import FedtapError, unknown
 
 
-def _scan() -> dict[str, type[Attack]]:
+def _scan() -> dict[str, type[Attack[Any]]]:
     """Every attack in this folder by the name of its file, which defines one public attack."""
-    found: dict[str, type[Attack]] = {}
+    found: dict[str, type[Attack[Any]]] = {}
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg or module.name == "bench":
             continue
@@ -29,7 +29,7 @@ def _scan() -> dict[str, type[Attack]]:
     return found
 
 
-ATTACKS: dict[str, type[Attack]] = _scan()
+ATTACKS: dict[str, type[Attack[Any]]] = _scan()
 """Name on the command line -> attack."""
 
 HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
@@ -88,7 +88,10 @@ def _attack(node: ast.expr) -> Attack:
 
 def _value(node: ast.expr, kind: str) -> Any:
     if kind == "Attack":
-        return _attack(node)
+        attack = _attack(node)
+        if attack.guesses is not Reconstruction:
+            raise FedtapError(f"{attack.name} in --attack brings back no images, and what wraps it needs some: {HOW}.")
+        return attack
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError) as error:

@@ -45,7 +45,8 @@ class Restarts(Attack):
         return self.times * self.attack.starts
 
     def accepts(self, leak: Leak) -> None:
-        """What the attack accepts."""
+        """What the attack accepts, if its guess is images."""
+        super().accepts(leak)
         self.attack.accepts(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:

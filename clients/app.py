@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, UserConfig
@@ -11,22 +11,37 @@ from flwr.clientapp import ClientApp
 from clients import compromised, honest
 from clients.training import one_thread
 from simulator.scenario import PrivateData, Scenario, private_data
+from simulator.study import Study
 
-Plan = Callable[[UserConfig], tuple[Scenario, ...]]
+Plan = Callable[[UserConfig], Sequence[Scenario | Study]]
 
 
 def client_app(plan: Plan) -> ClientApp:
     """A ClientApp that plays `plan(run_config)`; the last partition is the compromised client."""
     app = ClientApp()
 
-    def private(order: Message, context: Context) -> PrivateData:
+    def part_of(order: Message, context: Context) -> Scenario | Study:
         config: ConfigRecord = order.content.config_records["config"]
-        scenario = plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
+        return plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
+
+    def private(order: Message, context: Context) -> PrivateData:
+        scenario = part_of(order, context)
+        assert isinstance(scenario, Scenario), f"{scenario.name} asks in messages of its own"
         clients = int(context.node_config["num-partitions"]) - 1
-        return private_data(scenario, Path(str(context.run_config.get("data-root") or "data")), clients)
+        return private_data(scenario, _data_root(context), clients)
+
+    @app.train("posterior")
+    @app.query("attention")
+    def answer(order: Message, context: Context) -> Message:
+        study = part_of(order, context)
+        assert isinstance(study, Study), f"{study.name} trains, and asks for nothing else"
+        with one_thread():
+            return study.answer(order, int(context.node_config["partition-id"]), _data_root(context))
 
     @app.train()
     def train(order: Message, context: Context) -> Message:
+        if isinstance(part_of(order, context), Study):
+            return answer(order, context)
         with one_thread():
             return honest.train(order, context, private(order, context))
 
@@ -39,3 +54,7 @@ def client_app(plan: Plan) -> ClientApp:
             return compromised.practise(order, data)
 
     return app
+
+
+def _data_root(context: Context) -> Path:
+    return Path(str(context.run_config.get("data-root") or "data"))

@@ -23,8 +23,8 @@ from scenarios.game import Game, check
 from scenarios.game_report import play_games, table_of
 from scenarios.image import with_trained
 from scenarios.knobs import knobs_of, pairs
-from scenarios.plan import catalogue, plan, plan_of, question
-from simulator import defence_report, privacy_report, report
+from scenarios.plan import catalogue, plan, plan_of, question, sorted_out
+from simulator import defence_report, privacy_report, report, study_report
 from simulator.attack import Attack
 from simulator.defence import WORDS, usage
 from simulator.errors import FedtapError, unknown
@@ -33,6 +33,7 @@ from simulator.local import LocalGrid
 from simulator.models import MODELS, build
 from simulator.run import attack_saved, device_named, run
 from simulator.scenario import Scenario
+from simulator.study import Study, run_studies
 from simulator.worlds import WORLDS
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -72,9 +73,12 @@ def run_command(
         _explain(name)
         return
     knobs = pairs(context.args)
-    parts = plan(name, knobs)
+    parts, studies = sorted_out(plan(name, knobs))
     config: UserConfig = {**knobs, "scenario": name, "data-root": str(data_root)}
     where = out or Path("runs") / name
+    if studies:
+        _studies(studies, where, config, device_named(device), data_root, resume)
+        return
     games = tuple(part for part in parts if isinstance(part, Game))
     if len(games) == len(parts):
         _games(games, where, resume)
@@ -154,6 +158,23 @@ def _games(games: tuple[Game, ...], where: Path, resume: bool) -> None:
     console.print(table_of(rows))
     console.print(f"Chart: {where / 'report.html'}   figures: {where / 'rows.jsonl'}", highlight=False, soft_wrap=True)
     check(rows)
+
+
+def _studies(
+    studies: tuple[Study, ...], where: Path, config: UserConfig, device: torch.device, data_root: Path, resume: bool
+) -> None:
+    """Play studies, each over a grid of its own."""
+    if resume:
+        raise FedtapError(f"{studies[0].name} keeps nothing to go on with: leave out --resume.")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    console.print(question(studies[0].name).splitlines()[0], highlight=False)
+
+    def grid(part: Study) -> LocalGrid:
+        return LocalGrid(client_app(plan_of), part.clients, config)
+
+    rows = run_studies(studies, grid, where, device=device, data_root=data_root)
+    console.print(study_report.table(studies[0], rows))
+    console.print(f"Page: {where / 'report.html'}   figures: {where / 'rows.jsonl'}", highlight=False, soft_wrap=True)
 
 
 def _find_own_code(*models: str) -> None:

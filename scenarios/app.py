@@ -11,9 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from clients.app import client_app
 from clients.cost import overhead
 from scenarios.game import Game
-from scenarios.plan import plan_of
+from scenarios.plan import plan_of, sorted_out
 from simulator.errors import FedtapError
 from simulator.run import device_named, run
+from simulator.study import run_studies
 
 client = client_app(plan_of)
 server = ServerApp()
@@ -29,11 +30,11 @@ def main(grid: Grid, context: Context) -> None:
         raise FedtapError(
             f"{parts[0].name} plays thousands of clients in one process, not on a grid: fedtap run {parts[0].name}."
         )
-    run(
-        parts,
-        lambda part: grid,
-        Path(str(config.get("out") or f"runs/{parts[0].name}")),
-        device=device_named(str(config.get("device") or "")),
-        data_root=Path(str(config.get("data-root") or "data")),
-        overhead=overhead,
-    )
+    out = Path(str(config.get("out") or f"runs/{parts[0].name}"))
+    device = device_named(str(config.get("device") or ""))
+    data_root = Path(str(config.get("data-root") or "data"))
+    scenarios, studies = sorted_out(parts)
+    if studies:
+        run_studies(studies, lambda part: grid, out, device=device, data_root=data_root)
+    else:
+        run(scenarios, lambda part: grid, out, device=device, data_root=data_root, overhead=overhead)

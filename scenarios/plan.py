@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from flwr.app import UserConfig
 from scenarios.knobs import settings
 from simulator.errors import FedtapError, unknown
 from simulator.scenario import Scenario
+from simulator.study import Study
+
+Part = Scenario | Study
 
 RUN_OPTIONS = ("device", "data-root", "out")
 """What is said of a run in Flower's run config that is no knob of the scenario."""
@@ -34,7 +37,7 @@ def question(name: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:
+def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Part, ...]:
     """The scenario's parts, in the order they are played: one for each combination of swept knobs, or as it says.
 
     Raises:
@@ -43,7 +46,7 @@ def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:
     if name not in catalogue():
         raise unknown("scenario", name, catalogue())
     function = catalogue()[name]
-    parts: list[Scenario] = []
+    parts: list[Part] = []
     for values, swept in settings(function, knobs):
         made = function(**values)
         parts += [
@@ -52,7 +55,7 @@ def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:
         ]
     if not parts:
         raise FedtapError(f"Nothing is left of {name} to be played with these knobs: leave some of them out.")
-    once: dict[Scenario, dict[str, str]] = {}
+    once: dict[Part, dict[str, str]] = {}
     for part in parts:  # a sweep may repeat a part that does not depend on what is swept
         same, here = dataclasses.replace(part, swept=()), dict(part.swept)
         there = once.setdefault(same, here)
@@ -60,7 +63,13 @@ def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Scenario, ...]:
     return tuple(dataclasses.replace(part, swept=tuple(swept.items())) for part, swept in once.items())
 
 
-def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
+def sorted_out(parts: Sequence[Part]) -> tuple[tuple[Scenario, ...], tuple[Study, ...]]:
+    """The parts, as what they are: all are of one kind, since they are of one file."""
+    scenarios = tuple(part for part in parts if isinstance(part, Scenario))
+    return scenarios, tuple(part for part in parts if isinstance(part, Study))
+
+
+def plan_of(config: UserConfig) -> tuple[Part, ...]:
     """The parts that Flower's run config asks for; its empty values mean the scenario's defaults.
 
     Raises:
@@ -73,5 +82,5 @@ def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
 
 
 @lru_cache(maxsize=8)
-def _plan_of(name: str, knobs: tuple[tuple[str, str], ...]) -> tuple[Scenario, ...]:
+def _plan_of(name: str, knobs: tuple[tuple[str, str], ...]) -> tuple[Part, ...]:
     return plan(name, dict(knobs))

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Generic, Literal, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from simulator.errors import FedtapError
 from simulator.files import write_atomically
@@ -37,9 +38,41 @@ Images = Float[Tensor, "victims batch channel height width"]
 Labels = Int[Tensor, "victims batch"]
 
 
+Made = TypeVar("Made", bound="Guess")
+
+
+class Guess(ABC):
+    """What an attack makes of a leak: a frozen dataclass of tensors.
+
+    `objective` is the attack's own, at what is returned: lower is better.
+    """
+
+    objective: Float[Tensor, "victims"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, each with a leading victims axis."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    @abstractmethod
+    def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of those tensors whose shape the leak tells."""
+
+    def checked(self: Made, leak: Leak) -> Made:
+        """Without a graph, once the shapes are as they have to be."""
+        tensors = self.tensors()
+        for name, shape in ({"objective": (len(leak),)} | self.shapes(leak)).items():
+            if tuple(tensors[name].shape) != shape:
+                raise AssertionError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+        return dataclasses.replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})  # type: ignore[type-var]
+
+    def on_cpu(self: Made) -> Made:
+        """The same, on the CPU."""
+        return dataclasses.replace(self, **{name: tensor.cpu() for name, tensor in self.tensors().items()})  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class Reconstruction:
-    """An attack's guess. Pixels in [0, 1]; `objective` is the attack's own, at the returned images: lower is better."""
+class Reconstruction(Guess):
+    """Images and their labels; pixels in [0, 1]."""
 
     images: Images
     labels: Labels
@@ -47,16 +80,76 @@ class Reconstruction:
     made_by: tuple[str, ...] = ()
     """Of each victim, which of several attacks the guess is by, as it is written; empty where there is but one."""
 
+    def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
+        """Those of the protocol."""
+        lead = (len(leak), leak.protocol.batch)
+        return {"images": (*lead, *leak.protocol.shape), "labels": lead}
 
-class Attack(ABC):
-    """What every attack is: `attack(leak, seed=0) -> Reconstruction`.
+    def checked(self, leak: Leak) -> Reconstruction:
+        """With pixels in [0, 1]."""
+        sound = super().checked(leak)
+        return dataclasses.replace(sound, images=sound.images.clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class PseudoData(Guess):
+    """Weighted points that act on the model as the private data do."""
+
+    points: Float[Tensor, "victims points features"]
+    targets: Float[Tensor, "victims points"]
+    """What the model is to answer there: numbers, or classes."""
+    weights: Float[Tensor, "victims points"]
+    """How many private examples each stands for, from 0."""
+    objective: Float[Tensor, "victims"]
+
+    def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
+        """As many points as the attack likes, of as many features as the protocol says."""
+        lead = tuple(self.points.shape[:2])
+        return {"points": (len(leak), *lead[1:], *leak.protocol.shape), "targets": lead, "weights": lead}
+
+
+@dataclass(frozen=True)
+class Inputs(Guess):
+    """A block's inputs, found by an iterative solver."""
+
+    values: Float[Tensor, "victims tokens width"]
+    objective: Float[Tensor, "victims"]
+    iterations: Int[Tensor, "victims"]
+    converged: Bool[Tensor, "victims"]
+    """Whether the solver met its own criterion: it says nothing of the truth."""
+
+    def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
+        """The input's shape is the protocol's."""
+        lead = (len(leak),)
+        return {"values": (*lead, *leak.protocol.shape), "iterations": lead, "converged": lead}
+
+
+@dataclass(frozen=True)
+class Tokens(Guess):
+    """Texts, as token numbers."""
+
+    ids: Int[Tensor, "victims batch tokens"]
+    objective: Float[Tensor, "victims"]
+
+    def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
+        """A text has as many tokens as the protocol says."""
+        return {"ids": (len(leak), leak.protocol.batch, *leak.protocol.shape)}
+
+
+Kind = TypeVar("Kind", bound=Guess, default=Reconstruction)
+
+
+class Attack(ABC, Generic[Kind]):
+    """What every attack is: `attack(leak, seed=0) -> Guess`; unless it says otherwise, the guess is a Reconstruction.
 
     Class attributes:
         leaks: the kinds of leak it can work on.
+        guesses: what it makes of them.
         needs_weights: whether the listener has to know the weights.
     """
 
     leaks: ClassVar[tuple[type[Leak], ...]]
+    guesses: ClassVar[type[Guess]] = Reconstruction
     needs_weights: ClassVar[bool] = True
 
     @property
@@ -90,7 +183,7 @@ class Attack(ABC):
         """Whether it, or an attack that it wraps, has to practise before it can be called."""
         return any(part.practises for part in self._parts().values())
 
-    def fit(self, practice: Practice, seed: int = 0) -> Attack:
+    def fit(self, practice: Practice, seed: int = 0) -> Attack[Kind]:
         """The same attack with each of its parts that learns having learned from this practice."""
         return dataclasses.replace(self, **{name: part.fit(practice, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
 
@@ -107,11 +200,15 @@ class Attack(ABC):
         return bool(getattr(self, "aware", False)) or any(part.adapted for part in self._parts().values())
 
     @abstractmethod
-    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
-        """Rebuild the images behind `leak`, beginning at `start` (`starts` entries a victim, those of one in a row)."""
+    def reconstruct(self, leak: Leak, start: Tensor) -> Kind:
+        """Rebuild what is behind `leak`, beginning at `start` (`starts` entries a victim, those of one in a row)."""
+
+    def begin(self, leak: Leak, seed: int) -> Tensor:
+        """A starting point for each entry: images, unless an attack on another kind of leak says what else."""
+        return draw(leak, seed, self.distribution)
 
     @final
-    def __call__(self, leak: Leak, *, seed: int = 0, start: Images | None = None) -> Reconstruction:
+    def __call__(self, leak: Leak, *, seed: int = 0, start: Tensor | None = None) -> Kind:
         """Check the leak, draw the start where none is given, reconstruct, check the guess.
 
         Raises:
@@ -120,16 +217,8 @@ class Attack(ABC):
         self.accepts(leak)
         leak.check()
         if start is None:
-            start = draw(leak.repeat(self.starts), seed, self.distribution).to(leak.device)
-        guess = self.reconstruct(leak, start)
-        expected = (len(leak), leak.protocol.batch, *leak.protocol.shape)
-        if tuple(guess.images.shape) != expected or tuple(guess.labels.shape) != expected[:2]:
-            raise AssertionError(f"{self!r} returned images {tuple(guess.images.shape)}, not {expected}")
-        if tuple(guess.objective.shape) != expected[:1]:
-            raise AssertionError(f"{self!r} returned objective {tuple(guess.objective.shape)}, not {expected[:1]}")
-        return Reconstruction(
-            guess.images.detach().clamp(0, 1), guess.labels.detach(), guess.objective.detach(), guess.made_by
-        )
+            start = self.begin(leak.repeat(self.starts), seed).to(leak.device)
+        return self.reconstruct(leak, start).checked(leak)
 
     def accepts(self, leak: Leak) -> None:
         """Refuse a leak of the wrong kind, or without the weights this attack needs.

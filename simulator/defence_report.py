@@ -20,8 +20,9 @@ PLAIN, AWARE, UPPER = "plain", "aware", "best by score"
 
 LEGEND = (
     "plain, aware: PSNR (median over victims, dB) of attacks that do not, and do, know the defence, of several the one "
-    "with the higher median; best by score: of each victim the attack that came nearest, an upper bound that needs the truth, which no "
-    "attacker has; time: of a client's exchange, over that without a defence; ε: of the attacked exchanges"
+    "with the higher median; best by score: of each victim the attack that came nearest, an upper bound that needs the "
+    "truth, which no attacker has; time: of a client's exchange, over that without a defence; ε: of the attacked "
+    "exchanges"
 )
 
 WHERE = ("world", "model", "batch", "steps", "listener", "rounds", "accuracy_loss")
@@ -147,8 +148,9 @@ def _chosen(rows: Sequence[Row]) -> str:
     if not tried:
         return ""
     return (
-        " Each defence has the strength at which it comes nearest to the loss agreed on, on public images; accuracy, and "
-        f"what is lost of it, are on test images. {len(tried | attacked)} models were trained, {len(attacked)} attacked."
+        " Each defence has the strength at which it comes nearest to the loss agreed on, on public images; accuracy, "
+        f"and what is lost of it, are on test images. {len(tried | attacked)} models were trained, {len(attacked)} of "
+        "them attacked."
     )
 
 

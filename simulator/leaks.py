@@ -38,11 +38,13 @@ class Protocol:
 
     model: str
     """Name of the architecture."""
-    shape: tuple[int, int, int]
-    """Channels, height, width of an image."""
+    shape: tuple[int, ...]
+    """Of one example: channels, height, width of an image; tokens and width of an attention block's input; features."""
     classes: int
+    """Of a label; 1 where there is none, or where it is a number."""
     batch: int
-    """Images in a client's local step; behind secure aggregation, in those of all clients of the sum."""
+    """Examples in a client's local step; behind secure aggregation, in those of all clients of the sum. Where a client
+    does not say how many it has, 1."""
     steps: int = 1
     """Local steps of plain SGD, each on the whole batch."""
     learning_rate: float = 1.0
@@ -51,6 +53,8 @@ class Protocol:
     listener: str = "curious_server"
     summed: int = 1
     """Clients whose answers are averaged into one; each has batch / summed of the images."""
+    prior: str = "flat"
+    """The prior over the parameters, or the regulariser that stands for its negative logarithm, as announced."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Leak:
     """A stack of answers, one victim an entry.
 
     Args:
-        observed: what the victims sent, parameter name -> tensor with a leading victims axis.
+        observed: what the victims sent, name -> tensor with a leading victims axis.
         protocol: the public terms under which it was sent.
         network: the architecture, on the meta device: no weights in it.
         weights: the parameters the victims started from, or None where the listener does not know them.
@@ -71,6 +75,8 @@ class Leak:
     """
 
     kind: ClassVar[str]
+    precise: ClassVar[bool] = False
+    """Whether a saved leak stays in double precision; all else is read as float32, which the weights have."""
 
     observed: Tensors
     protocol: Protocol
@@ -131,10 +137,11 @@ class Leak:
             FedtapError: a tensor is missing, misshapen or not finite.
         """
         parameters = dict(self.network.named_parameters())
+        wanted = self.sent()
+        _same_names(self.observed, wanted, f"the leaked {self.kind}", self.protocol.model)
+        for name, shape in wanted.items():
+            _shaped(self.observed[name], (len(self), *shape), f"{self.kind}/{name}", self.protocol.model)
         victims = len(self)
-        _same_names(self.observed, parameters, f"the leaked {self.kind}", self.protocol.model)
-        for name, parameter in parameters.items():
-            _shaped(self.observed[name], (victims, *parameter.shape), f"{self.kind}/{name}", self.protocol.model)
         lead = (victims,) if self.stacked else ()
         if self.weights is not None:
             _same_names(self.weights, parameters, "the leaked weights", self.protocol.model)
@@ -152,6 +159,10 @@ class Leak:
                         f"{group}/{name} of the leak holds NaN or infinity, from which nothing can be matched: "
                         "record the exchange again, or leave out the victim it belongs to."
                     )
+
+    def sent(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, without the victims axis, of what one victim sends: here a tensor for each parameter."""
+        return {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
 
     def packed(self) -> bytes:
         """The tensors as a safetensors file."""
@@ -196,7 +207,41 @@ class UpdateLeak(Leak):
         return self.observed
 
 
-KINDS: dict[str, type[Leak]] = {kind.kind: kind for kind in (GradientLeak, UpdateLeak)}
+class PosteriorLeak(Leak):
+    """A client's posterior over the model's parameters: draws of it, or its mean and covariance.
+
+    `observed` holds `draws`, `victims draws parameters`, or `mean`, `victims parameters`, and `covariance`,
+    `victims parameters parameters`; parameters are flattened, in the network's order.
+    """
+
+    kind = "posterior"
+    precise = True
+
+    def sent(self) -> dict[str, tuple[int, ...]]:
+        """Draws, however many, or mean and covariance."""
+        size = sum(parameter.numel() for parameter in self.network.parameters())
+        if "draws" in self.observed:
+            return {"draws": (*self.observed["draws"].shape[1:2], size)}
+        return {"mean": (size,), "covariance": (size, size)}
+
+
+class AttentionLeak(Leak):
+    """What an attention block made of a client's private input: `output`, `victims tokens width`.
+
+    Protocol's shape is that of the input, tokens and width; the weights are the block's, as they were broadcast.
+    """
+
+    kind = "attention"
+    precise = True
+
+    def sent(self) -> dict[str, tuple[int, ...]]:
+        """The shape in which the block answers an input of the protocol's shape."""
+        with torch.no_grad():
+            answer = self.network(torch.zeros(1, *self.protocol.shape, device="meta"))
+        return {"output": tuple(answer.shape[1:])}
+
+
+KINDS: dict[str, type[Leak]] = {kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak)}
 
 
 NAMES = ("clients", "rounds", "restarts")
@@ -308,7 +353,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
 
     def group(prefix: str) -> Tensors:
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        return _each(found, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        as_is = (torch.float32, torch.float64) if kind.precise else (torch.float32,)
+        return _each(found, lambda t: t.float() if t.is_floating_point() and t.dtype not in as_is else t)
 
     names = [tensors.get(name) for name in NAMES]
     shapes = {tuple(tensor.shape) for tensor in names if tensor is not None and tensor.dtype == torch.int64}
@@ -346,16 +392,16 @@ def float_buffers(network: nn.Module) -> dict[str, Tensor]:
 
 def _sound(protocol: Protocol, resolution: float) -> None:
     counts = (*protocol.shape, protocol.classes, protocol.batch, protocol.steps, protocol.summed)
-    if len(protocol.shape) != 3 or any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError("shape, classes, batch, steps and summed are whole numbers from 1, three of them in shape")
+    if not 1 <= len(protocol.shape) <= 3 or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError("shape, classes, batch, steps and summed are whole numbers from 1, one to three in shape")
     if protocol.batch % protocol.summed:
         raise ValueError("batch is a multiple of summed: so many images are each client's")
     if not (math.isfinite(protocol.learning_rate) and protocol.learning_rate > 0):
         raise ValueError("learning_rate is a number over 0")
     if not (math.isfinite(resolution) and resolution >= 0):
         raise ValueError("resolution is a number from 0")
-    if not all(isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.listener)):
-        raise ValueError("model, defence and listener are text")
+    if not all(isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.listener, protocol.prior)):
+        raise ValueError("model, defence, listener and prior are text")
 
 
 def _each(tensors: Tensors, change: Any) -> Tensors:
@@ -373,7 +419,7 @@ def _equal(one: Leak, other: Leak) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
-def _same_names(found: Tensors, wanted: Tensors, what: str, model: str) -> None:
+def _same_names(found: Tensors, wanted: Mapping[str, Any], what: str, model: str) -> None:
     missing, strange = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or strange:
         said = "; ".join(

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from simulator.errors import FedtapError, unknown
 from simulator.precode import with_bottleneck
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 def mlp(shape: Shape, classes: int, width: int = 256, depth: int = 2) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from simulator.attack import Reconstruction
+from simulator.attack import Guess, Reconstruction
 from simulator.errors import FedtapError
 from simulator.files import write_atomically
 from simulator.leaks import Leak
@@ -84,10 +84,10 @@ class Folder:
             )
         leak.save(path)
 
-    def keep(self, unit: str, guess: Reconstruction) -> None:
-        """Save a reconstruction, so that a resumed run can show it."""
-        tensors = {"images": guess.images, "labels": guess.labels, "objective": guess.objective}
-        self.write(f"guesses/{unit}.safetensors", save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+    def keep(self, unit: str, guess: Guess) -> None:
+        """Save a guess, so that a resumed run can show it."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in guess.tensors().items()}
+        self.write(f"guesses/{unit}.safetensors", save(tensors))
 
     def kept(self, unit: str) -> Reconstruction | None:
         """The saved reconstruction of this unit, if it is there and whole."""

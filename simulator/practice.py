@@ -32,7 +32,7 @@ FORMAT = 1
 CHUNK = 2**24
 """Numbers in a chunk's gradients: 64 MiB of float32."""
 
-Build = Callable[[str, tuple[int, int, int], int], nn.Module]
+Build = Callable[[str, tuple[int, ...], int], nn.Module]
 """`(model name, shape, classes) -> network on the meta device`."""
 
 

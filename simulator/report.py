@@ -389,7 +389,7 @@ def html(about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         _verdicts(rows),
         privacy_report.section(every),
         defence_report.section(every),
-        _gallery(pictures),
+        gallery(pictures),
         _curves(rows),
         "<h2>What each attack got</h2>" + _summaries(rows) if rows else "",
         f"<h2>Who listens, and what they know</h2><p style='white-space: pre-line'>{escape(about.threat)}</p>",
@@ -487,7 +487,8 @@ def _numeric(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _gallery(pictures: Sequence[Picture]) -> str:
+def gallery(pictures: Sequence[Picture]) -> str:
+    """Each victim's pictures side by side, as an element of the page; empty where there are none."""
     if not pictures:
         return ""
     columns = _columns(pictures)

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from simulator import report, scores
-from simulator.attack import Attack, Reconstruction, generator
+from simulator.attack import Attack, Guess, Reconstruction, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import DamagedError, FedtapError
@@ -265,7 +265,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
                 learned.save(folder.path / f"attackers/{_unit(where, learned)}.safetensors")
             ready.accepts(played.leak)
         began = time.perf_counter()
-        guess = _on_cpu(ready(played.leak.to(device), seed=played.part.seed))
+        guess = ready(played.leak.to(device), seed=played.part.seed).on_cpu()
         timing["seconds"] = (time.perf_counter() - began) / len(played.leak)
         makers = guess.made_by or [None] * len(played.leak)
         rows += [
@@ -388,10 +388,6 @@ def success_of(part: Scenario, rows: Sequence[Row]) -> Row:
     won = sum(value >= part.success_db for value in decibels)
     low, high = scores.limits(won, len(decibels), DOUBT)
     return {"success": won / len(decibels), "success_low": low, "success_high": high}
-
-
-def _on_cpu(guess: Reconstruction) -> Reconstruction:
-    return Reconstruction(guess.images.cpu(), guess.labels.cpu(), guess.objective.cpu(), guess.made_by)
 
 
 def _finite(value: float) -> float | None:
@@ -536,12 +532,15 @@ def attack_saved(
     ]
     for order, attack in enumerate(attacks):
         began = time.perf_counter()
-        guess = _on_cpu(attack(leak.to(device), seed=seed))
+        guess: Guess = attack(leak.to(device), seed=seed).on_cpu()
         seconds = (time.perf_counter() - began) / len(leak)
         unit = _unit(str(order), attack)
         folder.keep(unit, guess)
-        for victim, picture in enumerate(pictures):
-            picture.guesses[_label(attack, attacks)] = (guess.images[victim], None)
+        found: list[Row] = [{}] * len(leak)
+        if isinstance(guess, Reconstruction):
+            found = [{"labels": labels} for labels in guess.labels.tolist()]
+            for victim, picture in enumerate(pictures):
+                picture.guesses[_label(attack, attacks)] = (guess.images[victim], None)
         folder.add(
             [
                 {
@@ -549,7 +548,7 @@ def attack_saved(
                     "model": protocol.model,
                     "client": client,
                     "round": rnd,
-                    "labels": guess.labels[victim].tolist(),
+                    **found[victim],
                     "objective": _finite(float(guess.objective[victim])),
                     "seconds": seconds,
                     "settings": repr(attack),
@@ -561,10 +560,10 @@ def attack_saved(
     folder.describe(finished=True)
     page = report.About(
         scenario=f"What is in {source}?",
-        question="Which images have this gradient? There is no truth to score against: look, and read the objective.",
+        question=f"Which data have this {leak.kind}? There is no truth to score against: look, and read the objective.",
         threat=THREATS.get(protocol.listener, f"The leak says its listener was: {protocol.listener}."),
         settings={name: str(value) for name, value in dataclasses.asdict(protocol).items()},
         environment=folder.about["versions"] | {"device": folder.about["device"]},
     )
-    report.write(out, page, folder.rows, pictures)
+    report.write(out, page, folder.rows, [picture for picture in pictures if picture.guesses])
     return folder.rows

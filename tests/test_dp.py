@@ -24,7 +24,7 @@ from clients.app import client_app
 from scenarios.game import Game
 from scenarios.plan import plan
 from simulator import privacy_report
-from simulator.curves import _stairs
+from simulator.curves import apart
 from simulator.defence import averaged, described
 from simulator.errors import FedtapError
 from simulator.federation import play
@@ -227,13 +227,13 @@ def test_defences_of_the_same_epsilon_are_told_apart(left: Path) -> None:
     assert "prune(0.9)" in privacy_report.section([*unprotected, *pruned])
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-5, 20)), min_size=1, max_size=9))
-def test_words_beside_points_that_touch_stand_on_different_lines(points: list[tuple[float, float]]) -> None:
-    across, up = ([point[axis] for point in points] for axis in (0, 1))
-    steps = _stairs(across, up)
-    for here, there in itertools.combinations(range(len(points)), 2):
-        if points[here] == points[there]:
-            assert steps[here] != steps[there]
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=18).map(sorted))
+def test_names_beside_points_that_touch_stand_apart(heights: list[float]) -> None:
+    places = apart(heights, 0.05)
+    assert all(after - before >= 0.05 - 1e-9 for before, after in itertools.pairwise(places))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    if all(after - before >= 0.05 for before, after in itertools.pairwise(heights)):
+        assert places == pytest.approx(heights)
 
 
 def test_the_page_looks_right_in_a_browser(left: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ Gradients = Mapping[str, Tensor]
 
 Shape = tuple[int, ...]
 
-Map = tuple[int, int, int]
+Map = tuple[int, ...]
 """Channels, height, width."""
 
 FINEST = 16
@@ -694,7 +694,8 @@ def _fold(height: int, width: int, grid: tuple[int, int]) -> int:
 
 def _resampled(shape: Map, grid: tuple[int, int]) -> Map:
     """The shape of `_resample`'s answer."""
-    return shape[0] * max(1, _fold(*shape[1:], grid)) ** 2, *grid
+    channels, height, width = shape
+    return channels * max(1, _fold(height, width, grid)) ** 2, *grid
 
 
 def _resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,0 +1,162 @@
+"""Studies: scenarios about leaks other than the gradients of images.
+
+A study asks its clients in messages of its own, over any Flower Grid with a tap on it, and gives rows with columns of
+its own. It is as much a frozen value as a `Scenario` is, and planned, swept and played like one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from simulator import study_report
+from simulator.errors import FedtapError
+from simulator.leaks import Leak
+from simulator.output import Folder, Row, left_by_us
+from simulator.progress import progress
+from simulator.report import Picture
+from simulator.run import environment
+from simulator.wiretap import Wiretap, partition_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a study's part."""
+
+    rows: Sequence[Row]
+    leak: Leak | None = None
+    """What was heard, all victims in one stack."""
+    charts: Mapping[str, str] = field(default_factory=dict)
+    """Heading -> an element of the page: an SVG, or a table."""
+    pictures: Sequence[Picture] = ()
+
+
+@dataclass(frozen=True)
+class Study(ABC):
+    """One question, with these settings. Subclasses add their knobs, all with defaults.
+
+    Class attributes:
+        columns: those of its rows that its tables show, in this order.
+        legend: what they mean, in a line.
+        threat: who listens, and what they know.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    legend: ClassVar[str]
+    threat: ClassVar[str]
+
+    name: str = ""
+    """Name and question are those of the scenario's file: whoever plans a run fills them in."""
+    question: str = ""
+    seed: int = 0
+    swept: tuple[tuple[str, str], ...] = ()
+    """The knobs that have several values in this run, with the value they have here."""
+
+    @property
+    @abstractmethod
+    def clients(self) -> int:
+        """Nodes that it needs, all of them clients whose data are private."""
+
+    @abstractmethod
+    def answer(self, order: Message, client: int, data_root: Path) -> Message:
+        """What a client says to an order: it runs at the client, on its private data."""
+
+    @abstractmethod
+    def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
+        """Ask, listen, attack and score. `part` is its place in the run's plan, which orders name (see `ask`).
+
+        Raises:
+            FedtapError: it cannot be played.
+        """
+
+    def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
+        """Heading -> an element of the page, about the rows of all parts of a run; none unless a study says so."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An order and its answer, as the tap heard them."""
+
+    client: int
+    order: RecordDict
+    answer: RecordDict
+
+
+def ask(
+    grid: Grid, kind: str, content: RecordDict, part: int, tell: Callable[[int], RecordDict] | None = None
+) -> list[Exchange]:
+    """Send an order to every node, and overhear the answers, in the order of the clients' partitions.
+
+    Args:
+        kind: the message type, such as `train.posterior`.
+        content: the order, in which the part's number is noted.
+        part: the study's place in the run's plan, by which clients know what is played.
+        tell: of the node's place in the grid, what it is told besides.
+
+    Raises:
+        FedtapError: a client fails.
+    """
+    heard: list[Exchange] = []
+
+    def ear(order: Message, answer: Message) -> None:
+        if answer.has_error():
+            raise FedtapError(f"A client failed: {answer.error.reason}")
+        heard.append(Exchange(partition_of(answer), order.content, answer.content))
+
+    orders = []
+    for place, node in enumerate(grid.get_node_ids()):
+        told = RecordDict(dict(content) | dict(tell(place) if tell else {}) | {"config": ConfigRecord({"part": part})})
+        orders.append(Message(told, node, kind))
+    failed = [answer.error.reason for answer in Wiretap(grid, ear).send_and_receive(orders) if answer.has_error()]
+    if failed or len(heard) < len(orders):
+        why = failed[0] if failed else f"{len(orders) - len(heard)} of {len(orders)} did not answer"
+        raise FedtapError(f"The clients' answers to {kind} are not complete, so there is nothing to attack ({why}).")
+    return heard
+
+
+def run_studies(
+    parts: Sequence[Study],
+    grid_for: Callable[[Study], Grid],
+    out: Path,
+    *,
+    device: torch.device,
+    data_root: Path,
+) -> list[Row]:
+    """Play each part over its grid; `out` holds run.json, rows.jsonl, leaks/, report.html, and strip.png if it may.
+
+    Raises:
+        FedtapError: `out` holds something else, or a part cannot be played.
+    """
+    first = parts[0]
+    left_by_us(out, first.name)
+    about: dict[str, Any] = {"name": first.name, "scenario": list(map(repr, parts)), "question": first.question}
+    folder: Folder | None = None
+    charts: dict[str, str] = {}
+    pictures: list[Picture] = []
+    for number, part in enumerate(progress(parts, "scenario")):
+        grid = grid_for(part)
+        if (nodes := len(list(grid.get_node_ids()))) != part.clients:
+            raise FedtapError(
+                f"The federation has {nodes} nodes, and {part.name} needs {part.clients}: start as many SuperNodes."
+            )
+        outcome = part.play(grid, number, device, data_root)
+        folder = folder or Folder(out, about | {"seed": first.seed} | environment(device))
+        if outcome.leak is not None:
+            folder.leak(f"part_{number}", outcome.leak)
+        told = {"scenario": part.name, **{knob: getattr(part, knob, value) for knob, value in part.swept}}
+        folder.add([told | dict(row) | {"seed": part.seed} for row in outcome.rows])
+        where = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in part.swept)
+        charts |= {f"{heading}{f' ({where})' if where else ''}": chart for heading, chart in outcome.charts.items()}
+        pictures += outcome.pictures
+        study_report.write(folder, parts, dict(first.charts(folder.rows)) | charts, pictures)
+    assert folder is not None
+    folder.describe(finished=True)
+    return folder.rows
