@@ -48,12 +48,13 @@ def nearest(candidates: Sequence[int], lost: Callable[[int], float], wanted: flo
         candidates: the more they lose, the later.
         lost: the share that one of them loses; asked of few.
     """
+    tried: dict[int, float] = {}
     under, over = -1, len(candidates)
     while over - under > 1:
         middle = (under + over) // 2
-        if lost(candidates[middle]) <= wanted:
+        tried[middle] = lost(candidates[middle])
+        if tried[middle] <= wanted:
             under = middle
         else:
             over = middle
-    ends = [candidates[place] for place in (under, over) if 0 <= place < len(candidates)]
-    return min(ends, key=lambda one: abs(lost(one) - wanted))
+    return candidates[min(tried, key=lambda place: abs(tried[place] - wanted))]

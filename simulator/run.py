@@ -90,13 +90,12 @@ def run(
     for number, part in enumerate(progress(parts, "scenario")):
         unit = f"part_{number}"
         found = part.alone(parts)
-        if found is None and not trainings.attacked(number):
-            found = trainings.tried(number)
-        if found is not None:
+        if found is not None or not trainings.attacked(number):
             folder = folder or Folder(out, _about(parts, device), resume)
             folder.rows = [row for row in folder.rows if row["unit"] != unit]
-            folder.add([row | {"unit": unit} for row in found])
-            _report(folder, parts, leak, list(pictures.values()))
+            folder.add([row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)])
+            if found is not None or part is parts[-1]:
+                _report(folder, parts, leak, list(pictures.values()))
             continue
         grid, private, heard = trainings.played(number)
         leak = stack([heard.leaks[name] for name in private.names() if name in heard.leaks]) if heard.leaks else None

@@ -17,11 +17,11 @@ from scenarios.plan import plan
 from simulator import defence_report
 from simulator.defence import described, strengths
 from simulator.equal_loss import nearest, strengths_of, undefended
-from simulator.errors import FedtapError
 from simulator.report import summarise
 from tests.test_cli import run
 
-SMALL = {"model": "mlp", "attack": "linear,grey", "victims": "2", "clients": "1", "rounds": "2", "training_batch": "4"}
+SMALL = {"model": "mlp", "size": "16", "attack": "linear,grey", "victims": "2", "clients": "1"}
+SMALL |= {"rounds": "2", "training_batch": "4"}
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12).map(sorted), st.floats(0, 1))
