@@ -79,6 +79,8 @@ class Reconstruction(Guess):
     objective: Float[Tensor, "victims"]
     made_by: tuple[str, ...] = ()
     """Of each victim, which of several attacks the guess is by, as it is written; empty where there is but one."""
+    candidates: tuple[Images, ...] = ()
+    """All guesses among which the attacker chose; empty where it had no choice. For the scorer, who knows the best."""
 
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Those of the protocol."""

@@ -32,7 +32,8 @@ def undefended(parts: Sequence[Scenario], part: Scenario) -> int:
 
 def strengths_of(parts: Sequence[Scenario], part: Scenario) -> list[int]:
     """Numbers of the parts that differ from this one in the defence's strength alone, as they are ordered."""
-    return [number for number, other in enumerate(parts) if _but_for_strength(other) == _but_for_strength(part)]
+    mine = _but_for_strength(part)
+    return [number for number, other in enumerate(parts) if _but_for_strength(other) == mine]
 
 
 def _but_for_strength(part: Scenario) -> tuple[Scenario, tuple[Part, ...], str, dict[str, float]]:

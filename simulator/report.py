@@ -43,7 +43,7 @@ PROMISED = ("delta", "protects", "adjacency", "sensitivity", "epsilon_all", "eps
 
 SUCCESS = ("success", "success_low", "success_high", "success_db", "bound")
 
-KNOWING = ("adapted", "strongest", "overhead", "held_out", "accuracy_lost")
+KNOWING = ("adapted", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost")
 """Of attackers that know the defence, and of what it costs."""
 
 ASIDE = ("accuracy", "moved", "labels", "settings", "unit", "fit_seconds", *NOTES, *PROMISED, *SUCCESS, *KNOWING)

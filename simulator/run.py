@@ -291,16 +291,23 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
             "round": rnd,
             **{name: score[name] for name in SCORES},  # type: ignore[literal-required]
             **{note: score[note] for note in NOTES if score[note]},  # type: ignore[literal-required]
+            "upper_bound_psnr": _best([each[victim].cpu() for each in guess.candidates], truth),
             "psnr_blind": float(scores.psnr(scores.mse(played.floor.expand_as(truth), truth)).mean()),
             "accuracy": played.heard.accuracy,
             "moved": played.heard.moved[client, rnd],
             "objective": _finite(float(objective)),
             "error": None,
         }
-        for client, rnd, score, truth, objective in zip(
-            played.leak.clients.tolist(), played.leak.rounds.tolist(), scored, images, guess.objective, strict=True
+        for victim, (client, rnd, score, truth, objective) in enumerate(
+            zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), scored, images, guess.objective, strict=True)
         )
     ]
+
+
+def _best(candidates: Sequence[Tensor], truth: Tensor) -> float | None:
+    """PSNR of the candidate nearest to the truth: an upper bound, since no attacker can tell; None where none is."""
+    ordered = (found[scores.match(found, truth)] for found in map(torch.nan_to_num, candidates))
+    return max((float(scores.psnr(scores.mse(found, truth)).mean()) for found in ordered), default=None)
 
 
 SHIFTS = ("practice_classes", "practice_labels", "victims_world", "victims_classes", "others")
@@ -326,7 +333,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "steps": part.steps,
         "seed": part.seed,
         **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")),
-        **dict.fromkeys(("overhead", "strongest")),
+        **dict.fromkeys(("overhead", "strongest", "upper_bound_psnr")),
         **promised(part),
         "settings": repr(attack),
         "unit": unit,

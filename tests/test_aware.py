@@ -200,6 +200,8 @@ def test_a_panel_takes_each_victims_more_plausible_guess_and_says_whose_it_is() 
     nested = Panel(Panel(weak, strong), weak)(leak, seed=4)
     assert torch.equal(nested.images, best.images)
     assert set(nested.made_by) <= {weak.written(), strong.written()}
+    for number, which in enumerate((weak, strong, weak)):
+        assert torch.equal(nested.candidates[number], which(leak, seed=4).images)
 
 
 def test_a_panel_judges_what_is_not_finite_worst() -> None:
@@ -234,4 +236,6 @@ def test_rows_say_what_was_adapted_and_whose_guess_it_is(tmp_path: Path) -> None
     wanted = {"defence", "attack", "adapted", "psnr", "psnr_blind", "recovered", "accuracy", "overhead"}
     assert all(wanted <= row.keys() for row in rows)
     assert [row["adapted"] for row in rows] == [False, True]
+    assert rows[0]["upper_bound_psnr"] is None
+    assert rows[1]["upper_bound_psnr"] >= max(rows[0]["psnr"], rows[1]["psnr"]) - 1e-3
     assert rows[1]["strongest"] in {attack.written() for attack in attacks_of("idlg(steps=3),idlg(steps=3,aware=True)")}
