@@ -189,6 +189,15 @@ class Attack(ABC, Generic[Kind]):
         """The same attack with each of its parts that learns having learned from this practice."""
         return dataclasses.replace(self, **{name: part.fit(practice, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
 
+    def check_practice(self, drifts: int) -> None:
+        """Refuse practice along so many trainings, from which it or an attack that it wraps could not learn.
+
+        Raises:
+            FedtapError: with the reason and what to use instead.
+        """
+        for part in self._parts().values():
+            part.check_practice(drifts)
+
     def learned(self) -> list[Learned]:
         """Those of its parts that have learned, itself among them."""
         return [learned for part in self._parts().values() for learned in part.learned()]

@@ -81,6 +81,8 @@ def run(
     left_by_us(out, parts[0].name)  # refuse a folder that is not ours before an hour is spent
     for part in parts:
         promised(part)
+        for attack in part.attacks:
+            attack.check_practice(part.drifts)
         if part.accuracy_loss:
             undefended(parts, part)
     folder: Folder | None = None
@@ -235,7 +237,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     unit = _unit(f"part_{played.number}-{order}", attack)
     if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
         return kept
-    common = _common(played.part, unit, attack) | {"overhead": played.overhead} | played.lost
+    common = _common(played.part, unit, attack, played.private.clients) | {"overhead": played.overhead} | played.lost
     missing = [name for name in played.private.names() if name not in played.heard.leaks]
     rows: list[Row] = [
         common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
@@ -317,7 +319,7 @@ SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 NOTES = ("ssim_note", "lpips_note")
 
 
-def _common(part: Scenario, unit: str, attack: Attack) -> Row:
+def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
     return {
         "scenario": part.name,
         **{knob: getattr(part, knob, value) for knob, value in part.swept},
@@ -334,7 +336,7 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "seed": part.seed,
         **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")),
         **dict.fromkeys(("overhead", "strongest", "upper_bound_psnr")),
-        **promised(part),
+        **promised(part, clients),
         "settings": repr(attack),
         "unit": unit,
     }
@@ -347,17 +349,22 @@ DOUBT = 0.05
 """How often each limit of a success may be wrong."""
 
 
-def promised(part: Scenario) -> Row:
+def promised(part: Scenario, clients: int = 0) -> Row:
     """What the part's defence guarantees: ε of a victim's attacked exchanges, and of all in which a client takes part.
 
     Nothing where the part names no δ.
+
+    Args:
+        clients: honest ones on the grid; 0 means as many as the part names, or one a victim.
 
     Raises:
         FedtapError: no accountant here covers the defence.
     """
     if part.delta is None:
         return {}
-    rounds = part.rounds + part.attacked_rounds(part.clients or part.victims)  # a client answers in all of them
+    rounds = part.rounds + part.attacked_rounds(
+        clients or part.clients or part.victims
+    )  # a client answers in all of them
     defences = described(part.defence)
     try:
         once, ever = (mechanism_of(defences, ADJACENCY, releases, part.steps) for releases in (part.repeats, rounds))
