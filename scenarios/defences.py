@@ -2,8 +2,8 @@
 
 Expect: not as it seems. Pruning, signs, Soteria, a clip or a little noise stop an attack that never heard of them, and
 one that does to its own guess what the client did to the gradient sees far more. Beside each stands what it would have
-guessed blind, and what it costs a client in time. With --accuracy-loss each is trained with, and as strong as that
-allows: then all cost the same, and one can ask which hides most. Little hides well at five points of accuracy.
+guessed blind, and what it costs a client in time. With --accuracy-loss a model is trained with each, and of its
+strengths the one is attacked that costs as much accuracy: then one can ask which hides most for the same price.
 """
 
 from __future__ import annotations

@@ -207,8 +207,13 @@ class Attack(ABC, Generic[Kind]):
 
     @property
     def adapted(self) -> bool:
-        """Whether it, or an attack that it wraps, goes by what is announced of a defence (its field `aware`)."""
-        return bool(getattr(self, "aware", False)) or any(part.adapted for part in self._parts().values())
+        """Whether it, or an attack that it wraps, goes by what is announced of a defence (its field `aware`), or by
+        practice, whose pairs are defended as the leak is."""
+        return (
+            bool(getattr(self, "aware", False))
+            or self.practises
+            or any(part.adapted for part in self._parts().values())
+        )
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Tensor) -> Kind:

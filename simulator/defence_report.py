@@ -58,7 +58,7 @@ def entries(rows: Sequence[Row]) -> list[Entry]:
     """One for each defence and setting, in the rows' order; those whose attacks all failed are left out."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.get("psnr") is not None:
+        if row.get("psnr_blind") is not None:
             groups.setdefault(tuple(str(row.get(name)) for name in ("defence", *WHERE)), []).append(row)
     return [_entry(some) for some in groups.values()]
 
@@ -69,6 +69,7 @@ def _entry(rows: Sequence[Row]) -> Entry:
     best: dict[tuple[Any, ...], tuple[float, float]] = {}
     attacks: dict[str, list[Row]] = {}
     for row in rows:
+        row = row if row["psnr"] is not None else {**row, "psnr": row["psnr_blind"]}  # no number: as good as blind
         attacks.setdefault(row["attack"], []).append(row)
         victim = (row["client"], row["round"], row["seed"])
         best[victim] = max(best.get(victim, (0.0, 0.0)), (row.get("upper_bound_psnr") or row["psnr"], row["recovered"]))
