@@ -50,8 +50,8 @@ class Entry:
 
 def told(rows: Sequence[Row]) -> bool:
     """Whether the rows are about what defences cost."""
-    attacked = [row for row in rows if "attack" in row]
-    return "success" not in {name for row in rows for name in row} and len({row["defence"] for row in attacked}) > 1
+    attacked = [row for row in rows if "attack" in row and "adapted" in row]
+    return not any("success" in row for row in rows) and len({row["defence"] for row in attacked}) > 1
 
 
 def entries(rows: Sequence[Row]) -> list[Entry]:
