@@ -72,7 +72,7 @@ def svg(knob: str, curves: Sequence[Curve], floor: float | None) -> str:
             axes.grid(color=GREY, alpha=0.2)
             _scale(axes, values)
         figure.legend(loc="outside lower center", ncols=3)
-        return _element(figure, f"PSNR and MSE against {knob}")
+        return element(figure, f"PSNR and MSE against {knob}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def success_svg(series: Mapping[str, Sequence[Success]]) -> str:
         axes.grid(color=GREY, alpha=0.2)
         _scale(axes, sorted({point.epsilon for points in series.values() for point in points}))
         figure.legend(loc="outside lower center", ncols=2)
-        return _element(figure, "success against ε")
+        return element(figure, "success against ε")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def trade_svg(series: Mapping[str, Sequence[Trade]], share: str) -> str:
             axes.grid(color=GREY, alpha=0.2)
             _name(axes, [point for points in series.values() for point in points], name)
         figure.legend(loc="outside lower center", ncols=4)
-        return _element(figure, "privacy against accuracy")
+        return element(figure, "privacy against accuracy")
 
 
 def _name(axes: Axes, points: Sequence[Trade], height: str) -> None:
@@ -185,7 +185,8 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
     return [value + number * gap for number, value in enumerate(even)]
 
 
-def _element(figure: Figure, words: str) -> str:
+def element(figure: Figure, words: str) -> str:
+    """A figure as an SVG element that stretches to its place; `words` are for those who do not see it."""
     content = BytesIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     text = content.getvalue().decode()
