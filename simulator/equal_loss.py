@@ -37,9 +37,12 @@ def strengths_of(parts: Sequence[Scenario], part: Scenario) -> list[int]:
 
 
 def _but_for_strength(part: Scenario) -> tuple[Scenario, tuple[Part, ...], str, dict[str, float]]:
-    *before, last = described(part.defence) or (Part("sign"),)
+    parts, same = described(part.defence), dataclasses.replace(part, defence="none", swept=())
+    if not parts:
+        return same, (), "none", {}
+    last = parts[-1]
     values = {number.name: last[number.name] for number in last.kind.arguments if number.name != last.kind.strength}
-    return dataclasses.replace(part, defence="none", swept=()), tuple(before), last.name, values
+    return same, parts[:-1], last.name, values
 
 
 def nearest(candidates: Sequence[int], lost: Callable[[int], float], wanted: float) -> int:

@@ -58,6 +58,11 @@ def test_strengths_of_one_defence_belong_together() -> None:
         assert parts[undefended(parts, parts[group[0]])].defence == "none"
 
 
+def test_what_has_no_strength_stands_alone() -> None:
+    parts = plan("defences", SMALL | {"accuracy_loss": "0.1", "defence": "none,sign(),clip(1.0)+sign()"})
+    assert [strengths_of(parts, part) for part in parts] == [[0], [1], [2]]
+
+
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a small run leaves."""
