@@ -1,0 +1,95 @@
+"""An attention block that a client runs on its own input, in split learning: what it sends on is the block's output.
+
+Also the cut of a vision transformer after its first attention, patch embedding included.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NORMS = ("none", "before", "after")
+"""LayerNorm before attention, as in GPT-2 and ViT, or after the residual sum, as in BERT."""
+
+
+class Attention(nn.Module):
+    """``softmax(Q(x) K(x)^T) V(x)`` of each head, side by side, and what may be around it.
+
+    Args:
+        width: d, of a token.
+        heads: how many.
+        columns: of Q, K and V of each head; 0 means d, as in the paper.
+        residual: whether the input is added; the sum of widths has to fit.
+        scaled: whether scores are divided by the square root of `columns`.
+        norm: one of NORMS.
+        project: whether a linear layer takes the heads to width d.
+        bias: whether Q, K, V and that layer have biases.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 1,
+        columns: int = 0,
+        *,
+        residual: bool = False,
+        scaled: bool = False,
+        norm: str = "none",
+        project: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        columns = columns or width
+        both = heads * columns
+        self.heads, self.residual = heads, residual
+        self.scale = columns**-0.5 if scaled else 1.0
+        self.query, self.key, self.value = (nn.Linear(width, both, bias=bias) for _ in range(3))
+        self.project = nn.Linear(both, width, bias=bias) if project else None
+        self.width = width if project else both
+        self.before = nn.LayerNorm(width) if norm == "before" else None
+        self.after = nn.LayerNorm(self.width) if norm == "after" else None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Normal entries: those of Q^T K of variance 1 / width, and so those of V; LayerNorm does nothing."""
+        width, columns = self.query.in_features, self.query.out_features // self.heads
+        for layer in (self.query, self.key):
+            nn.init.normal_(layer.weight, 0.0, (width * columns) ** -0.25, generator=generator)
+        for layer in (self.value, *([] if self.project is None else [self.project])):
+            nn.init.normal_(layer.weight, 0.0, layer.in_features**-0.5, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
+        u = x if self.before is None else self.before(x)
+        query, key, value = (
+            layer(u).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for layer in (self.query, self.key, self.value)
+        )
+        mixed = torch.softmax(self.scale * query @ key.transpose(-1, -2), dim=-1) @ value
+        out = mixed.transpose(-2, -3).flatten(-2)
+        out = out if self.project is None else self.project(out)
+        out = out + x if self.residual else out
+        return out if self.after is None else self.after(out)  # type: ignore[no-any-return]
+
+
+class Words(nn.Module):
+    """An attention block behind a table of embeddings, which the server has too; it is given what the table says."""
+
+    def __init__(self, vocabulary: int, attention: Attention) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(vocabulary, attention.query.in_features))
+        self.attention = attention
+
+    def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
+        return self.attention(x)  # type: ignore[no-any-return]
+
+
+class Patches(nn.Module):
+    """A vision transformer up to the end of its first attention: patches of pixels in [0, 1], embedded, with positions."""
+
+    def __init__(self, tokens: int, pixels: int, attention: Attention) -> None:
+        super().__init__()
+        self.embed = nn.Linear(pixels, attention.query.in_features)
+        self.position = nn.Parameter(torch.empty(tokens, attention.query.in_features))
+        self.attention = attention
+
+    def forward(self, x: Float[Tensor, "*lanes n pixels"]) -> Float[Tensor, "*lanes n m"]:
+        return self.attention(self.embed(x) + self.position)  # type: ignore[no-any-return]
