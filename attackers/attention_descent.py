@@ -36,6 +36,7 @@ class AttentionDescent(Attack[Inputs]):
     """
 
     leaks = (AttentionLeak,)
+    guesses = Inputs
 
     steps: int = 2000
     gamma: float = 0.0

@@ -51,6 +51,7 @@ class AttentionNewton(Attack[Inputs]):
     """
 
     leaks = (AttentionLeak,)
+    guesses = Inputs
 
     steps: int = 150
     gamma: float = 0.0

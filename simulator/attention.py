@@ -5,12 +5,27 @@ Also the cut of a vision transformer after its first attention, patch embedding 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from simulator.errors import FedtapError
 
 NORMS = ("none", "before", "after")
 """LayerNorm before attention, as in GPT-2 and ViT, or after the residual sum, as in BERT."""
+
+AROUND: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "scale": {"scaled": True},
+    "residual": {"residual": True, "project": True},
+    "norm": {"norm": "before"},
+    "gpt": {"residual": True, "project": True, "scaled": True, "norm": "before"},
+    "bert": {"residual": True, "project": True, "scaled": True, "norm": "after"},
+}
+"""What may be around the heads: nothing, as in the paper; scores divided by the root of the width; a linear layer and
+the input added; LayerNorm before; all of them, with LayerNorm before (GPT-2, ViT) or after the sum (BERT)."""
 
 
 class Attention(nn.Module):
@@ -73,10 +88,25 @@ class Attention(nn.Module):
 class Words(nn.Module):
     """An attention block behind a table of embeddings, which the server has too; it is given what the table says."""
 
-    def __init__(self, vocabulary: int, attention: Attention) -> None:
+    def __init__(self, vocabulary: int, attention: Attention, draw: torch.Generator) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.empty(vocabulary, attention.query.in_features))
+        self.table = nn.Parameter(
+            torch.randn(vocabulary, attention.query.in_features, generator=draw, dtype=attention.query.weight.dtype)
+        )
         self.attention = attention
+
+    def embedded(self, words: Int[Tensor, "*lanes n"]) -> Float[Tensor, "*lanes n d"]:
+        """What the table says of these words.
+
+        Raises:
+            FedtapError: a word is not in it.
+        """
+        if strange := sorted({int(word) for word in words.flatten() if not 0 <= word < len(self.table)}):
+            raise FedtapError(
+                f"Token {strange[0]} is outside the vocabulary, whose {len(self.table)} words are numbered from 0, so it "
+                "has no embedding: take the text's tokens from the model's own tokenizer."
+            )
+        return self.table.detach()[words]
 
     def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
         return self.attention(x)  # type: ignore[no-any-return]
