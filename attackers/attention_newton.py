@@ -35,8 +35,9 @@ DENSE = 1536
 
 TINY = 1e-300
 
-SMALL = 1e-12
-"""A residual that is this share of the output, or a slope this share of what it could be, is as good as zero."""
+SMALL, ROUNDING = 1e-12, 1e-13
+"""A lane has converged where the residual is this share of the output, or where a step that is hardly damped promises
+to lower the loss by this share of it."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,15 @@ class AttentionNewton(Attack[Inputs]):
             far = r.norm(dim=1) / size[going]
             # in units of the curvature along the slope, and falling with the residual
             added = damping[going] * far * slope.push(down).square().sum(1) / down.square().sum(1).clamp_min(TINY)
-            there = here + slope.solve(down, self.gamma + (added if self.damped else 0 * added)).reshape(here.shape)
+            move = slope.solve(down, self.gamma + (added if self.damped else 0 * added))
+            there = here + move.reshape(here.shape)
+            gain, whole = (move * down).sum(1), damping[going] * far <= FIRST
             after = self._loss(block(there), wanted, there)
             kept = after < loss[going] if self.damped else after.isfinite()
             x[going], loss[going] = torch.where(kept[:, None, None], there, here), torch.where(kept, after, loss[going])
             steps[going] += 1
+            met = (far <= SMALL) | (whole & (gain <= ROUNDING * loss[going]))
             damping[going] *= torch.where(kept, GIVE, TAKE if self.damped else torch.inf)
-            met = (far <= SMALL) | (down.norm(dim=1) <= SMALL * slope.size * r.norm(dim=1))
             converged[going[met]] = True
             going = going[~met & (damping[going] < MOST)]
             if not len(going):

@@ -46,6 +46,7 @@ class AttentionStudy(Split):
     columns: ClassVar[tuple[str, ...]] = (
         "client",
         "relative_error",
+        "standardised_error",
         "iterations",
         "converged",
         "residual",
@@ -55,8 +56,9 @@ class AttentionStudy(Split):
         "attack",
     )
     legend: ClassVar[str] = (
-        "relative error: |guess - input| / |input|; blind: of zero, or tokens right at random; residual: |output of the guess - output| / |output|; condition: of the Jacobian at "
-        "the input; tokens right: share of words found by the nearest embedding"
+        "relative error: |guess - input| / |input|; standardised: with tokens brought to mean 0 and one length; blind: "
+        "relative error of zero, or tokens right at random; residual: |output of the guess - output| / |output|; "
+        "condition: of the Jacobian at the input; tokens right: share of words found by the nearest embedding"
     )
 
     n: int = 8
@@ -118,6 +120,7 @@ class AttentionStudy(Split):
         guess = attack(leak, seed=self.seed, start=starts)
         block, heard = block_of(leak), leak.observed["output"]
         errors = relative_error(guess.values, truth)
+        standard = relative_error(*map(_standard, (guess.values, truth)))
         residual = relative_error(block(guess.values), heard)
         path = self._path(attack, leak, starts, truth, guess)
         settings: Row = {
@@ -136,6 +139,7 @@ class AttentionStudy(Split):
                 "client": int(leak.clients[victim]),
                 "start_error": self.start_off or None,
                 "relative_error": float(errors[victim]),
+                "standardised_error": float(standard[victim]),
                 "iterations": int(guess.iterations[victim]),
                 "converged": bool(guess.converged[victim]),
                 "objective": float(guess.objective[victim]),
@@ -181,13 +185,19 @@ class AttentionStudy(Split):
         if not self.vocabulary:
             return [None] * len(leak)
         assert leak.weights is not None
-        found = nearest(guess.values, leak.weights["table"]).cpu()
+        found = nearest(block_of(leak), guess.values, leak.weights["table"]).cpu()
         words = torch.stack([self.words(client) for client in leak.clients.tolist()])
         return (found == words).double().mean(1).tolist()  # type: ignore[no-any-return]
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Error against step, and what is swept."""
         return attention_report.charts(rows, dict(self.swept))
+
+
+def _standard(x: Tensor) -> Tensor:
+    """Tokens of mean 0 and length 1: LayerNorm lets nothing else through."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / centred.norm(dim=-1, keepdim=True)
 
 
 def scenario(

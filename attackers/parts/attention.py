@@ -175,15 +175,25 @@ def _rows(bias: Tensor | None, heads: int, like: Tensor) -> Tensor:
     return like.new_zeros(like.shape[:2]) if bias is None else bias.unflatten(0, (heads, -1))
 
 
-def nearest(x: Float[Tensor, "lanes n d"], table: Float[Tensor, "vocabulary d"]) -> Int[Tensor, "lanes n"]:
-    """Of each token's vector, the number of the nearest embedding."""
-    return torch.cdist(x, table.to(x.dtype)).argmin(-1)
+def nearest(block: Block, x: Given, table: Float[Tensor, "vocabulary d"]) -> Int[Tensor, "lanes n"]:
+    """Of each token's vector, the number of the nearest embedding, among what the block can tell apart."""
+    table = table.to(x.dtype)
+    if block.before and not block.residual:
+        x, table = block.before.standard(x)[0], block.before.standard(table)[0]
+    return torch.cdist(x, table).argmin(-1)
 
 
 def begun(leak: Leak, seed: int) -> Given:
-    """A starting point for each entry: standard normal numbers."""
+    """A starting point for each entry: the output itself where the input was added to it, else normal numbers.
+
+    Restarts after a victim's first add normal numbers to the output.
+    """
     flat = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, batch=1))
-    return draw(flat, seed, "normal").squeeze(1)
+    drawn = draw(flat, seed, "normal").squeeze(1).double().to(leak.device)
+    block, output = block_of(leak), leak.observed["output"].double()
+    if not block.residual or block.embed is not None:
+        return drawn
+    return output + drawn * (leak.restarts > 0).to(drawn)[:, None, None]
 
 
 def prepared(leak: Leak, start: Tensor, starts: int) -> tuple[Block, Answered, Given]:
@@ -218,7 +228,6 @@ class Dense:
 
     def __init__(self, block: Block, x: Given) -> None:
         self.out, self.slope = block.linearised(x)
-        self.size = self.slope.flatten(1).norm(dim=1)
 
     def push(self, v: Float[Tensor, "lanes inputs"]) -> Float[Tensor, "lanes outputs"]:
         """J v."""
@@ -246,7 +255,6 @@ class Products:
         self.shape = x.shape
         self.out, self._push = linearize(block, x)
         self._pull = vjp(block, x)[1]
-        self.size = self.push(x.flatten(1)).norm(dim=1) / x.flatten(1).norm(dim=1).clamp_min(1e-300)
 
     def push(self, v: Float[Tensor, "lanes inputs"]) -> Float[Tensor, "lanes outputs"]:
         """J v."""
