@@ -74,7 +74,7 @@ class AttentionNewton(Attack[Inputs]):
         block, target, x = prepared(leak, start, self.starts)
         dense = x[0].numel() <= DENSE
         at_once = max(1, ENTRIES // (target[0].numel() * x[0].numel())) if dense else 1
-        parts = zip(target.split(at_once), x.split(at_once), strict=True)
+        parts = zip(target.split(at_once), x.split(at_once), strict=True)  # type: ignore[no-untyped-call]
         found = [self._lowered(block, *some, Dense if dense else Products) for some in parts]
         return lowest(self.starts, *(torch.cat(each) for each in zip(*found, strict=True)))
 

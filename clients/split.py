@@ -28,4 +28,4 @@ def answer(order: Message, half: nn.Module, private: Tensor, client: int, noise:
         drawn = torch.randn(output.shape, generator=generator(seed, "noise", client), dtype=output.dtype)
         output = output + noise * output.square().mean().sqrt() * drawn
     content = {"attention": ArrayRecord({"output": output}), "metrics": MetricRecord({"partition": client})}
-    return Message(RecordDict(content), reply_to=order)
+    return Message(RecordDict(content), reply_to=order)  # type: ignore[arg-type]

@@ -69,7 +69,9 @@ class AttentionStudy(Split):
     around: str = "nothing"
     """What is around the heads, as AROUND says."""
     start_off: float = 0.0
-    """Distance of the attack's start from the input, as a share of its length, in a random direction; 0: it is not told."""
+    """Distance of the attack's start from the input, as a share of its length, in a random direction; 0: unknown."""
+    gamma: float = 0.0
+    """Weight of the attacks' regulariser, where they are given none."""
     vocabulary: int = 0
     """Words, each with a standard normal embedding that the server knows; 0: tokens are no words."""
 
@@ -77,8 +79,7 @@ class AttentionStudy(Split):
         if self.vocabulary == 1:
             raise FedtapError("A vocabulary of one word leaves nothing to find: give --vocabulary 2 or more, or 0.")
 
-    @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self, data_root: Path) -> tuple[int, int]:
         """Tokens and width."""
         return self.n, self.d
 
@@ -94,7 +95,7 @@ class AttentionStudy(Split):
         attention.reset_parameters(draw)
         return Words(self.vocabulary, attention, draw) if self.vocabulary else attention
 
-    def half(self) -> Attention | Words:
+    def half(self, data_root: Path) -> Attention | Words:
         """Weights are drawn from the seed, as any initial weights are."""
         return self._half
 
@@ -106,15 +107,16 @@ class AttentionStudy(Split):
         """A client's tokens, in double precision."""
         if isinstance(self._half, Words):
             return self._half.embedded(self.words(client))
-        return torch.randn(self.shape, generator=generator(self.seed, "input", client), dtype=torch.float64)
+        return torch.randn(self.n, self.d, generator=generator(self.seed, "input", client), dtype=torch.float64)
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """Every attack on every client."""
-        leak = self.listen(grid, part).to(device)
+        leak = self.listen(grid, part, data_root).to(device)
         truth = self.truth(leak, data_root).to(device)
         return Outcome([row for attack in self.attacks for row in self._rows(attack, leak, truth)], leak.to("cpu"))
 
-    def _rows(self, attack: Attack[Inputs], leak: Leak, truth: Tensor) -> list[Row]:
+    def _rows(self, named: Attack[Inputs], leak: Leak, truth: Tensor) -> list[Row]:
+        attack = dataclasses.replace(named, gamma=self.gamma) if self.gamma else named  # type: ignore[type-var]
         start = self._start(truth, leak.clients.tolist()) if self.start_off else None
         starts = start if start is None else start.repeat_interleave(attack.starts, dim=0)
         guess = attack(leak, seed=self.seed, start=starts)
@@ -124,13 +126,13 @@ class AttentionStudy(Split):
         residual = relative_error(block(guess.values), heard)
         path = self._path(attack, leak, starts, truth, guess)
         settings: Row = {
-            "attack": attack.written(),
+            "attack": named.written(),
             "n": self.n,
             "d": self.d,
             "heads": self.heads,
             "around": self.around,
             "noise": self.noise,
-            "gamma": getattr(attack, "gamma", None),
+            "gamma": attack.gamma,  # type: ignore[attr-defined]
             "blind": 1 / self.vocabulary if self.vocabulary else 1.0,
         }
         return [
@@ -156,9 +158,9 @@ class AttentionStudy(Split):
     def _start(self, truth: Tensor, clients: Sequence[int]) -> Tensor:
         """So far off the input, which the paper's theorem takes for granted and no server has."""
         draws = [generator(self.seed, "start", client) for client in clients]
-        way = torch.stack([torch.randn(self.shape, generator=draw, dtype=truth.dtype) for draw in draws])
+        way = torch.stack([torch.randn(self.n, self.d, generator=draw, dtype=truth.dtype) for draw in draws])
         unit = way / way.flatten(1).norm(dim=1)[:, None, None]
-        return truth + self.start_off * truth.flatten(1).norm(dim=1)[:, None, None] * unit.to(truth.device)
+        return truth + self.start_off * truth.flatten(1).norm(dim=1)[:, None, None] * unit.to(truth.device)  # type: ignore[no-any-return]
 
     def _path(
         self, attack: Attack[Inputs], leak: Leak, start: Tensor | None, truth: Tensor, guess: Inputs
@@ -170,7 +172,7 @@ class AttentionStudy(Split):
         for stop in STOPS[1:]:
             if stop >= int(guess.iterations.max()):
                 break
-            fewer = dataclasses.replace(attack, steps=stop)
+            fewer = dataclasses.replace(attack, steps=stop)  # type: ignore[type-var]
             path[stop] = relative_error(fewer(leak, seed=self.seed, start=start).values, truth)
         return path | {int(guess.iterations.max()): relative_error(guess.values, truth)}
 
@@ -187,7 +189,7 @@ class AttentionStudy(Split):
         assert leak.weights is not None
         found = nearest(block_of(leak), guess.values, leak.weights["table"]).cpu()
         words = torch.stack([self.words(client) for client in leak.clients.tolist()])
-        return (found == words).double().mean(1).tolist()  # type: ignore[no-any-return]
+        return (found == words).double().mean(1).tolist()
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Error against step, and what is swept."""
@@ -197,7 +199,7 @@ class AttentionStudy(Split):
 def _standard(x: Tensor) -> Tensor:
     """Tokens of mean 0 and length 1: LayerNorm lets nothing else through."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred / centred.norm(dim=-1, keepdim=True)
+    return centred / centred.norm(dim=-1, keepdim=True)  # type: ignore[no-any-return]
 
 
 def scenario(
@@ -207,9 +209,14 @@ def scenario(
     heads: Annotated[int, Knob("attention heads, each as wide as a token", 1, 64)] = 4,
     around: Annotated[str, Knob("what is around them", choices=tuple(AROUND))] = "nothing",
     start_off: Annotated[
-        float, Knob("distance of the attack's start from the input, as a share of its length; 0: a start of its own", 0.0, 10.0)
+        float,
+        Knob(
+            "distance of the attack's start from the input, as a share of its length; 0: a start of its own", 0.0, 10.0
+        ),
     ] = 0.1,
-    noise: Annotated[float, Knob("what clients add to the output, as a share of its root mean square", 0.0, 100.0)] = 0.0,
+    noise: Annotated[
+        float, Knob("what clients add to the output, as a share of its root mean square", 0.0, 100.0)
+    ] = 0.0,
     gamma: Annotated[float, Knob("weight of the paper's regulariser, gamma |X|^2", 0.0, 1e6)] = 0.0,
     vocabulary: Annotated[int, Knob("words that the tokens are drawn from; 0: they are standard normal", 0, 10**6)] = 0,
     attack: Annotated[str, Knob("NAME[,NAME…], each with settings if need be", swept=False)] = "attention_newton",
@@ -218,13 +225,14 @@ def scenario(
 ) -> AttentionStudy:
     """One exchange: the block goes out, and the clients' outputs come back."""
     return AttentionStudy(
-        attacks=attacks_on_blocks(attack, gamma),
+        attacks=attacks_on_blocks(attack),
         n=n,
         d=d,
         heads=heads,
         around=around,
         start_off=start_off,
         noise=noise,
+        gamma=gamma,
         vocabulary=vocabulary,
         victims=victims,
         seed=seed,

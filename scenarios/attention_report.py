@@ -1,7 +1,8 @@
-"""Charts and figures of attacks on attention outputs: how the error falls, and what starts, noise and gamma do to it."""
+"""Charts of attacks on attention outputs: how the error falls, and what starts, noise and gamma do to it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,9 @@ def charts(rows: Sequence[Row], swept: Mapping[str, str]) -> dict[str, str]:
         made["Error after each step"] = _paths(groups)
     for knob, words in AGAINST.items():
         if knob in swept:
-            made[f"Against the {words}"] = _against(grouped(rows, [name for name in swept if name != knob]), knob, words)
+            made[f"Against the {words}"] = _against(
+                grouped(rows, [name for name in swept if name != knob]), knob, words
+            )
     return made
 
 
@@ -74,7 +77,7 @@ def order(paths: Sequence[Path]) -> float | None:
     pairs = [
         (math.log(before), math.log(after))
         for path in paths
-        for (step, before), (following, after) in zip(path, path[1:], strict=False)
+        for (step, before), (following, after) in itertools.pairwise(path)
         if following == step + 1 and TAIL[0] <= before <= TAIL[1] and after > 0
     ]
     if len({before for before, _ in pairs}) < 2:
@@ -150,7 +153,9 @@ def _against(groups: Mapping[str, Sequence[Row]], knob: str, words: str) -> str:
             here = [[row for row in rows if row[knob] == value] for value in values]
             errors = [sorted(row["relative_error"] for row in some) for some in here]
             color = f"C{number % 10}"
-            error.plot(values, [statistics.median(some) for some in errors], "o-", color=color, markersize=4, label=label)
+            error.plot(
+                values, [statistics.median(some) for some in errors], "o-", color=color, markersize=4, label=label
+            )
             low, high = ([_quantile(some, at) for some in errors] for at in (0.25, 0.75))
             error.fill_between(values, low, high, color=color, alpha=0.12, linewidth=0)
             share.plot(values, [found(some) for some in here], "o-", color=color, markersize=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,13 +45,8 @@ class Split(Study):
         return self.victims
 
     @abstractmethod
-    def half(self) -> nn.Module:
+    def half(self, data_root: Path) -> nn.Module:
         """The clients' half of the model, with its weights."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """Tokens of an input, and numbers of a token."""
 
     @property
     @abstractmethod
@@ -61,29 +55,33 @@ class Split(Study):
 
     @abstractmethod
     def private(self, client: int, data_root: Path) -> Tensor:
-        """A client's input, of this shape."""
+        """A client's input: tokens, and numbers of a token."""
+
+    @abstractmethod
+    def shape(self, data_root: Path) -> tuple[int, int]:
+        """That of every client's input."""
 
     def answer(self, order: Message, client: int, data_root: Path) -> Message:
         """Its half's output."""
-        return split.answer(order, self.half(), self.private(client, data_root), client, self.noise, self.seed)
+        return split.answer(order, self.half(data_root), self.private(client, data_root), client, self.noise, self.seed)
 
-    def listen(self, grid: Grid, part: int) -> Leak:
+    def listen(self, grid: Grid, part: int, data_root: Path) -> Leak:
         """Broadcast the half, and hear what clients make of it.
 
         Raises:
             FedtapError: a client fails, or sends something else.
         """
-        half = self.half()
+        half = self.half(data_root)
         weights = {name: weight.detach() for name, weight in half.named_parameters()}
         heard = ask(grid, ACTION, RecordDict({"arrays": ArrayRecord(weights)}), part)
         bare = copy.deepcopy(half).to("meta")
-        return stack([self._leak(one, bare, weights) for one in heard])
+        return stack([self._leak(one, bare, weights, self.shape(data_root)) for one in heard])
 
-    def _leak(self, heard: Exchange, bare: nn.Module, weights: dict[str, Tensor]) -> Leak:
+    def _leak(self, heard: Exchange, bare: nn.Module, weights: dict[str, Tensor], shape: tuple[int, int]) -> Leak:
         observed = heard.answer.array_records.get("attention")
         leak = AttentionLeak(
             observed={name: tensor[None] for name, tensor in tensors_of(observed).items()} if observed else {},
-            protocol=Protocol(model=self.block, shape=self.shape, classes=1, batch=1),
+            protocol=Protocol(model=self.block, shape=shape, classes=1, batch=1),
             network=bare,
             weights=weights,
             buffers={},
@@ -99,8 +97,8 @@ class Split(Study):
         return torch.stack([self.private(client, data_root) for client in leak.clients.tolist()])
 
 
-def attacks_on_blocks(text: str, gamma: float = 0.0) -> tuple[Attack[Inputs], ...]:
-    """The attacks that are named, with this weight of their regulariser where there is any.
+def attacks_on_blocks(text: str) -> tuple[Attack[Inputs], ...]:
+    """The attacks that are named.
 
     Raises:
         FedtapError: one of them is none on an attention block's output.
@@ -109,6 +107,6 @@ def attacks_on_blocks(text: str, gamma: float = 0.0) -> tuple[Attack[Inputs], ..
     for attack in attacks:
         if attack.guesses is not Inputs:
             raise FedtapError(
-                f"{attack.name} does not look for an attention block's input: use attention_newton or attention_descent."
+                f"{attack.name} looks for no attention block's input: use attention_newton or attention_descent."
             )
-    return tuple(dataclasses.replace(attack, gamma=gamma) if gamma else attack for attack in attacks)  # type: ignore[type-var]
+    return tuple(attacks)

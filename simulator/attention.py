@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simulator.errors import FedtapError
+from simulator.models import EncoderBlock, ViT
 
 NORMS = ("none", "before", "after")
 """LayerNorm before attention, as in GPT-2 and ViT, or after the residual sum, as in BERT."""
@@ -103,8 +104,8 @@ class Words(nn.Module):
         """
         if strange := sorted({int(word) for word in words.flatten() if not 0 <= word < len(self.table)}):
             raise FedtapError(
-                f"Token {strange[0]} is outside the vocabulary, whose {len(self.table)} words are numbered from 0, so it "
-                "has no embedding: take the text's tokens from the model's own tokenizer."
+                f"Token {strange[0]} is outside the vocabulary of {len(self.table)} words, numbered from 0, so it has "
+                "no embedding: take the text's tokens from the model's own tokenizer."
             )
         return self.table.detach()[words]
 
@@ -113,7 +114,7 @@ class Words(nn.Module):
 
 
 class Patches(nn.Module):
-    """A vision transformer up to the end of its first attention: patches of pixels in [0, 1], embedded, with positions."""
+    """A vision transformer to the end of its first attention: patches of pixels in [0, 1], embedded, with positions."""
 
     def __init__(self, tokens: int, pixels: int, attention: Attention) -> None:
         super().__init__()
@@ -123,3 +124,60 @@ class Patches(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lanes n pixels"]) -> Float[Tensor, "*lanes n m"]:
         return self.attention(self.embed(x) + self.position)  # type: ignore[no-any-return]
+
+
+def first_attention(vit: ViT, *, residual: bool = True) -> Patches:
+    """A vision transformer of `simulator.models` up to its first attention, with its weights.
+
+    Args:
+        residual: whether the cut is after the residual sum, or before it.
+    """
+    block = vit.blocks[0]
+    assert isinstance(block, EncoderBlock)
+    tokens, width = vit.position.shape[1:]
+    channels, (high, wide) = vit.embed.in_channels, vit.embed.kernel_size
+    attention = Attention(
+        width, block.heads, width // block.heads, residual=residual, scaled=True, norm="before", project=True, bias=True
+    )
+    patches = Patches(tokens, channels * high * wide, attention)
+    # pixels are normalised by channel first, which is affine, as the embedding is
+    mean, std = (vit.normalise(torch.full((1, channels, 1, 1), value)) for value in (0.0, 1.0))
+    scale, shift = (std - mean).view(-1, 1, 1), mean.view(-1, 1, 1)
+    kernel = vit.embed.weight.detach()
+    with torch.no_grad():
+        patches.embed.weight.copy_((kernel * scale).flatten(1))
+        patches.embed.bias.copy_(vit.embed.bias + (kernel * shift).flatten(1).sum(1))
+        patches.position.copy_(vit.position[0])
+        for layer, weight, bias in zip(
+            (attention.query, attention.key, attention.value),
+            block.qkv.weight.chunk(3),
+            block.qkv.bias.chunk(3),
+            strict=True,
+        ):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    assert attention.project is not None
+    assert attention.before is not None
+    attention.project.load_state_dict(block.proj.state_dict())
+    attention.before.load_state_dict(block.norm1.state_dict())
+    return patches
+
+
+MOVES = ((-4, -2, -5, -3), (-5, -4, -3, -2))
+"""From (channel, row, y, column, x) to (row, column, channel, y, x)."""
+
+
+def cut(images: Float[Tensor, "*lanes channel height width"], high: int, wide: int) -> Float[Tensor, "*lanes n pixels"]:
+    """Pictures as patches, row by row; a patch's pixels channel by channel."""
+    columns = images.unflatten(-1, (-1, wide))
+    rows = columns.unflatten(-3, (-1, high))  # type: ignore[no-untyped-call]
+    return rows.movedim(*MOVES).flatten(-3).flatten(-3, -2)  # type: ignore[no-any-return]
+
+
+def joined(
+    patches: Float[Tensor, "*lanes n pixels"], shape: tuple[int, int, int], high: int, wide: int
+) -> Float[Tensor, "*lanes channel height width"]:
+    """Patches as a picture of this shape: `cut` undone."""
+    channels, height, width = shape
+    apart = patches.unflatten(-2, (height // high, width // wide)).unflatten(-1, (channels, high, wide))  # type: ignore[no-untyped-call]
+    return apart.movedim(*reversed(MOVES)).flatten(-2).flatten(-3, -2)  # type: ignore[no-any-return]

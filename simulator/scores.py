@@ -130,9 +130,11 @@ def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
     return float(low.low), float(high.high)
 
 
-def relative_error(guess: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]) -> Float[Tensor, " victims"]:
+def relative_error(
+    guess: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]
+) -> Float[Tensor, " victims"]:
     """``|guess - truth| / |truth|`` of each victim."""
-    return (guess.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)
+    return (guess.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)  # type: ignore[no-any-return]
 
 
 def score(

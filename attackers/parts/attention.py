@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import linearize, vjp
+from torch.func import jvp, vjp
 
 from attackers.parts.newton import conjugate_gradients
 from simulator.attack import Inputs, draw
@@ -34,7 +34,7 @@ Answered = Float[Tensor, "lanes n m"]
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm of a token, and its Jacobian ``diag(gain) (I - 1 1^T / d - z z^T / d) / std``, z the normalised token."""
+    """LayerNorm of a token; its Jacobian is ``diag(gain) (I - 1 1^T / d - z z^T / d) / std``, z standardised."""
 
     gain: Float[Tensor, "d"]
     shift: Float[Tensor, "d"]
@@ -101,7 +101,7 @@ class Block:
     def linearised(self, x: Given) -> tuple[Answered, Float[Tensor, "lanes outputs inputs"]]:
         """The output and its Jacobian, by the equations above; both sides are flattened token by token."""
         x = self._embedded(x)
-        lanes, n, d = x.shape
+        lanes, d = len(x), x.shape[-1]
         u = self.before(x) if self.before else x
         heads, attends, values, mixed = self._heads(u)
         spread = attends[..., None] * (values[:, :, None] - mixed[:, :, :, None])  # P_ij (y_j - F_i)
@@ -137,8 +137,8 @@ def block_of(leak: Leak) -> Block:
     attention = network if isinstance(network, Attention) else getattr(network, "attention", None)
     if not isinstance(attention, Attention):
         raise FedtapError(
-            f"{leak.protocol.model} is no attention block, whose Jacobian is known in closed form: attack the output of "
-            "one of simulator.attention."
+            f"{leak.protocol.model} is no block of simulator.attention, so its Jacobian is not known in closed "
+            "form: attack the output of one that is."
         )
     prefix = "" if network is attention else "attention."
 
@@ -150,16 +150,16 @@ def block_of(leak: Leak) -> Block:
 
     (query, asked), (key, _), (value, shown) = (matrix(name) for name in ("query", "key", "value"))
     heads = attention.heads
-    keys = key.unflatten(0, (heads, -1))
+    keys = key.unflatten(0, (heads, -1))  # type: ignore[no-untyped-call]
     project, bias = matrix("project") if attention.project is not None else (None, None)
     # rows of attention sum to 1, so that a bias of the values comes through as it is
     added = value.new_zeros(()) if shown is None else shown
     added = added if project is None else (added @ project.mT if added.ndim else added)
     added = added if bias is None else added + bias
     return Block(
-        bilinear=attention.scale * torch.einsum("hkc,hkd->hcd", query.unflatten(0, (heads, -1)), keys),
+        bilinear=attention.scale * torch.einsum("hkc,hkd->hcd", query.unflatten(0, (heads, -1)), keys),  # type: ignore[no-untyped-call]
         offset=attention.scale * torch.einsum("hk,hkd->hd", _rows(asked, heads, keys), keys),
-        value=value.unflatten(0, (heads, -1)).mT,
+        value=value.unflatten(0, (heads, -1)).mT,  # type: ignore[no-untyped-call]
         project=None if project is None else project.mT,
         bias=added.expand(attention.width),
         residual=attention.residual,
@@ -172,7 +172,7 @@ def block_of(leak: Leak) -> Block:
 
 
 def _rows(bias: Tensor | None, heads: int, like: Tensor) -> Tensor:
-    return like.new_zeros(like.shape[:2]) if bias is None else bias.unflatten(0, (heads, -1))
+    return like.new_zeros(like.shape[:2]) if bias is None else bias.unflatten(0, (heads, -1))  # type: ignore[no-untyped-call]
 
 
 def nearest(block: Block, x: Given, table: Float[Tensor, "vocabulary d"]) -> Int[Tensor, "lanes n"]:
@@ -184,16 +184,18 @@ def nearest(block: Block, x: Given, table: Float[Tensor, "vocabulary d"]) -> Int
 
 
 def begun(leak: Leak, seed: int) -> Given:
-    """A starting point for each entry: the output itself where the input was added to it, else normal numbers.
+    """A starting point for each entry, without knowing more than the leak.
 
-    Restarts after a victim's first add normal numbers to the output.
+    Where the input was added to the output, that output; before an embedding of pixels, grey; else normal numbers.
+    Restarts after a victim's first add normal numbers to either, of standard deviation 1, and 0.25 for pixels.
     """
     flat = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, batch=1))
     drawn = draw(flat, seed, "normal").squeeze(1).double().to(leak.device)
     block, output = block_of(leak), leak.observed["output"].double()
-    if not block.residual or block.embed is not None:
-        return drawn
-    return output + drawn * (leak.restarts > 0).to(drawn)[:, None, None]
+    again = (leak.restarts > 0).to(drawn)[:, None, None]
+    if block.embed is not None:
+        return 0.5 + 0.25 * again * drawn
+    return output + again * drawn if block.residual else drawn
 
 
 def prepared(leak: Leak, start: Tensor, starts: int) -> tuple[Block, Answered, Given]:
@@ -252,13 +254,12 @@ class Products:
     """A block at some inputs, its Jacobian in products alone; steps by conjugate gradients."""
 
     def __init__(self, block: Block, x: Given) -> None:
-        self.shape = x.shape
-        self.out, self._push = linearize(block, x)
-        self._pull = vjp(block, x)[1]
+        self.block, self.x = block, x
+        self.out, self._pull = vjp(block, x)  # type: ignore[misc]
 
     def push(self, v: Float[Tensor, "lanes inputs"]) -> Float[Tensor, "lanes outputs"]:
         """J v."""
-        return self._push(v.reshape(self.shape)).flatten(1)  # type: ignore[no-any-return]
+        return jvp(self.block, (self.x,), (v.reshape(self.x.shape),))[1].flatten(1)  # type: ignore[no-any-return]
 
     def pull(self, r: Float[Tensor, "lanes outputs"]) -> Float[Tensor, "lanes inputs"]:
         """J^T r."""
