@@ -169,8 +169,8 @@ MOVES = ((-4, -2, -5, -3), (-5, -4, -3, -2))
 
 def cut(images: Float[Tensor, "*lanes channel height width"], high: int, wide: int) -> Float[Tensor, "*lanes n pixels"]:
     """Pictures as patches, row by row; a patch's pixels channel by channel."""
-    columns = images.unflatten(-1, (-1, wide))
-    rows = columns.unflatten(-3, (-1, high))  # type: ignore[no-untyped-call]
+    columns = images.unflatten(-1, (-1, wide))  # type: ignore[no-untyped-call]
+    rows = columns.unflatten(-3, (-1, high))
     return rows.movedim(*MOVES).flatten(-3).flatten(-3, -2)  # type: ignore[no-any-return]
 
 

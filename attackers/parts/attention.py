@@ -11,7 +11,6 @@ Heads stand side by side, or go through one linear layer; a residual branch adds
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp
 
 from attackers.parts.newton import conjugate_gradients
-from simulator.attack import Inputs, draw
+from simulator.attack import Inputs, generator
 from simulator.attention import Attention, Patches
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
@@ -82,10 +81,10 @@ class Block:
         x = self._embedded(x)
         return self._whole(x, self._heads(self.before(x) if self.before else x)[0])
 
-    def _embedded(self, x: Given) -> Float[Tensor, "lanes n d"]:
+    def _embedded(self, x: Float[Tensor, "lanes n p"]) -> Float[Tensor, "lanes n d"]:
         return x if self.embed is None else x @ self.embed[0] + self.embed[1]
 
-    def _heads(self, u: Given) -> tuple[Answered, ...]:
+    def _heads(self, u: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The heads' outputs side by side; and of each head P, y and F."""
         scores = torch.einsum("lic,hcd,ljd->lhij", u, self.bilinear, u)
         attends = (scores + torch.einsum("hc,ljc->lhj", self.offset, u)[:, :, None]).softmax(-1)
@@ -93,38 +92,39 @@ class Block:
         mixed = attends @ values
         return mixed.transpose(1, 2).flatten(2), attends, values, mixed
 
-    def _whole(self, x: Given, heads: Answered) -> Answered:
-        out = (heads if self.project is None else heads @ self.project) + self.bias
-        out = out + x if self.residual else out
+    def _whole(self, x: Float[Tensor, "lanes n d"], heads: Float[Tensor, "lanes n both"]) -> Answered:
+        out = self._sum(x, heads)
         return self.after(out) if self.after else out
+
+    def _sum(self, x: Float[Tensor, "lanes n d"], heads: Float[Tensor, "lanes n both"]) -> Answered:
+        out = (heads if self.project is None else heads @ self.project) + self.bias
+        return out + x if self.residual else out
 
     def linearised(self, x: Given) -> tuple[Answered, Float[Tensor, "lanes outputs inputs"]]:
         """The output and its Jacobian, by the equations above; both sides are flattened token by token."""
-        x = self._embedded(x)
-        lanes, d = len(x), x.shape[-1]
+        given, x = x, self._embedded(x)
         u = self.before(x) if self.before else x
+        inner = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[None, None]  # of u_j on the input's token j
+        whole = inner if self.embed is None else self.embed[0].mT[None, None]  # of x_j
+        inner = self.before.jacobian(x) @ whole if self.before else whole
         heads, attends, values, mixed = self._heads(u)
         spread = attends[..., None] * (values[:, :, None] - mixed[:, :, :, None])  # P_ij (y_j - F_i)
         asks = torch.einsum("lic,hcd->lhid", u, self.bilinear) + self.offset[:, None]  # W^T u_i + w
         keys = torch.einsum("hcd,ljd->lhjc", self.bilinear, u)  # W u_k
-        own = torch.einsum("lhikm,lhkc->lhimc", spread, keys)
-        slope = spread.transpose(-1, -2)[..., None] * asks[:, :, :, None, None]  # lanes heads i m j c
-        slope = slope + attends[:, :, :, None, :, None] * self.value.mT[:, None, :, None]
+        own = torch.einsum("lhikm,lhkc->lhimc", spread, keys) @ inner[:, None]
+        asked = (asks[:, :, None] @ inner[:, None]).transpose(2, 3)  # lanes heads i j q, or one j for all
+        slope = spread.transpose(-1, -2)[..., None] * asked[:, :, :, None]  # lanes heads i m j q
+        told = (self.value.mT[:, None] @ inner[:, None]).transpose(2, 3)  # lanes heads m j q, or one for all
+        slope = slope + attends[:, :, :, None, :, None] * told[:, :, None]
         slope.diagonal(dim1=2, dim2=4).add_(own.permute(0, 1, 3, 4, 2))
-        slope = slope.transpose(1, 2).flatten(2, 3)  # lanes i (heads m) j c
-        if self.before:
-            slope = torch.einsum("lipjc,ljcd->lipjd", slope, self.before.jacobian(x))
+        slope = slope.transpose(1, 2).flatten(2, 3)  # lanes i (heads m) j q
         if self.project is not None:
-            slope = torch.einsum("lipjc,pm->limjc", slope, self.project)
+            slope = torch.einsum("lipjq,pm->limjq", slope, self.project)
         if self.residual:
-            slope.diagonal(dim1=1, dim2=3).add_(torch.eye(d, dtype=x.dtype, device=x.device)[:, :, None])
+            slope.diagonal(dim1=1, dim2=3).add_(whole[0, 0, :, :, None])
         if self.after:
-            out = (heads if self.project is None else heads @ self.project) + self.bias
-            inner = self.after.jacobian(out + x if self.residual else out)
-            slope = torch.einsum("lipm,limjc->lipjc", inner, slope)
-        if self.embed is not None:
-            slope = torch.einsum("limjd,pd->limjp", slope, self.embed[0])
-        return self._whole(x, heads), slope.reshape(lanes, slope.shape[1] * slope.shape[2], -1)
+            slope = torch.einsum("lipm,limjq->lipjq", self.after.jacobian(self._sum(x, heads)), slope)
+        return self._whole(x, heads), slope.reshape(len(x), -1, given[0].numel())
 
 
 def block_of(leak: Leak) -> Block:
@@ -189,8 +189,10 @@ def begun(leak: Leak, seed: int) -> Given:
     Where the input was added to the output, that output; before an embedding of pixels, grey; else normal numbers.
     Restarts after a victim's first add normal numbers to either, of standard deviation 1, and 0.25 for pixels.
     """
-    flat = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, batch=1))
-    drawn = draw(flat, seed, "normal").squeeze(1).double().to(leak.device)
+    names = zip(leak.clients.tolist(), leak.rounds.tolist(), leak.restarts.tolist(), strict=True)
+    draws = [generator(seed, *name) for name in names]
+    drawn = torch.stack([torch.randn(leak.protocol.shape, generator=draw, dtype=torch.float64) for draw in draws])
+    drawn = drawn.to(leak.device)
     block, output = block_of(leak), leak.observed["output"].double()
     again = (leak.restarts > 0).to(drawn)[:, None, None]
     if block.embed is not None:
