@@ -115,7 +115,7 @@ class Block:
         asked = (asks[:, :, None] @ inner[:, None]).transpose(2, 3)  # lanes heads i j q, or one j for all
         slope = spread.transpose(-1, -2)[..., None] * asked[:, :, :, None]  # lanes heads i m j q
         told = (self.value.mT[:, None] @ inner[:, None]).transpose(2, 3)  # lanes heads m j q, or one for all
-        slope = slope + attends[:, :, :, None, :, None] * told[:, :, None]
+        slope.addcmul_(attends[:, :, :, None, :, None], told[:, :, None])
         slope.diagonal(dim1=2, dim2=4).add_(own.permute(0, 1, 3, 4, 2))
         slope = slope.transpose(1, 2).flatten(2, 3)  # lanes i (heads m) j q
         if self.project is not None:
