@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simulator.curves import GREY, STYLE, element
+from simulator.curves import GREY, STYLE, element, scale
 from simulator.output import Row
 
 FOUND = 1e-6
@@ -119,7 +118,10 @@ def _median(steps: Sequence[int | None]) -> str:
 def _paths(groups: Mapping[str, Sequence[Row]]) -> str:
     """Each victim's error in pale, and the median in full."""
     with rc_context(STYLE):
-        figure, axes = _axes()
+        lines = -(-len(groups) // 3)
+        figure = Figure(figsize=(9, 4.2 + 0.2 * lines), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(color=GREY, alpha=0.2)
         for number, (label, rows) in enumerate(groups.items()):
             paths = [row["path"] for row in rows if row["path"]]
             for path in paths:
@@ -131,10 +133,11 @@ def _paths(groups: Mapping[str, Sequence[Row]]) -> str:
         axes.set_yscale("log")
         if axes.get_xlim()[1] > 100:
             axes.set_xscale("symlog", linthresh=10)
+        axes.set_xlim(left=-0.3)
         axes.axhline(FOUND, color=GREY, linestyle=":", label="found")
         axes.set_xlabel("step")
-        axes.set_ylabel("relative error (median, each victim in pale)")
-        figure.legend(loc="outside lower center", ncols=2)
+        axes.set_ylabel("relative error (median; pale: victims)")
+        figure.legend(loc="outside lower center", ncols=3)
         return element(figure, "relative error after each step")
 
 
@@ -168,9 +171,7 @@ def _against(groups: Mapping[str, Sequence[Row]], knob: str, words: str) -> str:
         share.set_ylabel(f"inputs found, to {FOUND:g}")
         share.set_ylim(-0.05, 1.05)
         for axes in (error, share):
-            if knob != "start_off":
-                least = min((row[knob] for rows in groups.values() for row in rows if row[knob]), default=1.0)
-                axes.set_xscale("symlog", linthresh=least, linscale=0.5)
+            scale(axes, sorted({row[knob] for rows in groups.values() for row in rows if row[knob] is not None}))
             axes.set_xlabel(words)
             axes.grid(color=GREY, alpha=0.2)
         figure.legend(loc="outside lower center", ncols=3)
@@ -179,10 +180,3 @@ def _against(groups: Mapping[str, Sequence[Row]], knob: str, words: str) -> str:
 
 def _quantile(values: Sequence[float], at: float) -> float:
     return values[round(at * (len(values) - 1))]
-
-
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(color=GREY, alpha=0.2)
-    return figure, axes
