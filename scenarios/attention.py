@@ -2,8 +2,8 @@
 
 Expect: with several heads side by side there are more equations than unknowns, and from a start near the input Newton's
 method finds it in about five steps, the last of them quadratic; from nowhere near it mostly does too, given restarts.
-One head has as many equations as unknowns and an ill-conditioned Jacobian: from afar the steps end in flat valleys, or at
-another input with the same output, so that a residual of zero is no proof. A regulariser biases what is found, one
+One head has as many equations as unknowns and an ill-conditioned Jacobian: from afar the steps end in flat valleys, or
+at another input with the same output, so that a residual of zero is no proof. A regulariser biases what is found, one
 head's most.
 """
 
