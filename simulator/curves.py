@@ -70,7 +70,7 @@ def svg(knob: str, curves: Sequence[Curve], floor: float | None) -> str:
         for axes in (quality, error):
             axes.set_xlabel(knob)
             axes.grid(color=GREY, alpha=0.2)
-            _scale(axes, values)
+            scale(axes, values)
         figure.legend(loc="outside lower center", ncols=3)
         return element(figure, f"PSNR and MSE against {knob}")
 
@@ -100,7 +100,7 @@ def success_svg(series: Mapping[str, Sequence[Success]]) -> str:
         axes.set_xlabel("ε")
         axes.set_ylabel("share of games won")
         axes.grid(color=GREY, alpha=0.2)
-        _scale(axes, sorted({point.epsilon for points in series.values() for point in points}))
+        scale(axes, sorted({point.epsilon for points in series.values() for point in points}))
         figure.legend(loc="outside lower center", ncols=2)
         return element(figure, "success against ε")
 
@@ -196,7 +196,7 @@ def element(figure: Figure, words: str) -> str:
 LINES = ("-", "--", ":")
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
+def scale(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic where the values span more than one order of magnitude, with room for a zero; their own ticks."""
     positive = [value for value in values if value > 0]
     if positive and min(values) >= 0 and positive[-1] > 10 * positive[0]:

@@ -130,6 +130,13 @@ def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
     return float(low.low), float(high.high)
 
 
+def relative_error(
+    guess: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]
+) -> Float[Tensor, " victims"]:
+    """``|guess - truth| / |truth|`` of each victim."""
+    return (guess.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)  # type: ignore[no-any-return]
+
+
 def score(
     guess_images: Batch, guess_labels: Int[Tensor, " batch"], true_images: Batch, true_labels: Int[Tensor, " batch"]
 ) -> Score:
