@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from simulator.attack import Attack
+from simulator.attack import Attack, Reconstruction
 from simulator.errors import FedtapError, unknown
 
 
@@ -88,7 +88,10 @@ def _attack(node: ast.expr) -> Attack:
 
 def _value(node: ast.expr, kind: str) -> Any:
     if kind == "Attack":
-        return _attack(node)
+        attack = _attack(node)
+        if attack.guesses is not Reconstruction:
+            raise FedtapError(f"{attack.name} in --attack brings back no images, and what wraps it needs some: {HOW}.")
+        return attack
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError) as error:

@@ -144,10 +144,12 @@ class Attack(ABC, Generic[Kind]):
 
     Class attributes:
         leaks: the kinds of leak it can work on.
+        guesses: what it makes of them.
         needs_weights: whether the listener has to know the weights.
     """
 
     leaks: ClassVar[tuple[type[Leak], ...]]
+    guesses: ClassVar[type[Guess]] = Reconstruction
     needs_weights: ClassVar[bool] = True
 
     @property

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simulator.attack import Attack, generator
+from simulator.attack import Attack, Reconstruction, generator
 from simulator.defence import described
 from simulator.errors import FedtapError, unknown
 from simulator.leaks import Protocol
@@ -42,7 +42,8 @@ class Scenario:
     that of the v-th attacked round.
 
     Raises:
-        FedtapError: a sum of clients that cannot be attacked, or others beside a victim that is heard by itself.
+        FedtapError: an attack that brings back no images, a sum of clients that cannot be attacked, or others beside a
+            victim that is heard by itself.
     """
 
     attacks: tuple[Attack, ...]
@@ -108,6 +109,12 @@ class Scenario:
     """The knobs that have several values in this run, with the value they have here."""
 
     def __post_init__(self) -> None:
+        for attack in self.attacks:
+            if attack.guesses is not Reconstruction:
+                raise FedtapError(
+                    f"{attack.name} brings back no images, and {self.name or 'this scenario'} is about images: "
+                    "`fedtap list` names the attacks on each kind of leak."
+                )
         if self.others not in OTHERS:
             raise unknown("kind of others", self.others, OTHERS)
         if self.listener != SECURE:

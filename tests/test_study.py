@@ -20,6 +20,7 @@ from simulator.errors import FedtapError
 from simulator.leaks import KINDS, Leak, PosteriorLeak, Protocol, load
 from simulator.local import LocalGrid
 from simulator.records import tensors_of
+from simulator.scenario import Scenario
 from simulator.study import Outcome, Study, ask, run_studies
 
 DRAWS, FEATURES = 5, 3
@@ -107,6 +108,7 @@ def test_a_federation_of_another_size_is_refused(tmp_path: Path) -> None:
 @dataclass(frozen=True)
 class Echo(Attack[PseudoData]):
     leaks = (PosteriorLeak,)
+    guesses = PseudoData
     needs_weights = False
     features: int = FEATURES
 
@@ -123,6 +125,11 @@ def test_an_attack_may_guess_other_things_than_images() -> None:
     assert Echo()(leak).points.shape == (2, 7, FEATURES)
     with pytest.raises(AssertionError, match="points"):
         Echo(features=FEATURES + 1)(leak)
+
+
+def test_a_scenario_about_images_refuses_an_attack_that_brings_back_none() -> None:
+    with pytest.raises(FedtapError, match="brings back no images"):
+        Scenario(attacks=(Echo(),))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(2, DRAWS, FEATURES), (2, DRAWS, FEATURES + 2), (3, DRAWS, FEATURES + 1)])
