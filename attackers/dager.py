@@ -32,6 +32,16 @@ PAIRS = 2**14
 
 
 @dataclass(frozen=True)
+class Read(Tokens):
+    """Texts, and what the first block left to choose from."""
+
+    candidates: Float[Tensor, "victims"]
+    """Tokens that may be at a place, mean over places."""
+    rank: Int[Tensor, "victims"]
+    """Of the first block's span: as many different tokens, at most, could be told from noise."""
+
+
+@dataclass(frozen=True)
 class DAGER(Attack[Tokens]):
     """Tokens by the first block's span, texts by the second's.
 
@@ -44,9 +54,10 @@ class DAGER(Attack[Tokens]):
     """
 
     leaks = (GradientLeak,)
+    guesses = Tokens
 
     closeness: float = 0.25
-    sweeps: int = 4
+    sweeps: int = 12
     rounds: int = 4
 
     def __post_init__(self) -> None:
@@ -75,7 +86,7 @@ class DAGER(Attack[Tokens]):
                 "so that every token seems to be in it: lower --batch or --tokens, or raise --width."
             )
 
-    def reconstruct(self, leak: Leak, start: Tensor) -> Tokens:
+    def reconstruct(self, leak: Leak, start: Tensor) -> Read:
         net, batch = filled(leak), leak.protocol.batch
         first, second = (
             Span.of(leak.observed[f"blocks.{number}.query.weight"], most)
@@ -86,11 +97,12 @@ class DAGER(Attack[Tokens]):
             ids, allowed = nearest(near, self.closeness, batch)
             count = 1 + PAIRS // (batch * ids.shape[2])
             parts = []
-            for some in torch.arange(len(leak), device=ids.device).split(count):
+            for some in torch.split(torch.arange(len(leak), device=ids.device), count):
                 block = Second(net, second[some], ids[some], allowed[some])
                 parts.append(block.causal(batch) if net.causal else block.both_ways(start[some], self.sweeps))
         texts, objective = (torch.cat(side) for side in zip(*parts, strict=True))
-        return Tokens(texts, objective)
+        inside = allowed[:, 1:-1] if not net.causal else allowed[:, 1:]
+        return Read(texts, objective, inside.sum(2).double().mean(1), first.rank)
 
 
 def fed_once(net: LanguageModel, batch: int) -> tuple[int, int]:
@@ -141,7 +153,9 @@ class Span:
         """Of each vector from its victim's span, as a share of its length: in [0, 1]."""
         flat = fed.flatten(1, -2)
         apart = flat - flat @ self.basis @ self.basis.transpose(1, 2)
-        return (apart.norm(dim=-1) / flat.norm(dim=-1).clamp_min(1e-30)).view(fed.shape[:-1])
+        lengths = flat.square().sum(-1).clamp_min(1e-30)
+        share = (apart.square().sum(-1) / lengths).sqrt()
+        return share.view(fed.shape[:-1])
 
 
 def distances(net: LanguageModel, span: Span) -> Float[Tensor, "victims vocabulary places"]:
@@ -259,7 +273,9 @@ class Second:
             total = (sums[:, None] + apart).masked_fill(~self.allowed[victims, place], torch.inf)
             total = total.view(count, -1)
             best = total.topk(min(batch, total.shape[1]), dim=1, largest=False)
-            lanes = (best.indices // tokens + len(state) // count * torch.arange(count, device=device)[:, None]).flatten()
+            lanes = (
+                best.indices // tokens + len(state) // count * torch.arange(count, device=device)[:, None]
+            ).flatten()
             state = torch.cat([state[lanes], (best.indices % tokens).view(-1, 1)], 1)
             victims, sums = victims[lanes], best.values.flatten()
         texts = self._of(self.ids, victims, state)[:, 1:].view(count, -1, places - 1)
@@ -273,44 +289,43 @@ class Second:
         """Texts of which each token is nearer to the span than any that could be in its place.
 
         Each is begun with tokens at random, and gone through from place to place, where the token is taken with which
-        the text's tokens there and at LOOKS other places are nearest. A text is sure if no other token at any place
-        comes near. What is in a sure text is left out of those that are begun afterwards, until their last sweep.
+        the text's tokens there and at one other place, another one each time, are nearest. A text is sure if no other
+        token comes near at any place. What is in a sure text is left out of those that are begun afterwards, until
+        their last two sweeps.
         """
-        count, rounds, lanes, places = start.shape
+        count, rounds, batch, places = start.shape
         device = self.ids.device
+        owners = torch.arange(count, device=device)[:, None].expand(-1, batch)
+        victims = owners.flatten()  # a lane for each text that is begun
         texts = self.ids.new_zeros(count, 0, places)
         apart = self.hidden.new_zeros(count, 0)
         sure = torch.zeros(count, 0, dtype=torch.bool, device=device)
-        pool = self.allowed.clone()
+        pool = self.allowed
         for number in range(rounds):
-            drawn = start[:, number].flatten(0, 1)
-            victims = torch.arange(count, device=device).repeat_interleave(lanes)
-            if number and bool(sure.all()): break
-            sizes, listed = pool.sum(2), pool.to(torch.uint8).argsort(dim=2, descending=True, stable=True)
-            state = listed[victims].gather(2, (drawn * sizes[victims]).long()[:, :, None])[:, :, 0]
-            still = torch.arange(len(state), device=device)
+            sizes, listed = pool.sum(2), _listed(pool)
+            drawn = (start[:, number].flatten(0, 1) * sizes[victims]).long()
+            state = listed[victims].gather(2, drawn[:, :, None])[:, :, 0]
+            open_ = torch.arange(len(state), device=device)
             for turn in range(sweeps):
-                state[still], margin = self._swept(victims[still], state[still], pool, turn)
-                still = still[margin > MARGIN]
-                if not len(still): break
-            if LOG: print('   turns',turn+1,'left',len(still))
-            for turn in range(sweeps, sweeps + 2):
-                state, margin = self._swept(victims, state, self.allowed, turn)
-            miss = self._miss(victims, state)
-            if LOG: LOG[0](self,number,victims,state,margin,miss)
-            texts = torch.cat([texts, state.view(count, lanes, places)], 1)
-            apart = torch.cat([apart, miss.view(count, lanes)], 1)
-            sure = torch.cat([sure, (margin <= MARGIN).view(count, lanes)], 1)
-            owners = torch.arange(count, device=device)[:, None, None].expand(-1, texts.shape[1], 1)
-            fresh = _firsts(torch.cat([owners, texts], 2).flatten(0, 1)).view(count, -1)
-            rank = (apart + 2.0 * ~sure + 4.0 * ~fresh).topk(lanes, dim=1, largest=False).indices
+                state[open_], margin = self._swept(victims[open_], state[open_], pool, turn)
+                open_ = open_[margin > MARGIN]
+                if not len(open_):
+                    break
+            for turn in range(2):
+                state, margin = self._swept(victims, state, self.allowed, sweeps + turn)
+            texts = torch.cat([texts, state.view(count, batch, places)], 1)
+            apart = torch.cat([apart, self._miss(victims, state).view(count, batch)], 1)
+            sure = torch.cat([sure, (margin <= MARGIN).view(count, batch)], 1)
+            fresh = _firsts(texts)
+            rank = (apart + 2.0 * ~sure + 4.0 * ~fresh).topk(batch, dim=1, largest=False).indices  # apart is below 1
             texts, apart, sure = (_pick(part, rank) for part in (texts, apart, sure & fresh))
+            if bool(sure.all()):
+                break
             pool = self.allowed.clone()
-            which, taken = sure.nonzero()[:, 0], texts[sure]
-            pool[which[:, None], torch.arange(places, device=device), taken] = False
+            pool[owners[sure][:, None], torch.arange(places, device=device), texts[sure]] = False
             pool |= self.allowed & ~pool.any(2, keepdim=True)
-        owners = torch.arange(count, device=device).repeat_interleave(lanes)
-        return self._of(self.ids, owners, texts.flatten(0, 1))[:, 1:-1].view(count, lanes, -1), apart.mean(1)
+        found = self._of(self.ids, victims, texts.flatten(0, 1))
+        return found[:, 1:-1].view(count, batch, -1), apart.mean(1)
 
     def _swept(
         self,
@@ -319,28 +334,28 @@ class Second:
         pool: Bool[Tensor, "victims places tokens"],
         turn: int,
     ) -> tuple[Int[Tensor, "lanes places"], Float[Tensor, "lanes"]]:
-        """Each place in turn given its best token, and how much nearer it is than the runner-up: a mean of ratios."""
-        state, lanes = state.clone(), torch.arange(len(state), device=state.device)
-        ratios = []
-        for place in range(1, state.shape[1] - 1):
+        """Each place in turn given its best token, and how far that is at most, as a share of the runner-up."""
+        state, lanes, places = state.clone(), torch.arange(len(state), device=state.device), state.shape[1]
+        margin = self.hidden.new_zeros(len(state))
+        for place in range(1, places - 1):
             size = int(pool[:, place].sum(1).max())
-            tries = pool[:, place].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :size]
-            open_ = pool[:, place].gather(1, tries)[victims]
-            tries = tries[victims]
+            tries = _listed(pool[:, place])[victims, :size]
             hidden, query, key, value = (
                 part[victims[:, None], place, tries] for part in (self.hidden, self.query, self.key, self.value)
             )
             seen = self._of(self.key, victims, state), self._of(self.value, victims, state)
             total = self._apart(victims, hidden, query, seen, (key, value), place)
-            for looks in LOOKS(place,state.shape[1],turn):
-                there = [part[victims, looks, state[:, looks]][:, None].expand_as(like) for part, like in
-                         ((self.hidden, hidden), (self.query, query))]
-                total = total + self._apart(victims, there[0], there[1], seen, (key, value), place)
-            total = total.masked_fill(~open_, torch.inf)
+            other = (place + 1 + turn % (places - 1)) % places
+            looks = [part[victims, other, state[:, other]][:, None] for part in (self.hidden, self.query)]
+            total = total + self._apart(
+                victims, looks[0].expand_as(hidden), looks[1].expand_as(query), seen, (key, value), place
+            )
+            total = total.masked_fill(~pool[victims, place].gather(1, tries), torch.inf)
             best = total.topk(min(2, size), dim=1, largest=False)
             state[:, place] = tries[lanes, best.indices[:, 0]]
-            if size>1: ratios.append((best.values[:, 0] / best.values[:, -1]))
-        return state, torch.stack(ratios).amax(0) if ratios else torch.zeros(len(state))
+            if size > 1:
+                margin = torch.maximum(margin, best.values[:, 0] / best.values[:, 1])
+        return state, margin
 
     def _miss(self, victims: Int[Tensor, "lanes"], state: Int[Tensor, "lanes places"]) -> Float[Tensor, "lanes"]:
         """The mean distance of a text's tokens from the span."""
@@ -348,18 +363,19 @@ class Second:
         return self.span[victims].distance(fed).mean(1)
 
 
-LOG=[]
-LOOKS=lambda j,n,t:[(j+2*t+1+k)%n for k in range(2) if (j+2*t+1+k)%n!=j]
 MARGIN = 0.5
-"""Distance of a text's tokens, as a share of the runner-up's, below which a text is sure."""
+"""Distance of a text's token from the span, as a share of the runner-up's, below which a text is sure."""
 
 
-def _firsts(rows: Int[Tensor, "rows columns"]) -> Bool[Tensor, "rows"]:
-    """Which rows are the first of their kind."""
-    _, kind = rows.unique(dim=0, return_inverse=True)
-    number = torch.arange(len(rows), device=rows.device)
-    first = number.new_full((len(rows),), len(rows)).scatter_reduce(0, kind, number, "amin")
-    return first[kind] == number
+def _listed(pool: Bool[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch tokens"]:
+    """The places of those that are true, in order, and then all others."""
+    return pool.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+
+
+def _firsts(texts: Int[Tensor, "victims texts places"]) -> Bool[Tensor, "victims texts"]:
+    """Which of a victim's texts are the first of their kind."""
+    same = (texts[:, :, None] == texts[:, None]).all(3)
+    return same.int().argmax(2) == torch.arange(texts.shape[1], device=texts.device)
 
 
 def _pick(rows: Tensor, which: Int[Tensor, "victims kept"]) -> Tensor:

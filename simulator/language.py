@@ -44,7 +44,7 @@ class Block(nn.Module):
 
     def queried(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """What the projections of query, key and value are fed."""
-        return self.norm1(hidden) if self.causal else hidden  # type: ignore[no-any-return]
+        return self.norm1(hidden) if self.causal else hidden
 
     def projected(self, hidden: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `*batch heads size` each."""
@@ -58,7 +58,7 @@ class Block(nn.Module):
         """What the block returns where it was fed `hidden` and attention mixed its values into `mixed`."""
         hidden = hidden + self.proj(mixed)
         if self.causal:
-            return hidden + self._mlp(self.norm2(hidden))  # type: ignore[no-any-return]
+            return hidden + self._mlp(self.norm2(hidden))
         hidden = self.norm1(hidden)
         return self.norm2(hidden + self._mlp(hidden))  # type: ignore[no-any-return]
 
@@ -135,7 +135,7 @@ class LanguageModel(nn.Module):
     def embedded(self, ids: Int[Tensor, "*batch"], places: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
         """What the first block is fed for a token at a place: it does not depend on the text's other tokens."""
         hidden = self.embedding[ids] + self.position[places]
-        return hidden if self.causal else self.norm(hidden)  # type: ignore[no-any-return]
+        return hidden if self.causal else self.norm(hidden)
 
     def forward(self, texts: Int[Tensor, "batch tokens"]) -> Tensor:
         """Logits: `batch classes`, or `batch vocabulary places`."""
@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
             hidden = block(hidden)
         if self.head is not None:
             return self.head(hidden.mean(1))  # type: ignore[no-any-return]
-        return (self.norm(hidden) @ self.embedding.T).transpose(1, 2)
+        return F.linear(self.norm(hidden), self.embedding).transpose(1, 2)
 
     def loss(self, texts: Int[Tensor, "batch tokens"], labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
         """The mean cross-entropy, over texts of their classes, or over all places of the token that comes next.
@@ -172,8 +172,8 @@ def check_tokens(ids: Int[Tensor, "*batch"], vocabulary: int) -> None:
     strange = ids[(ids < 0) | (ids >= vocabulary)]
     if len(strange):
         raise FedtapError(
-            f"Token {int(strange[0])} is outside the vocabulary, which has tokens 0 to {vocabulary - 1}, so there is no "
-            "embedding for it: encode the text with the model's own vocabulary."
+            f"Token {int(strange[0])} is outside the vocabulary, which has tokens 0 to {vocabulary - 1}, so it has no "
+            "embedding: encode the text with the model's own vocabulary."
         )
 
 

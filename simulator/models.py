@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simulator.errors import FedtapError, unknown
+from simulator.language import NAMES, build_language
 from simulator.precode import with_bottleneck
 
 Shape = tuple[int, ...]
@@ -199,6 +200,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     Raises:
         FedtapError: no such model, or a user's function that does not return a module for these images.
     """
+    if name.partition("(")[0] in NAMES and len(shape) == 1:
+        return build_language(name, shape[0], classes, seed)
     bottleneck = BOTTLENECK.fullmatch(name)
     plain = bottleneck[1] if bottleneck else name
     factory = _users_own(plain) if ":" in plain else _sized(plain)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from simulator.attack import Attack
 from simulator.errors import FedtapError
 
 
-def check_fields(attack: Attack, **least: float) -> None:
+def check_fields(attack: Attack[Any], **least: float) -> None:
     """Each number at least what is given here for its field; numbers, whole numbers and flags of their own type.
 
     Raises:
