@@ -30,9 +30,6 @@ from simulator.leaks import GradientLeak, Leak
 PAIRS = 2**14
 """Pairs of a text's beginning and a token that go through a block at once, to bound memory."""
 
-WAVER = 1.2
-"""How far the largest of noise's singular values may lie above where it is expected."""
-
 
 @dataclass(frozen=True)
 class Read(Tokens):
@@ -140,21 +137,15 @@ class Span:
 
         A gradient of `most` tokens has as many singular values at most, so all others are noise, from rounding or a
         defence: they tell its standard error s, and ``s (sqrt(outputs) + sqrt(width))`` is where noise alone ends.
-        What lies below that, and a little above, is noise too, and s is told anew, until nothing changes.
+        Of fewer tokens, a little noise is kept, which does less harm than to lose a token's direction.
         """
         _, values, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
-        victims, outputs, width = gradient.shape
-        tails = values.square().flip(1).cumsum(1).flip(1)  # of each value and all that are smaller
-        rank = torch.full((victims,), most, device=gradient.device)
-        for _ in range(most):
-            noise = (tails.gather(1, rank[:, None])[:, 0] / ((outputs - rank) * (width - rank))).sqrt()
-            edge = WAVER * noise * (outputs**0.5 + width**0.5) + values[:, 0] * width * torch.finfo(torch.float64).eps
-            kept = values[:, :most] > edge[:, None]
-            if bool((kept.sum(1) == rank).all()):
-                break
-            rank = kept.sum(1)
+        _, outputs, width = gradient.shape
+        noise = values[:, most:].square().sum(1).div((outputs - most) * (width - most)).sqrt()
+        edge = noise * (outputs**0.5 + width**0.5) + values[:, 0] * width * torch.finfo(torch.float64).eps
+        kept = values[:, :most] > edge[:, None]
         basis = (rows[:, :most] * kept[:, :, None]).transpose(1, 2).contiguous()
-        return Span(basis.to(gradient.dtype), rank)
+        return Span(basis.to(gradient.dtype), kept.sum(1))
 
     def __getitem__(self, some: Tensor) -> Span:
         return Span(self.basis[some], self.rank[some])

@@ -122,16 +122,25 @@ def test_noise_drowns_it() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(rank=st.integers(1, 10), seed=st.integers(0, 1000), noise=st.sampled_from([0.0, 1e-7, 1e-4]))
-def test_the_rank_is_where_singular_values_leave_the_noise(rank: int, seed: int, noise: float) -> None:
+@given(
+    rank=st.integers(1, 12),
+    most=st.sampled_from([12, 20]),
+    seed=st.integers(0, 1000),
+    noise=st.sampled_from([0.0, 1e-7, 1e-4]),
+)
+def test_the_span_holds_all_that_leaves_the_noise(rank: int, most: int, seed: int, noise: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(2, side, 40, generator=draw, dtype=torch.float64) for side in (rank, rank))
     gradient = a.transpose(1, 2) @ b + noise * torch.randn(2, 40, 40, generator=draw, dtype=torch.float64)
-    span = Span.of(gradient, 12)
-    assert span.rank.tolist() == [rank, rank]
-    assert span.distance(b).max() < 30 * noise + 1e-9
-    assert span.distance(torch.randn(2, 50, 40, generator=draw, dtype=torch.float64)).min() > 0.4
-    assert torch.allclose(span.basis.transpose(1, 2) @ span.basis, torch.diag_embed((torch.arange(12) < rank).double()))
+    span = Span.of(gradient, most)
+    assert (span.rank >= rank).all()
+    assert (span.rank <= most).all()
+    if noise == 0.0:
+        assert span.rank.tolist() == [rank, rank]
+    assert span.distance(b).max() < 1000 * noise + 1e-9
+    assert span.distance(torch.randn(2, 50, 40, generator=draw, dtype=torch.float64)).min() > 0.3
+    kept = (torch.arange(most) < span.rank[:, None]).double()
+    assert torch.allclose(span.basis.transpose(1, 2) @ span.basis, torch.diag_embed(kept))
 
 
 def test_what_it_cannot_read_is_refused() -> None:
