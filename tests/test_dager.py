@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attackers import dager
+from attackers import dager, parse
 from attackers.dager import DAGER, Read, Span, distances, fed_once, filled
 from clients.app import client_app
 from scenarios.text_gradients import TextGradients, scenario
@@ -160,6 +160,12 @@ def test_what_it_cannot_read_is_refused() -> None:
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in leak.observed.items()}
     with pytest.raises(FedtapError, match="holds NaN"):
         DAGER()(dataclasses.replace(leak, observed=broken))
+
+
+@pytest.mark.parametrize("attack", ["dlg", "idlg", "linear", "restarts(dlg,2)"])
+def test_attacks_on_images_refuse_texts(attack: str) -> None:
+    with pytest.raises(FedtapError, match="brings back images"):
+        parse(attack)[0](leak_of(texts_of(1, 1)))
 
 
 def test_tokens_outside_the_vocabulary_are_refused() -> None:
