@@ -71,7 +71,7 @@ def svg(knob: str, curves: Sequence[Curve], floor: float | None) -> str:
             axes.grid(color=GREY, alpha=0.2)
             _scale(axes, values)
         figure.legend(loc="outside lower center", ncols=3)
-        return _element(figure, f"PSNR and MSE against {knob}")
+        return element(figure, f"PSNR and MSE against {knob}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def success_svg(series: Mapping[str, Sequence[Success]]) -> str:
         axes.grid(color=GREY, alpha=0.2)
         _scale(axes, sorted({point.epsilon for points in series.values() for point in points}))
         figure.legend(loc="outside lower center", ncols=2)
-        return _element(figure, "success against ε")
+        return element(figure, "success against ε")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def trade_svg(series: Mapping[str, Sequence[Trade]]) -> str:
             axes.margins(x=0.18)
             axes.grid(color=GREY, alpha=0.2)
         figure.legend(loc="outside lower center", ncols=3)
-        return _element(figure, "privacy against accuracy, ε at the points")
+        return element(figure, "privacy against accuracy, ε at the points")
 
 
 def _stairs(across: Sequence[float], up: Sequence[float]) -> list[int]:
@@ -158,7 +158,8 @@ def _stairs(across: Sequence[float], up: Sequence[float]) -> list[int]:
     return steps
 
 
-def _element(figure: Figure, words: str) -> str:
+def element(figure: Figure, words: str) -> str:
+    """A figure as an SVG element that stretches to its place; `words` are for those who do not see it."""
     content = BytesIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     text = content.getvalue().decode()
@@ -206,4 +207,4 @@ def share_svg(knob: str, series: Mapping[str, Sequence[tuple[float, float]]], li
         axes.grid(color=GREY, alpha=0.2)
         _scale(axes, sorted({value for points in series.values() for value, _ in points}))
         figure.legend(loc="outside lower center", ncols=3)
-        return _element(figure, f"share of right tokens against {knob}")
+        return element(figure, f"share of right tokens against {knob}")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simulator import likelihoods
 from simulator.errors import FedtapError, unknown
 from simulator.language import NAMES, build_language
 from simulator.precode import with_bottleneck
@@ -202,6 +203,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     """
     if name.partition("(")[0] in NAMES and len(shape) == 1:
         return build_language(name, shape[0], classes, seed)
+    if name.partition("(")[0] in likelihoods.KINDS:  # a Bayesian model, which answers with a posterior
+        return likelihoods.likelihood(name, shape[0]).network()
     bottleneck = BOTTLENECK.fullmatch(name)
     plain = bottleneck[1] if bottleneck else name
     factory = _users_own(plain) if ":" in plain else _sized(plain)
