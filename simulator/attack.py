@@ -248,6 +248,11 @@ class Attack(ABC, Generic[Kind]):
                 f"{self.name} works on a {wanted} and this is a {type(leak).__name__}: "
                 "`fedtap list` names the attacks for each kind of leak."
             )
+        if self.guesses is Reconstruction and len(leak.protocol.shape) != 3:
+            raise FedtapError(
+                f"{self.name} brings back images, and what {leak.protocol.model!r} is fed are none: "
+                "use dager on a language model's gradient."
+            )
         if self.needs_weights and leak.weights is None:
             raise FedtapError(
                 f"{self.name} compares gradients at the victim's weights, and the {leak.protocol.listener} "

@@ -208,3 +208,30 @@ def scale(axes: Axes, values: Sequence[float]) -> None:
     ticks = values if len(values) <= MANY else values[:: -(-len(values) // MANY)]
     axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def share_svg(knob: str, series: Mapping[str, Sequence[tuple[float, float]]], limit: float | None = None) -> str:
+    """A share of right guesses, in [0, 1], against a knob: (value, share) of each run, and their means as a line.
+
+    Args:
+        limit: a value of the knob that is marked.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for number, (label, points) in enumerate(series.items()):
+            at = sorted({value for value, _ in points})
+            means = [[share for value, share in points if value == here] for here in at]
+            axes.plot(
+                [value for value, _ in points], [share for _, share in points], "o", color=f"C{number}", alpha=0.3
+            )
+            axes.plot(at, [sum(shares) / len(shares) for shares in means], color=f"C{number}", label=label)
+        if limit is not None:
+            axes.axvline(limit, color=GREY, linestyle=":")
+        axes.set_xlabel(knob)
+        axes.set_ylabel("share of tokens that are right")
+        axes.set_ylim(-0.05, 1.05)
+        axes.grid(color=GREY, alpha=0.2)
+        _scale(axes, sorted({value for points in series.values() for value, _ in points}))
+        figure.legend(loc="outside lower center", ncols=3)
+        return element(figure, f"share of right tokens against {knob}")
