@@ -232,6 +232,6 @@ def share_svg(knob: str, series: Mapping[str, Sequence[tuple[float, float]]], li
         axes.set_ylabel("share of tokens that are right")
         axes.set_ylim(-0.05, 1.05)
         axes.grid(color=GREY, alpha=0.2)
-        _scale(axes, sorted({value for points in series.values() for value, _ in points}))
+        scale(axes, sorted({value for points in series.values() for value, _ in points}))
         figure.legend(loc="outside lower center", ncols=3)
         return element(figure, f"share of right tokens against {knob}")
