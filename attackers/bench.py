@@ -1,7 +1,8 @@
 """How fast the attacks' heart is: objective and slope of a gradient match, against the plain loop of double backwards.
 
 `python -m attackers.bench` prints the time per restart-iteration (LeNet, batch 1, 32x32, one thread) and its ratio to
-the plain loop, both measured in turn in one run; on a CUDA device too, where there is one.
+the plain loop, both measured in turn in one run; on a CUDA device too, where there is one. Likewise of Newton's method
+on attention: 64 victims at once against one after the other, and against a loop with autograd's Jacobian.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from attackers.attention_newton import AttentionNewton
+from attackers.parts.attention import block_of
 from attackers.parts.fisher import Coordinates, directions, divergence
 from attackers.parts.gradients import WARM_UP, Match, squared_distance
-from simulator.leaks import GradientLeak, Protocol
+from simulator.attention import Attention
+from simulator.leaks import AttentionLeak, GradientLeak, Protocol
 from simulator.likelihoods import BayesianNetwork
 from simulator.models import build
 
 SHAPE, CLASSES = (3, 32, 32), 10
 ROUNDS = 15
+VICTIMS, FEW = 64, 4
+"""On attention; autograd's loop is timed on a few of them."""
 
 
 def main() -> None:
@@ -32,6 +39,63 @@ def main() -> None:
     if torch.cuda.is_available():
         _table("cuda", torch.cuda.get_device_name(), (16, 64, 256))
     _slices()
+    _attention()
+
+
+def _attention() -> None:
+    """Victims at once, in a loop, and in a loop that takes each Jacobian from autograd."""
+    print(f"attention_newton, {VICTIMS} victims, start 10 % off: times the time of all at once, 1 thread")
+    print(f"{'n, d, heads':>12} {'ms a victim':>12} {'one by one':>12} {'autograd':>12}")
+    for n, d, heads in ((4, 4, 1), (4, 4, 4), (8, 8, 4)):
+        leak, start = _attention_leak(n, d, heads)
+        attack = AttentionNewton(steps=20)
+        contenders: list[Callable[[], object]] = [
+            lambda attack=attack, leak=leak, start=start: attack(leak, start=start),  # type: ignore[misc]
+            lambda attack=attack, leak=leak, start=start: [  # type: ignore[misc]
+                attack(leak[victim], start=start[victim : victim + 1]) for victim in range(VICTIMS)
+            ],
+            lambda leak=leak, start=start: _by_autograd(leak[:FEW], start[:FEW]),  # type: ignore[misc]
+        ]
+        took: list[list[float]] = [[], [], []]
+        for _ in range(3):
+            for times, contender in zip(took, contenders, strict=True):
+                times.append(_seconds(contender, "cpu", repeats=1))
+        once, loop, slow = (statistics.median(times) for times in took)
+        label = f"{n}, {d}, {heads}"
+        print(f"{label:>12} {1e3 * once / VICTIMS:12.2f} {loop / once:11.1f}x {slow * VICTIMS / FEW / once:11.1f}x")
+
+
+def _attention_leak(n: int, d: int, heads: int) -> tuple[AttentionLeak, Tensor]:
+    """What clients with standard normal tokens send, and starts near those."""
+    draw = torch.Generator().manual_seed(0)
+    network = Attention(d, heads).double()
+    network.reset_parameters(draw)
+    x, way = (torch.randn(VICTIMS, n, d, generator=draw, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        output = network(x)
+    names = torch.arange(VICTIMS)
+    leak = AttentionLeak(
+        observed={"output": output},
+        protocol=Protocol(model="attention", shape=(n, d), classes=1, batch=1),
+        network=Attention(d, heads).to("meta"),
+        weights={name: weight.detach() for name, weight in network.named_parameters()},
+        buffers={},
+        clients=names,
+        rounds=torch.ones_like(names),
+        restarts=torch.zeros_like(names),
+    )
+    return leak, x + 0.1 * way
+
+
+def _by_autograd(leak: AttentionLeak, start: Tensor) -> None:
+    """Newton's method as a few lines would have it: each victim by itself, its Jacobian row by row."""
+    block = block_of(leak)
+    for x, target in zip(start, leak.observed["output"], strict=True):
+        for _ in range(6):
+            misfit = (block(x[None])[0] - target).flatten()
+            slope = torch.autograd.functional.jacobian(lambda x: block(x[None])[0].flatten(), x)  # type: ignore[no-untyped-call]
+            flat = slope.flatten(1)
+            x = x - torch.linalg.solve(flat.T @ flat + 1e-9 * torch.eye(len(flat.T)), flat.T @ misfit).view_as(x)
 
 
 def _table(device: str, hardware: str, counts: tuple[int, ...]) -> None:

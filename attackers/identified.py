@@ -59,12 +59,16 @@ class Identified(Learner):
         blank = {name: torch.zeros(p.shape, device=leak.device) for name, p in leak.network.named_parameters()}
         self.attack.accepts(dataclasses.replace(leak, weights=blank, buffers={}, stacked=False))
 
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
-        if about.drifts:
+    def check_practice(self, drifts: int) -> None:
+        """It takes pairs at the same weights."""
+        if drifts:
             raise FedtapError(
-                f"{self.name} reads one set of weights, and these pairs were met at many, along {about.drifts} "
+                f"{self.name} reads one set of weights, and these pairs were met at many, along {drifts} "
                 "trainings: leave out --drifts, or use coarse_git."
             )
+
+    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+        self.check_practice(about.drifts)
         inner = self.attack.inverter(about, network) if isinstance(self.attack, Learner) else nn.Identity()
         return Weights(network, inner)
 

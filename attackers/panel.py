@@ -50,10 +50,11 @@ class Panel(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         starts = start.reshape(len(leak), self.starts, *start.shape[1:])
-        guesses = []
+        guesses, candidates = [], list[Images]()
         for attack in (self.first, self.second):
             guess = attack.reconstruct(leak, starts[:, : attack.starts].flatten(0, 1))
             images = guess.images.detach().clamp(0, 1)
+            candidates += guess.candidates or (images,)
             made_by = guess.made_by or (attack.written(),) * len(leak)
             guesses.append(Reconstruction(images, guess.labels, implausible(leak, images, guess.labels), made_by))
         one, other = guesses
@@ -66,6 +67,7 @@ class Panel(Attack):
                 theirs if which else ours
                 for which, ours, theirs in zip(better.tolist(), one.made_by, other.made_by, strict=True)
             ),
+            tuple(candidates),
         )
 
 

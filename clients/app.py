@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, UserConfig
 from flwr.clientapp import ClientApp
 
 from clients import compromised, honest
+from clients.training import one_thread
 from simulator.scenario import PrivateData, Scenario, private_data
 from simulator.study import Study
 
@@ -59,14 +58,3 @@ def client_app(plan: Plan) -> ClientApp:
 
 def _data_root(context: Context) -> Path:
     return Path(str(context.run_config.get("data-root") or "data"))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Clients share the cores, and small tensors gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -36,6 +36,17 @@ def seeded(*names: int | str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Clients share the cores, and small tensors gain nothing from a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def receive(net: nn.Module, arrays: ArrayRecord) -> dict[str, Tensor]:
     """Set the network's parameters and buffers to the server's, and return those.
 

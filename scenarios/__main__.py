@@ -18,12 +18,13 @@ from rich.table import Table
 
 from attackers import ATTACKS, parse
 from clients.app import client_app
+from clients.cost import overhead
 from scenarios.game import Game, check
 from scenarios.game_report import play_games, table_of
 from scenarios.image import with_trained
 from scenarios.knobs import knobs_of, pairs
 from scenarios.plan import catalogue, plan, plan_of, question, sorted_out
-from simulator import privacy_report, report, study_report
+from simulator import defence_report, privacy_report, report, study_report
 from simulator.attack import Attack
 from simulator.defence import WORDS, usage
 from simulator.errors import FedtapError, unknown
@@ -91,7 +92,7 @@ def run_command(
     console.print(question(name).splitlines()[0], highlight=False)
     for line in _overrides(parts):
         console.print(f"  {line}", highlight=False, markup=False)
-    rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume)
+    rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume, overhead=overhead)
     _say(rows, where)
     check([row for row in rows if "canaries" in row])
 
@@ -204,7 +205,7 @@ def _overrides(parts: tuple[Scenario, ...]) -> list[str]:
         at = ", ".join(f"{knob} {value}" for knob, value in told.items())
         named = ", ".join(attack.written() for attack in part.attacks)
         lines.append(f"{part.victims} victims, {part.model}{f', {at}' if at else ''}: {named}")
-    return lines
+    return list(dict.fromkeys(lines))  # of a defence's strengths one line
 
 
 def _catalogue(kind: str, entries: dict[str, str]) -> None:
@@ -222,6 +223,8 @@ def _about(attack: type[Attack]) -> str:
 
 def _say(rows: list[dict[str, object]], out: Path) -> None:
     console.print(privacy_report.table(rows) if privacy_report.told(rows) else report.table(rows))
+    if defence_report.told(rows):
+        console.print(defence_report.table(rows))
     console.print(f"Pictures: {out / 'report.html'}   figures: {out / 'rows.jsonl'}", highlight=False, soft_wrap=True)
 
 

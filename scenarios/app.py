@@ -9,6 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from clients.app import client_app
+from clients.cost import overhead
 from scenarios.game import Game
 from scenarios.plan import plan_of, sorted_out
 from simulator.errors import FedtapError
@@ -36,4 +37,4 @@ def main(grid: Grid, context: Context) -> None:
     if studies:
         run_studies(studies, lambda part: grid, out, device=device, data_root=data_root)
     else:
-        run(scenarios, lambda part: grid, out, device=device, data_root=data_root)
+        run(scenarios, lambda part: grid, out, device=device, data_root=data_root, overhead=overhead)

@@ -5,22 +5,16 @@ from __future__ import annotations
 import logging
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
-from torch import Tensor
 from torch.nn import functional as F
 
 from attackers.bench import main as attack_ratios
 from clients.app import client_app
-from clients.defences import parse
-from clients.defences.mod import defended
-from clients.training import network, plain_backward, sgd
+from clients.cost import exchange, seconds, times_as_long
 from simulator.federation import Heard, play, practice
 from simulator.local import LocalGrid
 from simulator.models import build
@@ -39,15 +33,15 @@ def main() -> None:
         private = private_data(scenario, Path("data"), CLIENTS - 1)
     federation, bare = [], []
     for _ in range(5):  # in turns, so that both see the same machine
-        federation.append(_seconds(lambda: _federation(scenario, private)))
-        bare.append(_seconds(lambda: _bare(private)))
+        federation.append(seconds(lambda: _federation(scenario, private)))
+        bare.append(seconds(lambda: _bare(private)))
     ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
     print(f"{ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
     print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
     fed, plain = [], []
     for _ in range(5):
-        fed.append(_seconds(lambda: _practice(scenario, private)))
-        plain.append(_seconds(lambda: _one_by_one(private)))
+        fed.append(seconds(lambda: _practice(scenario, private)))
+        plain.append(seconds(lambda: _one_by_one(private)))
     ratio = statistics.median(a / b for a, b in zip(plain, fed, strict=True))
     print(f"{PAIRS} LeNet practice pairs through the federation, 1 thread: {1e6 * min(fed) / PAIRS:.0f} µs a pair")
     print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
@@ -69,44 +63,27 @@ DEFENCES = (
     "precode(256)",
 )
 
+SOTERIA_BATCH = 4
+"""In the place of 32: each feature of each image costs Soteria a backward pass, and that takes minutes."""
+
 
 def _defences(private: PrivateData) -> None:
     """A client's step, from weights to weights, with each defence and without, in turns."""
+    shape, classes = private.world.shape, len(private.world.classes)
     for batch in (1, 32):
         images, labels = private.world.train.batch(slice(batch))
-        plain = _step("none", private, images, labels)
-        print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * _mean(plain, 100):.2f} ms undefended")
+        plain = exchange("lenet", "none", shape, classes, images, labels)
+        plain()
+        print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * seconds(plain):.2f} ms undefended")
         for defence in DEFENCES:
-            step = _step(defence, private, images, labels)
-            times = max(1, 20 // batch) if "soteria" in defence else 100
-            ratio = statistics.median(_mean(step, times) / _mean(plain, times) for _ in range(7))
-            print(f"  {defence} / none: {ratio:.2f} times the time")
-
-
-def _step(defence: str, private: PrivateData, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """What a client does between two messages."""
-    defences, draw = parse(defence), torch.Generator().manual_seed(0)
-    net = network(Scenario((), defence=defence).architecture, private.world.shape, len(private.world.classes))
-    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
-    backward = partial(defences.step.backward, draw=draw) if defences.step else plain_backward
-
-    def step() -> None:
-        net.load_state_dict(before)
-        sgd(net, images, labels, 1, len(images), 0.1, backward)
-        if defences.update:
-            after = {name: weight.detach() for name, weight in net.named_parameters()}
-            net.load_state_dict(defended(defences.update, before, after, 0.1, draw))
-
-    return step
-
-
-def _mean(work: Callable[[], None], times: int) -> float:
-    def often() -> None:
-        for _ in range(times):
-            work()
-
-    work()
-    return _seconds(often) / times
+            few = SOTERIA_BATCH if "soteria" in defence and batch > 1 else batch
+            model = Scenario((), defence=defence).architecture
+            done, bare = (
+                exchange(*which, shape, classes, images[:few], labels[:few])
+                for which in ((model, defence), ("lenet", "none"))
+            )
+            where = "" if few == batch else f", batch {few}"
+            print(f"  {defence} / none{where}: {times_as_long(done, bare):.2f} times the time")
 
 
 def _scenario(path: Path) -> Scenario:
@@ -176,12 +153,6 @@ def _bare(private: PrivateData) -> None:
             for name, weight in net.named_parameters():
                 total[name] += weight.detach() / CLIENTS
         shared = total
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

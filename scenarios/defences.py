@@ -2,14 +2,20 @@
 
 Expect: not as it seems. Pruning, signs, Soteria, a clip or a little noise stop an attack that never heard of them, and
 one that does to its own guess what the client did to the gradient sees far more. Beside each stands what it would have
-guessed blind. What a defence costs a client's step, `make bench` measures.
+guessed blind, and what it costs a client in time. With --accuracy-loss a model is trained with each, and of its
+strengths the one is attacked that costs as much accuracy: then one can ask which hides most for the same price.
 """
 
 from __future__ import annotations
 
-from typing import Unpack
+import dataclasses
+import warnings
+from typing import Annotated, Unpack
 
-from scenarios.image import ImageKnobs, image_knobs, image_scenario
+from scenarios.image import Delta, ImageKnobs, image_knobs, image_scenario
+from scenarios.knobs import Knob
+from simulator.defence import strengths
+from simulator.errors import FedtapError
 from simulator.scenario import Scenario
 
 DEFENCES = (
@@ -33,7 +39,28 @@ ATTACKS = (
 )
 
 
-@image_knobs(victims=4, defence=DEFENCES, attack=ATTACKS)
-def scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
+SLOW = (
+    "Soteria is left out: it costs a client a backward pass for each feature of each image, so that training with it "
+    "would take days. Without --accuracy-loss it is attacked untrained."
+)
+
+AccuracyLoss = Annotated[
+    float,
+    Knob("share of test images that each defence may cost the trained model: sets its strength; 0: as written", 0, 1),
+]
+
+
+@image_knobs(victims=4, defence=DEFENCES, attack=ATTACKS, delta=1e-5, accuracy_loss=0.0)
+def scenario(*, delta: Delta, accuracy_loss: AccuracyLoss, **knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """Each defence, and on the same victims each attack twice: as published, and aware of the defence."""
-    return image_scenario(**knobs)
+    if accuracy_loss and not knobs["rounds"]:
+        raise FedtapError("A defence costs accuracy where a model is trained, and here none is: add --rounds.")
+    if accuracy_loss and "soteria" in knobs["defence"]:
+        warnings.warn(SLOW, stacklevel=1)
+        return ()
+    parts = []
+    for text in strengths(knobs["defence"]) if accuracy_loss else (knobs["defence"],):
+        knobs["defence"] = text
+        part = image_scenario(**knobs)
+        parts.append(dataclasses.replace(part, delta=delta, success_db=None, accuracy_loss=accuracy_loss))
+    return tuple(parts)

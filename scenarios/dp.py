@@ -18,7 +18,7 @@ from simulator.errors import FedtapError
 from simulator.privacy import noise_for
 from simulator.scenario import Scenario
 
-ATTACK = "inverting_gradients(steps=200,aware=True)"
+ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,aware=True)"
 
 MECHANISMS = ("update", "dp_sgd", "local_dp")
 """Noise on the clipped update, on the sum of clipped gradients of examples (Opacus), or by Flower's `LocalDpMod`."""

@@ -11,7 +11,7 @@ from typing import Unpack
 from scenarios.image import Delta, ImageKnobs, SuccessDb, image_knobs, promising
 from simulator.scenario import Scenario
 
-ATTACK = "inverting_gradients(steps=200)"
+ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,aware=True)"
 DEFENCES = ("none", "clip(1.0)+noise(0.001)", "clip(1.0)+noise(0.1)", "prune(0.9)")
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from scenarios.game import LEVEL, Game, played
 from simulator import report
-from simulator.curves import Success, success_svg
 from simulator.files import write_atomically
 from simulator.output import Folder, Row, left_by_us
+from simulator.privacy_report import games_chart
 from simulator.progress import progress
 from simulator.run import environment
 
@@ -65,10 +65,6 @@ def _cells(row: Row) -> list[str]:
 
 
 def _page(games: Sequence[Game], folder: Folder) -> str:
-    series: dict[str, list[Success]] = {}
-    for row in folder.rows:
-        numbers = (row[name] for name in ("epsilon", "success", "success_low", "success_high", "bound"))
-        series.setdefault(f"{row['canaries']} canaries", []).append(Success(*numbers))
     names = ("canaries", "ε", "σ", "games", "success", "limits", "bound", "Rényi bound", "best expects", "δ", "done")
     head = "".join(f"<th class='number'>{name}</th>" for name in names)
     body = "".join(
@@ -91,7 +87,7 @@ def _page(games: Sequence[Game], folder: Folder) -> str:
     return report.page(
         about,
         [
-            f"<h2>Success against ε</h2><div class='chart' style='max-width: 720px'>{success_svg(series)}</div>",
+            f"<h2>Success against ε</h2>{games_chart(folder.rows)}",
             f"<h2>Every ε</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>",
             f"<tbody>{body}</tbody></table></div>",
             f"<p class='pale'>{escape(LEGEND)}.</p>",

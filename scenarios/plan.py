@@ -53,6 +53,8 @@ def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Part, ...]:
             dataclasses.replace(part, name=name, question=question(name), swept=tuple(swept.items()))
             for part in (made if isinstance(made, tuple) else (made,))
         ]
+    if not parts:
+        raise FedtapError(f"Nothing is left of {name} to be played with these knobs: leave some of them out.")
     once: dict[Part, dict[str, str]] = {}
     for part in parts:  # a sweep may repeat a part that does not depend on what is swept
         same, here = dataclasses.replace(part, swept=()), dict(part.swept)

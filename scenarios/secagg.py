@@ -8,6 +8,7 @@ others sent, since they are silent, copies of its own client, or collude: then i
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Annotated, Unpack
 
 from scenarios.image import ImageKnobs, image_knobs, matching_and_reading
@@ -34,6 +35,9 @@ def scenario(
             f"This scenario is about what {SECURE} hides, and the {knobs['listener']} hears each client by itself: "
             "leave out --listener."
         )
+    if knobs["clients"] == 1 and others not in ("", "honest"):
+        warnings.warn(f"One client alone has no others to be {others}: --clients 1 is left out.", stacklevel=1)
+        return ()
     if knobs["clients"] == 1:
         knobs["listener"], others = "curious_server", "honest"
     kinds = [others] if others else OTHERS if knobs["clients"] == KNOWN_AT else ["honest"]

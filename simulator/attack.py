@@ -79,6 +79,8 @@ class Reconstruction(Guess):
     objective: Float[Tensor, "victims"]
     made_by: tuple[str, ...] = ()
     """Of each victim, which of several attacks the guess is by, as it is written; empty where there is but one."""
+    candidates: tuple[Images, ...] = ()
+    """All guesses among which the attacker chose; empty where it had no choice. For the scorer, who knows the best."""
 
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Those of the protocol."""
@@ -187,6 +189,15 @@ class Attack(ABC, Generic[Kind]):
         """The same attack with each of its parts that learns having learned from this practice."""
         return dataclasses.replace(self, **{name: part.fit(practice, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
 
+    def check_practice(self, drifts: int) -> None:
+        """Refuse practice along so many trainings, from which it or an attack that it wraps could not learn.
+
+        Raises:
+            FedtapError: with the reason and what to use instead.
+        """
+        for part in self._parts().values():
+            part.check_practice(drifts)
+
     def learned(self) -> list[Learned]:
         """Those of its parts that have learned, itself among them."""
         return [learned for part in self._parts().values() for learned in part.learned()]
@@ -196,8 +207,13 @@ class Attack(ABC, Generic[Kind]):
 
     @property
     def adapted(self) -> bool:
-        """Whether it, or an attack that it wraps, goes by what is announced of a defence (its field `aware`)."""
-        return bool(getattr(self, "aware", False)) or any(part.adapted for part in self._parts().values())
+        """Whether it, or an attack that it wraps, goes by what is announced of a defence (its field `aware`), or by
+        practice, whose pairs are defended as the leak is."""
+        return (
+            bool(getattr(self, "aware", False))
+            or self.practises
+            or any(part.adapted for part in self._parts().values())
+        )
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Tensor) -> Kind:
@@ -231,6 +247,11 @@ class Attack(ABC, Generic[Kind]):
             raise FedtapError(
                 f"{self.name} works on a {wanted} and this is a {type(leak).__name__}: "
                 "`fedtap list` names the attacks for each kind of leak."
+            )
+        if self.guesses is Reconstruction and len(leak.protocol.shape) != 3:
+            raise FedtapError(
+                f"{self.name} brings back images, and what {leak.protocol.model!r} is fed are none: "
+                "use dager on a language model's gradient."
             )
         if self.needs_weights and leak.weights is None:
             raise FedtapError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -69,7 +70,7 @@ def svg(knob: str, curves: Sequence[Curve], floor: float | None) -> str:
         for axes in (quality, error):
             axes.set_xlabel(knob)
             axes.grid(color=GREY, alpha=0.2)
-            _scale(axes, values)
+            scale(axes, values)
         figure.legend(loc="outside lower center", ncols=3)
         return element(figure, f"PSNR and MSE against {knob}")
 
@@ -99,16 +100,16 @@ def success_svg(series: Mapping[str, Sequence[Success]]) -> str:
         axes.set_xlabel("ε")
         axes.set_ylabel("share of games won")
         axes.grid(color=GREY, alpha=0.2)
-        _scale(axes, sorted({point.epsilon for points in series.values() for point in points}))
+        scale(axes, sorted({point.epsilon for points in series.values() for point in points}))
         figure.legend(loc="outside lower center", ncols=2)
         return element(figure, "success against ε")
 
 
 @dataclass(frozen=True)
 class Trade:
-    """What a defence at one ε leaves to an attacker, and to the model."""
+    """What a defence leaves to an attacker, and to the model."""
 
-    epsilon: str
+    label: str
     accuracy: float
     """On test data, in [0, 1]."""
     psnr: float
@@ -117,45 +118,71 @@ class Trade:
     """Share of victims, in [0, 1]."""
 
 
-def trade_svg(series: Mapping[str, Sequence[Trade]]) -> str:
-    """PSNR over the blind guess, and success, against accuracy, with ε at each point; as `svg` does."""
+def trade_svg(series: Mapping[str, Sequence[Trade]], share: str) -> str:
+    """PSNR over the blind guess, and success, against accuracy, each defence named at the right; as `svg` does.
+
+    Args:
+        share: what success is a share of.
+    """
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
         quality, success = figure.subplots(1, 2)
         for number, (label, points) in enumerate(series.items()):
             for axes, name in ((quality, "psnr"), (success, "success")):
                 at, got = [point.accuracy for point in points], [getattr(point, name) for point in points]
-                legend = label if axes is quality else None
-                axes.plot(at, got, "o", markersize=6, color=f"C{number % 10}", label=legend)
-                for point, x, y, step in zip(points, at, got, _stairs(at, got), strict=True):
-                    place = {"xytext": (4, 6 + 11 * step), "textcoords": "offset points", "fontsize": 9}
-                    axes.annotate(f"ε = {point.epsilon}", (x, y), **place)
+                how = {"color": f"C{number % 10}", "markersize": 7 - 2 * (number % 3), "zorder": 3}
+                axes.plot(at, got, "osD"[number % 3], label=label if axes is quality else None, **how)
         quality.axhline(0, color=GREY, linestyle=":", label="blind guess")
         quality.set_ylabel("PSNR over a blind guess, dB (median)")
-        success.set_ylabel("success (share of victims)")
-        success.set_ylim(-0.05, 1.25)
-        for axes in (quality, success):
+        success.set_ylabel(share)
+        success.set_ylim(-0.05, 1.05)
+        for axes, name in ((quality, "psnr"), (success, "success")):
             axes.set_xlabel("test accuracy of the trained model")
-            axes.margins(x=0.18)
+            axes.margins(0.08)
             axes.grid(color=GREY, alpha=0.2)
-        figure.legend(loc="outside lower center", ncols=3)
-        return element(figure, "privacy against accuracy, ε at the points")
+            _name(axes, [point for points in series.values() for point in points], name)
+        figure.legend(loc="outside lower center", ncols=4)
+        return element(figure, "privacy against accuracy")
 
 
-def _stairs(across: Sequence[float], up: Sequence[float]) -> list[int]:
-    """How many lines each point's words are lifted, so that they do not cover those of a neighbour."""
-    wide, high = (0.25 * (max(values) - min(values)) or 1.0 for values in (across, up))
-    steps = [0] * len(across)
-    done: list[int] = []
-    for here in sorted(range(len(across)), key=lambda number: across[number]):
-        near = {
-            steps[there]
-            for there in done
-            if abs(across[here] - across[there]) < wide and abs(up[here] - up[there]) < high / 2
-        }
-        steps[here] = next(step for step in range(len(across)) if step not in near)
-        done.append(here)
-    return steps
+def _name(axes: Axes, points: Sequence[Trade], height: str) -> None:
+    """Each label at the right of the axes, with a line to the highest of its points."""
+    highest: dict[tuple[str, float], float] = {}
+    for point in points:
+        key = point.label, point.accuracy
+        highest[key] = max(highest.get(key, -math.inf), getattr(point, height))
+    low, high = axes.get_ylim()
+    names = sorted(highest, key=lambda key: (highest[key], key[1]))
+    places = apart([(highest[key] - low) / (high - low) for key in names], LINE)
+    for (label, across), place in zip(names, places, strict=True):
+        axes.annotate(
+            label,
+            (across, highest[label, across]),
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": GREY, "alpha": 0.45, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},
+        )
+
+
+LINE = 0.055
+"""Height of a label's line, as a share of the axes'."""
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising numbers, moved as little (by least squares) as a gap between them allows; in [0, 1] where they fit."""
+    shifted = [height - number * gap for number, height in enumerate(heights)]
+    blocks: list[tuple[float, int]] = []  # isotonic regression: neighbours that would overlap share their mean
+    for value in shifted:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (one, many), (other, more) = blocks[-2:]
+            blocks[-2:] = [((one * many + other * more) / (many + more), many + more)]
+    last = max(1 - gap * (len(shifted) - 1), 0.0)
+    even = [min(max(value, 0.0), last) for value, count in blocks for _ in range(count)]
+    return [value + number * gap for number, value in enumerate(even)]
 
 
 def element(figure: Figure, words: str) -> str:
@@ -169,7 +196,7 @@ def element(figure: Figure, words: str) -> str:
 LINES = ("-", "--", ":")
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
+def scale(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic where the values span more than one order of magnitude, with room for a zero; their own ticks."""
     positive = [value for value in values if value > 0]
     if positive and min(values) >= 0 and positive[-1] > 10 * positive[0]:
@@ -181,3 +208,30 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     ticks = values if len(values) <= MANY else values[:: -(-len(values) // MANY)]
     axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def share_svg(knob: str, series: Mapping[str, Sequence[tuple[float, float]]], limit: float | None = None) -> str:
+    """A share of right guesses, in [0, 1], against a knob: (value, share) of each run, and their means as a line.
+
+    Args:
+        limit: a value of the knob that is marked.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for number, (label, points) in enumerate(series.items()):
+            at = sorted({value for value, _ in points})
+            means = [[share for value, share in points if value == here] for here in at]
+            axes.plot(
+                [value for value, _ in points], [share for _, share in points], "o", color=f"C{number}", alpha=0.3
+            )
+            axes.plot(at, [sum(shares) / len(shares) for shares in means], color=f"C{number}", label=label)
+        if limit is not None:
+            axes.axvline(limit, color=GREY, linestyle=":")
+        axes.set_xlabel(knob)
+        axes.set_ylabel("share of tokens that are right")
+        axes.set_ylim(-0.05, 1.05)
+        axes.grid(color=GREY, alpha=0.2)
+        scale(axes, sorted({value for points in series.values() for value, _ in points}))
+        figure.legend(loc="outside lower center", ncols=3)
+        return element(figure, f"share of right tokens against {knob}")

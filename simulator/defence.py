@@ -53,26 +53,55 @@ class Kind:
     hook: str
     about: str
     arguments: tuple[Number, ...] = ()
+    strength: str = ""
+    """The argument by which it does more or less."""
+    strengths: tuple[float, ...] = ()
+    """Values of it to choose from, the weakest first."""
 
 
 SHARE, CLIP = Number("share", high=1, ends=(True, False)), Number("clip")
 FEATURES, BITS = (Number(name, 1, most, (True, True), whole=True) for name, most in (("features", 65536), ("bits", 16)))
 MULTIPLIER = Number("noise_multiplier", ends=(True, False))
+RISING = tuple(digit * 10.0**power for power in (-3, -2, -1, 0) for digit in (1, 2, 5))
+FALLING = tuple(digit * 10.0**power for power in (3, 2, 1, 0, -1, -2) for digit in (5, 2, 1))
+DROPPED = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 WORDS: Mapping[str, Kind] = {
-    "precode": Kind("model", "a variational bottleneck before the last layer", (FEATURES,)),
-    "soteria": Kind("step", "the last layer is not told of a share of its features, those that tell most", (SHARE,)),
-    "dp_sgd": Kind("step", "each example's gradient clipped, noise on their sum: Opacus", (CLIP, MULTIPLIER)),
-    "clip": Kind("update", "the whole gradient is shortened to an L2 norm", (Number("norm"),)),
-    "noise": Kind("update", "Gaussian noise on each entry", (Number("sigma", ends=(True, False)),)),
-    "laplace": Kind("update", "Laplace noise on each entry", (Number("scale"),)),
-    "prune": Kind("update", "a share of the entries is set to 0, the smallest", (SHARE,)),
+    "precode": Kind(
+        "model",
+        "a variational bottleneck before the last layer",
+        (FEATURES,),
+        "features",
+        (512, 256, 128, 64, 32, 16, 8, 4, 2, 1),
+    ),
+    "soteria": Kind(
+        "step",
+        "the last layer is not told of a share of its features, those that tell most",
+        (SHARE,),
+        "share",
+        DROPPED,
+    ),
+    "dp_sgd": Kind(
+        "step",
+        "each example's gradient clipped, noise on their sum: Opacus",
+        (CLIP, MULTIPLIER),
+        "noise_multiplier",
+        RISING,
+    ),
+    "clip": Kind("update", "the whole gradient is shortened to an L2 norm", (Number("norm"),), "norm", FALLING[6:]),
+    "noise": Kind("update", "Gaussian noise on each entry", (Number("sigma", ends=(True, False)),), "sigma", RISING),
+    "laplace": Kind("update", "Laplace noise on each entry", (Number("scale"),), "scale", RISING),
+    "prune": Kind("update", "a share of the entries is set to 0, the smallest", (SHARE,), "share", DROPPED),
     "sign": Kind("update", "the sign of each entry, at the scale 1"),
-    "quantise": Kind("update", "each tensor in 2^bits values, rounded at random without bias", (BITS,)),
+    "quantise": Kind(
+        "update", "each tensor in 2^bits values, rounded at random without bias", (BITS,), "bits", (8, 6, 5, 4, 3, 2, 1)
+    ),
     "local_dp": Kind(
         "update",
         "clipping and Gaussian noise: Flower's LocalDpMod",
         (CLIP, Number("sensitivity"), Number("epsilon"), Number("delta", high=1)),
+        "epsilon",
+        FALLING[:12],
     ),
     "central_dp": Kind("server", "clipping and noise on the average: Flower's strategy wrapper", (CLIP, MULTIPLIER)),
 }
@@ -120,6 +149,17 @@ class Part:
 def usage(name: str) -> str:
     """How the defence of this name is written."""
     return f"{name}({', '.join(number.name for number in WORDS[name].arguments)})"
+
+
+def strengths(text: str) -> tuple[str, ...]:
+    """The same defence at each of its last part's strengths, the weakest first; as it is if that has but one."""
+    parts = described(text)
+    if not parts or not parts[-1].kind.strengths:
+        return (text,)
+    last = parts[-1]
+    place = [number.name for number in last.kind.arguments].index(last.kind.strength)
+    each = (Part(last.name, (*last.values[:place], value, *last.values[place + 1 :])) for value in last.kind.strengths)
+    return tuple(written((*parts[:-1], part)) for part in each)
 
 
 HOW = "write none, or defences joined by +, as clip(1.0)+noise(0.01)"

@@ -26,6 +26,7 @@ from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario
 from simulator.suited import check_model, check_summed
 from simulator.wiretap import Wiretap, partition_of
+from simulator.worlds import Side
 
 METRICS = ("num-examples", "partition", "loss", "moved")
 """What fedtap's clients report of their training."""
@@ -37,6 +38,9 @@ nearly the same weights; on a third they stray from there about as far as a clie
 DRIFT_STEPS, DRIFT_STOPS = 6500, 40
 """Steps of such a training, a little more than the twenty epochs on 10,000 images after which GIT's paper looks, and
 how often it stops for examples on the way: half the times log-uniform over it, half uniform."""
+
+HELD_OUT = 2000
+"""Public images by which the strength of a defence is chosen, at most."""
 
 PRACTICE = "query.practice"
 """Message type under which the compromised client is fed public examples."""
@@ -64,6 +68,8 @@ class Heard:
 
     accuracy: float | None = None
     """Test accuracy, 0 to 1, of the weights that the first victims were sent; None where nothing was trained."""
+    held_out: float | None = None
+    """The same on public images, by which a defence's strength is chosen; None where none is."""
 
     def why_missing(self, client: int, rnd: int) -> str:
         """The reason there is no leak of this client in this round."""
@@ -153,7 +159,9 @@ def play(
             heard.arrays = arrays
         foreign = bool(scenario.victims_world)  # the victims' labels are then another world's
         if scenario.rounds and rnd == scenario.rounds and not foreign:
-            heard.accuracy = accuracy(net, arrays, private)
+            heard.accuracy = accuracy(net, arrays, world.victims)
+            if scenario.accuracy_loss:
+                heard.held_out = accuracy(net, arrays, world.public, HELD_OUT)
             return MetricRecord({"accuracy": heard.accuracy})
         return None
 
@@ -231,16 +239,16 @@ def _as_expected(order: RecordDict, answer: RecordDict, client: int) -> None:
         raise FedtapError(f"Client {client} sent a list where a metric is one number: send numbers.")
 
 
-def accuracy(net: nn.Module, arrays: ArrayRecord, private: PrivateData) -> float:
-    """Share of the victims' side (the world's test data) that these weights classify right; BatchNorm in eval mode."""
+def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> float:
+    """Share of a side's images, or of its first `most`, that these weights classify right; BatchNorm in eval mode."""
     net.load_state_dict(tensors_of(arrays), strict=False)
     net.eval()
-    right = 0
+    count, right = min(len(side), most or len(side)), 0
     with torch.no_grad():
-        for chunk in torch.split(torch.arange(len(private.world.victims)), 256):
-            images, labels = private.world.victims.batch(chunk)
+        for chunk in torch.split(torch.arange(count), 256):
+            images, labels = side.batch(chunk)
             right += int((net(images).argmax(1) == labels).sum())
-    return right / len(private.world.victims)
+    return right / count
 
 
 def practice(

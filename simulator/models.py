@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from simulator import likelihoods
 from simulator.errors import FedtapError, unknown
+from simulator.language import NAMES, build_language
 from simulator.precode import with_bottleneck
 
 Shape = tuple[int, ...]
@@ -217,6 +218,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     Raises:
         FedtapError: no such model, or a user's function that does not return a module for these images.
     """
+    if name.partition("(")[0] in NAMES and len(shape) == 1:
+        return build_language(name, shape[0], classes, seed)
     if name.partition("(")[0] in likelihoods.KINDS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
     bottleneck = BOTTLENECK.fullmatch(name)

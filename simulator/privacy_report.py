@@ -40,14 +40,14 @@ class Entry:
 
 
 def told(rows: Sequence[Row]) -> bool:
-    """Whether the rows say what a defence guarantees."""
-    return any("epsilon" in row for row in rows)
+    """Whether the rows hold what attacks got against what a defence guarantees."""
+    return any("success" in row for row in rows)
 
 
 def entries(rows: Sequence[Row]) -> list[Entry]:
     """One for each attack at each defence, and one for each game; in the rows' order."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+    for row in (row for row in rows if "success" in row):
         groups.setdefault(tuple(str(row.get(name)) for name in (*WHOSE, *KNOBS)), []).append(row)
     found = []
     for some in groups.values():
@@ -145,19 +145,22 @@ def _line(entry: Entry, knobs: Sequence[str]) -> str:
 
 def _charts(found: Sequence[Entry]) -> str:
     trades: dict[str, list[Trade]] = {}
-    games: dict[str, list[Success]] = {}
     for entry in found:
         row = entry.first
         if entry.psnr is not None and entry.blind is not None and row["accuracy"] is not None:
-            trade = Trade(entry.epsilon, row["accuracy"], entry.psnr - entry.blind, row["success"])
+            trade = Trade(f"ε = {entry.epsilon}", row["accuracy"], entry.psnr - entry.blind, row["success"])
             trades.setdefault(entry.label, []).append(trade)
-        if row["bound"] is not None:
-            numbers = (row[name] for name in ("epsilon", "success", "success_low", "success_high", "bound"))
-            games.setdefault(entry.label, []).append(Success(*numbers))
-    shown = f"<div class='chart'>{trade_svg(trades)}</div>" if trades else ""
-    if games:
-        shown += f"<div class='chart' style='max-width: 720px'>{success_svg(games)}</div>"
-    return shown
+    shown = f"<div class='chart'>{trade_svg(trades, 'success (share of victims)')}</div>" if trades else ""
+    return shown + games_chart([entry.first for entry in found])
+
+
+def games_chart(rows: Sequence[Row]) -> str:
+    """How often canaries were told apart, and the bound, against ε; nothing where no row has a bound."""
+    games: dict[str, list[Success]] = {}
+    for row in (row for row in rows if row["bound"] is not None):
+        numbers = (row[name] for name in ("epsilon", "success", "success_low", "success_high", "bound"))
+        games.setdefault(f"{row['canaries']} canaries, best attacker", []).append(Success(*numbers))
+    return f"<div class='chart' style='max-width: 720px'>{success_svg(games)}</div>" if games else ""
 
 
 def _short(value: float) -> str:

@@ -24,7 +24,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 from torch import Tensor
 
-from simulator import privacy_report
+from simulator import defence_report, privacy_report
 from simulator.curves import Curve, svg
 from simulator.files import write_atomically
 from simulator.scores import RECOVERED_DB, mse, psnr
@@ -43,8 +43,8 @@ PROMISED = ("delta", "protects", "adjacency", "sensitivity", "epsilon_all", "eps
 
 SUCCESS = ("success", "success_low", "success_high", "success_db", "bound")
 
-KNOWING = ("adapted", "strongest", "overhead")
-"""Of attackers that know the defence."""
+KNOWING = ("adapted", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost")
+"""Of attackers that know the defence, and of what it costs."""
 
 ASIDE = ("accuracy", "moved", "labels", "settings", "unit", "fit_seconds", *NOTES, *PROMISED, *SUCCESS, *KNOWING)
 """What else a row may hold that is not a knob."""
@@ -120,7 +120,9 @@ def _varying(rows: Sequence[Row]) -> list[str]:
     names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO, *ASIDE))
     if "epsilon" in names:  # σ follows from it
         names.pop("sigma", None)
-    told = {(_said(row, "epsilon"), _text(row.get("defence"))) for row in rows if "epsilon" in row}
+    told = {(_said(row, "epsilon"), _text(row.get("defence"))) for row in rows if "success" in row}
+    if not told:  # ε follows from the defence, and is not what is asked
+        names.pop("epsilon", None)
     if told and len(told) == len({epsilon for epsilon, _ in told}):  # ε stands for the defence, whose numbers are long
         names.pop("defence", None)
     return [name for name in names if len({_said(row, name) for row in rows}) > 1]
@@ -221,7 +223,7 @@ def _text(value: Any) -> str:
 
 
 def _said(row: Row, name: str) -> str:
-    return "∞" if name == "epsilon" and row.get("epsilon_note") else _text(row.get(name))
+    return "∞" if name == "epsilon" and "∞" in str(row.get("epsilon_note")) else _text(row.get(name))
 
 
 # Pictures.
@@ -386,6 +388,7 @@ def html(about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
     sections = [
         _verdicts(rows),
         privacy_report.section(every),
+        defence_report.section(every),
         gallery(pictures),
         _curves(rows),
         "<h2>What each attack got</h2>" + _summaries(rows) if rows else "",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from simulator import report, scores
 from simulator.attack import Attack, Guess, Reconstruction, generator
 from simulator.defence import described
+from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import DamagedError, FedtapError
 from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, stack
@@ -67,8 +68,12 @@ def run(
     device: torch.device,
     data_root: Path,
     resume: bool = False,
+    overhead: Callable[[Scenario, PrivateData], float | None] = lambda part, private: None,
 ) -> list[Row]:
     """Play each part over its grid and attack what was heard; `out` holds what a run leaves.
+
+    Args:
+        overhead: measures how many times as long an exchange takes a client with a part's defence as without.
 
     Raises:
         FedtapError: a part cannot be played, or one of its attacks cannot use its leaks.
@@ -76,28 +81,33 @@ def run(
     left_by_us(out, parts[0].name)  # refuse a folder that is not ours before an hour is spent
     for part in parts:
         promised(part)
+        for attack in part.attacks:
+            attack.check_practice(part.drifts)
+        if part.accuracy_loss:
+            undefended(parts, part)
     folder: Folder | None = None
     pictures: dict[Any, report.Picture] = {}
     leak: Leak | None = None
+    trainings = Trainings(parts, grid_for, data_root)
     for number, part in enumerate(progress(parts, "scenario")):
-        if (found := part.alone(parts)) is not None:
+        unit = f"part_{number}"
+        found = part.alone(parts)
+        if found is not None or not trainings.attacked(number):
             folder = folder or Folder(out, _about(parts, device), resume)
-            unit = f"part_{number}"
             folder.rows = [row for row in folder.rows if row["unit"] != unit]
-            folder.add([row | {"unit": unit} for row in found])
-            _report(folder, parts, leak, list(pictures.values()))
+            folder.add([row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)])
+            if found is not None or part is parts[-1]:
+                _report(folder, parts, leak, list(pictures.values()))
             continue
-        grid = grid_for(part)
-        private = private_data(part, data_root, clients_on(grid, part))
-        heard = play(part, grid, private, number)
+        grid, private, heard = trainings.played(number)
         leak = stack([heard.leaks[name] for name in private.names() if name in heard.leaks]) if heard.leaks else None
         if leak is not None:
             for attack in part.attacks:
                 attack.accepts(leak)
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
-            folder.leak(f"part_{number}", leak)
-        played = Played(part, number, private, heard, leak, out, grid)
+            folder.leak(unit, leak)
+        played = Played(part, number, private, heard, leak, out, grid, overhead, trainings.lost(number))
         for order, attack in enumerate(part.attacks):
             guess = _attack(played, order, attack, folder, device)
             if guess is not None:
@@ -106,6 +116,55 @@ def run(
     assert folder is not None
     folder.describe(finished=True)
     return folder.rows
+
+
+class Trainings:
+    """A run's parts, played: each when it is asked for, and once where others are held against it."""
+
+    def __init__(self, parts: Sequence[Scenario], grid_for: Callable[[Scenario], Grid], data_root: Path) -> None:
+        self.parts, self.grid_for, self.data_root = parts, grid_for, data_root
+        self._kept: dict[int, tuple[Grid, PrivateData, Heard]] = {}
+
+    def played(self, number: int) -> tuple[Grid, PrivateData, Heard]:
+        """The part's grid, who held what, and what was heard."""
+        if number in self._kept:
+            return self._kept[number]
+        part = self.parts[number]
+        grid = self.grid_for(part)
+        private = private_data(part, self.data_root, clients_on(grid, part))
+        made = grid, private, play(part, grid, private, number)
+        if part.accuracy_loss:
+            self._kept[number] = made
+        return made
+
+    def attacked(self, number: int) -> bool:
+        """Whether this part is attacked: always, or if its defence comes nearest to the loss that is agreed on."""
+        part = self.parts[number]
+        if not part.accuracy_loss or part.defence == "none":
+            return True
+        others = strengths_of(self.parts, part)
+        return number == nearest(others, lambda one: self._lost(one, "held_out"), part.accuracy_loss)
+
+    def tried(self, number: int) -> list[Row]:
+        """Of a part that is not attacked the one row, if it was trained."""
+        if number not in self._kept:
+            return []
+        part, heard = self.parts[number], self._kept[number][2]
+        told = {"defence": part.defence, "world": part.world, "model": part.model, "seed": part.seed}
+        return [{"scenario": part.name, **told, "accuracy": heard.accuracy, **self.lost(number)}]
+
+    def lost(self, number: int) -> Row:
+        """What the part's defence costs, on public and on test images; nothing where no loss is agreed on."""
+        if not self.parts[number].accuracy_loss:
+            return {}
+        held_out = self.played(number)[2].held_out
+        return {"held_out": held_out, "accuracy_lost": self._lost(number, "accuracy")}
+
+    def _lost(self, number: int, which: str) -> float:
+        """Of `accuracy` or `held_out`."""
+        other = undefended(self.parts, self.parts[number])
+        before, after = (getattr(self.played(one)[2], which) for one in (other, number))
+        return before - after  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -119,6 +178,13 @@ class Played:
     leak: Leak | None
     out: Path
     grid: Grid
+    measure: Callable[[Scenario, PrivateData], float | None]
+    lost: Row
+
+    @cached_property
+    def overhead(self) -> float | None:
+        """What the defence costs a client: measured once, where rows are made."""
+        return self.measure(self.part, self.private)
 
     @cached_property
     def practice(self) -> Practice:
@@ -169,9 +235,9 @@ class Played:
 def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: torch.device) -> Reconstruction | None:
     """One attack's guess, and its rows in the folder; both from the folder where a resumed run has them already."""
     unit = _unit(f"part_{played.number}-{order}", attack)
-    common = _common(played.part, unit, attack)
     if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
         return kept
+    common = _common(played.part, unit, attack, played.private.clients) | {"overhead": played.overhead} | played.lost
     missing = [name for name in played.private.names() if name not in played.heard.leaks]
     rows: list[Row] = [
         common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
@@ -208,7 +274,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
             for row, made_by in zip(_scored(played, guess), makers, strict=True)
         ]
         folder.keep(unit, guess)
-    if played.part.delta is not None:
+    if played.part.delta is not None and played.part.success_db is not None:
         share = success_of(played.part, rows)
         rows = [row | share for row in rows]
     folder.rows = [row for row in folder.rows if row["unit"] != unit]
@@ -227,16 +293,23 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
             "round": rnd,
             **{name: score[name] for name in SCORES},  # type: ignore[literal-required]
             **{note: score[note] for note in NOTES if score[note]},  # type: ignore[literal-required]
+            "upper_bound_psnr": _best([each[victim].cpu() for each in guess.candidates], truth),
             "psnr_blind": float(scores.psnr(scores.mse(played.floor.expand_as(truth), truth)).mean()),
             "accuracy": played.heard.accuracy,
             "moved": played.heard.moved[client, rnd],
             "objective": _finite(float(objective)),
             "error": None,
         }
-        for client, rnd, score, truth, objective in zip(
-            played.leak.clients.tolist(), played.leak.rounds.tolist(), scored, images, guess.objective, strict=True
+        for victim, (client, rnd, score, truth, objective) in enumerate(
+            zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), scored, images, guess.objective, strict=True)
         )
     ]
+
+
+def _best(candidates: Sequence[Tensor], truth: Tensor) -> float | None:
+    """PSNR of the candidate nearest to the truth: an upper bound, since no attacker can tell; None where none is."""
+    ordered = (found[scores.match(found, truth)] for found in map(torch.nan_to_num, candidates))
+    return max((float(scores.psnr(scores.mse(found, truth)).mean()) for found in ordered), default=None)
 
 
 SHIFTS = ("practice_classes", "practice_labels", "victims_world", "victims_classes", "others")
@@ -246,7 +319,7 @@ SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 NOTES = ("ssim_note", "lpips_note")
 
 
-def _common(part: Scenario, unit: str, attack: Attack) -> Row:
+def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
     return {
         "scenario": part.name,
         **{knob: getattr(part, knob, value) for knob, value in part.swept},
@@ -262,8 +335,8 @@ def _common(part: Scenario, unit: str, attack: Attack) -> Row:
         "steps": part.steps,
         "seed": part.seed,
         **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")),
-        **dict.fromkeys(("overhead", "strongest")),
-        **promised(part),
+        **dict.fromkeys(("overhead", "strongest", "upper_bound_psnr")),
+        **promised(part, clients),
         "settings": repr(attack),
         "unit": unit,
     }
@@ -276,19 +349,29 @@ DOUBT = 0.05
 """How often each limit of a success may be wrong."""
 
 
-def promised(part: Scenario) -> Row:
+def promised(part: Scenario, clients: int = 0) -> Row:
     """What the part's defence guarantees: ε of a victim's attacked exchanges, and of all in which a client takes part.
 
     Nothing where the part names no δ.
+
+    Args:
+        clients: honest ones on the grid; 0 means as many as the part names, or one a victim.
 
     Raises:
         FedtapError: no accountant here covers the defence.
     """
     if part.delta is None:
         return {}
-    rounds = part.rounds + part.attacked_rounds(part.clients or part.victims)  # a client answers in all of them
+    rounds = part.rounds + part.attacked_rounds(
+        clients or part.clients or part.victims
+    )  # a client answers in all of them
     defences = described(part.defence)
-    once, ever = (mechanism_of(defences, ADJACENCY, releases, part.steps) for releases in (part.repeats, rounds))
+    try:
+        once, ever = (mechanism_of(defences, ADJACENCY, releases, part.steps) for releases in (part.repeats, rounds))
+    except FedtapError as error:
+        if part.success_db is not None:
+            raise
+        return {"epsilon": None, "epsilon_note": str(error), "delta": part.delta}
     guarantee = dataclasses.asdict(once.guarantee(part.delta))
     note = {} if math.isfinite(guarantee["epsilon"]) else {"epsilon_note": UNPROTECTED}
     guarantee["epsilon"] = float(f"{guarantee['epsilon']:.9g}")  # as it was asked for, where it was
@@ -298,11 +381,11 @@ def promised(part: Scenario) -> Row:
         "epsilon_all": _finite(ever.guarantee(part.delta).epsilon),
         "releases": rounds,
         "sigma": once.sigma,
-        "success_db": part.success_db,
-        **dict.fromkeys(("success", "success_low", "success_high", "bound")),
+        **(dict.fromkeys(SUCCESS) | {"success_db": part.success_db} if part.success_db is not None else {}),
     }
 
 
+SUCCESS = ("success_db", "success", "success_low", "success_high", "bound")
 UNPROTECTED = "ε = ∞: it takes a clip, and noise after it"
 
 
@@ -314,6 +397,7 @@ def success_of(part: Scenario, rows: Sequence[Row]) -> Row:
     decibels = [row["psnr"] for row in rows if row["psnr"] is not None]
     if not decibels:
         return {}
+    assert part.success_db is not None
     won = sum(value >= part.success_db for value in decibels)
     low, high = scores.limits(won, len(decibels), DOUBT)
     return {"success": won / len(decibels), "success_low": low, "success_high": high}
@@ -327,14 +411,15 @@ def _show(pictures: dict[Any, report.Picture], played: Played, attack: Attack, g
     """Add a guess to its victims' pictures. Parts that attack the same victims share them."""
     part = played.part
     shifts = tuple((knob, getattr(part, knob)) for knob in SHIFTS if getattr(part, knob) != getattr(Scenario, knob))
-    said = "".join(f", {knob.replace('_', ' ')} {value}" for knob, value in (*part.swept, *shifts))
+    swept = tuple((knob, getattr(part, knob, value)) for knob, value in part.swept)
+    said = "".join(f", {knob.replace('_', ' ')} {value}" for knob, value in (*swept, *shifts))
     assert played.leak is not None
     for victim in range(min(len(played.leak), 2 if part.swept else PICTURES)):
         client, rnd = int(played.leak.clients[victim]), int(played.leak.rounds[victim])
         truth = played.truths[victim][0]
         found = guess.images[victim].nan_to_num()
         found = found[scores.match(found, truth)]
-        key = (part.world, part.batch, part.steps, part.swept, shifts, client, rnd)
+        key = (part.world, part.batch, part.steps, swept, shifts, client, rnd)
         if key not in pictures and len(pictures) < 2 * PICTURES:
             who = "sum" if part.summed > 1 else f"client {client}"
             title = who + (f", round {rnd}" if rnd > 1 else "") + said

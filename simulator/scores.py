@@ -7,6 +7,7 @@ truth's before they are scored.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -135,6 +136,13 @@ def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
     return float(low.low), float(high.high)
 
 
+def relative_error(
+    guess: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]
+) -> Float[Tensor, " victims"]:
+    """``|guess - truth| / |truth|`` of each victim."""
+    return (guess.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)  # type: ignore[no-any-return]
+
+
 def score(
     guess_images: Batch, guess_labels: Int[Tensor, " batch"], true_images: Batch, true_labels: Int[Tensor, " batch"]
 ) -> Score:
@@ -239,3 +247,71 @@ def blind(public: Batch) -> Image:
 
 def _size(images: Tensor) -> str:
     return "x".join(map(str, images.shape[-2:]))
+
+
+Texts = Int[Tensor, "batch tokens"]
+
+
+class TextScore(TypedDict):
+    """One victim's scores: means over its batch's texts, all in [0, 1]."""
+
+    exact_tokens: float
+    """Share of places at which the token is right."""
+    exact_texts: float
+    """Share of texts of which all are."""
+    rouge1: float
+    rouge2: float
+    rouge_l: float
+    """F1, over tokens."""
+    matching: list[int]
+    """For each true text, which guess was matched to it."""
+
+
+def match_texts(guess: Texts, truth: Texts) -> Int[Tensor, " batch"]:
+    """For each true text the guess that is matched to it: the pairing with the most tokens right."""
+    right = (guess[None] == truth[:, None]).sum(2)  # truth guess
+    return torch.from_numpy(linear_sum_assignment(right.numpy(), maximize=True)[1])
+
+
+def score_texts(guess: Texts, truth: Texts) -> TextScore:
+    """The scores of one victim."""
+    matching = match_texts(guess, truth)
+    right = guess[matching] == truth
+    pairs = list(zip(guess[matching].tolist(), truth.tolist(), strict=True))
+    return TextScore(
+        exact_tokens=float(right.double().mean()),
+        exact_texts=float(right.all(1).double().mean()),
+        rouge1=float(np.mean([rouge_n(*pair, 1) for pair in pairs])),
+        rouge2=float(np.mean([rouge_n(*pair, 2) for pair in pairs])),
+        rouge_l=float(np.mean([rouge_l(*pair) for pair in pairs])),
+        matching=matching.tolist(),
+    )
+
+
+def rouge_n(guess: Sequence[int], truth: Sequence[int], n: int) -> float:
+    """F1 of the runs of n tokens that both have, each as often as both have it.
+
+    Lin 2004, https://aclanthology.org/W04-1013.
+    """
+    runs = [Counter(zip(*(text[start:] for start in range(n)), strict=False)) for text in (guess, truth)]
+    return _f1((runs[0] & runs[1]).total(), runs[0].total(), runs[1].total())
+
+
+def rouge_l(guess: Sequence[int], truth: Sequence[int]) -> float:
+    """F1 of the longest common subsequence of tokens (Lin 2004)."""
+    above = [0] * (len(truth) + 1)
+    for token in guess:
+        row = [0]
+        for place, other in enumerate(truth):
+            row.append(above[place] + 1 if token == other else max(above[place + 1], row[-1]))
+        above = row
+    return _f1(above[-1], len(guess), len(truth))
+
+
+def _f1(common: int, one: int, other: int) -> float:
+    return 2 * common / (one + other) if one + other else 0.0
+
+
+def blind_text(public: Int[Tensor, "texts tokens"]) -> Int[Tensor, " tokens"]:
+    """What one would guess without any leak: at each place the token that most public texts have there."""
+    return public.mode(0).values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from attackers.idlg import IDLG
 from attackers.inverting_gradients import InvertingGradients
 from attackers.panel import Panel, implausible
 from attackers.parts.announced import sigma
-from attackers.parts.aware import ROUGHNESS, SOFTNESS, Objective, informed
+from attackers.parts.aware import KINK, ROUGHNESS, SOFTNESS, Objective, informed
 from attackers.parts.gradients import Match, mean_gradient, relative_distance, squared_distance
 from attackers.parts.priors import smooth_variation, total_variation
 from attackers.restarts import Restarts
@@ -88,6 +89,9 @@ def slow(text: str, leak: Leak, victim: int, answer: dict[str, Tensor]) -> Tenso
         steps = [float(t.max() - t.min()) / 15 for t in (leak.observed[name][victim] for name in answer)]
         each = [torch.full_like(t, math.sqrt(s**2 / 6 + spread**2)) for t, s in zip(ours.values(), steps, strict=True)]
         sizes = torch.cat(each).clamp_min(1e-12)
+    if text.startswith("laplace"):
+        scale = float(sigma(leak.protocol)) / math.sqrt(2)
+        return 4 * scale * ((flat - heard).square() + (KINK * scale) ** 2).sqrt().sum() / heard.square().sum()
     return ((flat - heard) / sizes).square().sum() / (heard / sizes).square().sum()
 
 
@@ -144,13 +148,21 @@ def test_clipped_examples_are_met_at_their_means_length(batch: int) -> None:
     assert float((plain / aware.clamp_min(1e-9)).min()) > 100
 
 
+def far(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+    """The sum of distances."""
+    return torch.stack([(answer[name] - leaked[name]).abs().sum() for name in leaked]).sum()
+
+
 @pytest.mark.parametrize("text", ["noise(0.02)", "laplace(0.02)"])
-def test_the_objective_under_noise_is_the_posterior(text: str) -> None:
+def test_the_objective_under_noise_is_the_posterior(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attackers.parts.aware.KINK", 1e-4)
     leak, images, labels = defended(text)
     guess, spread = images.flip(0).contiguous(), sigma(leak.protocol)
     found = Objective(leak, aware=True)(guess, labels)
     energy = torch.stack([tensor.square().flatten(1).sum(1) for tensor in mean_gradient(leak).values()]).sum(0)
     likelihood = Match(leak, squared_distance)(guess, labels) / (2 * spread**2)
+    if text.startswith("laplace"):
+        likelihood = Match(leak, far)(guess, labels) / 0.02
     expected = likelihood + ROUGHNESS * guess[0].numel() * smooth_variation(guess)
     torch.testing.assert_close(found * energy / (2 * spread**2), expected, rtol=1e-4, atol=0)
 
@@ -200,6 +212,8 @@ def test_a_panel_takes_each_victims_more_plausible_guess_and_says_whose_it_is() 
     nested = Panel(Panel(weak, strong), weak)(leak, seed=4)
     assert torch.equal(nested.images, best.images)
     assert set(nested.made_by) <= {weak.written(), strong.written()}
+    for number, which in enumerate((weak, strong, weak)):
+        assert torch.equal(nested.candidates[number], which(leak, seed=4).images)
 
 
 def test_a_panel_judges_what_is_not_finite_worst() -> None:
@@ -234,4 +248,6 @@ def test_rows_say_what_was_adapted_and_whose_guess_it_is(tmp_path: Path) -> None
     wanted = {"defence", "attack", "adapted", "psnr", "psnr_blind", "recovered", "accuracy", "overhead"}
     assert all(wanted <= row.keys() for row in rows)
     assert [row["adapted"] for row in rows] == [False, True]
+    assert rows[0]["upper_bound_psnr"] is None
+    assert rows[1]["upper_bound_psnr"] >= max(rows[0]["psnr"], rows[1]["psnr"]) - 1e-3
     assert rows[1]["strongest"] in {attack.written() for attack in attacks_of("idlg(steps=3),idlg(steps=3,aware=True)")}

@@ -24,7 +24,7 @@ from clients.app import client_app
 from scenarios.game import Game
 from scenarios.plan import plan
 from simulator import privacy_report
-from simulator.curves import _stairs
+from simulator.curves import apart
 from simulator.defence import averaged, described
 from simulator.errors import FedtapError
 from simulator.federation import play
@@ -34,11 +34,15 @@ from simulator.privacy import Gaussian
 from simulator.records import tensors_of
 from simulator.report import summarise
 from simulator.run import promised, success_of
+from simulator.run import run as run_parts
 from simulator.scenario import Scenario, private_data
 from simulator.scores import limits
 from tests.test_cli import run
 
 SMALL = {"model": "mlp", "attack": "linear", "victims": "2", "clients": "2", "rounds": "1", "training_batch": "4"}
+
+
+ATTACKS = "inverting_gradients(steps=2),inverting_gradients(steps=2,aware=True)"
 
 
 def part(**knobs: str) -> Scenario:
@@ -101,6 +105,30 @@ def test_a_client_answers_in_every_attacked_round() -> None:
     assert (few["releases"], many["releases"]) == (5, 7)
     assert many["epsilon"] == few["epsilon"]
     assert many["epsilon_all"] > few["epsilon_all"]
+
+
+def test_a_grid_with_fewer_clients_than_victims_has_more_rounds(tmp_path: Path) -> None:
+    loose = plan("dp", SMALL | {"clients": "0", "victims": "5", "epsilon": "1", "attack": "grey"})[0]
+    grid = LocalGrid(client_app(lambda config: (loose,)), 3)  # two honest clients
+    found = run_parts((loose,), lambda part: grid, tmp_path / "out", device=torch.device("cpu"), data_root=tmp_path)
+    assert {row["round"] for row in found} == {2, 3, 4}
+    assert {row["releases"] for row in found} == {4}
+    assert found[0]["epsilon_all"] == promised(part(epsilon="1", victims="5"))["epsilon_all"]
+
+
+@pytest.mark.parametrize("mechanism", ["dp_sgd", "local_dp"])
+def test_noise_inside_the_client_is_played_by_opacus_and_by_flower(mechanism: str, tmp_path: Path) -> None:
+    parts = plan("dp", SMALL | {"mechanism": mechanism, "epsilon": "10", "steps": "2", "batch": "2", "attack": ATTACKS})
+    grid = LocalGrid(client_app(lambda config: parts), 3)
+    found = run_parts(parts, lambda part: grid, tmp_path / "out", device=torch.device("cpu"), data_root=tmp_path)
+    assert [row["adapted"] for row in found] == [False, False, True, True]
+    assert all(row["error"] is None and row["epsilon"] == pytest.approx(10, rel=0.1) for row in found)
+    assert found[0]["protects"] == ("example" if mechanism == "dp_sgd" else "client")
+
+
+@pytest.mark.parametrize("name", ["dp", "fedavg_defended"])
+def test_who_knows_of_the_noise_attacks_beside_who_does_not(name: str) -> None:
+    assert [attack.adapted for attack in plan(name, {})[0].attacks] == [False, True]
 
 
 def test_flowers_mod_is_told_an_epsilon_of_its_own() -> None:
@@ -227,13 +255,13 @@ def test_defences_of_the_same_epsilon_are_told_apart(left: Path) -> None:
     assert "prune(0.9)" in privacy_report.section([*unprotected, *pruned])
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-5, 20)), min_size=1, max_size=9))
-def test_words_beside_points_that_touch_stand_on_different_lines(points: list[tuple[float, float]]) -> None:
-    across, up = ([point[axis] for point in points] for axis in (0, 1))
-    steps = _stairs(across, up)
-    for here, there in itertools.combinations(range(len(points)), 2):
-        if points[here] == points[there]:
-            assert steps[here] != steps[there]
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=18).map(sorted))
+def test_names_beside_points_that_touch_stand_apart(heights: list[float]) -> None:
+    places = apart(heights, 0.05)
+    assert all(after - before >= 0.05 - 1e-9 for before, after in itertools.pairwise(places))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    if all(after - before >= 0.05 for before, after in itertools.pairwise(heights)):
+        assert places == pytest.approx(heights)
 
 
 def test_the_page_looks_right_in_a_browser(left: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from simulator.models import build
 from simulator.practice import gradients
 from simulator.records import tensors_of
 from tests.attack_leaks import leak_of, pictures, practice_for
+from tests.test_cli import run
 from tests.test_federation import BASE, federation
 
 
@@ -120,3 +121,12 @@ def test_weights_are_not_read_from_pairs_of_many(tmp_path: Path) -> None:
     along = dataclasses.replace(practised, about=dataclasses.replace(practised.about, drifts=4))
     with pytest.raises(FedtapError, match=r"one set of weights.*along 4 trainings: leave out --drifts"):
         Identified(IDLG(steps=1)).fit(along)
+
+
+def test_who_reads_one_set_of_weights_refuses_many_before_it_practises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["git", "--listener", "eavesdropper", "--drifts", "5", "--attack", "refine(identified(exact_git),idlg)"]
+    assert run(monkeypatch, *words, "--out", str(tmp_path / "out")) == 2
+    assert "one set of weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -37,6 +37,7 @@ from simulator.scenario import PrivateData, Scenario, private_data
 from simulator.wiretap import Wiretap
 from tests import legacy_secagg
 from tests.legacy_secagg import Arrays
+from tests.test_cli import run as fedtap
 
 RING = 2**32
 
@@ -283,3 +284,14 @@ def test_what_practises_practises_on_batches_as_large_as_the_sum(tmp_path: Path)
 def test_the_scenario_is_about_sums(knobs: dict[str, str]) -> None:
     with pytest.raises(FedtapError, match=r"hears each client by itself|--clients N"):
         plan("secagg", knobs)
+
+
+def test_one_client_alone_has_no_others_that_could_collude(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="no others to be colluding"):
+        assert {part.clients for part in plan("secagg", {"others": "colluding"})} == {2, 5, 10, 50}
+    words = ["secagg", "--clients", "1", "--others", "colluding", "--out", str(tmp_path / "out")]
+    assert fedtap(monkeypatch, *words) == 2
+    assert "Nothing is left of secagg" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

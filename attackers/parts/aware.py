@@ -3,12 +3,14 @@
 Then both are compared where they can be compared. A pruned gradient shows which entries were kept, and Soteria's which
 features: what was dropped is left out (of Soteria, as in Balunović et al. 2022, https://arxiv.org/abs/2111.04706, who
 also have the Bayes-optimal attack on a gradient with noise). A sign is compared with a soft sign; a clip is repeated;
-quantisation and noise leave an error of a known size, by which entries are weighed. The less a defence leaves, the more
+quantisation and noise leave an error of a known size, by which entries are weighed; Laplace noise has heavier tails
+than a square would have it, so there it is distances that count. The less a defence leaves, the more
 it matters what pictures look like: that has the weight which it has in the posterior.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,6 +44,12 @@ training images."""
 
 PRUNED, SIGNED = 1e-3, 1.0
 """Weight of the variation where nothing is random: beside a squared distance relative to what was sent."""
+
+KINK = 0.3
+"""Of a Laplace density's peak: residuals smaller than this share of its scale count as in a Gaussian one."""
+
+OTHER_NOISE = {"noise", "dp_sgd", "local_dp", "quantise"}
+"""What added to Laplace noise gives another density."""
 
 INSIDE = 0.01
 """Likewise of the squares of what is outside [0, 1]."""
@@ -108,6 +116,22 @@ class Aware:
 
 
 @dataclass(frozen=True)
+class Absolute:
+    """``4 b sum |answer - leaked| / |leaked|^2``, without the kink at 0.
+
+    That is minus the logarithm of a Laplace density of scale b times ``2 s^2 / |leaked|^2``, with the variance
+    ``s^2 = 2 b^2``, as `relative_distance` is of a Gaussian one.
+    """
+
+    scale: float
+
+    def __call__(self, answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+        apart = [(answer[name] - leaked[name]).square() + (KINK * self.scale) ** 2 for name in leaked]
+        size = torch.stack([tensor.square().sum() for tensor in leaked.values()]).sum().clamp_min(1e-30)
+        return 4 * self.scale * torch.stack([square.sqrt().sum() for square in apart]).sum() / size
+
+
+@dataclass(frozen=True)
 class Informed:
     """What an attack minimises that knows the defence.
 
@@ -139,7 +163,13 @@ def informed(leak: Leak, misfit: Misfit, weighed: bool = True, softness: float =
         return None
     steps = leak.protocol.steps if isinstance(leak, UpdateLeak) else 1
     alone = leak.protocol.batch == steps == 1
-    aware = Aware(parts, misfit, sigma(leak.protocol) / steps, 1 / steps, _last(leak), alone, weighed, softness)
+    error = sigma(leak.protocol) / steps
+    alike = (
+        parts[-1].name == "laplace" and leak.protocol.summed == 1 and not OTHER_NOISE & {part.name for part in parts}
+    )
+    if misfit is relative_distance and alike:
+        misfit = Absolute(error / math.sqrt(2))
+    aware = Aware(parts, misfit, error, 1 / steps, _last(leak), alone, weighed, softness)
     return Informed(aware, _weights(aware, leak))
 
 

@@ -1,0 +1,31 @@
+"""A client of split learning: it runs its half of the model on its own input, and sends on what comes out."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from simulator.attack import generator
+from simulator.records import tensors_of
+
+
+def answer(order: Message, half: nn.Module, private: Tensor, client: int, noise: float = 0.0, seed: int = 0) -> Message:
+    """The output of the half that the order's weights make, for this input.
+
+    Args:
+        half: the client's part of the model; the order's `arrays` are loaded into it.
+        private: what it is given, without a batch axis.
+        noise: standard deviation of what the client adds, as a share of the output's root mean square.
+
+    Raises:
+        RuntimeError: the order carries another model's weights.
+    """
+    half.load_state_dict(tensors_of(order.content.array_records["arrays"]))
+    with torch.no_grad():
+        output = half.eval()(private[None])[0]
+    if noise:
+        drawn = torch.randn(output.shape, generator=generator(seed, "noise", client), dtype=output.dtype)
+        output = output + noise * output.square().mean().sqrt() * drawn
+    content = {"attention": ArrayRecord({"output": output}), "metrics": MetricRecord({"partition": client})}
+    return Message(RecordDict(content), reply_to=order)  # type: ignore[arg-type]
