@@ -26,7 +26,7 @@ from scenarios import attention_report
 from scenarios.knobs import Knob
 from scenarios.split import Split, attacks_on_blocks
 from simulator.attack import Attack, Inputs, generator
-from simulator.attention import AROUND, Attention, Words
+from simulator.attention import AROUND, Attention, Words, block_name
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
 from simulator.output import Row
@@ -98,8 +98,8 @@ class AttentionStudy(Split):
 
     @property
     def block(self) -> str:
-        """The block, in words."""
-        return f"attention of {self.heads} heads" + (f", {self.around}" if self.around != "nothing" else "")
+        """The block, as a saved leak names it."""
+        return block_name(self.heads, self.around, self.vocabulary)
 
     @cached_property
     def _half(self) -> Attention | Words:

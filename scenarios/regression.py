@@ -119,9 +119,7 @@ class Regression(Study):
         if self.draws and self.shards > 1:
             raise FedtapError("--draws are of one client's posterior, and here are several: leave it out.")
         if self.draws and (self.sampler, self.samples) != (Regression.sampler, Regression.samples):
-            raise FedtapError(
-                "With --draws nothing is sampled: leave out --sampler and --samples, or the draws."
-            )
+            raise FedtapError("With --draws nothing is sampled: leave out --sampler and --samples, or the draws.")
         self.attack  # noqa: B018 (its fields are checked)
         model = likelihood(self.model, 1, self.prior)
         if self.sampler == "exact" and not self.draws and not isinstance(model, LinearRegression):

@@ -126,9 +126,9 @@ def ask(
     return heard
 
 
-def client_failed(reason: str) -> FedtapError:
+def client_failed(reason: object) -> FedtapError:
     """What a client says of its failure; its own sentence where it refused with one."""
-    own = OWN.search(reason)
+    own = OWN.search(str(reason))
     return FedtapError(own[1] if own else f"A client failed, so there is no stack to attack: {reason}")
 
 

@@ -17,21 +17,44 @@ from simulator.output import Folder, Row
 if TYPE_CHECKING:
     from simulator.study import Study
 
+FOUND = (
+    "what was found is in guesses/; objective: the attack's own, lower is better; sum w: private examples that the "
+    "points stand for; seconds: for each victim"
+)
+
 MOST_ROWS = 60
 """Rows of the terminal's table, at most; the page has them all."""
 
 
 def table(study: Study, rows: Sequence[Row]) -> Table:
     """The rows, for a terminal."""
-    columns = _columns(study, rows)
+    return _shown(_columns(study, rows), study.legend, rows)
+
+
+def _shown(columns: Sequence[str], legend: str, rows: Sequence[Row]) -> Table:
     left = len(rows) - MOST_ROWS
-    legend = study.legend + (f"; {left} more rows on the page" if left > 0 else "")
+    legend += f"; {left} more rows on the page" if left > 0 else ""
     shown = Table(caption=plain(legend), box=None, padding=(0, 1, 0, 0))
     for name in columns:
         shown.add_column(plain(name.replace("_", " ")), justify="right" if _numbers(rows, name) else "left")
     for row in rows[:MOST_ROWS]:
         shown.add_row(*(plain(said(row.get(name))) for name in columns))
     return shown
+
+
+def found(rows: Sequence[Row]) -> Table:
+    """What attacks made of a saved leak that holds no images, for a terminal."""
+    return _shown(_found_columns(rows), FOUND, rows)
+
+
+def saved(about: report.About, rows: Sequence[Row]) -> str:
+    """Likewise, as a page."""
+    threat = f"<h2>Who listens, and what they know</h2><p>{escape(about.threat)}</p>"
+    return report.page(about, [*_listed(_found_columns(rows), FOUND, rows), threat])
+
+
+def _found_columns(rows: Sequence[Row]) -> list[str]:
+    return [name for name in rows[0] if name not in ("model", "settings", "unit", "ids")]
 
 
 def said(value: Any) -> str:
@@ -54,7 +77,6 @@ def write(
 
 def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pictures: Sequence[report.Picture]) -> str:
     study, rows = parts[0], folder.rows
-    columns = _columns(study, rows)
     settings = {
         field.name.replace("_", " "): " or ".join(dict.fromkeys(str(getattr(part, field.name)) for part in parts))
         for field in dataclasses.fields(study)
@@ -67,21 +89,28 @@ def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pic
         settings=settings,
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )
-    kinds = {name: " class='number'" if _numbers(rows, name) else "" for name in columns}
-    head = "".join(f"<th{kinds[name]}>{escape(name.replace('_', ' '))}</th>" for name in columns)
-    cells = [[f"<td{kinds[name]}>{escape(said(row.get(name)))}</td>" for name in columns] for row in rows]
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return report.page(
         about,
         [
             report.gallery(pictures),
             *(f"<h2>{escape(heading)}</h2><div class='chart'>{chart}</div>" for heading, chart in charts.items()),
-            f"<h2>Rows</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>",
-            f"<tbody>{body}</tbody></table></div>",
-            f"<p class='pale'>{escape(study.legend)}.</p>",
+            *_listed(_columns(study, rows), study.legend, rows),
             f"<h2>Who listens, and what they know</h2><p>{escape(study.threat)}</p>",
         ],
     )
+
+
+def _listed(columns: Sequence[str], legend: str, rows: Sequence[Row]) -> list[str]:
+    """All rows, as a page's elements."""
+    kinds = {name: " class='number'" if _numbers(rows, name) else "" for name in columns}
+    head = "".join(f"<th{kinds[name]}>{escape(name.replace('_', ' '))}</th>" for name in columns)
+    cells = [[f"<td{kinds[name]}>{escape(said(row.get(name)))}</td>" for name in columns] for row in rows]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return [
+        f"<h2>Rows</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>",
+        f"<tbody>{body}</tbody></table></div>",
+        f"<p class='pale'>{escape(legend)}.</p>",
+    ]
 
 
 def _columns(study: Study, rows: Sequence[Row]) -> list[str]:
