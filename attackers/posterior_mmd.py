@@ -189,7 +189,7 @@ class PosteriorMMD(Attack[PseudoData]):
         sums = _sums(model, units, logs, places)
         best = quadratic(sums)
         yield logs.exp(), units(places), best
-        rested = 0
+        rested = torch.zeros_like(damping, dtype=torch.long)
         for _ in progress(self.steps, self.name):
             slope = _slope(model, units, logs, places) @ k  # victims unknowns statistics
             normal = slope.mT @ slope
@@ -201,15 +201,15 @@ class PosteriorMMD(Attack[PseudoData]):
             tried = logs + change[..., 0], places + change[..., 1:]
             there = _sums(model, units, *tried)
             objective = quadratic(there)
-            better = objective <= best
+            better = (objective <= best) & (rested < REST)  # a victim ends when it would by itself
             logs = torch.where(better[:, None], tried[0], logs)
             places = torch.where(better[:, None, None], tried[1], places)
             before = best
             sums, best = torch.where(better[:, None], there, sums), torch.where(better, objective, best)
             damping = torch.where(better, damping / 10, damping * 10).clamp(1e-15, 1e15)
             yield logs.exp(), units(places), best
-            rested = rested + 1 if bool((before - best <= STILL * best.abs()).all()) else 0
-            if rested == REST:
+            rested = torch.where((before - best <= STILL * best.abs()) | (rested >= REST), rested + 1, 0)
+            if bool((rested >= REST).all()):
                 return
 
     def _adam(
@@ -245,14 +245,16 @@ class PosteriorMMD(Attack[PseudoData]):
         adam = torch.optim.Adam([logs, places], self.step_size)
         steps = self.iterations or STEPS["adam"]
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-        order = generator("batches", *leak.clients.tolist())
+        orders, many = _draws_of(leak, "batches"), min(self.batch, phi.shape[1])
+        lanes = torch.arange(len(phi), device=phi.device)[:, None]
         yield logs.detach().exp(), units(places.detach()), judged()
         for _ in progress(steps, self.name):
-            some = torch.randint(phi.shape[1], (min(self.batch, phi.shape[1]),), generator=order).to(phi.device)
-            at = (model, where, phi[:, some], logs.exp(), units(places), self.estimator, noise[:, some])
+            some = torch.stack([torch.randint(phi.shape[1], (many,), generator=order) for order in orders])
+            some = some.to(phi.device)
+            at = (model, where, phi[lanes, some], logs.exp(), units(places), self.estimator, noise[lanes, some])
             objective = divergence(*at)
             if not bool(objective.isfinite().all()):
-                raise FedtapError(not_finite(model, int(some[0])))
+                raise FedtapError(not_finite(model, int(some[~objective.isfinite()][0, 0])))
             logs.grad, places.grad = torch.autograd.grad(objective.sum(), [logs, places])
             adam.step()
             cosine.step()

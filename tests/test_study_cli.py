@@ -94,7 +94,7 @@ PLAYED = {
         "stationary_mmd(rounds=1,restarts=2,steps=5)",
     ),
     "attention": ("--victims", 2, "--heads", 2, "--n", 3, "--d", 4, "--around", "bert", "--vocabulary", 9),
-    "attention_vit": ("--victims", 1, "--size", 16, "--cut", "attention", "--attack", "attention_newton(steps=1)"),
+    "attention_vit": ("--victims", 1, "--size", 16, "--cut", "sum", "--attack", "attention_newton(steps=1)"),
 }
 
 
