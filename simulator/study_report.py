@@ -61,8 +61,8 @@ def table(study: Study, rows: Sequence[Row]) -> Table:
 
 def summary(study: Study, rows: Sequence[Row]) -> list[Row]:
     """Medians over clients and seeds, for each setting and each thing told in words; empty where none repeat."""
-    names, swept = _columns(study, rows), dict(study.swept)
-    words = [name for name in names if name in swept or not _numbers(rows, name)]
+    names, settings = _columns(study, rows), {*study.settings, *dict(study.swept)}
+    words = [name for name in names if name in settings or not _numbers(rows, name)]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(said(row.get(name)) for name in words), []).append(row)
