@@ -209,14 +209,14 @@ def test_the_regulariser_moves_the_minimum_and_one_heads_far_more() -> None:
 
 
 def test_restarts_keep_the_lowest_loss_and_need_no_truth() -> None:
-    x = tokens(6, 6, 6)
+    x = tokens(3, 6, 6)
     leak = leak_of(block_with(6, 4), x)
     one, many = AttentionNewton()(leak, seed=1), AttentionNewton(restarts=8)(leak, seed=1)
     assert bool((many.objective <= one.objective).all())
     assert float((relative_error(many.values, x) < 1e-6).double().mean()) == 1.0
 
 
-@pytest.mark.parametrize("attack", [AttentionNewton(steps=30), AttentionDescent(steps=80)], ids=repr)
+@pytest.mark.parametrize("attack", [AttentionNewton(steps=30), AttentionDescent(steps=40)], ids=repr)
 def test_a_strangers_output_gives_a_stranger_and_a_run_repeats_itself(
     attack: AttentionNewton | AttentionDescent,
 ) -> None:
@@ -293,7 +293,7 @@ def test_a_photograph_comes_back_from_grey(tmp_path: Path) -> None:
     assert isinstance(vit, ViT)
     images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     leak = leak_of(first_attention(vit), cut(images, 2, 2))
-    guess = AttentionNewton(steps=20)(leak)
+    guess = AttentionNewton(steps=10)(leak)
     found = joined(guess.values.float(), (1, 16, 16), 2, 2)
     assert bool((psnr(mse(found, images)) > 50).all())
     assert bool((psnr(mse(found.roll(1, dims=0), images)) < 15).all())
@@ -312,13 +312,12 @@ def played(tmp_path: Path, name: str, **knobs: object) -> list[dict[str, object]
 
 
 def test_the_scenario_hears_clients_and_says_how_often_and_how_fast(tmp_path: Path) -> None:
-    rows = played(tmp_path, "attention", n=3, d=3, victims=2, heads="1,4", start_off="0.05,0.1", vocabulary=20)
+    rows = played(tmp_path, "attention", n=3, d=3, victims=2, heads="4", start_off="0.05,0.1", vocabulary=20)
     wanted = {"relative_error", "iterations", "converged", "residual", "condition", "tokens_right", "blind", "heads"}
     assert all(wanted <= row.keys() for row in rows)
-    four = [row for row in rows if row["heads"] == 4]
-    assert len(rows) == 4 * 2
-    assert found(four) == found(four, steps=10) == 1.0
-    assert {row["tokens_right"] for row in four} == {1.0}
+    assert [(row["heads"], row["start_error"]) for row in rows] == [(4, 0.05)] * 2 + [(4, 0.1)] * 2
+    assert found(rows) == found(rows, steps=10) == 1.0
+    assert {row["tokens_right"] for row in rows} == {1.0}
     page = (tmp_path / "out/report.html").read_text()
     for heading in ("How often, and how fast", "Error after each step", "Against the start&#x27;s distance"):
         assert heading in page
@@ -332,7 +331,7 @@ def test_noise_on_the_output_comes_back_as_error_and_differs_between_clients(tmp
 
 
 def test_the_vit_scenario_leaves_a_strip_of_pictures(tmp_path: Path) -> None:
-    rows = played(tmp_path, "attention_vit", victims=2, size=8, attack="attention_newton(steps=8)")
+    rows = played(tmp_path, "attention_vit", victims=2, size=8, attack="attention_newton(steps=6)")
     assert all(float(str(row["psnr"])) > float(str(row["psnr_blind"])) + 20 for row in rows)
     assert (tmp_path / "out/strip.png").stat().st_size > 1000
 

@@ -189,19 +189,20 @@ def test_the_slope_is_that_of_the_value(aware: Attack) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("clip(1.0)", "prune(0.9)"), ("soteria(0.5)", "clip(1.0)"), ("prune(0.5)", "soteria(0.5)")]
+    ("text", "said", "steps"),
+    [("clip(1.0)", "prune(0.9)", 25), ("soteria(0.5)", "clip(1.0)", 25), ("prune(0.5)", "soteria(0.5)", 50)],
 )
-def test_who_knows_the_defence_sees_more_and_who_is_told_of_another_does_not(text: str, said: str) -> None:
+def test_who_knows_the_defence_sees_more_and_who_is_told_of_another_does_not(text: str, said: str, steps: int) -> None:
     wrong, images, _ = defended(text, victims=2, said=said)
     right, _, _ = defended(text, victims=2)
-    misled, knowing = (db(IDLG(steps=50, aware=True)(leak).images, images) for leak in (wrong, right))
-    plain = db(IDLG(steps=50)(right).images, images)
+    misled, knowing = (db(IDLG(steps=steps, aware=True)(leak).images, images) for leak in (wrong, right))
+    plain = db(IDLG(steps=steps)(right).images, images)
     assert misled < plain + 3 < knowing
 
 
 def test_a_panel_takes_each_victims_more_plausible_guess_and_says_whose_it_is() -> None:
     leak, _, _ = defended("soteria(0.5)", victims=3)
-    weak, strong = IDLG(steps=3), IDLG(steps=25, aware=True)
+    weak, strong = IDLG(steps=3), IDLG(steps=10, aware=True)
     alone = [attack(leak, seed=4) for attack in (weak, strong)]
     best = Panel(weak, Restarts(strong, 1))(leak, seed=4)
     judged = torch.stack([implausible(leak, guess.images, guess.labels) for guess in alone])
@@ -212,8 +213,8 @@ def test_a_panel_takes_each_victims_more_plausible_guess_and_says_whose_it_is() 
     nested = Panel(Panel(weak, strong), weak)(leak, seed=4)
     assert torch.equal(nested.images, best.images)
     assert set(nested.made_by) <= {weak.written(), strong.written()}
-    for number, which in enumerate((weak, strong, weak)):
-        assert torch.equal(nested.candidates[number], which(leak, seed=4).images)
+    for number, which in enumerate((0, 1, 0)):
+        assert torch.equal(nested.candidates[number], alone[which].images)
 
 
 def test_a_panel_judges_what_is_not_finite_worst() -> None:
@@ -241,7 +242,7 @@ def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
 
 def test_rows_say_what_was_adapted_and_whose_guess_it_is(tmp_path: Path) -> None:
     text = "idlg(steps=3),panel(idlg(steps=3),idlg(steps=3,aware=True))"
-    parts = plan("defences", {"victims": 1, "defence": "sign()", "attack": text})
+    parts = plan("defences", {"victims": 1, "size": 16, "defence": "sign()", "attack": text})
     grid = LocalGrid(client_app(lambda config: parts), 2)
     run(parts, lambda part: grid, tmp_path / "out", device=torch.device("cpu"), data_root=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]

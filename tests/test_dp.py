@@ -39,7 +39,8 @@ from simulator.scenario import Scenario, private_data
 from simulator.scores import limits
 from tests.test_cli import run
 
-SMALL = {"model": "mlp", "attack": "linear", "victims": "2", "clients": "2", "rounds": "1", "training_batch": "4"}
+SMALL = {"model": "mlp", "size": "16", "attack": "linear", "victims": "2", "clients": "2"}
+SMALL |= {"rounds": "1", "training_batch": "4"}
 
 
 ATTACKS = "inverting_gradients(steps=2),inverting_gradients(steps=2,aware=True)"
@@ -77,10 +78,13 @@ def test_the_rows_say_what_was_promised_what_was_got_and_what_it_cost(left: Path
     assert game["success_low"] <= game["bound"]
 
 
+RATED = part(success_db="20")
+
+
 @given(won=st.integers(0, 9), lost=st.integers(0, 9), failed=st.integers(0, 2))
 def test_success_is_the_share_of_victims_from_so_many_decibels_on(won: int, lost: int, failed: int) -> None:
     decibels = [20.0] * won + [19.99] * lost + [None] * failed
-    found = success_of(part(success_db="20"), [{"psnr": value} for value in decibels])
+    found = success_of(RATED, [{"psnr": value} for value in decibels])
     if not won + lost:
         assert not found
         return
@@ -88,7 +92,7 @@ def test_success_is_the_share_of_victims_from_so_many_decibels_on(won: int, lost
     assert found == {"success": won / (won + lost), "success_low": low, "success_high": high}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(epsilon=st.floats(0.1, 1e4), clip=st.floats(0.01, 100), mechanism=st.sampled_from(("update", "dp_sgd")))
 def test_the_noise_is_that_of_the_epsilon_asked_for(epsilon: float, clip: float, mechanism: str) -> None:
     words = {"epsilon": str(epsilon), "clip": str(clip), "mechanism": mechanism, "steps": "3", "rounds": "4"}
@@ -189,7 +193,7 @@ def test_a_mistake_gets_one_sentence(
 
 
 def heard(**knobs: Any) -> Any:
-    made = Scenario(attacks=(), name="repeat", model="mlp", victims=3, clients=2, **knobs)
+    made = Scenario(attacks=(), name="repeat", model="mlp", size=16, victims=3, clients=2, **knobs)
     private = private_data(made, Path("data"), 2)
     return play(made, LocalGrid(client_app(lambda config: (made,)), 3), private), private
 

@@ -116,7 +116,7 @@ def test_whitening_is_a_change_of_coordinates() -> None:
 
 def test_slices_and_noise_estimate_the_trace() -> None:
     model = MODELS[0]
-    leak = leaked(draws=20_000)
+    leak = leaked(draws=10_000)
     exact_one = PosteriorMMD().quadratic(leak).minimum()
     for estimator in ("sliced", "denoising"):
         other = PosteriorMMD(estimator=estimator).quadratic(leak).minimum()
@@ -209,12 +209,13 @@ def test_mean_and_covariance_serve_as_well_as_draws() -> None:
     assert float(found["var_x"]) == pytest.approx(float(records(400)[:, 0].var(correction=0)), rel=0.03)
 
 
-def test_a_networks_posterior_is_attacked_by_its_likelihood_alone() -> None:
+def test_a_networks_posterior_is_attacked_by_its_likelihood_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clients.bayesian.WARM_UP", 20)
     model = BayesianNetwork(1, 2, 0.3)
     x = torch.linspace(-1, 1, 30).double()
     data = torch.stack([x, (2 * x).tanh()], dim=1)
     leak = leak_of(model, {"draws": hmc(model, data, 200)[None]})
-    attack = PosteriorMMD(20, iterations=60, step_size=0.05, batch=32)
+    attack = PosteriorMMD(10, iterations=25, step_size=0.1, batch=16)
     course = [objective for *_, objective in attack.path(leak, attack.begin(leak, 0))]
     assert float(course[-1]) < float(course[0]) - 1
     where = coordinates(leak.observed["draws"], model.parameters)
@@ -250,9 +251,10 @@ def test_exact_draws_have_the_posterior_s_distribution(scale: float) -> None:
         assert stats.kstest(column, "norm").pvalue > 1e-3
 
 
-def test_hamiltonian_draws_are_those_of_the_exact_sampler() -> None:
+def test_hamiltonian_draws_are_those_of_the_exact_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clients.bayesian.WARM_UP", 50)
     model, data = MODELS[0], records(60)
-    one, other = exact(model, data, 20_000), hmc(model, data, 3000)
+    one, other = exact(model, data, 20_000), hmc(model, data, 2000)
     spread = one.std(0)
     assert float(((one.mean(0) - other.mean(0)) / spread).abs().max()) < 0.1
     assert float((other.std(0) / spread - 1).abs().max()) < 0.1

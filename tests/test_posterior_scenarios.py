@@ -182,7 +182,7 @@ def test_there_is_no_exact_sampler_of_a_network(
     assert "use --sampler hmc" in " ".join(capsys.readouterr().err.split())
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.text(max_size=30))
 def test_any_words_are_a_model_or_an_error(text: str) -> None:
     for parse in (prior, lambda words: likelihood(words, 1)):
@@ -232,7 +232,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(json_values, st.binary(max_size=12), st.integers(0, 60))
 def test_any_file_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, value: object, noise: bytes, at: int

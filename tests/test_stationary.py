@@ -33,7 +33,7 @@ from simulator.study import run_studies
 
 CPU = torch.device("cpu")
 SMALL = Case(width=24, examples=3, features=4)
-QUICK = StationaryMMD(restarts=6, rounds=3, steps=30)
+QUICK = StationaryMMD(restarts=5, rounds=2, steps=20)
 
 
 def leaked(case: Case, clients: int = 2, seed: int = 0) -> StationaryLeak:
@@ -157,7 +157,7 @@ def test_more_rounds_never_leave_more() -> None:
 def test_a_training_that_stopped_early_is_told_and_shows_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"no stationary point under fedprox.*has not trained to the end"):
         rows = played(
-            tmp_path, dataclasses.replace(SMALL, training="adam"), StationaryMMD(restarts=6, rounds=1, steps=30)
+            tmp_path, dataclasses.replace(SMALL, training="adam"), StationaryMMD(restarts=3, rounds=1, steps=20)
         )
     for row in rows:
         assert row["recovered"] == 0
