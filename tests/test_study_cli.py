@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attackers.posterior_mmd import PosteriorMMD
 from scenarios.__main__ import main
 from scenarios.deploy import check_nodes
 from scenarios.plan import plan
 from simulator.errors import FedtapError
+from simulator.leaks import PosteriorLeak, Protocol
+from simulator.likelihoods import likelihood
 from simulator.study import client_failed
 
 
@@ -127,6 +130,24 @@ def test_a_saved_leak_is_attacked_by_its_own_attack(
     assert "PSNR" not in said
     guess = load_file(tmp_path / f"attack/guesses/0-{attack}.safetensors")
     assert all(torch.isfinite(tensor.double()).all() for tensor in guess.values())
+
+
+def test_batches_of_draws_do_not_depend_on_neighbours() -> None:
+    names = torch.arange(2)
+    leak = PosteriorLeak(
+        observed={"draws": torch.randn(2, 40, 7, generator=torch.Generator().manual_seed(0)).double()},
+        protocol=Protocol("bayesian_network(2, 0.3)", (1,), 1, 1, prior="normal(1)"),
+        network=likelihood("bayesian_network(2, 0.3)", 1).network(),
+        weights=None,
+        buffers={},
+        clients=names,
+        rounds=torch.ones_like(names),
+        restarts=torch.zeros_like(names),
+    )
+    attack = PosteriorMMD(pseudo=4, iterations=5, batch=8)
+    together = attack(leak)
+    for victim in range(2):
+        torch.testing.assert_close(attack(leak[victim]).points[0], together.points[victim], rtol=1e-9, atol=1e-9)
 
 
 def test_a_saved_leak_of_no_known_half_is_refused(
