@@ -76,6 +76,7 @@ class PosteriorMMD(Attack[PseudoData]):
     """
 
     leaks = (PosteriorLeak,)
+    guesses = PseudoData
     needs_weights = False
 
     pseudo: int = 200

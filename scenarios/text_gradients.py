@@ -274,7 +274,8 @@ def _texts(vocabulary: WordPieces, truths: Sequence[Tensor], guesses: Int[Tensor
                 (escape(vocabulary.pieces[token]), token == right) for token, right in zip(found, text, strict=True)
             ]
             marked = " ".join(piece if right else f"<mark>{piece}</mark>" for piece, right in pieces)
-            rows.append(f"<tr><td>{client}</td><td>{escape(vocabulary.decode(text))}</td><td>{marked}</td></tr>")
+            cells = "".join(f"<td class='attack'>{words}</td>" for words in (escape(vocabulary.decode(text)), marked))
+            rows.append(f"<tr><td>{client}</td>{cells}</tr>")
     head = "<tr><th>client</th><th>text</th><th>read off its gradient, by tokens</th></tr>"
     return f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
 

@@ -251,7 +251,7 @@ class Attack(ABC, Generic[Kind]):
         if self.guesses is Reconstruction and len(leak.protocol.shape) != 3:
             raise FedtapError(
                 f"{self.name} brings back images, and what {leak.protocol.model!r} is fed are none: "
-                "use dager on a language model's gradient."
+                "`fedtap list` names the attacks for each kind of leak; on a language model's gradient, dager."
             )
         if self.needs_weights and leak.weights is None:
             raise FedtapError(

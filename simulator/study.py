@@ -44,11 +44,13 @@ class Study(ABC):
 
     Class attributes:
         columns: those of its rows that its tables show, in this order.
+        settings: those of them whose numbers say what was played, so that no median is taken over them.
         legend: what they mean, in a line.
         threat: who listens, and what they know.
     """
 
     columns: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]] = ()
     legend: ClassVar[str]
     threat: ClassVar[str]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -17,30 +18,80 @@ from simulator.output import Folder, Row
 if TYPE_CHECKING:
     from simulator.study import Study
 
-MOST_ROWS = 60
-"""Rows of the terminal's table, at most; the page has them all."""
+WIDTH, MOST_ROWS = 80, 60
+"""Of the terminal's table, at most; the page has all columns and rows."""
+
+LONGEST = 14
+"""Letters of a cell from which on it is folded."""
+
+FEW = 8
+"""Rows that need no summary."""
+
+REPEATS = "rows"
+"""The summary's column of how many rows are behind one of its own."""
 
 
 def table(study: Study, rows: Sequence[Row]) -> Table:
-    """The rows, for a terminal."""
-    columns = _columns(study, rows)
-    left = len(rows) - MOST_ROWS
-    legend = study.legend + (f"; {left} more rows on the page" if left > 0 else "")
-    shown = Table(caption=plain(legend), box=None, padding=(0, 1, 0, 0))
-    for name in columns:
-        shown.add_column(plain(name.replace("_", " ")), justify="right" if _numbers(rows, name) else "left")
-    for row in rows[:MOST_ROWS]:
-        shown.add_row(*(plain(said(row.get(name))) for name in columns))
-    return shown
+    """The rows for a terminal of WIDTH columns; their medians, where clients and seeds repeat each other."""
+    shown, legend = rows, study.legend
+    if medians := summary(study, rows):
+        shown, legend = medians, f"medians over so many rows, of yes and no the share; {legend}"
+    drawn = Table(box=None, padding=(0, 1, 0, 0))
+    columns, room = [], WIDTH
+    for name in _columns(study, shown):
+        cells = [said(row.get(name)) for row in shown]
+        if medians and len({*cells}) == 1 and not _numbers(shown, name):
+            continue  # the same in all: the page has it among the settings
+        wide = max(map(len, (*name.split("_"), *cells)))
+        words = not _numbers(shown, name) and wide > LONGEST
+        room -= (LONGEST if words else wide) + 1
+        if room < 0:
+            break
+        columns.append(name)
+        justify: Any = "left" if words or name in dict(study.swept) else "right"
+        heading = plain(name.replace("_", "\n"))
+        drawn.add_column(heading, justify=justify, no_wrap=not words, overflow="fold", min_width=min(wide, LONGEST))
+    for row in shown[:MOST_ROWS]:
+        drawn.add_row(*(plain(said(row.get(name))) for name in columns))
+    if len(shown) > MOST_ROWS or room < 0:
+        legend += "; the page has all rows and columns"
+    drawn.caption = plain(legend)
+    return drawn
+
+
+def summary(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """Medians over clients and seeds, for each setting and each thing told in words; empty where none repeat."""
+    names, settings = _columns(study, rows), {*study.settings, *dict(study.swept)}
+    words = [name for name in names if name in settings or not _numbers(rows, name)]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(said(row.get(name)) for name in words), []).append(row)
+    if len(rows) <= FEW or 2 * len(groups) > len(rows):
+        return []
+    numbers = [name for name in names if name not in words and name != "client"]
+    return [
+        {name: group[0].get(name) for name in words}
+        | {REPEATS: len(group)}
+        | {name: _median([row[name] for row in group if row.get(name) is not None]) for name in numbers}
+        for group in groups.values()
+    ]
+
+
+def _median(values: Sequence[Any]) -> Any:
+    if values and all(isinstance(value, bool) for value in values):
+        return f"{sum(values) / len(values):.0%}"
+    return statistics.median(values) if values else None
 
 
 def said(value: Any) -> str:
-    """A value as tables write it: four digits, yes or no, a dash where there is none."""
+    """A value as tables write it: four digits, or two and a power of ten; yes or no; a dash where there is none."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if 1e-2 <= abs(value) < 1e4 else f"{value:.1e}" if value else "0"
+    return str(value)
 
 
 def write(
@@ -67,26 +118,32 @@ def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pic
         settings=settings,
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )
-    kinds = {name: " class='number'" if _numbers(rows, name) else "" for name in columns}
-    head = "".join(f"<th{kinds[name]}>{escape(name.replace('_', ' '))}</th>" for name in columns)
-    cells = [[f"<td{kinds[name]}>{escape(said(row.get(name)))}</td>" for name in columns] for row in rows]
-    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    medians = summary(study, rows)
+    together = f"<h2>Medians</h2>{_html(medians, _columns(study, medians))}" if medians else ""
     return report.page(
         about,
         [
             report.gallery(pictures),
             *(f"<h2>{escape(heading)}</h2><div class='chart'>{chart}</div>" for heading, chart in charts.items()),
-            f"<h2>Rows</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>",
-            f"<tbody>{body}</tbody></table></div>",
+            together,
+            f"<h2>Rows</h2>{_html(rows, columns)}",
             f"<p class='pale'>{escape(study.legend)}.</p>",
             f"<h2>Who listens, and what they know</h2><p>{escape(study.threat)}</p>",
         ],
     )
 
 
+def _html(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    kinds = {name: " class='number'" if _numbers(rows, name) else "" for name in columns}
+    head = "".join(f"<th{kinds[name]}>{escape(name.replace('_', ' '))}</th>" for name in columns)
+    cells = [[f"<td{kinds[name]}>{escape(said(row.get(name)))}</td>" for name in columns] for row in rows]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
 def _columns(study: Study, rows: Sequence[Row]) -> list[str]:
     """What is swept, then the study's columns: those that any row has."""
-    names = dict.fromkeys((*(knob for knob, _ in study.swept), *study.columns))
+    names = dict.fromkeys((*(knob for knob, _ in study.swept), REPEATS, *study.columns))
     return [name for name in names if any(row.get(name) is not None for row in rows)]
 
 

@@ -313,7 +313,9 @@ def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(row["psnr"] > 40 for row in rows(out))  # type: ignore[operator]
 
 
-IMAGE_SCENARIOS = sorted(name for name, function in catalogue().items() if "size" in knobs_of(function))
+IMAGE_SCENARIOS = sorted(
+    name for name, function in catalogue().items() if {"size", "batch"} <= knobs_of(function).keys()
+)
 
 
 @given(name=st.sampled_from(IMAGE_SCENARIOS), batch=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True))

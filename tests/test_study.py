@@ -22,6 +22,7 @@ from simulator.local import LocalGrid
 from simulator.records import tensors_of
 from simulator.scenario import Scenario
 from simulator.study import Outcome, Study, ask, run_studies
+from simulator.study_report import said, summary
 
 DRAWS, FEATURES = 5, 3
 CPU = torch.device("cpu")
@@ -103,6 +104,26 @@ def test_a_federation_of_another_size_is_refused(tmp_path: Path) -> None:
     grid = LocalGrid(client_app(lambda config: (study,)), 2)
     with pytest.raises(FedtapError, match="has 2 nodes, and ask needs 3"):
         run_studies([study], lambda part: grid, tmp_path / "out", device=CPU, data_root=tmp_path)
+
+
+def test_rows_that_repeat_each_other_are_summed_up_by_setting_and_word() -> None:
+    study = Ask(name="ask", swept=(("nodes", "3"),))
+    rows = [
+        {"nodes": nodes, "client": client, "mean": float(client), "nothing": None}
+        for nodes in (3, 5)
+        for client in range(5)
+    ]
+    assert summary(study, rows) == [
+        {"nodes": 3, "rows": 5, "mean": 2.0},
+        {"nodes": 5, "rows": 5, "mean": 2.0},
+    ]
+    assert summary(study, rows[:5]) == []
+    assert summary(study, [row | {"nodes": number} for number, row in enumerate(rows)]) == []
+    named = [row | {"mean": row["client"] > 0} for row in rows]
+    assert [row["mean"] for row in summary(study, named)] == ["80%", "80%"]
+    assert [said(value) for value in (1.5e-9, 0.0, 12345.678, 2.0, True, None, 7)] == (
+        ["1.5e-09", "0", "1.2e+04", "2", "yes", "–", "7"]
+    )
 
 
 @dataclass(frozen=True)
