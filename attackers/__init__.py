@@ -10,6 +10,8 @@ from typing import Any
 
 from simulator.attack import Attack, Reconstruction
 from simulator.errors import FedtapError, unknown
+from simulator.language import LanguageModel
+from simulator.leaks import Leak
 
 
 def _scan() -> dict[str, type[Attack[Any]]]:
@@ -56,6 +58,16 @@ def parse(text: str) -> tuple[Attack, ...]:
                 "keep one, or give them different values."
             )
     return attacks
+
+
+SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "stationary": "stationary_mmd"}
+"""Kind of leak -> the attack that is tried where none is named; of gradients, it depends on the model."""
+
+
+def suited(leak: Leak) -> str:
+    """The attack that is tried on a leak where none is named."""
+    gradients = "dager" if isinstance(leak.network, LanguageModel) else "idlg"
+    return SUITED.get(leak.kind, gradients)
 
 
 def _attack(node: ast.expr) -> Attack:

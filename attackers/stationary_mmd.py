@@ -35,7 +35,7 @@ from torch.func import functional_call, grad, jacfwd, vmap
 from attackers.parts.checks import check_fields
 from simulator.attack import Attack, PseudoData, generator
 from simulator.errors import FedtapError
-from simulator.leaks import Leak, StationaryLeak, Tensors
+from simulator.leaks import Leak, Protocol, StationaryLeak, Tensors
 from simulator.progress import progress
 from simulator.regulariser import Regulariser
 
@@ -50,6 +50,9 @@ PICKED = (0.6, 0.1)
 
 GIVE, TAKE, LEAST, MOST = 1 / 3, 4.0, 1e-15, 1e10
 """The damping's change after a step that is kept, after one that is not, its least, and where a lane is stuck."""
+
+MOST_ENTRIES = 2**29
+"""Of the Jacobians of all victims and starts, at most."""
 
 FAINTEST = 1e-7
 """Singular value of the made-up gradients, as a share of the largest, below which a direction is left out."""
@@ -99,6 +102,26 @@ class StationaryMMD(Attack[PseudoData]):
             raise FedtapError(
                 "stationary_mmd reads labels and weights off the slopes of a cross-entropy, and a model with "
                 f"{leak.protocol.classes} output has none: use one with two classes."
+            )
+
+        entries = sum(parameter.numel() for parameter in leak.network.parameters())
+        self.check_size(len(leak), leak.protocol, entries)
+
+    def check_size(self, victims: int, protocol: Protocol, entries: int) -> None:
+        """Refuse what would fill the memory.
+
+        Args:
+            entries: parameters of the model.
+
+        Raises:
+            FedtapError: with the sizes.
+        """
+        points = math.ceil(self.surplus * protocol.batch)
+        unknowns = points * (math.prod(protocol.shape) + protocol.classes - 1)
+        if max(victims * self.restarts, 2 * points) * unknowns * entries > MOST_ENTRIES:
+            raise FedtapError(
+                f"The Jacobians of {victims} victims with {self.restarts} restarts, {unknowns} unknowns and {entries} "
+                "weights fill gigabytes: give it fewer victims, restarts, examples, features or weights."
             )
 
     def begin(self, leak: Leak, seed: int) -> Tensor:

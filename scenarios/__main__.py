@@ -16,7 +16,7 @@ from flwr.app import UserConfig
 from rich.console import Console
 from rich.table import Table
 
-from attackers import ATTACKS, parse
+from attackers import ATTACKS, parse, suited
 from clients.app import client_app
 from clients.cost import overhead
 from scenarios.game import Game, check
@@ -25,12 +25,13 @@ from scenarios.image import with_trained
 from scenarios.knobs import knobs_of, pairs
 from scenarios.plan import catalogue, plan, plan_of, question, sorted_out
 from simulator import defence_report, privacy_report, report, study_report
-from simulator.attack import Attack
+from simulator.attack import Attack, Reconstruction
+from simulator.attention import architecture
 from simulator.defence import WORDS, usage
 from simulator.errors import FedtapError, unknown
 from simulator.leaks import KINDS, load
 from simulator.local import LocalGrid
-from simulator.models import MODELS, build
+from simulator.models import MODELS
 from simulator.run import attack_saved, device_named, run
 from simulator.scenario import Scenario
 from simulator.study import Study, run_studies
@@ -100,7 +101,9 @@ def run_command(
 @cli.command("attack")
 def attack_command(
     leaks: Annotated[Path, typer.Argument(help="A saved leak (.safetensors, its .json beside it).")],
-    attack: Annotated[str, typer.Option(help="NAME[,NAME…], each with settings if need be; idlg unless said.")] = "",
+    attack: Annotated[
+        str, typer.Option(help="NAME[,NAME…], with settings if need be; the leak's own unless said.")
+    ] = "",
     attacker: Annotated[str, typer.Option(help="PATH of a trained attack's .safetensors, as a run leaves it.")] = "",
     model: Annotated[str, typer.Option(help="The leak's architecture, where it is a module:function of yours.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/attack"),
@@ -108,11 +111,13 @@ def attack_command(
     device: Device = "",
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
-    attacks = parse(with_trained(attack, attacker) or "idlg")
+    named = parse(with_trained(attack, attacker)) if attack or attacker else ()
     _find_own_code(model)
-    leak = load(leaks, build, model or None)
+    leak = load(leaks, architecture, model or None)
+    attacks = named or parse(suited(leak))
     rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)
-    _say(rows, out)
+    console.print(report.table(rows) if attacks[0].guesses is Reconstruction else study_report.found(rows))
+    _where(out)
 
 
 @cli.command("list")
@@ -174,7 +179,7 @@ def _studies(
 
     rows = run_studies(studies, grid, where, device=device, data_root=data_root)
     console.print(study_report.table(studies[0], rows))
-    console.print(f"Page: {where / 'report.html'}   figures: {where / 'rows.jsonl'}", highlight=False, soft_wrap=True)
+    _where(where)
 
 
 def _find_own_code(*models: str) -> None:
@@ -225,7 +230,11 @@ def _say(rows: list[dict[str, object]], out: Path) -> None:
     console.print(privacy_report.table(rows) if privacy_report.told(rows) else report.table(rows))
     if defence_report.told(rows):
         console.print(defence_report.table(rows))
-    console.print(f"Pictures: {out / 'report.html'}   figures: {out / 'rows.jsonl'}", highlight=False, soft_wrap=True)
+    _where(out)
+
+
+def _where(out: Path) -> None:
+    console.print(f"Page: {out / 'report.html'}   figures: {out / 'rows.jsonl'}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

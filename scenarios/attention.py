@@ -26,7 +26,7 @@ from scenarios import attention_report
 from scenarios.knobs import Knob
 from scenarios.split import Split, attacks_on_blocks
 from simulator.attack import Attack, Inputs, generator
-from simulator.attention import AROUND, Attention, Words
+from simulator.attention import AROUND, Attention, Words, block_name
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
 from simulator.output import Row
@@ -35,6 +35,9 @@ from simulator.study import Outcome
 
 STOPS = (*range(26), 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 """Steps after which an attack is looked at, for its chart."""
+
+MOST = 2**26
+"""Numbers of the embeddings, or of all attention's scores and values, at most."""
 
 LARGE = 1024
 """Unknowns from which the Jacobian's condition is not computed."""
@@ -72,13 +75,22 @@ class AttentionStudy(Split):
     start_off: float = 0.0
     """Distance of the attack's start from the input, as a share of its length, in a random direction; 0: unknown."""
     gamma: float = 0.0
-    """Weight of the attacks' regulariser, where they are given none."""
+    """Weight of the attacks' regulariser, where it is not in their own settings."""
     vocabulary: int = 0
     """Words, each with a standard normal embedding that the server knows; 0: tokens are no words."""
 
     def __post_init__(self) -> None:
         if self.vocabulary == 1:
             raise FedtapError("A vocabulary of one word leaves nothing to find: give --vocabulary 2 or more, or 0.")
+        if max(self.vocabulary * self.d, self.victims * self.heads * self.n * (self.n + self.d)) > MOST:
+            raise FedtapError(
+                f"{self.victims} inputs of {self.n} tokens of width {self.d} through {self.heads} heads, of "
+                f"{self.vocabulary} words, fill gigabytes: lower --n, --d, --heads, --victims or --vocabulary."
+            )
+        if self.gamma and any(attack.gamma for attack in self.attacks):  # type: ignore[attr-defined]
+            raise FedtapError("--gamma and an attack's own gamma say the same twice: leave one of them out.")
+        if self.start_off and any(attack.starts > 1 for attack in self.attacks):
+            raise FedtapError("Restarts from one start are the same again and again: add --start-off 0.")
 
     def shape(self, data_root: Path) -> tuple[int, int]:
         """Tokens and width."""
@@ -86,8 +98,8 @@ class AttentionStudy(Split):
 
     @property
     def block(self) -> str:
-        """The block, in words."""
-        return f"attention of {self.heads} heads" + (f", {self.around}" if self.around != "nothing" else "")
+        """The block, as a saved leak names it."""
+        return block_name(self.heads, self.around, self.vocabulary)
 
     @cached_property
     def _half(self) -> Attention | Words:
@@ -119,13 +131,12 @@ class AttentionStudy(Split):
     def _rows(self, named: Attack[Inputs], leak: Leak, truth: Tensor) -> list[Row]:
         attack = dataclasses.replace(named, gamma=self.gamma) if self.gamma else named  # type: ignore[type-var]
         start = self._start(truth, leak.clients.tolist()) if self.start_off else None
-        starts = start if start is None else start.repeat_interleave(attack.starts, dim=0)
-        guess = attack(leak, seed=self.seed, start=starts)
+        guess = attack(leak, seed=self.seed, start=start)
         block, heard = block_of(leak), leak.observed["output"]
         errors = relative_error(guess.values, truth)
         standard = relative_error(*map(_standard, (guess.values, truth)))
         residual = relative_error(block(guess.values), heard)
-        path = self._path(attack, leak, starts, truth, guess)
+        path = self._path(attack, leak, start, truth, guess)
         settings: Row = {
             "attack": named.written(),
             "n": self.n,
@@ -166,8 +177,8 @@ class AttentionStudy(Split):
     def _path(
         self, attack: Attack[Inputs], leak: Leak, start: Tensor | None, truth: Tensor, guess: Inputs
     ) -> Mapping[int, Tensor]:
-        """The error after so many steps, by playing the attack anew with so few; none where restarts compete."""
-        if attack.starts > 1 or start is None:
+        """The error after so many steps, by playing the attack anew with so few; none from starts of its own."""
+        if start is None:
             return {}
         path = {0: relative_error(start, truth)}
         for stop in STOPS[1:]:

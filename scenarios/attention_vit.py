@@ -60,8 +60,8 @@ class AttentionViT(Split):
 
     @property
     def block(self) -> str:
-        """The half, in words."""
-        return f"vit to its first attention's {'residual sum' if self.cut == 'sum' else 'output, before the sum'}"
+        """The half, as a saved leak names it."""
+        return f"vit(cut={self.cut!r})"
 
     def world_at(self, data_root: Path) -> World:
         """Where the photographs are from.

@@ -1,9 +1,9 @@
 """Play a scenario on Flower's own engines, on this machine's loopback.
 
 `python -m scenarios.deploy NAME --nodes 5 --knob value …` starts a SuperLink and five SuperNodes (the last one is the
-compromised client), submits the scenario with `flwr run`, waits, and stops what it started. With `--engine simulation`
-the SuperLink plays all nodes itself, on Ray. On real hosts, start the same two programs with TLS instead of --insecure;
-the README shows how.
+compromised client; a study such as `attention` has none, and as many nodes as clients), submits the scenario with `flwr
+run`, waits, and stops what it started. With `--engine simulation` the SuperLink plays all nodes itself, on Ray. On real
+hosts, start the same two programs with TLS instead of --insecure; the README shows how.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from scenarios.game import Game
 from scenarios.knobs import pairs
-from scenarios.plan import plan
+from scenarios.plan import Part, plan
 from simulator.errors import FedtapError
 from simulator.output import left_by_us
+from simulator.scenario import Scenario
+from simulator.study import Study
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -37,6 +40,9 @@ QUIET = {
 
 APP = Path(__file__).parents[1]
 """The Flower app: the folder with pyproject.toml."""
+
+FILES = ("world", "data", "draws", "weights")
+"""Knobs that may name a file, which an engine's processes would look for in folders of their own."""
 
 Engine = Literal["deployment", "simulation"]
 
@@ -88,8 +94,8 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 stack.enter_context(
                     _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
                 )
-        if Path(knobs.get("world", "")).exists() and "world" in knobs:
-            knobs = {**knobs, "world": str(Path(knobs["world"]).resolve())}
+        files = {word: knobs[word] for word in FILES if knobs.get(word) and Path(knobs[word]).exists()}
+        knobs = {**knobs, **{word: str(Path(file).resolve()) for word, file in files.items()}}
         said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
         run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
         done = subprocess.run(
@@ -146,10 +152,29 @@ def _wait_for(port: int, log: Path, seconds: float = 60) -> None:
     raise FedtapError(f"The SuperLink did not open port {port} in {seconds:g} s; it said:\n{log.read_text()[-2000:]}")
 
 
+def check_nodes(part: Part, nodes: int) -> None:
+    """Refuse another number of nodes than a part needs; any will do for a scenario that names no --clients.
+
+    Raises:
+        FedtapError: with the number to give.
+    """
+    if isinstance(part, Game):
+        raise FedtapError(
+            f"{part.name} plays thousands of clients in one process, not on a grid: fedtap run {part.name}."
+        )
+    if isinstance(part, Study) and part.clients != nodes:
+        raise FedtapError(
+            f"{part.name} needs a node for each of its {part.clients} clients and none beside them, and there are "
+            f"{nodes}: --nodes {part.clients}."
+        )
+    if isinstance(part, Scenario) and part.clients not in (0, nodes - 1):
+        raise FedtapError(f"{nodes} nodes are {nodes - 1} honest clients and a compromised one: --clients {nodes - 1}.")
+
+
 def main(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.")],
-    nodes: Annotated[int, typer.Option(min=2, help="Nodes, the compromised client's included.")] = 5,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes: the clients, and the compromised one if there is one.")] = 5,
     engine: Annotated[str, typer.Option(help="deployment or simulation.")] = "deployment",
     out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/deployed"),
     data_root: Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")] = Path(
@@ -159,10 +184,7 @@ def main(
     """Play a scenario on Flower's deployment or simulation engine."""
     knobs = pairs(context.args)
     for part in plan(name, knobs):  # a mistake is told here, not from inside the engine
-        if part.clients not in (0, nodes - 1):
-            raise FedtapError(
-                f"{nodes} nodes are {nodes - 1} honest clients and a compromised one: --clients {nodes - 1}."
-            )
+        check_nodes(part, nodes)
     left_by_us(out, name)
     if engine not in ("deployment", "simulation"):
         raise FedtapError(f"There is no engine named {engine!r}: there are deployment, simulation.")

@@ -96,4 +96,5 @@ def scenario(
     if others or not isinstance(found, StationaryMMD):
         raise FedtapError(f"--attack {attack} is none on a trained model's weights: write stationary_mmd.")
     case = Case(width, depth, activation, examples, features, str(regular), training, precision)
+    found.check_size(victims, case.protocol, case.entries)  # before anyone trains
     return FedProx(case=case, attack=found, victims=victims, seed=seed)

@@ -13,7 +13,7 @@ from attackers.parts.fisher import ESTIMATORS
 from attackers.posterior_mmd import OPTIMISERS
 from clients.bayesian import SAMPLERS
 from scenarios.knobs import Knob
-from scenarios.regression import WHITENED, Regression
+from scenarios.regression import MOST, WHITENED, Regression
 
 
 def scenario(
@@ -26,7 +26,7 @@ def scenario(
     prior: Annotated[str, Knob("of σ: flat, or halfcauchy(SCALE); β is flat")] = "halfcauchy(2.5)",
     sampler: Annotated[str, Knob("how a client without --draws answers", choices=SAMPLERS)] = "exact",
     samples: Annotated[int, Knob("draws that it makes", 2, 10_000_000)] = 10_000,
-    pseudo: Annotated[int, Knob("pseudo-points", 1, 100_000)] = 200,
+    pseudo: Annotated[int, Knob("pseudo-points", 2, MOST)] = 200,
     whiten: Annotated[str, Knob("whether parameters are whitened before they are compared", choices=WHITENED)] = "yes",
     estimator: Annotated[str, Knob("how the divergence is estimated", choices=ESTIMATORS)] = "exact",
     optimiser: Annotated[str, Knob("how it is minimised", choices=OPTIMISERS)] = "gauss_newton",

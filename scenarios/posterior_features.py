@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scenarios.knobs import Knob
-from scenarios.regression import Regression, Sums
+from scenarios.regression import MOST, Regression, Sums
 from simulator import pseudo_charts
 from simulator.attack import PseudoData
 from simulator.likelihoods import Likelihood
@@ -111,7 +111,7 @@ def scenario(
     degree: Annotated[int, Knob("p: y is regressed on 1, x, …, x^p", 1, 6)] = (1, 2, 3, 4, 5),  # type: ignore[assignment]
     prior: Annotated[str, Knob("of σ: flat, or halfcauchy(SCALE); β is flat")] = "halfcauchy(2.5)",
     samples: Annotated[int, Knob("draws that the client makes", 2, 10_000_000)] = 100_000,
-    pseudo: Annotated[int, Knob("pseudo-points", 1, 100_000)] = 200,
+    pseudo: Annotated[int, Knob("pseudo-points", 2, MOST)] = 200,
     iterations: Annotated[int, Knob("of Gauss-Newton; 0: as many as it takes", 0)] = 0,
     seed: Annotated[int, Knob("seed of all that is drawn", 0, 2**31)] = 0,
 ) -> Moments:

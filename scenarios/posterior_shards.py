@@ -13,7 +13,7 @@ from typing import Annotated
 from attackers.parts.fisher import ESTIMATORS
 from clients.bayesian import SAMPLERS
 from scenarios.knobs import Knob
-from scenarios.regression import Regression
+from scenarios.regression import MOST, Regression
 from simulator import pseudo_charts
 from simulator.output import Row
 
@@ -42,7 +42,7 @@ def scenario(
     prior: Annotated[str, Knob("of σ: flat, or halfcauchy(SCALE); β is flat")] = "halfcauchy(2.5)",
     sampler: Annotated[str, Knob("how a client answers", choices=SAMPLERS)] = "exact",
     samples: Annotated[int, Knob("draws that each makes", 2, 10_000_000)] = 10_000,
-    pseudo: Annotated[int, Knob("pseudo-points for each client", 1, 100_000)] = 50,
+    pseudo: Annotated[int, Knob("pseudo-points for each client", 2, MOST)] = 50,
     estimator: Annotated[str, Knob("how the divergence is estimated", choices=ESTIMATORS)] = "exact",
     seed: Annotated[int, Knob("seed of all that is drawn", 0, 2**31)] = 0,
 ) -> Shards:

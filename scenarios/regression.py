@@ -38,6 +38,9 @@ POSTERIOR = "train.posterior"
 MADE = 434
 """Records that are made where no file is named."""
 
+MOST = 4000
+"""Pseudo-points, at most: two sets of them are matched one by one."""
+
 COURSE = 200
 """Iterations that a chart shows, at most."""
 
@@ -107,12 +110,20 @@ class Regression(Study):
             )
         if (self.x or self.y) and not self.data:
             raise FedtapError("--x and --y name columns of a data file, and there is none: add --data FILE.")
+        if not all(self.names):
+            raise FedtapError(
+                f"--x {self.x} --y {self.y} leaves a column without a name: write --x NAME,NAME --y NAME."
+            )
         if len(set(self.names)) < len(self.names):
             raise FedtapError(f"--x {self.x} --y {self.y} names a column twice, and copies tell nothing: name it once.")
         if self.draws and self.shards > 1:
             raise FedtapError("--draws are of one client's posterior, and here are several: leave it out.")
+        if self.draws and (self.sampler, self.samples) != (Regression.sampler, Regression.samples):
+            raise FedtapError("With --draws nothing is sampled: leave out --sampler and --samples, or the draws.")
         self.attack  # noqa: B018 (its fields are checked)
-        likelihood(self.model, 1, self.prior)
+        model = likelihood(self.model, 1, self.prior)
+        if self.sampler == "exact" and not self.draws and not isinstance(model, LinearRegression):
+            raise FedtapError(f"There is no exact sampler of {self.model}'s posterior: use --sampler hmc, or laplace.")
 
     @property
     def clients(self) -> int:
@@ -161,6 +172,12 @@ class Regression(Study):
         inputs = records.shape[1] - 1 if records is not None else max(drawn - 2, 1)
         prior = self.prior if self.model.startswith(REGRESSIONS) else NORMAL
         model = likelihood(self.model, inputs, prior)
+        names = _draws(_found(self.draws, data_root))[0] if self.draws else ()
+        if "sigma" in names[:-1]:
+            raise FedtapError(
+                f"{self.draws} has its draws in the order {', '.join(names)}, and a regression's σ comes after its "
+                "coefficients: put sigma last."
+            )
         if self.draws and drawn != len(model.parameters):
             raise FedtapError(
                 f"{self.draws} has draws of {drawn} parameters, and {model} on {inputs} inputs has "

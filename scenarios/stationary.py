@@ -6,6 +6,7 @@ noise; the hyperplane is the seed's.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,19 @@ class Case:
     def model(self) -> str:
         """As it is named."""
         return f"mlp(width={self.width}, depth={self.depth}, activation={self.activation!r})"
+
+    @property
+    def protocol(self) -> Protocol:
+        """The public terms."""
+        return Protocol(
+            model=self.model, shape=(self.features,), classes=2, batch=self.examples, prior=self.regulariser
+        )
+
+    @property
+    def entries(self) -> int:
+        """Parameters of the model."""
+        hidden = (self.features + 1) * self.width + (self.depth - 1) * (self.width + 1) * self.width
+        return hidden + 2 * (self.width + 1)
 
     def network(self, seed: int | None = None) -> nn.Module:
         """With the weights that are broadcast, or on the meta device."""
@@ -175,7 +189,7 @@ def _leak(exchange: Exchange, case: Case) -> Leak:
         observed={
             name: tensor.double()[None] for name, tensor in tensors_of(exchange.answer.array_records["arrays"]).items()
         },
-        protocol=Protocol(model=case.model, shape=(case.features,), classes=2, batch=examples, prior=case.regulariser),
+        protocol=dataclasses.replace(case.protocol, batch=examples),
         network=case.network(),
         weights=tensors_of(exchange.order.array_records["arrays"]),
         buffers={},

@@ -35,7 +35,7 @@ from simulator.language import NAMES, LanguageModel, build_language, minilm_fold
 from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import hear
 from simulator.output import Row
-from simulator.study import Outcome, Study
+from simulator.study import Outcome, Study, client_failed
 from simulator.texts import Cut, WordPieces, cut, open_texts
 from simulator.wiretap import Wiretap, partition_of
 
@@ -45,6 +45,9 @@ VOCABULARY = 16384
 SHOWN = 4
 """Victims, and texts of each, that the page shows."""
 
+MOST = 2**30
+"""Entries of all victims' gradients, at most; a block has 12 for each entry of width times width."""
+
 KEPT = 2**28
 """Bytes of a leak up to which a run keeps it."""
 
@@ -53,10 +56,10 @@ def scenario(
     *,
     world: Annotated[str, Knob("NAME of the data root's NAME_train*.csv and NAME_test*.csv")] = "ag_news",
     model: Annotated[str, Knob("gpt, bert, or minilm", choices=NAMES)] = "gpt",
-    batch: Annotated[int, Knob("private texts in the local step", 1)] = 8,
+    batch: Annotated[int, Knob("private texts in the local step", 1, 4096)] = 8,
     tokens: Annotated[int, Knob("tokens to which each text is cut", 1, 510)] = 16,
     width: Annotated[int, Knob("numbers in a token's vector; 384 in minilm", 12, 4096)] = 384,
-    victims: Annotated[int, Knob("clients, all of which are attacked", 1)] = 8,
+    victims: Annotated[int, Knob("clients, all of which are attacked", 1, 1000)] = 8,
     learning_rate: Annotated[float, Knob("learning rate of the clients' SGD", 1e-6, 1e3)] = 0.1,
     defence: Annotated[str, Knob("none, or what clients do to what they send: clip(1.0)+noise(0.01)")] = "none",
     attack: Annotated[str, Knob("dager, with settings if need be: dager(rounds=8)", swept=False)] = "dager",
@@ -72,6 +75,11 @@ def scenario(
         )
     if model == "minilm" and width != 384:
         raise FedtapError(f"MiniLM is 384 wide, and --width {width} would be another model: leave it out, or use bert.")
+    if victims * 24 * width**2 > MOST:
+        raise FedtapError(
+            f"{victims} gradients of a model of width {width} fill {victims * 96 * width**2 / 2**30:.0f} GiB: lower "
+            "--victims or --width."
+        )
     if width % 12:
         raise FedtapError(f"A width of {width} cannot be shared by 12 heads: give a multiple of 12, such as 384.")
     return TextGradients(
@@ -224,10 +232,7 @@ class TextGradients(Study):
             train_config=ConfigRecord({"part": part}),
         )
         if sorted(leaks) != list(range(count)):
-            why = failures[0] if failures else "it did not answer"
-            raise FedtapError(
-                f"Of {count} clients {len(leaks)} sent a gradient, so there is no stack to attack ({why})."
-            )
+            raise client_failed(failures[0] if failures else f"of {count} {len(leaks)} sent a gradient")
         return stack([leaks[client] for client in range(count)])
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, final
+from typing import Any, ClassVar, Generic, Literal, final
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ class Guess(ABC):
         """Its tensors by name, each with a leading victims axis."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def told(self, victim: int) -> dict[str, Any]:
+        """What a row says of a victim's guess where there is no truth to score it against."""
+        return {}
+
     @abstractmethod
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Name -> shape of those tensors whose shape the leak tells."""
@@ -82,6 +86,10 @@ class Reconstruction(Guess):
     candidates: tuple[Images, ...] = ()
     """All guesses among which the attacker chose; empty where it had no choice. For the scorer, who knows the best."""
 
+    def told(self, victim: int) -> dict[str, Any]:
+        """The labels."""
+        return {"labels": self.labels[victim].tolist()}
+
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Those of the protocol."""
         lead = (len(leak), leak.protocol.batch)
@@ -104,6 +112,10 @@ class PseudoData(Guess):
     """How many private examples each stands for, from 0."""
     objective: Float[Tensor, "victims"]
 
+    def told(self, victim: int) -> dict[str, Any]:
+        """How many points, and how many private examples they stand for."""
+        return {"points": self.weights.shape[1], "sum_w": float(self.weights[victim].sum())}
+
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """As many points as the attack likes, of as many features as the protocol says."""
         lead = tuple(self.points.shape[:2])
@@ -120,6 +132,10 @@ class Inputs(Guess):
     converged: Bool[Tensor, "victims"]
     """Whether the solver met its own criterion: it says nothing of the truth."""
 
+    def told(self, victim: int) -> dict[str, Any]:
+        """How the solver ended."""
+        return {"iterations": int(self.iterations[victim]), "converged": bool(self.converged[victim])}
+
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """The input's shape is the protocol's."""
         lead = (len(leak),)
@@ -132,6 +148,10 @@ class Tokens(Guess):
 
     ids: Int[Tensor, "victims batch tokens"]
     objective: Float[Tensor, "victims"]
+
+    def told(self, victim: int) -> dict[str, Any]:
+        """The tokens' numbers."""
+        return {"ids": self.ids[victim].tolist()}
 
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """A text has as many tokens as the protocol says."""

@@ -5,14 +5,15 @@ Also the cut of a vision transformer after its first attention, patch embedding 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simulator.errors import FedtapError
-from simulator.models import EncoderBlock, ViT
+from simulator.errors import FedtapError, unknown
+from simulator.models import HEADS, WIDTH, EncoderBlock, ViT, build
 
 NORMS = ("none", "before", "after")
 """LayerNorm before attention, as in GPT-2 and ViT, or after the residual sum, as in BERT."""
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 class Words(nn.Module):
     """An attention block behind a table of embeddings, which the server has too; it is given what the table says."""
 
-    def __init__(self, vocabulary: int, attention: Attention, draw: torch.Generator) -> None:
+    def __init__(self, vocabulary: int, attention: Attention, draw: torch.Generator | None) -> None:
         super().__init__()
         self.table = nn.Parameter(
             torch.randn(vocabulary, attention.query.in_features, generator=draw, dtype=attention.query.weight.dtype)
@@ -136,9 +137,7 @@ def first_attention(vit: ViT, *, residual: bool = True) -> Patches:
     assert isinstance(block, EncoderBlock)
     tokens, width = vit.position.shape[1:]
     channels, (high, wide) = vit.embed.in_channels, vit.embed.kernel_size
-    attention = Attention(
-        width, block.heads, width // block.heads, residual=residual, scaled=True, norm="before", project=True, bias=True
-    )
+    attention = Attention(width, block.heads, width // block.heads, residual=residual, **OF_VIT)
     patches = Patches(tokens, channels * high * wide, attention)
     # pixels are normalised by channel first, which is affine, as the embedding is
     mean, std = (vit.normalise(torch.full((1, channels, 1, 1), value)) for value in (0.0, 1.0))
@@ -162,6 +161,41 @@ def first_attention(vit: ViT, *, residual: bool = True) -> Patches:
     attention.before.load_state_dict(block.norm1.state_dict())
     return patches
 
+
+BLOCK = re.compile(r"attention\(heads=([1-9]\d{0,3}), around='(\w+)', vocabulary=(0|[1-9]\d{0,6})\)")
+"""How a saved leak says what block it is of."""
+
+HALVES = {"vit(cut='sum')": True, "vit(cut='attention')": False}
+"""A vision transformer's half by name: whether it ends after the residual sum."""
+
+
+def block_name(heads: int, around: str, vocabulary: int) -> str:
+    """The name that `architecture` reads."""
+    return f"attention(heads={heads}, around={around!r}, vocabulary={vocabulary})"
+
+
+def architecture(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """What a leak is of, on the meta device: the half of a model, where inputs are tokens and numbers of a token.
+
+    Raises:
+        FedtapError: there is none of this name.
+    """
+    if len(shape) != 2:
+        return build(name, shape, classes)
+    tokens, numbers = shape
+    found = BLOCK.fullmatch(name)
+    with torch.device("meta"):
+        if found and found[2] in AROUND:
+            attention = Attention(numbers, int(found[1]), **AROUND[found[2]])
+            return Words(int(found[3]), attention, None) if int(found[3]) else attention
+        if name in HALVES:
+            columns = WIDTH // HEADS
+            return Patches(tokens, numbers, Attention(WIDTH, HEADS, columns, residual=HALVES[name], **OF_VIT))
+    raise unknown("half of a model", name, (block_name(4, "nothing", 0), *HALVES))
+
+
+OF_VIT: dict[str, Any] = {"scaled": True, "norm": "before", "project": True, "bias": True}
+"""What is around a vision transformer's heads."""
 
 MOVES = ((-4, -2, -5, -3), (-5, -4, -3, -2))
 """From (channel, row, y, column, x) to (row, column, channel, y, x)."""

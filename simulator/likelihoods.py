@@ -21,6 +21,10 @@ from simulator.leaks import Protocol
 
 HALF_CAUCHY = re.compile(r"halfcauchy\(\s*([0-9.eE+-]+)\s*\)")
 
+HIGHEST, WIDEST = 20, 500
+"""Degree of a polynomial, and hidden units of a network, at most: beyond, powers are lost in rounding, and the Hessian
+of the log-posterior needs gigabytes."""
+
 HOW = "write linear_regression, polynomial(DEGREE) or bayesian_network(HIDDEN, NOISE)"
 
 
@@ -101,10 +105,10 @@ class LinearRegression(Likelihood):
     sigma: Prior = Prior()
 
     def __post_init__(self) -> None:
-        if self.inputs < 1 or self.degree < 1 or (self.degree > 1 and self.inputs > 1):
+        if self.inputs < 1 or not 1 <= self.degree <= HIGHEST or (self.degree > 1 and self.inputs > 1):
             raise FedtapError(
                 f"A linear regression on {self.inputs} inputs of degree {self.degree} is none that fedtap knows: it "
-                "takes any number of inputs at degree 1, or powers of one."
+                f"takes any number of inputs at degree 1, or powers of one, to {HIGHEST}."
             )
 
     def __str__(self) -> str:
@@ -187,9 +191,10 @@ class BayesianNetwork(Likelihood):
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.inputs < 1 or self.hidden < 1 or not 0 < self.noise < math.inf:
+        if self.inputs < 1 or not 1 <= self.hidden <= WIDEST or not 0 < self.noise < math.inf:
             raise FedtapError(
-                f"{self} is no network: give it at least one input and one hidden unit, and a noise over 0."
+                f"{self} is no network that can be sampled: give it at least one input, 1 to {WIDEST} hidden units, "
+                "and a noise over 0."
             )
 
     def __str__(self) -> str:

@@ -176,6 +176,10 @@ class EncoderBlock(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
 
+WIDTH, HEADS = 96, 4
+"""Of the vision transformer's tokens, and of each of its attentions."""
+
+
 class ViT(nn.Module):
     """A small vision transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929): 8x8 patches of the grid.
 
@@ -187,11 +191,11 @@ class ViT(nn.Module):
         channels, height, width = shape
         patch = (max(height // 8, 1), max(width // 8, 1))
         self.normalise = Normalise()
-        self.embed = nn.Conv2d(channels, 96, patch, stride=patch)
-        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), 96))
-        self.blocks = nn.Sequential(*(EncoderBlock(96, 4) for _ in range(4)))
-        self.norm = nn.LayerNorm(96)
-        self.head = nn.Linear(96, classes)
+        self.embed = nn.Conv2d(channels, WIDTH, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), WIDTH))
+        self.blocks = nn.Sequential(*(EncoderBlock(WIDTH, HEADS) for _ in range(4)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, classes)
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:

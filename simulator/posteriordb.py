@@ -7,7 +7,6 @@ data are name -> number or list of numbers.
 from __future__ import annotations
 
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,9 @@ from simulator.errors import FedtapError, unknown
 
 LARGEST = 1 << 30
 """Bytes that a zipped file may unfold to."""
+
+LARGEST_NUMBER = 1e100
+"""Squares of larger ones, summed, are infinite in double precision."""
 
 
 def read_draws(path: Path) -> tuple[tuple[str, ...], Float[Tensor, "draws d"]]:
@@ -72,17 +74,17 @@ def _columns(path: Path, content: Mapping[str, Any], names: Sequence[str]) -> Fl
             )
         for at, value in enumerate(values):
             sound = isinstance(value, int | float) and not isinstance(value, bool)
-            if not sound or not math.isfinite(value):
+            if not sound or not -LARGEST_NUMBER < value < LARGEST_NUMBER:  # nor NaN
                 raise FedtapError(
-                    f"Entry {at + 1} of {name} in {path} is {json.dumps(value)[:40]}, and no finite number: take it "
-                    "out, and what stands beside it."
+                    f"Entry {at + 1} of {name} in {path} is {json.dumps(value)[:40]}, and no finite number of a "
+                    "size that can be squared: take it out, and what stands beside it."
                 )
     return torch.tensor([content[name] for name in names], dtype=torch.float64).T
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FedtapError(f"{path} does not exist: name a .json or .json.zip file of posteriordb's form.")
+        raise FedtapError(f"{path} is no file: name a .json or .json.zip file of posteriordb's form.")
     try:
         if path.suffix.lower() != ".zip":
             return json.loads(path.read_text(encoding="utf-8"))

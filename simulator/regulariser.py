@@ -20,7 +20,8 @@ from torch import Tensor
 from simulator.errors import FedtapError
 from simulator.leaks import Tensors
 
-REGULARISERS = ("fedprox", "weight_decay", "max_margin")
+LEAST, MOST = 1e-12, 1e12
+"""Strengths that double precision can tell beside a loss."""
 
 WRITTEN = re.compile(r"(fedprox|weight_decay)\(([^()]+)\)|(max_margin)")
 
@@ -41,6 +42,11 @@ class Regulariser:
             raise FedtapError(
                 f"{self.name} of strength {self.strength} pulls at no weight, so the trained weights show no sum of "
                 "gradients: give a number over 0."
+            )
+        if not LEAST <= self.strength <= MOST:
+            raise FedtapError(
+                f"{self.name} of strength {self.strength:g} is lost in the losses' rounding, or they in its: give a "
+                f"number from {LEAST:g} to {MOST:g}."
             )
 
     @classmethod

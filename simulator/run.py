@@ -18,7 +18,7 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from simulator import report, scores
+from simulator import report, scores, study_report
 from simulator.attack import Attack, Guess, Reconstruction, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
@@ -549,9 +549,7 @@ def attack_saved(
         seconds = (time.perf_counter() - began) / len(leak)
         unit = _unit(str(order), attack)
         folder.keep(unit, guess)
-        found: list[Row] = [{}] * len(leak)
         if isinstance(guess, Reconstruction):
-            found = [{"labels": labels} for labels in guess.labels.tolist()]
             for victim, picture in enumerate(pictures):
                 picture.guesses[_label(attack, attacks)] = (guess.images[victim], None)
         folder.add(
@@ -561,7 +559,7 @@ def attack_saved(
                     "model": protocol.model,
                     "client": client,
                     "round": rnd,
-                    **found[victim],
+                    **guess.told(victim),
                     "objective": _finite(float(guess.objective[victim])),
                     "seconds": seconds,
                     "settings": repr(attack),
@@ -578,5 +576,8 @@ def attack_saved(
         settings={name: str(value) for name, value in dataclasses.asdict(protocol).items()},
         environment=folder.about["versions"] | {"device": folder.about["device"]},
     )
-    report.write(out, page, folder.rows, [picture for picture in pictures if picture.guesses])
+    if attacks[0].guesses is Reconstruction:
+        report.write(out, page, folder.rows, [picture for picture in pictures if picture.guesses])
+    else:
+        folder.write("report.html", study_report.saved(page, folder.rows).encode())
     return folder.rows

@@ -6,6 +6,8 @@ its own. It is as much a frozen value as a `Scenario` is, and planned, swept and
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +112,7 @@ def ask(
 
     def ear(order: Message, answer: Message) -> None:
         if answer.has_error():
-            raise FedtapError(f"A client failed: {answer.error.reason}")
+            return
         heard.append(Exchange(partition_of(answer), order.content, answer.content))
 
     orders = []
@@ -118,10 +120,31 @@ def ask(
         told = RecordDict(dict(content) | dict(tell(place) if tell else {}) | {"config": ConfigRecord({"part": part})})
         orders.append(Message(told, node, kind))
     failed = [answer.error.reason for answer in Wiretap(grid, ear).send_and_receive(orders) if answer.has_error()]
-    if failed or len(heard) < len(orders):
-        why = failed[0] if failed else f"{len(orders) - len(heard)} of {len(orders)} did not answer"
-        raise FedtapError(f"The clients' answers to {kind} are not complete, so there is nothing to attack ({why}).")
+    if failed:
+        raise client_failed(failed[0])
+    if len(heard) < len(orders):
+        missing = f"{len(orders) - len(heard)} of {len(orders)} clients did not answer"
+        raise FedtapError(f"{missing} to {kind}, so there is no stack to attack: see that all SuperNodes run.")
     return heard
+
+
+def client_failed(reason: object) -> FedtapError:
+    """What a client says of its failure; its own sentence where it refused with one."""
+    own = OWN.search(str(reason))
+    return FedtapError(own[1] if own else f"A client failed, so there is no stack to attack: {reason}")
+
+
+OWN = re.compile(r"FedtapError: (.*?)(?: \(line \d+ of \w+\))?$", re.DOTALL)
+"""A sentence of ours in what an engine says of a client; the grid in this process adds the line."""
+
+
+def _finite(value: Any) -> Any:
+    """None in the place of each number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_studies(
@@ -154,7 +177,7 @@ def run_studies(
         if outcome.leak is not None:
             folder.leak(f"part_{number}", outcome.leak)
         told = {"scenario": part.name, **{knob: getattr(part, knob, value) for knob, value in part.swept}}
-        folder.add([told | dict(row) | {"seed": part.seed} for row in outcome.rows])
+        folder.add([_finite(told | dict(row) | {"seed": part.seed}) for row in outcome.rows])
         where = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in part.swept)
         charts |= {f"{heading}{f' ({where})' if where else ''}": chart for heading, chart in outcome.charts.items()}
         pictures += outcome.pictures

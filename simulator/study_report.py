@@ -18,6 +18,11 @@ from simulator.output import Folder, Row
 if TYPE_CHECKING:
     from simulator.study import Study
 
+FOUND = (
+    "what was found is in guesses/; objective: the attack's own, lower is better; sum w: private examples that the "
+    "points stand for; seconds: for each victim"
+)
+
 WIDTH, MOST_ROWS = 80, 60
 """Of the terminal's table, at most; the page has all columns and rows."""
 
@@ -33,27 +38,36 @@ REPEATS = "rows"
 
 def table(study: Study, rows: Sequence[Row]) -> Table:
     """The rows for a terminal of WIDTH columns; their medians, where clients and seeds repeat each other."""
-    shown, legend = rows, study.legend
     if medians := summary(study, rows):
-        shown, legend = medians, f"medians over so many rows, of yes and no the share; {legend}"
+        names = [name for name in _columns(study, medians) if _numbers(medians, name) or _differs(medians, name)]
+        return _shown(names, f"medians over so many rows, of yes and no the share; {study.legend}", medians)
+    return _shown(_columns(study, rows), study.legend, rows)
+
+
+def _differs(rows: Sequence[Row], name: str) -> bool:
+    """Whether it is not the same in all rows, as it is among the page's settings then."""
+    return len({said(row.get(name)) for row in rows}) > 1
+
+
+def _shown(columns: Sequence[str], legend: str, rows: Sequence[Row]) -> Table:
+    """As many columns as there is room for."""
     drawn = Table(box=None, padding=(0, 1, 0, 0))
-    columns, room = [], WIDTH
-    for name in _columns(study, shown):
-        cells = [said(row.get(name)) for row in shown]
-        if medians and len({*cells}) == 1 and not _numbers(shown, name):
-            continue  # the same in all: the page has it among the settings
+    kept, room = [], WIDTH
+    for name in columns:
+        cells, numbers = [said(row.get(name)) for row in rows], _numbers(rows, name)
         wide = max(map(len, (*name.split("_"), *cells)))
-        words = not _numbers(shown, name) and wide > LONGEST
-        room -= (LONGEST if words else wide) + 1
+        folded = not numbers and wide > LONGEST
+        room -= (LONGEST if folded else wide) + 1
         if room < 0:
             break
-        columns.append(name)
-        justify: Any = "left" if words or name in dict(study.swept) else "right"
+        kept.append(name)
+        shares = any(cell.endswith("%") for cell in cells)
         heading = plain(name.replace("_", "\n"))
-        drawn.add_column(heading, justify=justify, no_wrap=not words, overflow="fold", min_width=min(wide, LONGEST))
-    for row in shown[:MOST_ROWS]:
-        drawn.add_row(*(plain(said(row.get(name))) for name in columns))
-    if len(shown) > MOST_ROWS or room < 0:
+        justify: Any = "right" if numbers or shares else "left"
+        drawn.add_column(heading, justify=justify, no_wrap=not folded, overflow="fold", min_width=min(wide, LONGEST))
+    for row in rows[:MOST_ROWS]:
+        drawn.add_row(*(plain(said(row.get(name))) for name in kept))
+    if len(rows) > MOST_ROWS or room < 0:
         legend += "; the page has all rows and columns"
     drawn.caption = plain(legend)
     return drawn
@@ -83,6 +97,21 @@ def _median(values: Sequence[Any]) -> Any:
     return statistics.median(values) if values else None
 
 
+def found(rows: Sequence[Row]) -> Table:
+    """What attacks made of a saved leak that holds no images, for a terminal."""
+    return _shown(_found_columns(rows), FOUND, rows)
+
+
+def saved(about: report.About, rows: Sequence[Row]) -> str:
+    """Likewise, as a page."""
+    threat = f"<h2>Who listens, and what they know</h2><p>{escape(about.threat)}</p>"
+    return report.page(about, [*_listed(_found_columns(rows), FOUND, rows), threat])
+
+
+def _found_columns(rows: Sequence[Row]) -> list[str]:
+    return [name for name in rows[0] if name not in ("model", "settings", "unit", "ids")]
+
+
 def said(value: Any) -> str:
     """A value as tables write it: four digits, or two and a power of ten; yes or no; a dash where there is none."""
     if value is None:
@@ -105,7 +134,6 @@ def write(
 
 def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pictures: Sequence[report.Picture]) -> str:
     study, rows = parts[0], folder.rows
-    columns = _columns(study, rows)
     settings = {
         field.name.replace("_", " "): " or ".join(dict.fromkeys(str(getattr(part, field.name)) for part in parts))
         for field in dataclasses.fields(study)
@@ -119,21 +147,25 @@ def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pic
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )
     medians = summary(study, rows)
-    together = f"<h2>Medians</h2>{_html(medians, _columns(study, medians))}" if medians else ""
+    together = f"<h2>Medians</h2>{_html(_columns(study, medians), medians)}" if medians else ""
     return report.page(
         about,
         [
             report.gallery(pictures),
             *(f"<h2>{escape(heading)}</h2><div class='chart'>{chart}</div>" for heading, chart in charts.items()),
             together,
-            f"<h2>Rows</h2>{_html(rows, columns)}",
-            f"<p class='pale'>{escape(study.legend)}.</p>",
+            *_listed(_columns(study, rows), study.legend, rows),
             f"<h2>Who listens, and what they know</h2><p>{escape(study.threat)}</p>",
         ],
     )
 
 
-def _html(rows: Sequence[Row], columns: Sequence[str]) -> str:
+def _listed(columns: Sequence[str], legend: str, rows: Sequence[Row]) -> list[str]:
+    """All rows, as a page's elements."""
+    return [f"<h2>Rows</h2>{_html(columns, rows)}", f"<p class='pale'>{escape(legend)}.</p>"]
+
+
+def _html(columns: Sequence[str], rows: Sequence[Row]) -> str:
     kinds = {name: " class='number'" if _numbers(rows, name) else "" for name in columns}
     head = "".join(f"<th{kinds[name]}>{escape(name.replace('_', ' '))}</th>" for name in columns)
     cells = [[f"<td{kinds[name]}>{escape(said(row.get(name)))}</td>" for name in columns] for row in rows]

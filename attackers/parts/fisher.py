@@ -80,6 +80,11 @@ def check_covariance(covariance: Float[Tensor, "victims d d"], names: tuple[str,
         FedtapError: a parameter does not vary, or a combination of several does not.
     """
     spread = covariance.diagonal(dim1=-2, dim2=-1)
+    if not bool(covariance.isfinite().all()):
+        raise FedtapError(
+            "The covariance of the posterior is not finite, as its draws are too large to be squared: give them in "
+            "other units."
+        )
     if bool((spread <= 0).any()):
         which = ", ".join(names[at] for at in sorted(set((spread <= 0).nonzero()[:, 1].tolist())))
         raise FedtapError(
