@@ -204,7 +204,7 @@ def test_haims_form_explains_a_homogeneous_networks_weights_and_not_by_the_priva
         rounds=name,
         restarts=name,
     )
-    guess = QUICK(leak)
+    guess = StationaryMMD(restarts=6, rounds=3, steps=30)(leak)
     assert float(guess.objective) ** 0.5 < 1e-3
     assert int(torch.linalg.matrix_rank(trained["first.weight"], rtol=1e-6)) == 2
     assert float(scores.nearest(guess.points[0], torch.ones(4), inputs).min()) > 0.01
