@@ -138,7 +138,7 @@ def test_a_covariance_that_is_none_is_refused() -> None:
         (["--x", "a,b", "--prior", "halfcauchy(0)"], "is no prior of σ"),
         (["--x", "a,b", "--prior", "halfcauchy(1e999)"], "is no prior of σ"),
         (["--x", "a,b", "--model", "lenet"], "is no likelihood"),
-        (["--x", "a,b", "--model", "bayesian_network(0, 1)"], "at least one input and one hidden unit"),
+        (["--x", "a,b", "--model", "bayesian_network(0, 1)"], "give it at least one input"),
         (["--x", "a,b", "--model", "bayesian_network(3)"], "cannot be read as a likelihood"),
         (["--x", "a,b", "--pseudo", "0"], "out of range"),
         (["--x", "a,b", "--estimator", "slice"], "did you mean sliced?"),
@@ -221,7 +221,7 @@ def test_zips_that_are_none_or_hold_several_are_refused(tmp_path: Path) -> None:
             folder.writestr(name, "{}")
     with pytest.raises(FedtapError, match=r"holds 2 \.json files"):
         read_draws(tmp_path / "x.json.zip")
-    with pytest.raises(FedtapError, match="does not exist"):
+    with pytest.raises(FedtapError, match="is no file: name a"):
         read_draws(tmp_path / "y.json")
 
 
