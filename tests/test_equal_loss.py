@@ -18,6 +18,7 @@ from simulator import defence_report
 from simulator.defence import described, strengths
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.report import summarise
+from simulator.run import Trainings
 from tests.test_cli import run
 
 SMALL = {"model": "mlp", "size": "16", "attack": "linear,grey", "victims": "1", "clients": "1"}
@@ -61,6 +62,21 @@ def test_strengths_of_one_defence_belong_together() -> None:
 def test_what_has_no_strength_stands_alone() -> None:
     parts = plan("defences", SMALL | {"accuracy_loss": "0.1", "defence": "none,sign(),clip(1.0)+sign()"})
     assert [strengths_of(parts, part) for part in parts] == [[0], [1], [2]]
+
+
+def test_a_run_attacks_the_strength_nearest_by_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = plan("defences", SMALL | {"accuracy_loss": "0.1", "defence": "none,laplace(0.1),prune(0.5)"})
+    first = {part.defence.partition("(")[0]: number for number, part in reversed([*enumerate(parts)])}
+
+    def lost(self: Trainings, number: int, which: str) -> float:
+        """Laplace loses 3 points a strength and pruning 6, on public images; on test images nothing tells."""
+        name = parts[number].defence.partition("(")[0]
+        return {"laplace": 0.03, "prune": 0.06}[name] * (number - first[name]) if which == "held_out" else 0.0
+
+    monkeypatch.setattr(Trainings, "_lost", lost)
+    trainings = Trainings(parts, lambda part: pytest.fail("nothing has to be played"), Path())
+    attacked = [number for number in range(len(parts)) if trainings.attacked(number)]
+    assert attacked == [0, first["laplace"] + 3, first["prune"] + 2]
 
 
 @pytest.fixture(scope="module")
