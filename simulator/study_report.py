@@ -29,6 +29,9 @@ WIDTH, MOST_ROWS = 80, 60
 LONGEST = 14
 """Letters of a cell from which on it is folded."""
 
+FOLDED = 60
+"""Letters of a cell from which on the page folds it."""
+
 FEW = 8
 """Rows that need no summary."""
 
@@ -147,7 +150,7 @@ def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pic
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )
     medians = summary(study, rows)
-    together = f"<h2>Medians</h2>{_html(_columns(study, medians), medians)}" if medians else ""
+    together = f"<h2>Medians</h2>{listing(_columns(study, medians), medians)}" if medians else ""
     return report.page(
         about,
         [
@@ -162,15 +165,22 @@ def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pic
 
 def _listed(columns: Sequence[str], legend: str, rows: Sequence[Row]) -> list[str]:
     """All rows, as a page's elements."""
-    return [f"<h2>Rows</h2>{_html(columns, rows)}", f"<p class='pale'>{escape(legend)}.</p>"]
+    return [f"<h2>Rows</h2>{listing(columns, rows)}", f"<p class='pale'>{escape(legend)}.</p>"]
 
 
-def _html(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    kinds = {name: " class='number'" if _numbers(rows, name) else "" for name in columns}
+def listing(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """These columns of the rows, as a page's table; long words fold."""
+    kinds = {name: _class(rows, name) for name in columns}
     head = "".join(f"<th{kinds[name]}>{escape(name.replace('_', ' '))}</th>" for name in columns)
     cells = [[f"<td{kinds[name]}>{escape(said(row.get(name)))}</td>" for name in columns] for row in rows]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _class(rows: Sequence[Row], name: str) -> str:
+    if _numbers(rows, name):
+        return " class='number'"
+    return " class='error'" if max((len(said(row.get(name))) for row in rows), default=0) > FOLDED else ""
 
 
 def _columns(study: Study, rows: Sequence[Row]) -> list[str]:
