@@ -20,3 +20,9 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
     return FedtapError(f"There is no {kind} named {name!r}: {hint}")
+
+
+def short(value: object, most: int = 60) -> str:
+    """A value as an error names it: on one line, and no longer than `most` characters, cut in the middle."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"
