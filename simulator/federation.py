@@ -105,7 +105,7 @@ def play(
     protocol = scenario.protocol(world)
     skeleton = build(scenario.architecture, world.shape, len(world.classes))
     net = build(scenario.architecture, world.shape, len(world.classes), seed=scenario.weights_seed)
-    check_model(described(scenario.defence), net)
+    check_model(described(scenario.defence), net, world.shape)
     if scenario.summed > 1:
         check_summed(net)
     if scenario.weights:

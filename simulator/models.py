@@ -7,6 +7,7 @@ A model is named (`lenet`, `lenet(width=16, depth=4)`) or given as `module:funct
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib
 import inspect
@@ -15,15 +16,17 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from simulator import likelihoods
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
 from simulator.language import NAMES, build_language
 from simulator.precode import with_bottleneck
 
@@ -236,8 +239,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             if isinstance(network, LeNet) and seed is not None:
                 network.reset_parameters(torch.Generator().manual_seed(seed))
             if bottleneck:
-                if (last := last_linear(network)) is None:
-                    raise ValueError("precode stands before a last linear layer, and there is none")
+                if (last := _yields_logits(network, shape)) is None:  # not remembered: the layer's name changes here
+                    raise ValueError("precode stands before the linear layer that yields the logits: there is none")
                 with_bottleneck(network, last, int(bottleneck[2]))
         with torch.no_grad():
             logits = network.eval()(torch.zeros(2, *shape))
@@ -254,9 +257,76 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     return network.train() if seed is not None else network.train().to("meta")
 
 
-def last_linear(network: nn.Module) -> str | None:
-    """Name of the last linear layer, which most often gives the logits; None where there is none."""
-    return next((name for name, module in reversed([*network.named_modules()]) if isinstance(module, nn.Linear)), None)
+def logits_layer(network: nn.Module, shape: Shape) -> str | None:
+    """Name of the nn.Linear whose outputs are the logits, wherever it is registered; None where none's are.
+
+    Args:
+        shape: of one input, without the batch.
+
+    Raises:
+        FedtapError: the network cannot be run on one input.
+    """
+    known = _LOGITS_LAYERS.setdefault(network, {})
+    if shape not in known:
+        known[shape] = _yields_logits(network, shape)
+    return known[shape]
+
+
+_LOGITS_LAYERS: WeakKeyDictionary[nn.Module, dict[Shape, str | None]] = WeakKeyDictionary()
+
+
+def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
+    """Told from one backward pass at made-up weights: with z the logits of one input and ``d = softmax(z) - onehot``,
+
+    the layer z = W e + b has the gradients ``dL/db = d`` and ``dL/dW = d e^T``, and its ``softmax(W e + b)`` is the
+    network's. Neither views, dropout nor a log-softmax after the layer change that; anything else does.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def made_up(tensor: Tensor) -> Tensor:
+        if tensor.ndim > 1:
+            return torch.randn(tensor.shape, generator=draw) / math.sqrt(tensor[0].numel())
+        sizes = 1 + torch.rand(tensor.shape, generator=draw)
+        return sizes * (1 - 2 * (torch.arange(sizes.numel()) % 2)).view_as(sizes)  # of both signs: a ReLU would show
+
+    copied = copy.deepcopy(network).eval()  # BatchNorm keeps its statistics, and nothing is dropped
+    weights = {name: made_up(weight).requires_grad_() for name, weight in copied.named_parameters()}
+    buffers = {name: made_up(b).abs() for name, b in copied.named_buffers() if b.is_floating_point()}  # variances too
+    counts = {name: torch.zeros_like(b, device="cpu") for name, b in copied.named_buffers() if name not in buffers}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            z = functional_call(copied, {**weights, **buffers, **counts}, (torch.rand(1, *shape, generator=draw),))
+            label = torch.zeros(1, dtype=torch.long)
+            slopes = torch.autograd.grad(F.cross_entropy(z, label), [*weights.values()], allow_unused=True)
+    except Exception as error:  # a user's code may raise anything
+        raise FedtapError(
+            f"The model cannot be run on one input with made-up weights ({short(error, 120)}), by which the layer that "
+            "yields the logits is found: keep its tensors as parameters or buffers, and do without branches on data."
+        ) from error
+    gradient = {name: slope for name, slope in zip(weights, slopes, strict=True) if slope is not None}
+    names = {id(weight): name for name, weight in copied.named_parameters()}
+    softmax = z.detach().softmax(1)[0]
+    d = softmax - F.one_hot(label, z.shape[1])[0]
+
+    def yields(layer: nn.Linear) -> bool:
+        weight, bias = (names.get(id(tensor)) for tensor in (layer.weight, layer.bias))  # a norm's weight has no name
+        if (bias or weight) not in gradient or layer.out_features != len(d):
+            return False
+        if bias is not None and not torch.allclose(gradient[bias], d, rtol=1e-3, atol=1e-5):
+            return False
+        if weight is None:
+            return True
+        if weight not in gradient:
+            return False
+        e = d @ gradient[weight] / d.square().sum()
+        off = gradient[weight] - torch.outer(d, e)
+        there = weights[weight] @ e + (0 if bias is None else weights[bias])
+        return bool(off.norm() <= 1e-3 * gradient[weight].norm()) and torch.allclose(
+            there.softmax(0), softmax, rtol=1e-3, atol=1e-5
+        )
+
+    linear = [(name, layer) for name, layer in copied.named_modules() if isinstance(layer, nn.Linear)]
+    return next((name for name, layer in reversed(linear) if yields(layer)), None)
 
 
 def with_weights(network: nn.Module, path: Path) -> nn.Module:

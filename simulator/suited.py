@@ -9,11 +9,14 @@ from torch import nn
 from simulator.defence import Part
 from simulator.errors import FedtapError
 from simulator.leaks import float_buffers
-from simulator.models import last_linear
+from simulator.models import Shape, logits_layer
 
 
-def check_model(parts: Sequence[Part], network: nn.Module) -> None:
+def check_model(parts: Sequence[Part], network: nn.Module, shape: Shape) -> None:
     """Refuse a network for which one of the defences is not what it says.
+
+    Args:
+        shape: of one input, without the batch.
 
     Raises:
         FedtapError: with the layer, the reason and what to use instead.
@@ -21,16 +24,22 @@ def check_model(parts: Sequence[Part], network: nn.Module) -> None:
     for part in parts:
         if part.name == "dp_sgd":
             _check_private(network)
-        if part.name == "soteria" and last_linear(network) is None:
+        if part.name == "soteria" and not _weight(network, shape):
             raise FedtapError(
-                "soteria leaves features out of the last linear layer's gradient, and this model has no such layer: "
-                "use prune, or another model."
+                "soteria leaves features out of the gradient of the linear layer that yields the logits, and no "
+                "nn.Linear of this model with a weight of its own does: use prune, or another model."
             )
         if part.name in ("local_dp", "central_dp") and float_buffers(network):
             raise FedtapError(
                 f"{part.name} is for weights, and this model also sends {next(iter(float_buffers(network)))}, for "
                 f"whose privacy nothing accounts: {HOW_TO_FIX}."
             )
+
+
+def _weight(network: nn.Module, shape: Shape) -> bool:
+    """Whether a linear layer yields the logits whose weight is a parameter, which a normalised one is not."""
+    layer = logits_layer(network, shape)
+    return layer is not None and f"{layer}.weight".removeprefix(".") in dict(network.named_parameters())
 
 
 def check_summed(network: nn.Module) -> None:

@@ -33,7 +33,7 @@ from simulator.attack import Images
 from simulator.defence import Part, described
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, UpdateLeak
-from simulator.models import last_linear
+from simulator.models import logits_layer
 
 SOFTNESS, HARD = 0.3, 1e-4
 """Of the sign: ``tanh(g / (softness rms(g)))``, for a slope to follow; and so that next to nothing is left of it."""
@@ -199,7 +199,7 @@ class Objective:
 
 def _last(leak: Leak) -> str:
     """Soteria's layer; of a model that has none, or has it frozen, any name would do."""
-    name = f"{last_linear(leak.network)}.weight"
+    name = f"{logits_layer(leak.network, leak.protocol.shape)}.weight".removeprefix(".")
     return name if name in trained(leak.network) else trained(leak.network)[-1]
 
 

@@ -1,4 +1,4 @@
-"""Label recovery: which classes a batch holds, read off the last linear layer's gradient.
+"""Label recovery: which classes a batch holds, read off the gradient of the layer that yields the logits.
 
 With z the logits and p = softmax(z), the bias gradient is ``mean(p - onehot)`` and the weight gradient
 ``mean((p - onehot) embedding^T)``: a class that is there pulls its entry down by its share of the batch.
@@ -12,10 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attackers.parts.gradients import Match, check_match, mean_gradient, squared_distance
+from attackers.parts.announced import sigma
+from attackers.parts.gradients import Match, check_match, mean_gradient, squared_distance, trained
 from simulator.attack import Images
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, UpdateLeak
+from simulator.models import logits_layer
+
+ALIKE = 30
+"""Rounds in which what all rows of one image's gradient have in common is told apart from noise."""
 
 SETTLE = 100
 """Rounds in which labels and the drift that they cause in an update are fitted to each other."""
@@ -74,21 +79,18 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
     Raises:
         FedtapError: the network ends in something else, or this layer is frozen.
     """
-    layers = [
-        (name, module)
-        for name, module in leak.network.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == leak.protocol.classes
-    ]
-    if not layers:
+    name = logits_layer(leak.network, leak.protocol.shape)
+    if name is None:
         raise FedtapError(
-            f"Labels cannot be read off model {leak.protocol.model!r}: it has no nn.Linear with "
-            f"{leak.protocol.classes} outputs to end in; use dlg, which finds the labels along with the images."
+            f"Labels cannot be read off model {leak.protocol.model!r}: no nn.Linear of it yields its "
+            f"{leak.protocol.classes} logits as they are; use dlg, which finds the labels along with the images."
         )
-    name, layer = layers[-1]
-    if not any(parameter.requires_grad for parameter in layer.parameters()):
+    layer = leak.network.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    if not {f"{name}.{part}".removeprefix(".") for part in ("weight", "bias")} & {*trained(leak.network)}:
         raise FedtapError(
-            f"Labels cannot be read off model {leak.protocol.model!r}: its last layer {name or 'itself'} is frozen "
-            "(requires_grad=False), so its gradient is not sent; use dlg, which finds the labels along with the images."
+            f"Labels cannot be read off model {leak.protocol.model!r}: neither weight nor bias of the layer that "
+            f"yields its logits, {name or 'itself'}, is trained; use dlg, which finds the labels along with the images."
         )
     return name, layer
 
@@ -96,19 +98,43 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
 def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
     """``mean(p - onehot)`` for each class.
 
-    That is the bias's gradient. Without a bias that is trained the rows of the weight's gradient show it along the
-    embedding, whose length is then taken from the class that is pulled up most: it is not in the batch, and p is about
-    1 / classes.
+    That is the bias's gradient, and under a noise that is announced, what `_denoised` makes of it and of the weight's.
+    Without a bias that is trained the rows of the weight's gradient show it along the embedding, whose length is then
+    taken from the class that is pulled up most: it is not in the batch, and p is about 1 / classes.
     """
     name, _ = last_linear(leak)
     gradient, prefix = mean_gradient(leak), f"{name}." if name else ""
     if f"{prefix}bias" in gradient:
-        return gradient[f"{prefix}bias"]
+        noise = sigma(leak.protocol) / (leak.protocol.steps if isinstance(leak, UpdateLeak) else 1)
+        heard = gradient[f"{prefix}bias"], gradient.get(f"{prefix}weight")
+        return heard[0] if heard[1] is None or not noise else _denoised(heard[0], heard[1], noise, leak.protocol.batch)
     rows = gradient[f"{prefix}weight"]
     steepest = rows.norm(dim=2).argmax(dim=1)  # its class is there, so its row points against the embedding
     against = rows[torch.arange(len(rows), device=rows.device), steepest]
     slopes = -torch.einsum("vcf,vf->vc", rows, against)
     return slopes / (slopes.shape[1] * slopes.amax(dim=1, keepdim=True)).clamp_min(1e-30)
+
+
+def _denoised(
+    bias: Float[Tensor, "victims classes"], rows: Float[Tensor, "victims classes features"], noise: float, batch: int
+) -> Float[Tensor, "victims classes"]:
+    """``d = mean(p - onehot)`` from the bias's gradient ``d + noise`` and the weight's ``d h^T + noise`` together.
+
+    Of one image the matrix [w G, g] is ``d [w h, 1]^T`` and noise, so its leading singular vectors, found from g by
+    power iteration, give d. The rows weigh as much as they are signal: ``w^2 = S / (S + noise^2)`` with S the mean of
+    ``|d|^2 h_f^2`` over the features, as far as it is sure. Of a batch G is not of rank one, so one step of the
+    iteration has to do, and the bias then counts by how much further the two are apart than its noise would have it.
+    """
+    classes, features = rows.shape[1:]
+    sure = noise**2 * (1 + 2 * (2 / (classes * features)) ** 0.5)  # two standard errors of a mean of squares of noise
+    signal = classes * (rows.square().mean((1, 2), keepdim=True) - sure).clamp_min(0)
+    matrix = torch.cat([(signal / (signal + noise**2)).sqrt() * rows, bias[:, :, None]], dim=2)
+    found = bias
+    for _ in range(ALIKE if batch == 1 else 1):
+        h = torch.nn.functional.normalize(torch.einsum("vcf,vc->vf", matrix, found), dim=1)
+        found = torch.einsum("vcf,vf->vc", matrix, h) * h[:, -1:]
+    apart = ((found - bias).square().mean(1, keepdim=True) - noise**2).clamp_min(0)
+    return (apart * bias + noise**2 * found) / (apart + noise**2)
 
 
 def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:

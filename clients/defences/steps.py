@@ -14,7 +14,7 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vm
 
 from clients.defences.hooks import Named, StepDefence
 from clients.defences.updates import Clip
-from simulator.models import last_linear
+from simulator.models import logits_layer
 from simulator.practice import gradients
 from simulator.precode import training_loss
 from simulator.suited import check_model
@@ -49,7 +49,7 @@ class DPSGD(Named, StepDefence):
         from opacus.grad_sample import GradSampleModule  # takes a second to import
         from opacus.optimizers import DPOptimizer
 
-        check_model((self.part,), network)
+        check_model((self.part,), network, tuple(images.shape[1:]))
         sampled = GradSampleModule(network)
         try:
             optimiser = DPOptimizer(
@@ -77,7 +77,7 @@ class DPSGD(Named, StepDefence):
         labels: Int[Tensor, "exchanges batch"],
         draws: Sequence[torch.Generator],
     ) -> dict[str, Float[Tensor, "exchanges *parameter"]]:
-        check_model((self.part,), network)
+        check_model((self.part,), network, tuple(images.shape[2:]))
         batch, found = images.shape[1], []
         at_once = max(1, len(images) // batch)  # in memory are no more gradients than there are exchanges
         for some in torch.arange(len(images)).split(at_once):  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ class Soteria(Named, StepDefence):
         kept = self.kept(network, images[None])[0]
         loss = training_loss(network, images, labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        slope = network.get_parameter(f"{last_linear(network)}.weight").grad
+        slope = network.get_parameter(_last(network, images.shape[1:])).grad
         if slope is not None:
             slope.mul_(kept)
         return loss
@@ -133,7 +133,7 @@ class Soteria(Named, StepDefence):
         draws: Sequence[torch.Generator],
     ) -> dict[str, Float[Tensor, "exchanges *parameter"]]:
         found = gradients(network, images, labels)
-        found[f"{last_linear(network)}.weight"].mul_(self.kept(network, images)[:, None])
+        found[_last(network, images.shape[2:])].mul_(self.kept(network, images)[:, None])
         return found
 
     def kept(
@@ -146,12 +146,17 @@ class Soteria(Named, StepDefence):
         return torch.ones_like(each).scatter(1, first, 0.0)
 
 
+def _last(network: nn.Module, shape: torch.Size) -> str:
+    """Name of the weight of the layer that yields the logits."""
+    return f"{logits_layer(network, tuple(shape))}.weight".removeprefix(".")
+
+
 def effects(
     network: nn.Module, images: Float[Tensor, "exchanges batch channel height width"]
 ) -> Float[Tensor, "exchanges features"]:
-    """``sum over the batch of |r_i| / |dr_i/dx|`` of each feature that is fed to the last linear layer."""
+    """``sum over the batch of |r_i| / |dr_i/dx|`` of each feature that is fed to the layer that yields the logits."""
     stateless = replace_all_batch_norm_modules_(copy.deepcopy(network).train())
-    layer = stateless.get_submodule(str(last_linear(network)))
+    layer = stateless.get_submodule(str(logits_layer(network, tuple(images.shape[2:]))))
     weights = {name: weight.detach() for name, weight in stateless.named_parameters()}
 
     def features(x: Tensor) -> Tensor:
