@@ -274,9 +274,12 @@ class Attack(ABC, Generic[Kind]):
                 "`fedtap list` names the attacks for each kind of leak; on a language model's gradient, dager."
             )
         if self.needs_weights and leak.weights is None:
+            curious = leak.protocol.listener == "curious_server"
+            who = "whoever has this leak alone" if curious else f"the {leak.protocol.listener}"
+            remedy = "put them into its file as weights/NAME" if curious else "attack what a curious_server heard"
             raise FedtapError(
-                f"{self.name} compares gradients at the victim's weights, and the {leak.protocol.listener} "
-                "does not know them: use --listener curious_server, or an attack that does without (linear)."
+                f"{self.name} compares gradients at the victim's weights, and {who} does not know them: {remedy}, or "
+                "use an attack that does without (linear)."
             )
 
 

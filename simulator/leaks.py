@@ -22,7 +22,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from simulator.defence import averaged
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.files import write_atomically
 
 Tensors = Mapping[str, Tensor]
@@ -140,6 +140,11 @@ class Leak:
         wanted = self.sent()
         _same_names(self.observed, wanted, f"the leaked {self.kind}", self.protocol.model)
         for name, shape in wanted.items():
+            if tuple(self.observed[name].shape) == shape:
+                raise FedtapError(
+                    f"{self.kind}/{short(name)} of the leak has the shape of one victim's, {shape}, and a leak is a "
+                    "stack of victims: give each tensor a leading axis (tensor[None]), as simulator.captured.leak does."
+                )
             _shaped(self.observed[name], (len(self), *shape), f"{self.kind}/{name}", self.protocol.model)
         victims = len(self)
         lead = (victims,) if self.stacked else ()
@@ -399,8 +404,43 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         stacked=stacked,
         resolution=resolution,
     )
+    leak = dataclasses.replace(
+        leak,
+        observed=own_names(leak.observed, leak.network),
+        weights=None if leak.weights is None else own_names(leak.weights, leak.network),
+        buffers=own_names(leak.buffers, leak.network),
+    )
     leak.check()
     return leak
+
+
+WRAPPERS = ("module.", "_module.", "_orig_mod.")
+"""What data parallelism, Opacus and torch.compile put before each name."""
+
+
+def own_names(tensors: Tensors, network: nn.Module) -> dict[str, Tensor]:
+    """The tensors under the names that the network itself has for them: without a wrapper's prefix, and once where
+    layers share one.
+
+    Raises:
+        FedtapError: what layers share has two values.
+    """
+    first: dict[int, str] = {}
+    held = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in held}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        bare = name
+        while bare not in names and (before := next((each for each in WRAPPERS if bare.startswith(each)), "")):
+            bare = bare.removeprefix(before)
+        own = names.get(bare, name)
+        if own in found and not torch.equal(found[own], tensor):
+            raise FedtapError(
+                f"{short(name)} and {short(own)} are one tensor, which layers of the model share, and two values are "
+                "given for it: keep one."
+            )
+        found[own] = tensor
+    return found
 
 
 def float_buffers(network: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -240,7 +241,7 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
                 network.reset_parameters(torch.Generator().manual_seed(seed))
             if bottleneck:
                 if (last := _yields_logits(network, shape)) is None:  # not remembered: the layer's name changes here
-                    raise ValueError("precode stands before the linear layer that yields the logits: there is none")
+                    raise ValueError("precode stands before the linear layer that yields the logits, and there is none")
                 with_bottleneck(network, last, int(bottleneck[2]))
         with torch.no_grad():
             logits = network.eval()(torch.zeros(2, *shape))
@@ -254,7 +255,21 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             f"Model {name} cannot be built for {size} images and {classes} classes ({error}): "
             "a model is a function of (shape, classes) that returns an nn.Module from images to logits."
         ) from error
-    return network.train() if seed is not None else network.train().to("meta")
+    return network.train() if seed is not None else on_meta(network.train())
+
+
+def on_meta(network: nn.Module) -> nn.Module:
+    """The network with every tensor on the meta device, in place; `to` would untie weights that layers share."""
+    moved: dict[int, Any] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), twin)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to("meta"))
+    return network
 
 
 def logits_layer(network: nn.Module, shape: Shape) -> str | None:
@@ -289,13 +304,17 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
         sizes = 1 + torch.rand(tensor.shape, generator=draw)
         return sizes * (1 - 2 * (torch.arange(sizes.numel()) % 2)).view_as(sizes)  # of both signs: a ReLU would show
 
+    if torch.get_default_device().type != "cpu":
+        with torch.device("cpu"):
+            return _yields_logits(network, shape)
     copied = copy.deepcopy(network).eval()  # BatchNorm keeps its statistics, and nothing is dropped
     weights = {name: made_up(weight).requires_grad_() for name, weight in copied.named_parameters()}
     buffers = {name: made_up(b).abs() for name, b in copied.named_buffers() if b.is_floating_point()}  # variances too
-    counts = {name: torch.zeros_like(b, device="cpu") for name, b in copied.named_buffers() if name not in buffers}
+    whole = {n: b for n, b in copied.named_buffers() if n not in buffers}  # counters, positions
+    whole = {n: torch.zeros_like(b, device="cpu") if b.is_meta else b.cpu() for n, b in whole.items()}
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            z = functional_call(copied, {**weights, **buffers, **counts}, (torch.rand(1, *shape, generator=draw),))
+            z = functional_call(copied, {**weights, **buffers, **whole}, (torch.rand(1, *shape, generator=draw),))
             label = torch.zeros(1, dtype=torch.long)
             slopes = torch.autograd.grad(F.cross_entropy(z, label), [*weights.values()], allow_unused=True)
     except Exception as error:  # a user's code may raise anything

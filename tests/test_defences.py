@@ -444,7 +444,11 @@ def test_an_attacker_is_told_of_the_bottleneck_and_not_of_the_draw(defence: str,
 @pytest.mark.parametrize(
     ("model", "defence", "said"),
     [
-        ("tests.test_defences:convolutional", "precode(8)", "stands before a last linear layer, and there is none"),
+        (
+            "tests.test_defences:convolutional",
+            "precode(8)",
+            "stands before the linear layer that yields the logits, and there is none",
+        ),
         ("resnet20", "dp_sgd(1.0, 1.0)", "BatchNorm mixes the examples.*ModuleValidator.fix"),
         ("resnet20", "central_dp(1, 1)", "also sends bn1.running_mean.*ModuleValidator.fix"),
         ("resnet20", "local_dp(1, 1, 1, 0.1)", "also sends bn1.running_mean.*ModuleValidator.fix"),

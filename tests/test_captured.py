@@ -1,0 +1,183 @@
+"""A gradient captured elsewhere: from one's own model and `torch.autograd.grad` to a reconstruction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attackers.idlg import IDLG
+from attackers.linear import Linear
+from simulator.captured import leak
+from simulator.errors import FedtapError
+from simulator.leaks import Leak, load
+from tests.attack_leaks import pictures
+
+SHAPE = (3, 16, 16)
+
+
+class Unused(nn.Module):
+    """With a BatchNorm, whose buffers travel, and a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.unused = (
+            nn.Linear(768, 16),
+            nn.BatchNorm1d(16),
+            nn.Linear(16, 10),
+            nn.Linear(2, 2),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(images.flatten(1)))))  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    """Two layers share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.one, self.other, self.head = (nn.Linear(a, b) for a, b in ((768, 8), (8, 8), (8, 8), (8, 10)))
+        self.other.weight = self.one.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.other(torch.tanh(self.one(self.embed(images.flatten(1)))))))  # type: ignore[no-any-return]
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+def captured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()), allow_unused=True)
+
+
+def test_a_gradient_as_autograd_returns_it_is_a_leak() -> None:
+    images, labels = pictures(2, 1)
+    model = plain()
+    grads = [captured(model, x, y) for x, y in zip(images, labels, strict=True)]
+    found = leak(model, grads[0], shape=SHAPE)
+    assert (found.protocol.classes, found.protocol.batch, len(found)) == (10, 1, 1)
+    assert float((Linear()(found).images - images[:1]).abs().max()) < 1e-3
+    by_name = {name: grad for (name, _), grad in zip(model.named_parameters(), grads[0], strict=True)}
+    for same in (
+        leak(model, by_name, shape=SHAPE, classes=10),
+        leak(model, grads, shape=SHAPE)[0],
+        leak(model, [by_name], shape=SHAPE),
+        leak(model, {f"_orig_mod.module.{name}": grad for name, grad in by_name.items()}, shape=SHAPE),
+        leak(nn.DataParallel(model), grads[0], shape=SHAPE),
+        leak(torch.compile(model, backend="eager"), grads[0], shape=SHAPE),  # type: ignore[arg-type]
+    ):
+        assert all(torch.equal(same.gradient[name], found.gradient[name]) for name in found.gradient)
+        assert same.protocol.model == "Sequential"
+        assert all(torch.equal((same.weights or {})[name], (found.weights or {})[name]) for name in found.gradient)
+    assert len(IDLG(steps=2)(leak(model, grads, shape=SHAPE, defence="noise(0.1)")).images) == 2
+    assert all(parameter.device.type == "meta" for parameter in found.network.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def test_opacus_wraps_a_model_whose_gradient_is_read() -> None:
+    from opacus.grad_sample import GradSampleModule
+
+    images, labels = pictures(1, 1)
+    model = plain()
+    grads = captured(model, images[0], labels[0])
+    wrapped = GradSampleModule(model)
+    by_name = {name: grad for (name, _), grad in zip(wrapped.named_parameters(), grads, strict=True)}
+    assert next(iter(by_name)).startswith("_module.")
+    assert torch.equal(leak(wrapped, by_name, shape=SHAPE).gradient["1.weight"][0], grads[0])  # type: ignore[arg-type]
+
+
+def test_what_is_unused_or_frozen_has_a_gradient_of_zeros_and_buffers_come_along() -> None:
+    images, labels = pictures(1, 4)
+    torch.manual_seed(0)
+    model = Unused()
+    grads = captured(model, images[0], labels[0])
+    found = leak(model, grads, shape=SHAPE, batch=4)
+    assert not found.gradient["unused.weight"].any()
+    assert set(found.buffers) == {"norm.running_mean", "norm.running_var"}
+    assert IDLG(steps=2)(found).images.isfinite().all()
+    model.first.requires_grad_(False)
+    moving = [grad for (_, p), grad in zip(model.named_parameters(), grads, strict=True) if p.requires_grad]
+    frozen = leak(model, moving, shape=SHAPE, batch=4)
+    assert not frozen.gradient["first.weight"].any()
+    assert torch.equal(frozen.gradient["last.weight"], found.gradient["last.weight"])
+
+
+def test_weights_that_layers_share_are_one_tensor_under_either_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, labels = pictures(2, 1)
+    model = Tied()
+    grads = captured(model, images[0], labels[0])
+    found = leak(model, grads, shape=SHAPE)
+    assert found.network.get_parameter("other.weight") is found.network.get_parameter("one.weight")
+    assert torch.equal(IDLG(steps=2)(found).labels, labels[:1])
+    start = torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    assert float(IDLG(steps=60)(found, start=start).objective) < 0.1 * float(
+        IDLG(steps=1)(found, start=start).objective
+    )
+    found.save(tmp_path / "leak.safetensors")
+    tensors = load_file(tmp_path / "leak.safetensors")
+    for group in ("gradient", "weights"):
+        tensors[f"{group}/other.weight"] = tensors[f"{group}/one.weight"].clone()
+        tensors[f"{group}/_module.head.bias"] = tensors.pop(f"{group}/head.bias")
+    save_file(tensors, tmp_path / "leak.safetensors")
+
+    def build(*_: object) -> nn.Module:
+        return found.network
+
+    again = load(tmp_path / "leak.safetensors", build)
+    assert all(torch.equal(again.observed[name], found.observed[name]) for name in found.observed)
+    tensors["gradient/other.weight"] += 1
+    save_file(tensors, tmp_path / "leak.safetensors")
+    with pytest.raises(FedtapError, match="two values are given"):
+        load(tmp_path / "leak.safetensors", build)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m, g: leak(m, g, shape=(5,)), "does not take two inputs of shape"),
+        (lambda m, g: leak(m, g[1:], shape=SHAPE), "3 tensors, and the model has 4 parameters"),
+        (lambda m, g: leak(m, g, shape=SHAPE, classes=7), "returns 10 logits and not 7"),
+        (lambda m, g: leak(m, {"nobody": g[0]}, shape=SHAPE), "not of it nobody"),
+        (lambda m, g: leak(m, [*g[:3], g[3] * torch.nan], shape=SHAPE), "NaN"),
+        (lambda m, g: leak(m[:3], g[:2], shape=SHAPE, classes=10), "returns 16 logits and not 10"),
+        (lambda m, g: leak(nn.Conv2d(3, 4, 3), g, shape=SHAPE), r"returns \(2, 4, 14, 14\) for two inputs"),
+        (lambda m, g: leak(m, [t[:1] for t in g], shape=SHAPE), "needs"),
+    ],
+)
+def test_a_gradient_of_something_else_is_refused_in_a_sentence(
+    call: Callable[[nn.Module, tuple[Tensor, ...]], Leak], said: str
+) -> None:
+    images, labels = pictures(1, 1)
+    model = plain()
+    with pytest.raises(FedtapError, match=said) as caught:
+        call(model, captured(model, images[0], labels[0]))  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
+
+
+def test_a_file_without_a_victims_axis_or_weights_names_its_own_cause(tmp_path: Path) -> None:
+    images, labels = pictures(1, 1)
+    model, path = plain(), tmp_path / "leak.safetensors"
+    found = leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
+
+    def build(*_: object) -> nn.Module:
+        return found.network
+
+    found.save(path)
+    tensors = load_file(path)
+    save_file({n: t[0] if n.startswith("gradient/") else t for n, t in tensors.items()}, path)
+    with pytest.raises(FedtapError, match=r"has the shape of one victim's.*leading axis \(tensor\[None\]\)"):
+        load(path, build)
+    save_file({n: t for n, t in tensors.items() if not n.startswith("weights/")}, path)
+    with pytest.raises(FedtapError, match=r"does not know them: put them into its file as weights/NAME") as caught:
+        IDLG().accepts(load(path, build))
+    assert not re.search("--listener", str(caught.value))
