@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +26,11 @@ from scenarios.image import with_trained
 from scenarios.knobs import knobs_of, pairs
 from scenarios.plan import catalogue, plan, plan_of, question, sorted_out
 from simulator import defence_report, privacy_report, report, study_report
-from simulator.attack import Attack, Reconstruction
+from simulator.attack import Attack
 from simulator.attention import architecture
 from simulator.defence import WORDS, usage
 from simulator.errors import FedtapError, unknown
-from simulator.leaks import KINDS, load
+from simulator.leaks import KINDS, Leak, load
 from simulator.local import LocalGrid
 from simulator.models import MODELS
 from simulator.run import attack_saved, device_named, run
@@ -38,7 +39,7 @@ from simulator.study import Study, run_studies
 from simulator.worlds import WORLDS
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+console = Console(emoji=False)  # mine:cat is a model, and no cat
 
 DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda if there is one, unless said.")]
@@ -96,11 +97,12 @@ def run_command(
     rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume, overhead=overhead)
     _say(rows, where)
     check([row for row in rows if "canaries" in row])
+    _all_failed(rows)
 
 
 @cli.command("attack")
 def attack_command(
-    leaks: Annotated[Path, typer.Argument(help="A saved leak (.safetensors, its .json beside it).")],
+    leaks: Annotated[Path, typer.Argument(help="A saved leak (.safetensors and .json), or a folder of them.")],
     attack: Annotated[
         str, typer.Option(help="NAME[,NAME…], with settings if need be; the leak's own unless said.")
     ] = "",
@@ -113,11 +115,34 @@ def attack_command(
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
     named = parse(with_trained(attack, attacker)) if attack or attacker else ()
     _find_own_code(model)
-    leak = load(leaks, architecture, model or None)
-    attacks = named or parse(suited(leak))
-    rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)
-    console.print(report.table(rows) if attacks[0].guesses is Reconstruction else study_report.found(rows))
-    _where(out)
+    found = {path.name: _read(path, model) for path in _leaks_in(leaks)}
+    rows = attack_saved(found, lambda leak: named or parse(suited(leak)), out, device=device_named(device), seed=seed)
+    console.print(study_report.found(rows))
+    _files("Page", out)
+    _all_failed(rows)
+
+
+def _leaks_in(path: Path) -> list[Path]:
+    """The leak of this path, or those of this folder."""
+    if not path.is_dir():
+        return [path]
+    if found := sorted(path.glob("*.safetensors")):
+        return found
+    raise FedtapError(f"{path} holds no leaks: name a .safetensors file, or a folder with some, as a run's leaks/ is.")
+
+
+def _read(path: Path, model: str) -> Leak | FedtapError:
+    """The leak, or why it is none."""
+    try:
+        return load(path, architecture, model or None)
+    except FedtapError as error:
+        return error
+
+
+def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Exit with 1 where each attack failed on each victim: nothing was measured."""
+    if rows and all(row.get("error") for row in rows):
+        raise typer.Exit(1)
 
 
 @cli.command("list")
@@ -143,14 +168,14 @@ def main() -> None:
             raise unknown("command or scenario", words[0], (*COMMANDS, *catalogue()))
         cli(words, prog_name="fedtap")
     except FedtapError as error:
-        Console(stderr=True).print(f"fedtap: {error}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"fedtap: {error}", markup=False, emoji=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 
 def _warn(message: Warning | str, category: type[Warning], *_where: Any, **_named: Any) -> None:
     """A sentence of ours as it is; of the libraries', only what is not about their own future."""
     if issubclass(category, UserWarning):
-        Console(stderr=True).print(f"fedtap: {message}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"fedtap: {message}", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _games(games: tuple[Game, ...], where: Path, resume: bool) -> None:
@@ -161,7 +186,7 @@ def _games(games: tuple[Game, ...], where: Path, resume: bool) -> None:
     console.print(question(games[0].name).splitlines()[0], highlight=False)
     rows = play_games(games, where)
     console.print(table_of(rows))
-    console.print(f"Chart: {where / 'report.html'}   figures: {where / 'rows.jsonl'}", highlight=False, soft_wrap=True)
+    _files("Chart", where)
     check(rows)
 
 
@@ -179,7 +204,7 @@ def _studies(
 
     rows = run_studies(studies, grid, where, device=device, data_root=data_root)
     console.print(study_report.table(studies[0], rows))
-    _where(where)
+    _files("Page", where)
 
 
 def _find_own_code(*models: str) -> None:
@@ -230,11 +255,12 @@ def _say(rows: list[dict[str, object]], out: Path) -> None:
     console.print(privacy_report.table(rows) if privacy_report.told(rows) else report.table(rows))
     if defence_report.told(rows):
         console.print(defence_report.table(rows))
-    _where(out)
+    _files("Page", out)
 
 
-def _where(out: Path) -> None:
-    console.print(f"Page: {out / 'report.html'}   figures: {out / 'rows.jsonl'}", highlight=False, soft_wrap=True)
+def _files(what: str, out: Path) -> None:
+    said = f"{what}: {out / 'report.html'}   figures: {out / 'rows.jsonl'}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `attackers/`, `strip.png`, `report.html`.
 
-Practice pairs lie in `practice/`, and stay there for the next run that asks for the same ones.
+Practice pairs lie in `practice/`, and stay there for the next run that asks for the same ones. An attack on saved leaks
+also leaves `pictures/`.
 
 Every file is written whole or not at all, so a run that is stopped leaves what it had finished.
 """
@@ -52,7 +53,7 @@ class Folder:
         elif before is not None:
             for name in ("rows.jsonl", "strip.png", "report.html"):
                 (path / name).unlink(missing_ok=True)
-            for name in ("leaks", "guesses", "attackers"):
+            for name in ("leaks", "guesses", "pictures", "attackers"):
                 shutil.rmtree(path / name, ignore_errors=True)
         self.describe(finished=False)
 

@@ -507,8 +507,14 @@ def gallery(pictures: Sequence[Picture]) -> str:
         "<h2>Pictures</h2><div class='scroll' style='max-height: none'>"
         f"<table class='pictures' style='min-width: {110 * (len(columns) + 1)}px'>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p class='pale'>Below each guess its PSNR. The blind guess is made without any leak, from public images.</p>"
+        + "<p class='pale'>Below each guess its PSNR. The blind guess is made without any leak, from public images.</p>"
+        * any(picture.original is not None for picture in pictures)
     )
+
+
+def png(images: Batch) -> bytes:
+    """A batch of images as one picture, pixel by pixel."""
+    return _png(_grid(images))
 
 
 def _embedded(images: Batch, words: str) -> str:

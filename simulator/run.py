@@ -7,7 +7,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import DamagedError, FedtapError
 from simulator.federation import Heard, clients_on, play, practice
-from simulator.leaks import Leak, stack
+from simulator.leaks import Leak, Protocol, stack
 from simulator.listeners import SECURE
 from simulator.models import build
 from simulator.output import Folder, Row, left_by_us
@@ -521,63 +521,99 @@ ATTACK = "attack"
 
 
 def attack_saved(
-    leak: Leak, attacks: Sequence[Attack], out: Path, *, device: torch.device, seed: int, source: str
+    leaks: Mapping[str, Leak | FedtapError],
+    attacks_on: Callable[[Leak], Sequence[Attack]],
+    out: Path,
+    *,
+    device: torch.device,
+    seed: int,
 ) -> list[Row]:
-    """Attack a leak of which there is no truth; `out` holds the guesses, and rows with objectives but no scores.
+    """Attack leaks of which there is no truth; `out` holds the guesses, pictures, and rows without scores.
+
+    Args:
+        leaks: by name; an error stands for one that could not be read, and is told in its row.
+        attacks_on: what is tried on a leak.
 
     Raises:
-        FedtapError: an attack cannot use this leak, or `out` cannot be written.
+        FedtapError: no attack can use any of the leaks, or `out` cannot be written.
     """
     left_by_us(out, ATTACK)
-    for attack in attacks:
-        attack.accepts(leak)
-        if attack.practises:
-            raise FedtapError(
-                f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
-                f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --attacker PATH."
-            )
-    protocol = leak.protocol
-    about = {"name": ATTACK, "scenario": [repr(protocol), *map(repr, attacks)], "question": f"What is in {source}?"}
+    failed = {name: leak for name, leak in leaks.items() if isinstance(leak, FedtapError)}
+    tried = {name: (leak, attacks_on(leak)) for name, leak in leaks.items() if not isinstance(leak, FedtapError)}
+    units = [(name, leak, attack) for name, (leak, attacks) in tried.items() for attack in attacks]
+    refused = [_refusal(leak, attack) for _, leak, attack in units]
+    if all(refused):
+        raise [*filter(None, refused), *failed.values()][0]
+    said = [repr(leak.protocol) for leak, _ in tried.values()]
+    panel = list(dict.fromkeys(attack for _, attacks in tried.values() for attack in attacks))
+    source = next(iter(leaks)) if len(leaks) == 1 else f"{len(leaks)} leaks"
+    about = {"name": ATTACK, "scenario": [*said, *map(repr, panel)], "question": f"What is in {source}?"}
     folder = Folder(out, {**about, "seed": seed, **environment(device)})
-    pictures = [
-        report.Picture(f"client {client}, round {rnd}", None, {}, None)
-        for client, rnd in zip(leak.clients.tolist()[:PICTURES], leak.rounds.tolist(), strict=False)
-    ]
-    for order, attack in enumerate(attacks):
+    pictures: dict[Any, report.Picture] = {}
+    folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
+    for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
+        many = {"leak": name} if len(leaks) > 1 else {}
+        common: Row = {**many, "attack": _label(attack, panel), "model": leak.protocol.model}
+        last: Row = {"settings": repr(attack), "unit": _unit(str(order), attack)}
+        victims = list(zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True))
         began = time.perf_counter()
-        guess: Guess = attack(leak.to(device), seed=seed).on_cpu()
-        seconds = (time.perf_counter() - began) / len(leak)
-        unit = _unit(str(order), attack)
-        folder.keep(unit, guess)
-        if isinstance(guess, Reconstruction):
-            for victim, picture in enumerate(pictures):
-                picture.guesses[_label(attack, attacks)] = (guess.images[victim], None)
-        folder.add(
-            [
-                {
-                    "attack": _label(attack, attacks),
-                    "model": protocol.model,
-                    "client": client,
-                    "round": rnd,
-                    **guess.told(victim),
-                    "objective": _finite(float(guess.objective[victim])),
-                    "seconds": seconds,
-                    "settings": repr(attack),
-                    "unit": unit,
-                }
-                for victim, (client, rnd) in enumerate(zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True))
-            ]
-        )
+        try:
+            if why_not:
+                raise why_not
+            guess: Guess = attack(leak.to(device), seed=seed).on_cpu()
+        except FedtapError as error:
+            told = {"error": str(error), **last}
+            folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
+            continue
+        last = {"seconds": (time.perf_counter() - began) / len(leak), **last}
+        folder.keep(str(last["unit"]), guess)
+        rows = []
+        for victim, (client, rnd) in enumerate(victims):
+            objective = _finite(float(guess.objective[victim]))
+            row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
+            if isinstance(guess, Reconstruction):
+                file = f"pictures/{last['unit']}-victim_{victim}.png"
+                folder.write(file, report.png(guess.images[victim]))
+                row |= {"picture": file}
+                key = (name, victim)
+                if key not in pictures and len(pictures) < PICTURES:
+                    title = f"client {client}, round {rnd}"
+                    pictures[key] = report.Picture(f"{name}, {title}" if many else title, None, {}, None)
+                if key in pictures:
+                    pictures[key].guesses[common["attack"]] = (guess.images[victim], None)
+            rows.append(row | last | ({} if objective is not None else {"error": DIVERGED}))
+        folder.add(rows)
     folder.describe(finished=True)
+    protocols = dict.fromkeys(leak.protocol for leak, _ in tried.values())
+    kinds = " or ".join(dict.fromkeys(leak.kind for leak, _ in tried.values()))
     page = report.About(
         scenario=f"What is in {source}?",
-        question=f"Which data have this {leak.kind}? There is no truth to score against: look, and read the objective.",
-        threat=THREATS.get(protocol.listener, f"The leak says its listener was: {protocol.listener}."),
-        settings={name: str(value) for name, value in dataclasses.asdict(protocol).items()},
+        question=f"Which data have this {kinds}? There is no truth to score against: look, and read the objective.",
+        threat="\n".join(dict.fromkeys(THREATS.get(p.listener, f"Its listener was: {p.listener}.") for p in protocols)),
+        settings={
+            field.name: " or ".join(dict.fromkeys(str(getattr(protocol, field.name)) for protocol in protocols))
+            for field in dataclasses.fields(Protocol)
+        },
         environment=folder.about["versions"] | {"device": folder.about["device"]},
     )
-    if attacks[0].guesses is Reconstruction:
-        report.write(out, page, folder.rows, [picture for picture in pictures if picture.guesses])
-    else:
-        folder.write("report.html", study_report.saved(page, folder.rows).encode())
+    if pictures:
+        folder.write("strip.png", report.strip([*pictures.values()]))
+    folder.write("report.html", study_report.saved(page, folder.rows, [*pictures.values()]).encode())
     return folder.rows
+
+
+DIVERGED = "the attack diverged: its objective is no finite number"
+
+
+def _refusal(leak: Leak, attack: Attack) -> FedtapError | None:
+    """Why the attack cannot be tried on this leak; None where it can."""
+    try:
+        attack.accepts(leak)
+    except FedtapError as error:
+        return error
+    if not attack.practises:
+        return None
+    return FedtapError(
+        f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
+        f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --attacker PATH."
+    )

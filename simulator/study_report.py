@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from simulator.study import Study
 
 FOUND = (
-    "what was found is in guesses/; objective: the attack's own, lower is better; sum w: private examples that the "
-    "points stand for; seconds: for each victim"
+    "what was found is in guesses/, images also in pictures/; objective: the attack's own, lower is better; sum w: "
+    "private examples that the points stand for; seconds: for each victim"
 )
 
 WIDTH, MOST_ROWS = 80, 60
@@ -101,18 +101,22 @@ def _median(values: Sequence[Any]) -> Any:
 
 
 def found(rows: Sequence[Row]) -> Table:
-    """What attacks made of a saved leak that holds no images, for a terminal."""
-    return _shown(_found_columns(rows), FOUND, rows)
+    """What attacks made of saved leaks, of which there is no truth, for a terminal."""
+    failed = dict.fromkeys(f"{row['attack'] or row['leak']}: {row['error']}" for row in rows if row.get("error"))
+    return _shown([name for name in _found_columns(rows) if name != "error"], "\n".join([FOUND, *failed]), rows)
 
 
-def saved(about: report.About, rows: Sequence[Row]) -> str:
-    """Likewise, as a page."""
+def saved(about: report.About, rows: Sequence[Row], pictures: Sequence[report.Picture]) -> str:
+    """The same as a page."""
     threat = f"<h2>Who listens, and what they know</h2><p>{escape(about.threat)}</p>"
-    return report.page(about, [*_listed(_found_columns(rows), FOUND, rows), threat])
+    return report.page(about, [report.gallery(pictures), *_listed(_found_columns(rows), FOUND, rows), threat])
 
 
 def _found_columns(rows: Sequence[Row]) -> list[str]:
-    return [name for name in rows[0] if name not in ("model", "settings", "unit", "ids")]
+    """Those that apply to what was found; an error stands last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    told = [name for name in names if name not in ("model", "settings", "unit", "ids", "error")]
+    return told + ["error"] * ("error" in names)
 
 
 def said(value: Any) -> str:

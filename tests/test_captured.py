@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attackers.idlg import IDLG
 from attackers.linear import Linear
+from scenarios.__main__ import main
+from simulator.attack import Reconstruction
 from simulator.captured import leak
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, load
@@ -181,3 +188,99 @@ def test_a_file_without_a_victims_axis_or_weights_names_its_own_cause(tmp_path: 
     with pytest.raises(FedtapError, match=r"does not know them: put them into its file as weights/NAME") as caught:
         IDLG().accepts(load(path, build))
     assert not re.search("--listener", str(caught.value))
+
+
+def attacked(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """`fedtap attack` in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["fedtap", "attack", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+MINE = "def cat(shape, classes):\n    from tests.test_captured import plain\n    return plain()\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two leaks and one file that is none, of a model of one's own."""
+    (tmp_path / "mine_captured.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    images, labels = pictures(2, 1)
+    model = plain()
+    for number in range(2):
+        grads = captured(model, images[number], labels[number])
+        found = leak(model, grads, shape=SHAPE, name="mine_captured:cat")
+        found.save(tmp_path / f"leaks/{number}.safetensors")
+    (tmp_path / "leaks/broken.safetensors").write_bytes(b"no")
+    (tmp_path / "leaks/broken.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_folder_of_leaks_is_attacked_in_one_table(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = pictures(2, 1)
+    words = ["--model", "mine_captured:cat", "--attack", "linear,idlg(steps=2)", "--out", folder / "out"]
+    assert attacked(monkeypatch, folder / "leaks", *words) == 0
+    found = rows(folder / "out")
+    assert [(row["leak"], row["attack"]) for row in found] == [
+        ("broken.safetensors", None),
+        *((f"{number}.safetensors", attack) for number in range(2) for attack in ("linear", "idlg")),
+    ]
+    assert "cannot be read" in found[0]["error"]
+    for row, number in zip(found[1::2], range(2), strict=True):
+        assert row["labels"] == labels[number].tolist()
+        assert row.get("error") is None
+        pixels = np.asarray(Image.open(folder / "out" / row["picture"]).convert("RGB")) / 255
+        np.testing.assert_allclose(pixels, images[number, 0].permute(1, 2, 0), atol=3e-3)
+    said = capsys.readouterr().out
+    assert "pictures/" in said
+    assert "broken.safetensors: " in said
+    page = (folder / "out/report.html").read_text()
+    assert page.count("<img") == 4
+    assert "PSNR" not in page
+
+
+def test_an_attack_that_fails_everywhere_ends_in_exit_code_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [folder / "leaks/0.safetensors", "--model", "mine_captured:cat", "--attack", "idlg(steps=1)", "--out"]
+
+    def fails(*_: object) -> object:
+        raise FedtapError("It :cat: did [bold]not[/bold] work: try another.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IDLG, "reconstruct", fails)
+        assert attacked(patch, *words, folder / "one") == 1
+    assert rows(folder / "one")[0]["error"].startswith("It :cat:")
+    assert "It :cat: did [bold]not[/bold] work" in " ".join(capsys.readouterr().out.split())
+    with monkeypatch.context() as patch:
+        nowhere = Reconstruction(torch.zeros(1, 1, *SHAPE), torch.zeros(1, 1).long(), torch.full((1,), torch.nan))
+        patch.setattr(IDLG, "reconstruct", lambda *_: nowhere)
+        assert attacked(patch, *words, folder / "two") == 1
+    assert "diverged" in rows(folder / "two")[0]["error"]
+    assert attacked(monkeypatch, *words, folder / "three") == 0
+    assert attacked(monkeypatch, folder / "leaks/broken.safetensors", "--out", folder / "four") == 2
+    assert attacked(monkeypatch, folder, "--out", folder / "four") == 2
+    assert "holds no leaks" in capsys.readouterr().err
+    assert not (folder / "four").exists()
+
+
+def test_a_run_in_which_every_row_is_an_error_ends_in_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> object:
+        raise ValueError("no data today")
+
+    monkeypatch.setattr("clients.honest.sgd", fails)
+    words = ["run", "first_leak", "--victims", "1", "--size", "8", "--attack", "linear", "--model", "mlp"]
+    monkeypatch.setattr(sys, "argv", ["fedtap", *words, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "no data today" in rows(tmp_path)[0]["error"]
