@@ -24,9 +24,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.files import write_atomically
 from simulator.leaks import GradientLeak, Leak
 from simulator.practice import About, Practice
@@ -254,7 +255,8 @@ class Attack(ABC, Generic[Kind]):
         leak.check()
         if start is None:
             start = self.begin(leak.repeat(self.starts), seed).to(leak.device)
-        return self.reconstruct(leak, start).checked(leak)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            return self.reconstruct(leak, start).checked(leak)
 
     def accepts(self, leak: Leak) -> None:
         """Refuse a leak of the wrong kind, or without the weights this attack needs.
@@ -270,8 +272,9 @@ class Attack(ABC, Generic[Kind]):
             )
         if self.guesses is Reconstruction and len(leak.protocol.shape) != 3:
             raise FedtapError(
-                f"{self.name} brings back images, and what {leak.protocol.model!r} is fed are none: "
-                "`fedtap list` names the attacks for each kind of leak; on a language model's gradient, dager."
+                f"{self.name} brings back images, and what {short(leak.protocol.model)!r} is fed are none: of tokens, "
+                "use dager; numbers from 0 to 1 can be had as an image of one row, shape=(1, 1, N), "
+                "with nn.Sequential(nn.Flatten(), model)."
             )
         if self.needs_weights and leak.weights is None:
             curious = leak.protocol.listener == "curious_server"

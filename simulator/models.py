@@ -1,7 +1,7 @@
 """Victim models. Each takes pixels in [0, 1], normalises inside itself, and returns logits.
 
 A model is named (`lenet`, `lenet(width=16, depth=4)`) or given as `module:function` of the user's own, called as
-`function(shape, classes)`.
+`function(shape, classes)`, or as `function()` where it takes no two arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from simulator import likelihoods
+from simulator import likelihoods, vision
 from simulator.errors import FedtapError, short, unknown
 from simulator.language import NAMES, build_language
 from simulator.precode import with_bottleneck
@@ -259,7 +259,10 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
 
 
 def on_meta(network: nn.Module) -> nn.Module:
-    """The network with every tensor on the meta device, in place; `to` would untie weights that layers share."""
+    """The network with parameters and floating point buffers on the meta device, in place.
+
+    `to` would untie weights that layers share, and take their values from masks and positions, which are no weights.
+    """
     moved: dict[int, Any] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -267,7 +270,7 @@ def on_meta(network: nn.Module) -> nn.Module:
                 twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
                 module._parameters[name] = moved.setdefault(id(parameter), twin)
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = moved.setdefault(id(buffer), buffer.to("meta"))
     return network
 
@@ -397,12 +400,23 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
 
 
 def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
+    """The user's function of (shape, classes); what takes no such two is called without."""
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except RuntimeError:  # it may import torchvision where that is built for CUDA and torch is not
+            vision.torchvision()
+            found = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # a user's module may do anything as it is imported
         raise FedtapError(
             f"Model {name} cannot be imported ({type(error).__name__}: {error}): "
             "give module:function, of a module on PYTHONPATH that imports without error."
         ) from error
+    try:
+        inspect.signature(found).bind((), 1)
+    except TypeError:
+        return lambda shape, classes: found()
+    except ValueError:  # it has no signature
+        pass
     return found  # type: ignore[no-any-return]

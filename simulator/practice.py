@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simulator.errors import DamagedError
 from simulator.files import write_atomically
@@ -247,9 +248,10 @@ def gradients(
         return training_loss(stateless, some, named, lambda images: functional_call(stateless, trained, (images,)))
 
     trained = {name: weight.detach() for name, weight in stateless.named_parameters() if weight.requires_grad}
-    found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=128, randomness="different")(
-        trained, images, labels
-    )
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be batched
+        found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=128, randomness="different")(
+            trained, images, labels
+        )
     return {
         name: found[name].contiguous() if name in found else weight.new_zeros(len(images), *weight.shape)
         for name, weight in stateless.named_parameters()

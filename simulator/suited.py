@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from simulator.defence import Part
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.leaks import float_buffers
 from simulator.models import Shape, logits_layer
 
@@ -55,19 +55,26 @@ def check_summed(network: nn.Module) -> None:
         )
 
 
-HOW_TO_FIX = (
-    "give --model module:function of your own, which returns opacus.validators.ModuleValidator.fix(model), with "
-    "GroupNorm in BatchNorm's place"
-)
+FIXED = "give --model module:function of your own, which returns opacus.validators.ModuleValidator.fix(model)"
+
+HOW_TO_FIX = f"{FIXED}, with GroupNorm in BatchNorm's place"
 
 
 def _check_private(network: nn.Module) -> None:
     from opacus.grad_sample import GradSampleModule  # takes a second to import
     from opacus.validators import ModuleValidator
 
-    if wrong := [*ModuleValidator.validate(network), *GradSampleModule.validate(network)]:
-        said = " ".join(str(wrong[0]).split()).partition(". ")[0]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise FedtapError(
-            f"dp_sgd clips each example's own gradient, which Opacus does not find in this model ({said}), since "
-            f"BatchNorm mixes the examples of a batch: {HOW_TO_FIX}."
+            "dp_sgd clips each example's own gradient, and there is none in this model, since BatchNorm mixes the "
+            f"examples of a batch: {HOW_TO_FIX}."
         )
+    why = "dp_sgd clips each example's own gradient, which Opacus does not find in this model"
+    if wrong := ModuleValidator.validate(network):
+        raise FedtapError(f"{why} ({_sentence(wrong[0])}): {FIXED}.")
+    if wrong := GradSampleModule.validate(network):
+        raise FedtapError(f"{why} ({_sentence(wrong[0])}): use a model without this layer.")
+
+
+def _sentence(error: Exception) -> str:
+    return short(" ".join(str(error).split()).partition(". ")[0], 100)

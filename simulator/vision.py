@@ -29,7 +29,7 @@ A safetensors file in base64 within JSON: a Flower 1.41 app bundle takes JSON al
 _schemas: list[torch.library.Library] = []  # a schema lives as long as the object that defined it
 
 
-def _torchvision() -> ModuleType:
+def torchvision() -> ModuleType:
     """torchvision, also where its build is for CUDA and torch's is not.
 
     Such a build cannot load its compiled operators, and stops at `nms` for want of a schema. Nothing here calls `nms`,
@@ -60,7 +60,7 @@ def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
         FedtapError: torchvision cannot be imported, or the download fails.
     """
     try:
-        _torchvision()
+        torchvision()
         datasets = importlib.import_module("torchvision.datasets")
         sides = {
             side: datasets.CIFAR10(str(data_root), train=side == "train", download=True) for side in ("train", "test")
@@ -91,7 +91,7 @@ def lpips_alex() -> nn.Module:
         FedtapError: a package or the weights cannot be loaded. A network with random features is never returned.
     """
     try:
-        _torchvision()
+        torchvision()
         package = importlib.import_module("lpips")
         features = alexnet_features()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -28,14 +28,14 @@ def _forget() -> Iterator[None]:
     vision.lpips_alex.cache_clear()
 
 
-def test_scores_and_report_and_worlds_do_not_load_torchvision() -> None:
+def test_scores_and_report_and_worlds_do_not_loadtorchvision() -> None:
     code = "import sys, simulator.scores, simulator.report, simulator.worlds; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_torchvision_loads_and_a_second_time_too() -> None:
-    first = vision._torchvision()
-    assert vision._torchvision() is first
+    first = vision.torchvision()
+    assert vision.torchvision() is first
     assert importlib.import_module("torchvision.datasets").CIFAR10
 
 
@@ -45,7 +45,7 @@ def test_a_torchvision_with_another_fault_is_not_mended(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(vision.importlib, "import_module", broken)
     with pytest.raises(RuntimeError, match="driver too old"):
-        vision._torchvision()
+        vision.torchvision()
     with pytest.raises(FedtapError, match=r"LPIPS cannot be loaded \(driver too old\): install fedtap again"):
         vision.lpips_alex()
 
@@ -89,7 +89,7 @@ def test_lpips_without_sound_weights_is_refused(fault: str, tmp_path: Path, monk
 
 
 def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vision._torchvision()
+    vision.torchvision()
 
     def dataset(root: str, train: bool, download: bool) -> SimpleNamespace:
         assert (root, download) == (str(tmp_path), True)
@@ -108,7 +108,7 @@ def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vision._torchvision()
+    vision.torchvision()
 
     def offline(*_: object, **__: object) -> None:
         raise URLError("no route to host")

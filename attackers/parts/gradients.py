@@ -20,10 +20,11 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attackers.parts.convolutions import COMPILED_TABLE, TABLE
 from simulator.attack import Images
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.leaks import Leak, Tensors, UpdateLeak, float_buffers
 
 Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
@@ -182,13 +183,16 @@ class Match:
 
         inputs = (
             pick(self.leak.weights or {}, self.leak.stacked),
-            pick(self.leak.buffers, self.leak.stacked),
+            {
+                name: buffer.clone() for name, buffer in pick(self.leak.buffers, self.leak.stacked).items()
+            },  # a spectral norm writes into its own
             pick(self.leaked, True),
             images.contiguous(),
             target.contiguous(),
         )
         try:
-            slopes, values = self._program(inputs, soft)(*inputs)
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                slopes, values = self._program(inputs, soft)(*inputs)
             if values.is_meta:
                 raise RuntimeError("its output is on the meta device")
         except torch.OutOfMemoryError:
@@ -196,8 +200,8 @@ class Match:
         except (RuntimeError, TypeError, ValueError) as error:
             raise FedtapError(
                 f"The gradient of model {self.leak.protocol.model!r} cannot be matched, since torch.func cannot "
-                f"differentiate it twice for {len(images)} victim(s) at once ({' '.join(str(error).split())[:200]}): "
-                f"{how_to_write(error)}."
+                f"differentiate it twice for {len(images)} victim(s) at once ({short(error, 100)}): "
+                f"{how_to_write(error, self.leak.network)}."
             ) from error
         return values[:true], slopes[0][:true], slopes[1][:true] if soft else slopes[0][:0]
 
@@ -243,6 +247,12 @@ def check_match(leak: Leak) -> None:
             f"Every parameter of model {leak.protocol.model!r} is frozen (requires_grad=False), so its clients send "
             "nothing but zeros: train at least one layer."
         )
+    whole = [name for name, held in network.named_buffers() if held.is_meta and not held.is_floating_point()]
+    if lost := [name for name in whole if not name.endswith("num_batches_tracked")]:  # torch would read any memory
+        raise FedtapError(
+            f"Model {short(leak.protocol.model)!r} keeps {short(lost[0])}, a buffer of whole numbers whose values are "
+            "not known here: make it in forward (torch.arange), or register it as floating point numbers."
+        )
     steps, batch = min(leak.protocol.steps, 2), min(leak.protocol.batch, 2)
     if (leak.kind, steps, batch) in _TRIED.setdefault(network, set()):
         return
@@ -271,8 +281,11 @@ def check_match(leak: Leak) -> None:
 _TRIED: WeakKeyDictionary[nn.Module, set[tuple[str, int, int]]] = WeakKeyDictionary()
 
 
-def how_to_write(error: Exception) -> str:
-    """What a user's model needs, told from what became of its forward pass."""
+def how_to_write(error: Exception, network: nn.Module | None = None) -> str:
+    """What a user's model needs, told from what became of its forward pass, and from the layers that it has."""
+    recurrent = next((m for m in network.modules() if isinstance(m, nn.GRU | nn.RNN)), None) if network else None
+    if recurrent is not None:
+        return f"nn.{type(recurrent).__name__} is not written for that: use nn.LSTM, or write the recurrence out"
     if any(word in str(error) for word in ("meta", "same device", "expected device")):
         return "it keeps a tensor that is no parameter, so register it as a buffer of floating point numbers"
     return "write it without random numbers, operations in place and branches on data"

@@ -14,6 +14,7 @@ from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vm
 
 from clients.defences.hooks import Named, StepDefence
 from clients.defences.updates import Clip
+from simulator.errors import FedtapError, short
 from simulator.models import logits_layer
 from simulator.practice import gradients
 from simulator.precode import training_loss
@@ -50,6 +51,9 @@ class DPSGD(Named, StepDefence):
         from opacus.optimizers import DPOptimizer
 
         check_model((self.part,), network, tuple(images.shape[1:]))
+        for module in network.modules():
+            if getattr(module, "inplace", False) is True:  # Opacus keeps what layers return, which must stay as it is
+                setattr(module, "inplace", False)  # noqa: B010
         sampled = GradSampleModule(network)
         try:
             optimiser = DPOptimizer(
@@ -63,7 +67,15 @@ class DPSGD(Named, StepDefence):
             with warnings.catch_warnings():  # torch says that images have no gradient, and they need none
                 warnings.simplefilter("ignore", UserWarning)
                 loss.backward()  # type: ignore[no-untyped-call]
+            for unused in optimiser.params:
+                if unused.grad_sample is None:
+                    unused.grad_sample = unused.new_zeros(len(images), *unused.shape)
             optimiser.pre_step()
+        except (RuntimeError, ValueError) as error:  # of a user's model
+            raise FedtapError(
+                "dp_sgd clips each example's own gradient, which Opacus cannot take of this model "
+                f"({short(error, 120)}): write it of layers that it knows, without operations in place."
+            ) from error
         finally:
             sampled.to_standard_module()
         for parameter in network.parameters():
