@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from simulator.attack import Reconstruction
 from simulator.captured import leak
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, load
+from simulator.models import build
 from tests.attack_leaks import pictures
 
 SHAPE = (3, 16, 16)
@@ -137,15 +139,15 @@ def test_weights_that_layers_share_are_one_tensor_under_either_name(tmp_path: Pa
         tensors[f"{group}/_module.head.bias"] = tensors.pop(f"{group}/head.bias")
     save_file(tensors, tmp_path / "leak.safetensors")
 
-    def build(*_: object) -> nn.Module:
+    def same(*_: object) -> nn.Module:
         return found.network
 
-    again = load(tmp_path / "leak.safetensors", build)
+    again = load(tmp_path / "leak.safetensors", same)
     assert all(torch.equal(again.observed[name], found.observed[name]) for name in found.observed)
     tensors["gradient/other.weight"] += 1
     save_file(tensors, tmp_path / "leak.safetensors")
     with pytest.raises(FedtapError, match="two values are given"):
-        load(tmp_path / "leak.safetensors", build)
+        load(tmp_path / "leak.safetensors", same)
 
 
 @pytest.mark.parametrize(
@@ -176,17 +178,17 @@ def test_a_file_without_a_victims_axis_or_weights_names_its_own_cause(tmp_path: 
     model, path = plain(), tmp_path / "leak.safetensors"
     found = leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
 
-    def build(*_: object) -> nn.Module:
+    def same(*_: object) -> nn.Module:
         return found.network
 
     found.save(path)
     tensors = load_file(path)
     save_file({n: t[0] if n.startswith("gradient/") else t for n, t in tensors.items()}, path)
     with pytest.raises(FedtapError, match=r"has the shape of one victim's.*leading axis \(tensor\[None\]\)"):
-        load(path, build)
+        load(path, same)
     save_file({n: t for n, t in tensors.items() if not n.startswith("weights/")}, path)
     with pytest.raises(FedtapError, match=r"does not know them: put them into its file as weights/NAME") as caught:
-        IDLG().accepts(load(path, build))
+        IDLG().accepts(load(path, same))
     assert not re.search("--listener", str(caught.value))
 
 
@@ -284,3 +286,18 @@ def test_a_run_in_which_every_row_is_an_error_ends_in_exit_code_1(
         main()
     assert ended.value.code == 1
     assert "no data today" in rows(tmp_path)[0]["error"]
+
+
+def test_the_readmes_way_from_a_gradient_to_a_reconstruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"### A gradient of your own.*?```python\n(.*?)```", readme, re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    mine = ModuleType("mine")
+    mine.model = build("lenet", (3, 32, 32), 10, seed=1)  # type: ignore[attr-defined]
+    mine.gradients = captured(mine.model, torch.rand(1, 3, 32, 32), torch.tensor([4]))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    names: dict[str, Any] = {}
+    exec(code[1].replace("IDLG()", "IDLG(steps=1)"), names)
+    assert names["found"].labels.item() == 4
+    assert load(tmp_path / "leaks/mine.safetensors", build, "lenet").protocol.batch == 1

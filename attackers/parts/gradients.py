@@ -181,11 +181,10 @@ class Match:
         def pick(tensors: Tensors, stacked: bool) -> Tensors:
             return {name: tensor[rows] for name, tensor in tensors.items()} if stacked else tensors
 
+        buffers = pick(self.leak.buffers, self.leak.stacked)
         inputs = (
             pick(self.leak.weights or {}, self.leak.stacked),
-            {
-                name: buffer.clone() for name, buffer in pick(self.leak.buffers, self.leak.stacked).items()
-            },  # a spectral norm writes into its own
+            {name: buffer.clone() for name, buffer in buffers.items()},  # a spectral norm writes into its own
             pick(self.leaked, True),
             images.contiguous(),
             target.contiguous(),
