@@ -18,13 +18,10 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor, nn
 
 from simulator.errors import FedtapError, unknown
-from simulator.leaks import GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
+from simulator.leaks import ROUNDING, GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
 from simulator.records import tensors_of
 
 Listener = Callable[[Leak], Leak]
-
-ROUNDING = 6.5e-9
-"""Standard error of a difference of two float32 weights near 0.1, in weight units."""
 
 
 def curious_server(leak: Leak) -> Leak:
@@ -165,7 +162,7 @@ def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.
                 f"Client {client} answered {name} of shape {tuple(after[name].shape)} to one of "
                 f"{tuple(before[name].shape)}, so there is no difference to take: it trains another model."
             )
-        differences[name] = ((after[name].double() - before[name].double()) * scale).float()
+        differences[name] = difference(before[name], after[name], scale)
         if not bool(after[name].float().isfinite().all() and differences[name].isfinite().all()):
             raise FedtapError(f"Client {client} answered NaN or infinity in {name}: its training diverged or it lies.")
     return (GradientLeak if single else UpdateLeak)(
@@ -179,6 +176,11 @@ def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.
         restarts=torch.tensor([0]),
         resolution=ROUNDING * abs(scale),
     )
+
+
+def difference(before: Tensor, after: Tensor, scale: float) -> Tensor:
+    """``(after - before) scale``, as a listener takes it from weights on the wire; of one client, or of a stack."""
+    return ((after.double() - before.double()) * scale).float()
 
 
 def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
