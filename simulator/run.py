@@ -7,7 +7,8 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -88,6 +89,7 @@ def run(
     folder: Folder | None = None
     pictures: dict[Any, report.Picture] = {}
     leak: Leak | None = None
+    notes: dict[str, None] = {}
     trainings = Trainings(parts, grid_for, data_root)
     for number, part in enumerate(progress(parts, "scenario")):
         unit = f"part_{number}"
@@ -97,9 +99,14 @@ def run(
             folder.rows = [row for row in folder.rows if row["unit"] != unit]
             folder.add([row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)])
             if found is not None or part is parts[-1]:
-                _report(folder, parts, leak, list(pictures.values()))
+                _report(folder, parts, leak, list(pictures.values()), notes)
             continue
         grid, private, heard = trainings.played(number)
+        fewer = ""
+        if private.scenario.victims < part.victims:
+            fewer = f"{part.world} has images for {private.scenario.victims} victims and not for {part.victims}."
+            warnings.warn(fewer, stacklevel=2)
+        notes |= dict.fromkeys(filter(None, (private.world.note, fewer)))
         leak = stack([heard.leaks[name] for name in private.names() if name in heard.leaks]) if heard.leaks else None
         if leak is not None:
             for attack in part.attacks:
@@ -112,7 +119,7 @@ def run(
             guess = _attack(played, order, attack, folder, device)
             if guess is not None:
                 _show(pictures, played, attack, guess)
-            _report(folder, parts, leak, list(pictures.values()))
+            _report(folder, parts, leak, list(pictures.values()), notes)
     assert folder is not None
     folder.describe(finished=True)
     return folder.rows
@@ -494,7 +501,13 @@ def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
     return "\n".join(said)
 
 
-def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictures: list[report.Picture]) -> None:
+def _report(
+    folder: Folder,
+    parts: Sequence[Scenario],
+    leak: Leak | None,
+    pictures: list[report.Picture],
+    notes: Iterable[str],
+) -> None:
     """strip.png and report.html of all that is finished so far."""
     parts = [part for part in parts if part.attacks]
     part = parts[0]
@@ -509,7 +522,7 @@ def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictur
     about = report.About(
         scenario=part.name,
         question=part.question,
-        threat=_threat(parts, leak.network if leak is not None else None),
+        threat="\n".join([_threat(parts, leak.network if leak is not None else None), *notes]),
         settings=settings | {"attacks": "\n".join(attacks)},
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )
