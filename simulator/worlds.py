@@ -31,8 +31,8 @@ from simulator.progress import progress
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom excluded."""
 
-Fitted: TypeAlias = UInt8[np.ndarray, "height width *channels"]
-"""In colour, or grey without an axis of channels."""
+Fitted: TypeAlias = UInt8[np.ndarray, "..."]
+"""Height, width, and three channels; a grey one has no third axis."""
 
 SideName: TypeAlias = Literal["public", "train", "victims"]
 
