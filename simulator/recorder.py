@@ -61,11 +61,11 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
                 return
             rounds[node] += 1
             rnd = _round(order.content) or rounds[node]
-            before, after = (
+            before, sent = (
                 _by_name(weights_in(content, what), network)
                 for content, what in ((order.content, "message"), (answer.content, "reply"))
             )
-            after = _as_weights(before, after, network, client)
+            after = _as_weights(before, sent, network, client)
             leak = exchanged(before, after, protocol, network, client, rnd)
             leak.save(folder / f"round_{rnd}-client_{client}.safetensors")
             _check_examples(answer.content, protocol, client, weighted_by_key)
@@ -153,5 +153,6 @@ def _contents(content: RecordDict) -> str:
         for record in content.array_records.values()
         for name, array in record.items()
     ]
-    names = [name for record in (*content.metric_records.values(), *content.config_records.values()) for name in record]
+    others = (*content.metric_records.values(), *content.config_records.values())
+    names = [str(name) for record in others for name, _ in record.items()]
     return short(", ".join([*(f"array {array}" for array in arrays), *names]) or "nothing", 120)
