@@ -36,6 +36,7 @@ def mod_of(
     Raises (the mod):
         FedtapError: it cannot tell the difference to defend. Nothing is sent then.
     """
+
     def mod(order: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if order.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
             return call_next(order, context)

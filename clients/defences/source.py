@@ -1,7 +1,7 @@
 """Where a defence's randomness comes from: the operating system for real clients, a seed in a simulation.
 
-Whoever finds the seed takes the noise off again, and entries that are known to be zero show whether it is found: torch's
-and numpy's generators are no cryptographer's. `os.urandom` is one.
+Whoever finds the seed takes the noise off again, and entries that are known to be zero tell the right one. torch's and
+numpy's generators are no cryptographic ones; `os.urandom` is.
 
 Noise in floating point gives away more than theory says: which numbers `x + noise` can be depends on x (Mironov, CCS
 2012, https://doi.org/10.1145/2382196.2382264; for Gaussian noise Jin et al., S&P 2022,

@@ -30,11 +30,14 @@ class DPSGD(Named, StepDefence):
     not a Poisson sample.
 
     That size is public: the client says how many examples it has, and the noise on the mean tells it too. So neighbours
-    are batches of one size that differ in one example, which is replaced: their sums lie 2 `clip` apart at most. If one
-    were left out, the noise's scale would show it, and no ε holds. Opacus's own `PrivacyEngine.make_private` has that
-    fault: with ``loss_reduction="mean"`` it divides by ``int(examples / batches)``, which differs between neighbours
-    for which its accountants assume add/remove (seen in 1.4.1, 1.5.4 and 1.6.0, with and without Poisson sampling: of
-    15, 16 and 17 examples in batches of 8 the sum is divided by 7, 8 and 5, with ``drop_last`` by 15, 8 and 8). With ``loss_reduction="sum"``, and a division by a number that is chosen beforehand, it has not.
+    are batches of one size that differ in one example, which is replaced, and their sums lie 2 `clip` apart at most. If
+    an example were left out, the scale of the noise would show it, and the ε of add/remove would not hold.
+
+    Opacus's own `PrivacyEngine.make_private` has that fault. With ``loss_reduction="mean"`` it divides the noisy sum by
+    ``int(examples / batches)``, which differs between neighbours, and its accountants' ε is that of add/remove. Seen in
+    1.4.1, 1.5.4 and 1.6.0, with and without Poisson sampling: 15, 16 and 17 examples in batches of 8 are divided by 7,
+    8 and 5, or with ``drop_last`` by 15, 8 and 8. ``loss_reduction="sum"`` has not the fault, if what is divided by
+    afterwards is chosen beforehand.
 
     Args:
         clip: L2 norm of an example's gradient.

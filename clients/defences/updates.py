@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,7 +180,7 @@ class LocalDP(Named, UpdateDefence):
     delta: float
 
     def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
-        mod, sigma = LocalDpMod(*dataclasses.astuple(self)), self.sigma
+        mod, sigma = LocalDpMod(self.clip, self.sensitivity, self.epsilon, self.delta), self.sigma
 
         def protected(row: Tensor, source: Source) -> Tensor:
             if source is None:
@@ -195,7 +194,7 @@ class LocalDP(Named, UpdateDefence):
     @property
     def sigma(self) -> float:
         """Standard deviation of its noise."""
-        return flower_local_dp(*dataclasses.astuple(self), "replace").sigma
+        return flower_local_dp(self.clip, self.sensitivity, self.epsilon, self.delta, "replace").sigma
 
 
 def _through(mod: LocalDpMod, row: Float[Tensor, "entries"], draw: torch.Generator) -> Float[Tensor, "entries"]:
