@@ -181,7 +181,8 @@ def mechanism_of(parts: Sequence[Named], adjacency: str, releases: int = 1, step
     one example adds to it, so whom it protects is the client. Noise that the server adds hides nothing from the server.
 
     Of DP-SGD the adjacency is always `replace`. The number of examples in a batch is public: the client says it, and
-    the noise on their mean has it in its scale. Without one of them the noise would be another, so that no ε holds.
+    the noise on their mean has it in its scale. Without one of them that scale would be another, and the ε of
+    add/remove, which takes both for the same, would not hold.
 
     Args:
         parts: as on the command line, first to last.

@@ -64,7 +64,7 @@ def test_epsilon_holds_where_an_example_is_replaced_and_is_as_small_as_can_be(ba
 
 
 @pytest.mark.parametrize("batch", [2, 5])
-def test_no_epsilon_of_add_or_remove_holds_at_the_batchs_own_size(batch: int) -> None:
+def test_the_epsilon_of_add_or_remove_does_not_hold(batch: int) -> None:
     """The scale of the noise tells how many examples there are."""
     claimed = Gaussian(MULTIPLIER * CLIP, CLIP, "example", "add/remove").guarantee(DELTA).epsilon
     assert claimed == pytest.approx(epsilon_of(1 / MULTIPLIER, DELTA))

@@ -1,4 +1,4 @@
-"""Where noise comes from: the operating system's bytes alone, on a grid; or in a simulation a seed, as it always did."""
+"""Where noise comes from: the operating system's bytes alone, on a grid; in a simulation a seed, as it always did."""
 
 from __future__ import annotations
 
