@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from simulator.suited import check_model, check_summed
 from simulator.wiretap import Wiretap, partition_of
 from simulator.worlds import Side
 
-METRICS = ("num-examples", "partition", "loss", "moved")
-"""What fedtap's clients report of their training."""
+METRICS = ("num-examples", "partition")
+"""What fedtap's clients report beside their update; where victims drift, `moved` too."""
 
 DRIFT_SHARE = 3
 """The compromised client trains on one public image in so many, drawn anew each time. Trainings on all of them end at
@@ -130,14 +130,14 @@ def play(
             heard.lost.setdefault(rnd, []).append(f"a client answered as number {client}")
             raise FedtapError(f"Node {node} answers as client {client}, and the sum is of clients 0 to {clients}.")
         try:
-            _as_expected(order.content, answer.content, client)
+            _as_expected(order.content, answer.content, client, metrics_of(scenario))
             leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {error}"
             raise
         metrics = answer.content.metric_records["metrics"]
         if private.victim(client, rnd) is not None:
-            heard.moved[client, rnd] = float(metrics["moved"])  # type: ignore[arg-type]
+            heard.moved[client, rnd] = float(metrics.get("moved", 0.0))  # type: ignore[arg-type]
         if scenario.listener == SECURE:
             if rnd > scenario.rounds:
                 masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
@@ -224,11 +224,16 @@ def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Stra
     return strategy
 
 
-def _as_expected(order: RecordDict, answer: RecordDict, client: int) -> None:
+def metrics_of(scenario: Scenario) -> tuple[str, ...]:
+    """Names of the numbers that clients report: of all the same, as FedAvg demands."""
+    return (*METRICS, "moved") if scenario.local_samples else METRICS
+
+
+def _as_expected(order: RecordDict, answer: RecordDict, client: int, reported: Sequence[str]) -> None:
     """Refuse what FedAvg could not average with the others' answers: it would end the run for all of them."""
     for kind, mine, theirs in (
         ("arrays", answer.array_records, {"arrays": order["arrays"].keys()}),
-        ("metrics", answer.metric_records, {"metrics": METRICS}),
+        ("metrics", answer.metric_records, {"metrics": reported}),
     ):
         if {name: set(record) for name, record in mine.items()} != {name: set(keys) for name, keys in theirs.items()}:
             raise FedtapError(

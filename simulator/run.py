@@ -25,7 +25,7 @@ from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import DamagedError, FedtapError
 from simulator.federation import Heard, clients_on, play, practice
-from simulator.leaks import Leak, stack
+from simulator.leaks import Leak, float_buffers, stack
 from simulator.listeners import SECURE
 from simulator.models import build
 from simulator.output import Folder, Row, left_by_us
@@ -245,6 +245,8 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
         return kept
     common = _common(played.part, unit, attack, played.private.clients) | {"overhead": played.overhead} | played.lost
+    if "not_covered" in common and played.leak is not None and float_buffers(played.leak.network):
+        common["not_covered"] += ", BatchNorm's statistics"
     missing = [name for name in played.private.names() if name not in played.heard.leaks]
     rows: list[Row] = [
         common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
@@ -350,7 +352,10 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
 
 
 ADJACENCY = "add/remove"
-"""Of the rows' ε: a client that is not there sends noise alone."""
+"""Of the rows' ε for a client: one that is not there sends noise alone. An example of DP-SGD's is replaced."""
+
+UNCOVERED = "number of examples, partition"
+"""What travels beside every update in the clear, so that no ε covers it."""
 
 DOUBT = 0.05
 """How often each limit of a success may be wrong."""
@@ -388,6 +393,7 @@ def promised(part: Scenario, clients: int = 0) -> Row:
         "epsilon_all": _finite(ever.guarantee(part.delta).epsilon),
         "releases": rounds,
         "sigma": once.sigma,
+        "not_covered": UNCOVERED + (", drift norm" if part.local_samples else ""),
         **(dict.fromkeys(SUCCESS) | {"success_db": part.success_db} if part.success_db is not None else {}),
     }
 
@@ -485,6 +491,12 @@ BATCHNORM = (
 )
 
 
+SIMULATED = (
+    "What a defence draws comes from the run's seed, so that the run can be repeated; the attacker does not use that. "
+    "A real client's noise must come from its operating system, as with mod_of. "
+)
+
+
 def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
     batches, steps = ({getattr(part, knob) for part in parts} for knob in ("batch", "steps"))
     images, local = (" or ".join(map(str, sorted(values))) for values in (batches, steps))
@@ -493,7 +505,8 @@ def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
         f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; "
         "their difference to the weights it was sent is its gradient, or the sum of several. "
         f"Defence: {' or '.join(dict.fromkeys(part.defence for part in parts))}. "
-        "The attacker is never shown a label or a pixel.",
+        + (SIMULATED if any(part.defence != "none" for part in parts) else "")
+        + "The attacker is never shown a label or a pixel.",
         "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
     ]
     if network is not None and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
