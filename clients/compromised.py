@@ -1,7 +1,8 @@
 """The compromised client: an honest one whose channel the adversary can feed with examples of its own.
 
-It answers `query.practice` with the gradient of each example it is fed, computed as its training would; where the
-adversary also feeds it images to train on, at the weights that it passes on the way.
+It answers `query.practice` with the weights that one step on each example it is fed would have it send, in the
+precision of an honest client's; where the adversary also feeds it images to train on, at the weights that it passes on
+the way.
 """
 
 from __future__ import annotations
@@ -21,28 +22,41 @@ from simulator.scenario import PrivateData
 
 
 def practise(order: Message, private: PrivateData) -> Message:
-    """Public examples in (`pairs batch channel height width`, in [0, 1]), their gradients out (`pairs *parameter`)."""
-    world = private.world
+    """Public examples in (`pairs batch channel height width`, in [0, 1]), weights out (`pairs *parameter`).
+
+    The weights are what an honest client would send after one local step on each example: on the wire, pairs are
+    rounded as victims' answers are.
+    """
+    world, rate = private.world, private.scenario.learning_rate
     net = network(private.scenario.architecture, world.shape, len(world.classes))
-    receive(net, order.content.array_records["arrays"])
+    received = receive(net, order.content.array_records["arrays"])
+    before = {name: received[name] for name, _ in net.named_parameters()}
     examples = tensors_of(order.content.array_records["examples"])
     seed, fed = private.scenario.seed, digest(examples)
     with seeded(seed, "practice", fed):
         images, labels, defences = examples["images"], examples["labels"], parse(private.scenario.defence)
-        defended = defences.step is not None or bool(defences.update)
-        pairs = range(len(images) if defended else 0)  # each is an exchange, and draws for itself
+        guarded = defences.step is not None or bool(defences.update)
+        pairs = range(len(images) if guarded else 0)  # each is an exchange, and draws for itself
         draws = [generator(seed, "defence", fed, pair) for pair in pairs]
         stops: Iterable[slice] = [slice(None)]
-        if "drift" in order.content.array_records:
+        drifts = "drift" in order.content.array_records
+        if drifts:
             stops = along(net, tensors_of(order.content.array_records["drift"]))
         step, parts = defences.step, []
         for due in stops:
             some = images[due], labels[due]
-            parts.append(step.stacked(net, *some, draws[due]) if step else gradients(net, *some))
-        found = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        found = defences.update.stacked(found, draws)
+            gradient = step.stacked(net, *some, draws[due]) if step else gradients(net, *some)
+            here = {name: parameter.detach() for name, parameter in net.named_parameters()}
+            after = {name: here[name] - rate * gradient[name] for name in before}
+            if drifts:  # as a drifted victim: the server's weights, and the change on top of them
+                after = {name: before[name] - (here[name] - after[name]) for name in before}
+            parts.append(after)
+        sent = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in before}
+        if defences.update:
+            change = defences.update.stacked({name: (before[name] - sent[name]) / rate for name in before}, draws)
+            sent = {name: before[name] - rate * change[name] for name in before}
     content = RecordDict(
-        {"gradients": ArrayRecord(found), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
+        {"weights": ArrayRecord(sent), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
     )
     return Message(content, reply_to=order)
 

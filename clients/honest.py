@@ -29,9 +29,10 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
     defences = parse(scenario.defence)
     net = network(scenario.architecture, world.shape, len(world.classes))
     before = receive(net, order.content.array_records["arrays"])
+    moved = 0.0 if scenario.local_samples else None
     if private.conduct(client, rnd) == "silent":  # it takes part, and sends the weights that it was sent
-        return answer(order, net, len(images), client, loss=0.0)
-    here, moved = before, 0.0
+        return answer(order, net, len(images), client, moved)
+    here = before
     if scenario.local_samples and private.victim(client, rnd) is not None:
         here = drifted(before, private)
         net.load_state_dict(here, strict=False)
@@ -41,7 +42,7 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
     if defences.step is not None:
         backward = partial(defences.step.backward, draw=generator(scenario.seed, "step", client, rnd))
     with seeded(scenario.seed, "training", client, rnd):
-        loss = sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate, backward)
+        sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate, backward)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     if here is not before:  # what is sent is the server's weights, and the change on top of them
         after = {name: before[name] - (here[name] - after[name]) for name in after}
@@ -50,7 +51,7 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
         after = defended(defences.update, before, after, scenario.learning_rate, draw)
     if defences.update or here is not before:
         net.load_state_dict(after, strict=False)
-    return answer(order, net, len(images), client, loss, moved)
+    return answer(order, net, len(images), client, moved)
 
 
 def _distance(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:

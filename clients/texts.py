@@ -27,11 +27,11 @@ def train(
 ) -> Message:
     """The answer to an order to train; `draw` is where a defence's noise comes from."""
     before = receive(net, order.content.array_records["arrays"])
-    loss = sgd(net, texts, labels, 1, len(texts), learning_rate, _backward)
+    sgd(net, texts, labels, 1, len(texts), learning_rate, _backward)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     after = defended(parse(defence).update, before, after, learning_rate, draw)
     net.load_state_dict(after, strict=False)
-    return answer(order, net, len(texts), client, loss)
+    return answer(order, net, len(texts), client)
 
 
 def _backward(net: nn.Module, texts: Tensor, labels: Tensor) -> Tensor:

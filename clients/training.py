@@ -86,24 +86,22 @@ def sgd(
     learning_rate: float,
     backward: Backward = plain_backward,
     before: int = 0,
-) -> float:
-    """`steps` steps of plain SGD on the mean cross-entropy, batch after batch, round and round; the last loss.
+) -> None:
+    """`steps` steps of plain SGD on the mean cross-entropy, batch after batch, round and round.
 
     Args:
         images: `images channel height width`, in [0, 1].
         labels: `images`.
-        backward: what leaves a gradient behind and returns the loss.
+        backward: what leaves a gradient behind; the loss that it returns is sent to nobody.
         before: steps already taken, after which it goes on.
     """
     net.train()
     optimiser = torch.optim.SGD(net.parameters(), lr=learning_rate)
-    loss = torch.zeros(())
     for step in range(before, before + steps):
         at = step * batch % len(images)
         optimiser.zero_grad()
-        loss = backward(net, images[at : at + batch], labels[at : at + batch])
+        backward(net, images[at : at + batch], labels[at : at + batch])
         optimiser.step()
-    return loss.item()
 
 
 UNSHARED_RATE, UNSHARED_BATCH = 0.01, 32
@@ -132,11 +130,14 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
 _DRIFTED: dict[object, dict[str, Tensor]] = {}
 
 
-def answer(order: Message, net: nn.Module, examples: int, partition: int, loss: float, moved: float = 0.0) -> Message:
-    """The reply FedAvg expects: one ArrayRecord, one MetricRecord.
+def answer(order: Message, net: nn.Module, examples: int, partition: int, moved: float | None = None) -> Message:
+    """The reply FedAvg expects: one ArrayRecord, one MetricRecord, with no more than the server needs.
 
     Args:
-        moved: how far the client's weights had drifted from the server's, as a share of their length.
+        moved: where victims drift, how far the client's weights had done so from the server's, as a share of their
+            length: for the scorer alone. None is not sent.
     """
-    metrics = MetricRecord({"num-examples": examples, "partition": partition, "loss": loss, "moved": moved})
+    metrics = MetricRecord({"num-examples": examples, "partition": partition})
+    if moved is not None:
+        metrics["moved"] = moved
     return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=order)

@@ -15,7 +15,8 @@ from scenarios.game import Game
 from scenarios.image import Delta, ImageKnobs, SuccessDb, image_knobs, promising
 from scenarios.knobs import Knob
 from simulator.errors import FedtapError
-from simulator.privacy import noise_for
+from simulator.privacy import ADJACENCIES, noise_for
+from simulator.run import ADJACENCY
 from simulator.scenario import Scenario
 
 ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,aware=True)"
@@ -43,7 +44,7 @@ GAMES = 5000
 )
 def scenario(
     *,
-    epsilon: Annotated[float, Knob("ε of one exchange, add/remove, for which the noise is chosen; inf is no noise")],
+    epsilon: Annotated[float, Knob("ε of one exchange, for which the noise is chosen; inf is no noise")],
     sigma: Annotated[float, Knob("standard deviation of the noise, in the place of an ε; 0: as ε asks", 0.0, 1e6)],
     clip: Annotated[float, Knob("L2 norm to which is clipped", 1e-6, 1e6)],
     delta: Delta,
@@ -76,7 +77,8 @@ def _written(mechanism: str, epsilon: float, sigma: float, clip: float, delta: f
         noise_for(epsilon, delta, clip)
         return f"local_dp({clip}, {clip}, {epsilon}, {delta})"
     exact = math.isinf(epsilon) and not sigma
-    noise = 0.0 if exact else sigma or noise_for(epsilon, delta, clip)
+    far = clip * ADJACENCIES["replace" if mechanism == "dp_sgd" else ADJACENCY]
+    noise = 0.0 if exact else sigma or noise_for(epsilon, delta, far)
     if mechanism == "dp_sgd":
         return f"dp_sgd({clip}, {noise * (1 if sigma else math.sqrt(steps)) / clip!r})"
     return f"clip({clip})+noise({noise!r})" if noise else f"clip({clip})"

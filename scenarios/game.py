@@ -36,6 +36,7 @@ from simulator.models import Shape
 from simulator.output import Row
 from simulator.practice import gradients
 from simulator.privacy import Gaussian, noise_for
+from simulator.run import UNCOVERED
 from simulator.scenario import Scenario, private_data
 
 SHAPE = (1, 16, 16)
@@ -135,6 +136,7 @@ def played(game: Game, rows: int) -> Row:
         **dataclasses.asdict(mechanism.guarantee(game.delta)),
         "epsilon": game.epsilon,
         "sigma": mechanism.sigma,
+        "not_covered": UNCOVERED,
         "defence": game.done,
         "games": game.victims,
         "exchanges": min(game.exchanges, game.victims),

@@ -16,7 +16,7 @@ from simulator.files import write_atomically
 from simulator.output import Folder, Row, left_by_us
 from simulator.privacy_report import games_chart
 from simulator.progress import progress
-from simulator.run import environment
+from simulator.run import UNCOVERED, environment
 
 LEGEND = (
     f"in brackets: one-sided Clopper-Pearson limits, {LEVEL:g} over all rows; bound: 2302.07225; Rényi: 2201.04845; "
@@ -26,7 +26,8 @@ LEGEND = (
 THREAT = (
     "The attacker knows the model, the weights, the clip, the noise's size and all K canaries, each as likely as the "
     "others, and says which one the client holds: κ = 1/K. ε is that of one release, for a client (here with one "
-    "example), under add/remove: a client that is not there sends noise alone. Its sensitivity is the clip."
+    "example), under add/remove: a client that is not there sends noise alone. Its sensitivity is the clip. "
+    f"ε speaks of the update alone. Beside it travels in the clear: {UNCOVERED}."
 )
 
 

@@ -49,10 +49,10 @@ def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Part, ...]:
     parts: list[Part] = []
     for values, swept in settings(function, knobs):
         made = function(**values)
-        parts += [
-            dataclasses.replace(part, name=name, question=question(name), swept=tuple(swept.items()))
-            for part in (made if isinstance(made, tuple) else (made,))
-        ]
+        for part in made if isinstance(made, tuple) else (made,):
+            if isinstance(part, Scenario):
+                part = dataclasses.replace(part, fewer="victims" not in knobs)
+            parts.append(dataclasses.replace(part, name=name, question=question(name), swept=tuple(swept.items())))
     if not parts:
         raise FedtapError(f"Nothing is left of {name} to be played with these knobs: leave some of them out.")
     once: dict[Part, dict[str, str]] = {}

@@ -21,8 +21,8 @@ PLAIN, AWARE, UPPER = "plain", "aware", "best by score"
 LEGEND = (
     "plain, aware: PSNR (median over victims, dB) of attacks that do not, and do, know the defence, of several the one "
     "with the higher median; best by score: of each victim the attack that came nearest, an upper bound that needs the "
-    "truth, which no attacker has; time: of a client's exchange, over that without a defence; ε: of the attacked "
-    "exchanges"
+    "truth, which no attacker has; time: of a client's exchange, over that without a defence; ε: of the updates "
+    "in the attacked exchanges"
 )
 
 WHERE = ("world", "model", "batch", "steps", "listener", "rounds", "accuracy_loss")

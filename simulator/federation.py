@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from simulator.attack import generator, numpy_seeded
 from simulator.defence import described
 from simulator.errors import FedtapError
-from simulator.leaks import GradientLeak, Leak, float_buffers, mean
-from simulator.listeners import SECURE, Masked, hear, isolated, listener
+from simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
+from simulator.listeners import SECURE, Masked, difference, hear, isolated, listener
 from simulator.models import build, with_weights
 from simulator.practice import Pairs, chunk_size, gradients, trainings
 from simulator.records import tensors_of
@@ -28,8 +28,8 @@ from simulator.suited import check_model, check_summed
 from simulator.wiretap import Wiretap, partition_of
 from simulator.worlds import Side
 
-METRICS = ("num-examples", "partition", "loss", "moved")
-"""What fedtap's clients report of their training."""
+METRICS = ("num-examples", "partition")
+"""What fedtap's clients report beside their update; where victims drift, `moved` too."""
 
 DRIFT_SHARE = 3
 """The compromised client trains on one public image in so many, drawn anew each time. Trainings on all of them end at
@@ -130,14 +130,14 @@ def play(
             heard.lost.setdefault(rnd, []).append(f"a client answered as number {client}")
             raise FedtapError(f"Node {node} answers as client {client}, and the sum is of clients 0 to {clients}.")
         try:
-            _as_expected(order.content, answer.content, client)
+            _as_expected(order.content, answer.content, client, metrics_of(scenario))
             leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {error}"
             raise
         metrics = answer.content.metric_records["metrics"]
         if private.victim(client, rnd) is not None:
-            heard.moved[client, rnd] = float(metrics["moved"])  # type: ignore[arg-type]
+            heard.moved[client, rnd] = float(metrics.get("moved", 0.0))  # type: ignore[arg-type]
         if scenario.listener == SECURE:
             if rnd > scenario.rounds:
                 masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
@@ -224,11 +224,16 @@ def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Stra
     return strategy
 
 
-def _as_expected(order: RecordDict, answer: RecordDict, client: int) -> None:
+def metrics_of(scenario: Scenario) -> tuple[str, ...]:
+    """Names of the numbers that clients report: of all the same, as FedAvg demands."""
+    return (*METRICS, "moved") if scenario.local_samples else METRICS
+
+
+def _as_expected(order: RecordDict, answer: RecordDict, client: int, reported: Sequence[str]) -> None:
     """Refuse what FedAvg could not average with the others' answers: it would end the run for all of them."""
     for kind, mine, theirs in (
         ("arrays", answer.array_records, {"arrays": order["arrays"].keys()}),
-        ("metrics", answer.metric_records, {"metrics": METRICS}),
+        ("metrics", answer.metric_records, {"metrics": reported}),
     ):
         if {name: set(record) for name, record in mine.items()} != {name: set(keys) for name, keys in theirs.items()}:
             raise FedtapError(
@@ -254,9 +259,10 @@ def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> 
 def practice(
     grid: Grid, scenario: Scenario, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
 ) -> Iterator[Pairs]:
-    """Feed public examples to the compromised client, and hear the gradients it sends, one chunk at a time.
+    """Feed public examples to the compromised client, and hear the weights it sends back, one chunk at a time.
 
-    Where the scenario's source is the server, it computes them itself, at the weights that it sends.
+    The gradient is in their difference to the weights it was sent, rounded as a victim's is. Where the scenario's
+    source is the server, it computes those weights itself.
     Pairs carry the weights that it sent, also where the client has trained since: so does a drifted victim's leak, and
     an attack that takes them for the client's own is as wrong of the one as of the other.
 
@@ -280,10 +286,12 @@ def practice(
             network = build(scenario.architecture, private.world.shape, len(private.world.classes), seed=0)
             network.load_state_dict(arrays, strict=False)
             found = gradients(network, some, named)
+            sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
         else:
-            found = _fed(grid, private, heard, some, named, part, number)
+            sent = _fed(grid, private, heard, some, named, part, number)
+        scale = -1 / scenario.learning_rate
         leak = GradientLeak(
-            observed=found,
+            observed={name: difference(arrays[name], after, scale) for name, after in sent.items()},
             protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
             network=skeleton,
             weights={name: arrays[name] for name, _ in skeleton.named_parameters()},
@@ -291,6 +299,7 @@ def practice(
             clients=torch.full((len(some),), private.clients),
             rounds=torch.zeros(len(some), dtype=torch.long),
             restarts=which,
+            resolution=ROUNDING * -scale,
         )
         yield Pairs(listener(scenario.listener)(leak), some, named)  # type: ignore[arg-type]
 
@@ -298,7 +307,7 @@ def practice(
 def _fed(
     grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int, number: int
 ) -> dict[str, Tensor]:
-    """The gradients with which the compromised client answers these examples; it may be told to train by itself."""
+    """The weights with which the compromised client answers each of these examples; it may be told to train first."""
     if private.clients not in heard.nodes:
         raise FedtapError(
             "The compromised client has not answered a round yet, so its node is unknown: play one first."
@@ -320,7 +329,7 @@ def _fed(
     if not answers or answers[0].has_error():
         why = answers[0].error.reason if answers else "no answer"
         raise FedtapError(f"The compromised client did not practise ({why}): check that its ClientApp is fedtap's.")
-    return tensors_of(answers[0].content.array_records["gradients"])
+    return tensors_of(answers[0].content.array_records["weights"])
 
 
 def stops(draw: torch.Generator) -> Int[Tensor, " stops"]:

@@ -32,6 +32,10 @@ FORMAT = 1
 """Version of the saved form; a reader refuses any other."""
 
 
+ROUNDING = 6.5e-9
+"""Standard error of a difference of two float32 weights near 0.1, in weight units."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What the protocol tells everyone who takes part, the attacker included."""

@@ -17,14 +17,11 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor, nn
 
-from simulator.errors import FedtapError, unknown
-from simulator.leaks import GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
+from simulator.errors import FedtapError, short, unknown
+from simulator.leaks import ROUNDING, GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
 from simulator.records import tensors_of
 
 Listener = Callable[[Leak], Leak]
-
-ROUNDING = 6.5e-9
-"""Standard error of a difference of two float32 weights near 0.1, in weight units."""
 
 
 def curious_server(leak: Leak) -> Leak:
@@ -137,25 +134,33 @@ def _told(answers: Mapping[int, Masked], clients: int, others: str) -> dict[int,
 
 
 def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
-    """The leak of one ordinary FedAvg exchange: weights out, weights back.
-
-    One prescribed step of plain SGD gives away the gradient, (before - after) / learning rate; several give away their
-    sum, after - before.
+    """The leak of one exchange with a client of fedtap's own, which FedAvg averages: weights out, weights back.
 
     Raises:
         FedtapError: the answer is not what a client of this protocol sends.
     """
-    before = _tensors(order, "order")
-    after = _tensors(answer, "answer")
     if len(answer.metric_records) != 1 or not _counts(answer):
         raise FedtapError(
             f"Client {client} reported no positive num-examples, without which its answer cannot be averaged: "
             "send exactly one MetricRecord with that key."
         )
+    before, after = weights_in(order, "message"), weights_in(answer, "reply")
+    return exchanged(before, after, protocol, network, client, rnd)
+
+
+def exchanged(before: Tensors, after: Tensors, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
+    """What the weights that a client was sent and those that it sent back give away.
+
+    One prescribed step of plain SGD gives away the gradient, (before - after) / learning rate; several give away their
+    sum, after - before. Rounding on the wire is that of the coarser of the two.
+
+    Raises:
+        FedtapError: they are not weights of this model, or not finite.
+    """
     parameters = [name for name, _ in network.named_parameters()]
     buffers = float_buffers(network)
-    _whole(before, [*parameters, *buffers], "order", client)
-    _whole(after, [*parameters, *buffers], "answer", client)
+    _whole(before, [*parameters, *buffers], "message to", client)
+    _whole(after, [*parameters, *buffers], "reply of", client)
     single = protocol.steps == 1
     scale = -1 / protocol.learning_rate if single else 1.0
     differences = {}
@@ -165,23 +170,41 @@ def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.
                 f"Client {client} answered {name} of shape {tuple(after[name].shape)} to one of "
                 f"{tuple(before[name].shape)}, so there is no difference to take: it trains another model."
             )
-        differences[name] = ((after[name].double() - before[name].double()) * scale).float()
+        differences[name] = difference(before[name], after[name], scale)
         if not bool(after[name].float().isfinite().all() and differences[name].isfinite().all()):
             raise FedtapError(f"Client {client} answered NaN or infinity in {name}: its training diverged or it lies.")
     return (GradientLeak if single else UpdateLeak)(
         observed={name: differences[name][None] for name in parameters},
         protocol=protocol,
         network=network,
-        weights={name: before[name] for name in parameters},
-        buffers={name: before[name] for name in buffers},
+        weights={name: before[name].float() for name in parameters},
+        buffers={name: before[name].float() for name in buffers},
         clients=torch.tensor([client]),
         rounds=torch.tensor([rnd]),
         restarts=torch.tensor([0]),
-        resolution=ROUNDING * abs(scale),
+        resolution=max(_rounding(tensors[name]) for tensors in (before, after) for name in parameters) * abs(scale),
     )
 
 
-def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
+def _rounding(weights: Tensor) -> float:
+    """Standard error of a difference of two weights near 0.1 in this precision; ROUNDING in float32."""
+    return ROUNDING * torch.finfo(weights.dtype).eps / torch.finfo(torch.float32).eps
+
+
+def difference(before: Tensor, after: Tensor, scale: float) -> Tensor:
+    """``(after - before) scale``, as a listener takes it from weights on the wire; of one client, or of a stack."""
+    return ((after.double() - before.double()) * scale).float()
+
+
+def weights_in(content: RecordDict, what: str) -> dict[str, Tensor]:
+    """The arrays of a message as tensors, name -> tensor.
+
+    Args:
+        what: the message, in the sentence of an error.
+
+    Raises:
+        FedtapError: it holds no or several ArrayRecords, or arrays that are no tensors.
+    """
     if len(content.array_records) != 1:
         raise FedtapError(
             f"The {what} holds {len(content.array_records)} ArrayRecords and FedAvg exchanges exactly one: "
@@ -191,7 +214,7 @@ def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
     try:
         return tensors_of(record)
     except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
-        raise FedtapError(f"The {what} holds arrays that are no tensors ({error}): send float32.") from error
+        raise FedtapError(f"The {what} holds arrays that are no tensors ({short(error)}): send float32.") from error
 
 
 def _counts(answer: RecordDict) -> bool:
@@ -199,9 +222,9 @@ def _counts(answer: RecordDict) -> bool:
     return isinstance(count, int | float) and 0 < count < 2**53
 
 
-def _whole(found: dict[str, Tensor], wanted: list[str], what: str, client: int) -> None:
+def _whole(found: Tensors, wanted: list[str], what: str, client: int) -> None:
     if missing := [name for name in wanted if name not in found or not found[name].is_floating_point()]:
         raise FedtapError(
-            f"The {what} of client {client} lacks {', '.join(missing[:3])}, which this model has: "
-            "client and server must name the same --model."
+            f"The {what} client {client} lacks {short(', '.join(missing[:3]))}, which this model has: "
+            "client, server and tap must have the same model."
         )

@@ -24,11 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simulator.errors import DamagedError
 from simulator.files import write_atomically
-from simulator.leaks import GradientLeak, Protocol, Tensors
+from simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors
 from simulator.precode import training_loss
 
-FORMAT = 1
-"""Version of the saved form; a reader refuses any other."""
+FORMAT = 2
+"""Version of the saved form; a reader refuses any other. In 1, pairs were gradients before they crossed the wire."""
 
 CHUNK = 2**24
 """Numbers in a chunk's gradients: 64 MiB of float32."""
@@ -153,6 +153,7 @@ class Practice:
             clients=clients,
             rounds=torch.zeros(len(labels), dtype=torch.long),
             restarts=torch.zeros(len(labels), dtype=torch.long),
+            resolution=ROUNDING / self.about.protocol.learning_rate,
         )
         leak.check()
         return Pairs(leak, images, labels)

@@ -4,7 +4,9 @@
 accountant's. Reconstruction: Hayes, Mahloujifar and Balle, NeurIPS 2023, https://arxiv.org/abs/2302.07225, and the
 older bound from Rényi divergences, Balle, Cherubin and Hayes, S&P 2022, https://arxiv.org/abs/2201.04845.
 
-All of it is about real numbers: floating point noise gives away a little more.
+All of it is about real numbers and about the update alone. Floating point noise gives away a little more (Mironov, CCS
+2012, https://doi.org/10.1145/2382196.2382264), and so does what travels beside the update: the number of examples above
+all, by which FedAvg weighs it.
 """
 
 from __future__ import annotations
@@ -178,8 +180,13 @@ def mechanism_of(parts: Sequence[Named], adjacency: str, releases: int = 1, step
     pruning, which shortens, stands between the two. A clip of a batch's update bounds what its client sends, not what
     one example adds to it, so whom it protects is the client. Noise that the server adds hides nothing from the server.
 
+    Of DP-SGD the adjacency is always `replace`. The number of examples in a batch is public: the client says it, and
+    the noise on their mean has it in its scale. Without one of them that scale would be another, and the ε of
+    add/remove, which takes both for the same, would not hold.
+
     Args:
         parts: as on the command line, first to last.
+        adjacency: of clients.
         releases: exchanges in which the client sends such an update of the same data.
         steps: local steps in each of them that an example takes part in, for DP-SGD.
 
@@ -193,7 +200,7 @@ def mechanism_of(parts: Sequence[Named], adjacency: str, releases: int = 1, step
                 return Gaussian(part.values[0], clip, "client", adjacency, releases)
             case "dp_sgd":
                 norm, multiplier = part.values
-                return Gaussian(multiplier * norm, norm, "example", adjacency, releases * steps)
+                return Gaussian(multiplier * norm, norm, "example", "replace", releases * steps)
             case "local_dp":
                 norm, sensitivity, epsilon, delta = part.values
                 once = flower_local_dp(norm, sensitivity, epsilon, delta, adjacency)

@@ -121,9 +121,15 @@ def section(rows: Sequence[Row]) -> str:
         + f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         + f"<p class='pale'>{escape(LEGEND)}. δ = {first['delta']:g}. A success is a PSNR of at least "
         f"{first.get('success_db', 0):g} dB. The images' bound is empty, since nobody knows with what probability they "
-        "could be guessed blindly; what stopped this attack may not stop another, while no attacker passes the bound."
-        "</p>"
+        "could be guessed blindly; what stopped this attack may not stop another, while no attacker passes the bound. "
+        f"{escape(_beside(found))}</p>"
     )
+
+
+def _beside(found: Sequence[Entry]) -> str:
+    """What of an exchange ε does not speak of."""
+    said = dict.fromkeys(str(entry.first["not_covered"]) for entry in found if "not_covered" in entry.first)
+    return f"ε speaks of the update alone. Beside it travels in the clear: {' or '.join(said)}." if said else ""
 
 
 def _line(entry: Entry, knobs: Sequence[str]) -> str:

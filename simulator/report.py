@@ -38,7 +38,7 @@ SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_bl
 NOTES = ("ssim_note", "lpips_note")
 """Why a score is empty."""
 
-PROMISED = ("delta", "protects", "adjacency", "sensitivity", "epsilon_all", "epsilon_note", "releases")
+PROMISED = ("delta", "protects", "adjacency", "sensitivity", "epsilon_all", "epsilon_note", "releases", "not_covered")
 """What a defence guarantees: it follows from the knobs."""
 
 SUCCESS = ("success", "success_low", "success_high", "success_db", "bound")

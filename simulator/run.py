@@ -7,7 +7,8 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import DamagedError, FedtapError
 from simulator.federation import Heard, clients_on, play, practice
-from simulator.leaks import Leak, Protocol, stack
+from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import SECURE
 from simulator.models import build
 from simulator.output import Folder, Row, left_by_us
@@ -88,6 +89,7 @@ def run(
     folder: Folder | None = None
     pictures: dict[Any, report.Picture] = {}
     leak: Leak | None = None
+    notes: dict[str, None] = {}
     trainings = Trainings(parts, grid_for, data_root)
     for number, part in enumerate(progress(parts, "scenario")):
         unit = f"part_{number}"
@@ -97,9 +99,14 @@ def run(
             folder.rows = [row for row in folder.rows if row["unit"] != unit]
             folder.add([row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)])
             if found is not None or part is parts[-1]:
-                _report(folder, parts, leak, list(pictures.values()))
+                _report(folder, parts, leak, list(pictures.values()), notes)
             continue
         grid, private, heard = trainings.played(number)
+        fewer = ""
+        if private.scenario.victims < part.victims:
+            fewer = f"{part.world} has images for {private.scenario.victims} victims and not for {part.victims}."
+            warnings.warn(fewer, stacklevel=2)
+        notes |= dict.fromkeys(filter(None, (private.world.note, fewer)))
         leak = stack([heard.leaks[name] for name in private.names() if name in heard.leaks]) if heard.leaks else None
         if leak is not None:
             for attack in part.attacks:
@@ -112,7 +119,7 @@ def run(
             guess = _attack(played, order, attack, folder, device)
             if guess is not None:
                 _show(pictures, played, attack, guess)
-            _report(folder, parts, leak, list(pictures.values()))
+            _report(folder, parts, leak, list(pictures.values()), notes)
     assert folder is not None
     folder.describe(finished=True)
     return folder.rows
@@ -238,6 +245,8 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
         return kept
     common = _common(played.part, unit, attack, played.private.clients) | {"overhead": played.overhead} | played.lost
+    if "not_covered" in common and played.leak is not None and float_buffers(played.leak.network):
+        common["not_covered"] += ", BatchNorm's statistics"
     missing = [name for name in played.private.names() if name not in played.heard.leaks]
     rows: list[Row] = [
         common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
@@ -343,7 +352,10 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
 
 
 ADJACENCY = "add/remove"
-"""Of the rows' ε: a client that is not there sends noise alone."""
+"""Of the rows' ε for a client: one that is not there sends noise alone. An example of DP-SGD's is replaced."""
+
+UNCOVERED = "number of examples, partition"
+"""What travels beside every update in the clear, so that no ε covers it."""
 
 DOUBT = 0.05
 """How often each limit of a success may be wrong."""
@@ -381,6 +393,7 @@ def promised(part: Scenario, clients: int = 0) -> Row:
         "epsilon_all": _finite(ever.guarantee(part.delta).epsilon),
         "releases": rounds,
         "sigma": once.sigma,
+        "not_covered": UNCOVERED + (", drift norm" if part.local_samples else ""),
         **(dict.fromkeys(SUCCESS) | {"success_db": part.success_db} if part.success_db is not None else {}),
     }
 
@@ -478,6 +491,12 @@ BATCHNORM = (
 )
 
 
+SIMULATED = (
+    "What a defence draws comes from the run's seed, so that the run can be repeated; the attacker does not use that. "
+    "A real client's noise must come from its operating system, as with mod_of. "
+)
+
+
 def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
     batches, steps = ({getattr(part, knob) for part in parts} for knob in ("batch", "steps"))
     images, local = (" or ".join(map(str, sorted(values))) for values in (batches, steps))
@@ -486,7 +505,8 @@ def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
         f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; "
         "their difference to the weights it was sent is its gradient, or the sum of several. "
         f"Defence: {' or '.join(dict.fromkeys(part.defence for part in parts))}. "
-        "The attacker is never shown a label or a pixel.",
+        + (SIMULATED if any(part.defence != "none" for part in parts) else "")
+        + "The attacker is never shown a label or a pixel.",
         "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
     ]
     if network is not None and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
@@ -494,7 +514,13 @@ def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
     return "\n".join(said)
 
 
-def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictures: list[report.Picture]) -> None:
+def _report(
+    folder: Folder,
+    parts: Sequence[Scenario],
+    leak: Leak | None,
+    pictures: list[report.Picture],
+    notes: Iterable[str],
+) -> None:
     """strip.png and report.html of all that is finished so far."""
     parts = [part for part in parts if part.attacks]
     part = parts[0]
@@ -509,7 +535,7 @@ def _report(folder: Folder, parts: Sequence[Scenario], leak: Leak | None, pictur
     about = report.About(
         scenario=part.name,
         question=part.question,
-        threat=_threat(parts, leak.network if leak is not None else None),
+        threat="\n".join([_threat(parts, leak.network if leak is not None else None), *notes]),
         settings=settings | {"attacks": "\n".join(attacks)},
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
     )

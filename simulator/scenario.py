@@ -55,6 +55,8 @@ class Scenario:
     """Height and width, in pixels, that a folder's images are brought to."""
     model: str = "lenet"
     victims: int = 8
+    fewer: bool = False
+    """Whether a world that holds too few images is attacked as far as they go, which nobody has asked a number for."""
     batch: int = 1
     clients: int = 0
     """Honest clients; 0 means as many as the grid has besides the compromised one, in process one a victim."""
@@ -335,23 +337,22 @@ def private_data(scenario: Scenario, data_root: Path, clients: int) -> PrivateDa
     if scenario.victims_world:
         other = world_of(scenario.victims_world, data_root, scenario.size)
         if other.shape != world.shape:
-            cure = (
-                "change --size"
-                if other.shape[0] == world.shape[0]
-                else "one is grey and one in colour, so name another"
-            )
+            cure = "one is grey and one in colour, so name another"
+            if other.shape[0] == world.shape[0]:
+                cure = "arrays keep their size, so bring the photographs to it, --size, or name another"
             raise FedtapError(
                 f"The images of {scenario.victims_world} are {'x'.join(map(str, other.shape))} and those of "
                 f"{scenario.world} {'x'.join(map(str, world.shape))}, so one model cannot take both: {cure}."
             )
         victims = Side(other.victims.images, other.victims.labels % len(world.classes))
+        world = dataclasses.replace(world, note=" ".join(filter(None, (world.note, other.note))))
     half = len(world.classes) // 2
     public = _of_classes(world.public, scenario.practice_classes, half)
-    return PrivateData(
-        scenario,
-        dataclasses.replace(world, public=public, victims=_of_classes(victims, scenario.victims_classes, half)),
-        clients,
-    )
+    victims = _of_classes(victims, scenario.victims_classes, half)
+    there = max(1, len(victims) // (scenario.batch * scenario.summed))
+    if scenario.fewer and there < scenario.victims:
+        scenario = dataclasses.replace(scenario, victims=there)
+    return PrivateData(scenario, dataclasses.replace(world, public=public, victims=victims), clients)
 
 
 def _of_classes(side: Side, which: str, half: int) -> Side:

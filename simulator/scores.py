@@ -80,7 +80,7 @@ def ssim(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     from skimage.metrics import structural_similarity
 
     if min(truth.shape[-2:]) < SSIM_PIXELS:
-        raise FedtapError(f"SSIM needs {SSIM_PIXELS} pixels a side and these images have {_size(truth)}: use --size.")
+        raise FedtapError(f"SSIM needs {SSIM_PIXELS} pixels a side and these have {_size(truth)}: use larger images.")
     pairs = zip(guess.double().clamp(0, 1).numpy(), truth.double().numpy(), strict=True)
     return torch.tensor([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs])  # type: ignore[no-untyped-call]
 
@@ -94,7 +94,7 @@ def lpips(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     from simulator.vision import lpips_alex
 
     if min(truth.shape[-2:]) < LPIPS_PIXELS:
-        raise FedtapError(f"LPIPS needs {LPIPS_PIXELS} pixels a side and these images have {_size(truth)}: use --size.")
+        raise FedtapError(f"LPIPS needs {LPIPS_PIXELS} pixels a side and these have {_size(truth)}: use larger images.")
     if truth.shape[1] not in (1, 3):
         raise FedtapError(f"LPIPS sees colour or grey images and these have {truth.shape[1]} channels: read the SSIM.")
     network = lpips_alex()

@@ -12,7 +12,7 @@ import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from io import BytesIO
 from itertools import chain, cycle, islice
@@ -31,7 +31,8 @@ from simulator.progress import progress
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom excluded."""
 
-Picture: TypeAlias = UInt8[np.ndarray, "height width 3"]
+Fitted: TypeAlias = UInt8[np.ndarray, "..."]
+"""Height, width, and three channels; a grey one has no third axis."""
 
 SideName: TypeAlias = Literal["public", "train", "victims"]
 
@@ -75,6 +76,15 @@ class World:
     public: Side
     train: Side
     victims: Side
+    note: str = ""
+    """What a reader of the results has to know of how it was made; the page says it."""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise FedtapError(
+                f"{self.name} has one class, so the cross-entropy and every gradient are 0 whatever the images: "
+                "give it labels of two classes."
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -250,12 +260,13 @@ WINDOWS: dict[SideName, int] = {"public": 64, "train": 64, "victims": 32}
 """Windows taken from a photograph, at most."""
 
 
+@lru_cache(maxsize=2)
 def photos(size: int) -> World:
     """Windows of eight photographs, resized; the classes take turns, and the first eight victims are portraits."""
-    sides: dict[SideName, list[list[Picture]]] = {side: [] for side in WINDOWS}
+    sides: dict[SideName, list[list[Fitted]]] = {side: [] for side in WINDOWS}
     for name, photograph in PHOTOGRAPHS.items():
         try:
-            picture = _rgb((files("skimage") / "data" / photograph.file).read_bytes())
+            picture = _decoded((files("skimage") / "data" / photograph.file).read_bytes()).convert("RGB")
         except Exception as error:  # no package, no file, or one that Pillow cannot read
             raise FedtapError(
                 f"The photograph {photograph.file} of scikit-image cannot be read ({error}), so the world photos lacks "
@@ -263,7 +274,7 @@ def photos(size: int) -> World:
             ) from error
         for side, classes in sides.items():
             classes.append([_fitted(picture.crop(box), size) for box in windows(photograph, picture, side)])
-    return _world("photos", tuple(PHOTOGRAPHS), sides)
+    return _world("photos", tuple(PHOTOGRAPHS), sides, grey=False)
 
 
 def windows(photograph: Photograph, picture: Image.Image, side: SideName) -> list[Box]:
@@ -295,13 +306,15 @@ HELD_OUT = {"val", "valid", "validation", "test"}
 def pictures(path: Path, size: int) -> World:
     """A folder or .zip of images, each resized (shorter side to `size`) and cropped at its centre.
 
-    A class is a subfolder, below any folder that holds all the rest; without subfolders there is one class. In order of
-    class and name the images go to public, train and victims by turns, a third to each; but where the top folders are
-    `train` and some of HELD_OUT, the latter are the victims' side, and `train` goes to the other two by turns. Of
-    images that are the same to the last pixel only the first is used. Nothing is unpacked to disk.
+    A class is a subfolder, below any folder that holds all the rest. In order of class and name the images go to
+    public, train and victims by turns, a third to each; but where the top folders are `train` and some of HELD_OUT, the
+    latter are the victims' side, and `train` goes to the other two by turns. Images without subfolders have no labels:
+    they get balanced pseudo-labels, and all of them are victims, as are all of a folder too small for three sides; the
+    public and the training side are then the embedded photographs. Images that are all grey have one channel. Of images
+    that are the same to the last pixel only the first is used. Nothing is unpacked to disk.
 
     Raises:
-        FedtapError: there are no images, or too few for three sides, or one of them is broken.
+        FedtapError: there are no images, or one of them is broken.
     """
     if path.is_dir():
         found = (file for file in path.rglob("*") if file.is_file())
@@ -328,12 +341,11 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         raise FedtapError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))}): name a folder or zip that does.")
     classes_of, held_out = _layout(images, path.stem)
     classes = tuple(sorted(set(classes_of.values())))
-    sides: dict[SideName, list[list[Picture]]] = {side: [[] for _ in classes] for side in SIDES}
-    turns = cycle(("public", "train") if held_out else SIDES)
+    fitted: dict[PurePosixPath, Fitted] = {}
     seen: set[bytes] = set()
     for file in progress(images, f"images of {path.name}"):
         try:
-            picture = _fitted(_rgb(readers[file]()), size)
+            picture = _fitted(_decoded(readers[file]()), size)
         except Exception as error:  # Pillow and zipfile raise all sorts
             raise FedtapError(
                 f"The image {file} in {path} is broken ({_plain(error)}): replace it or take it out."
@@ -341,9 +353,73 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         digest = hashlib.blake2b(picture.tobytes()).digest()
         if digest not in seen:
             seen.add(digest)
-            side: SideName = "victims" if file in held_out else next(turns)
-            sides[side][classes.index(classes_of[file])].append(picture)
-    return _world(path.stem, classes, sides)
+            fitted[file] = picture
+    grey = all(picture.ndim == 2 for picture in fitted.values())
+    turns = cycle(("public", "train") if held_out else SIDES)
+    side_of: dict[PurePosixPath, SideName] = {file: "victims" if file in held_out else next(turns) for file in fitted}
+    alike = len(classes) == 1
+    if (not held_out and (alike or len(fitted) < SMALL)) or set(side_of.values()) != set(SIDES):
+        labels = [classes.index(classes_of[file]) for file in fitted]
+        return _beside_photos(
+            path.stem, _stacked(list(fitted.values()), grey), None if alike else labels, classes, size
+        )
+    sides: dict[SideName, list[list[Fitted]]] = {side: [[] for _ in classes] for side in SIDES}
+    for file, picture in fitted.items():
+        sides[side_of[file]][classes.index(classes_of[file])].append(picture)
+    return _called(path.stem, sides, grey) if alike else _world(path.stem, classes, sides, grey)
+
+
+SMALL = 24
+"""Images below which a folder is not split: a third of them would be less than one for each of a few clients."""
+
+PSEUDO_LABELS = 8
+"""Classes of images that have no labels; the embedded photographs have as many."""
+
+
+def _beside_photos(
+    name: str,
+    images: UInt8[Tensor, "images channel height width"],
+    labels: list[int] | None,
+    classes: tuple[str, ...],
+    size: int,
+) -> World:
+    """All of these images as victims; the public and the training side are the embedded photographs."""
+    others = photos(size)
+    note = f"All images of {name} are victims; the public and the training images are scikit-image's photographs."
+    if labels is None:
+        classes, labels = _pseudo(len(images))
+        note += NO_LABELS.format(name)
+    public, train = (
+        Side(side.images if images.shape[1] == 3 else _luminance(side.images), side.labels % len(classes))
+        for side in (others.public, others.train)
+    )
+    return World(name, classes, public, train, Side(images, torch.tensor(labels)), note)
+
+
+NO_LABELS = f" {{}} has no labels, so its images are called 0 to {PSEUDO_LABELS - 1} by turns."
+
+
+def _pseudo(images: int) -> tuple[tuple[str, ...], list[int]]:
+    """The names of the pseudo-classes, and a label for each image, all of them equally often."""
+    return tuple(map(str, range(PSEUDO_LABELS))), [number % PSEUDO_LABELS for number in range(images)]
+
+
+def _called(name: str, sides: dict[SideName, list[list[Fitted]]], grey: bool) -> World:
+    """Images of one class on sides of their own, with pseudo-labels."""
+    made = {
+        side: Side(_stacked(of_class[0], grey), torch.tensor(_pseudo(len(of_class[0]))[1]))
+        for side, of_class in sides.items()
+    }
+    note = NO_LABELS.format(name).strip()
+    return World(name, _pseudo(0)[0], made["public"], made["train"], made["victims"], note)
+
+
+def _luminance(
+    images: UInt8[Tensor, "images 3 height width"],
+) -> UInt8[Tensor, "images 1 height width"]:
+    """ITU-R 601, as Pillow's."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True).round().byte()
 
 
 def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPath, str], set[PurePosixPath]]:
@@ -442,31 +518,36 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
 # Shared by photographs and folders.
 
 
-def _rgb(content: bytes) -> Image.Image:
-    """An image file's picture, upright, in colour."""
-    picture = Image.open(BytesIO(content))
-    if picture.mode[0] in "IF":
-        raise ValueError("its pixels have more than 8 bits")
-    return ImageOps.exif_transpose(picture).convert("RGB")
+def _decoded(content: bytes) -> Image.Image:
+    """An image file's picture, upright, in colour or, where the file has no other, in grey; of 16 bits the upper 8."""
+    picture = ImageOps.exif_transpose(Image.open(BytesIO(content)))
+    if picture.mode.startswith("I"):
+        deep = np.asarray(picture).astype(np.int64)
+        if deep.min() < 0 or deep.max() >= 2**16:
+            raise ValueError("its pixels are no numbers from 0 to 65535")
+        return Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    if picture.mode.startswith("F"):
+        raise ValueError("its pixels are floating point numbers, of no stated range")
+    return picture.convert("L" if picture.mode in ("1", "L", "LA", "La") else "RGB")
 
 
-def _fitted(picture: Image.Image, size: int) -> Picture:
+def _fitted(picture: Image.Image, size: int) -> Fitted:
     """The largest square at its centre, resized with antialiasing."""
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
 
 
-def _world(name: str, classes: tuple[str, ...], sides: dict[SideName, list[list[Picture]]]) -> World:
+def _stacked(pictures: Sequence[Fitted], grey: bool) -> UInt8[Tensor, "images channel height width"]:
+    """With one channel, or in colour."""
+    each = [picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1) for picture in pictures]
+    whole = each if grey else [np.broadcast_to(picture, (3, *picture.shape[1:])) for picture in each]
+    return torch.from_numpy(np.ascontiguousarray(np.stack(whole)))
+
+
+def _world(name: str, classes: tuple[str, ...], sides: dict[SideName, list[list[Fitted]]], grey: bool) -> World:
     """The world of these pictures, side -> class -> pictures; on each side the classes take turns."""
     made = {}
     for side, of_class in sides.items():
-        turns = [(rank, label) for label, pictures in enumerate(of_class) for rank in range(len(pictures))]
-        if not turns:
-            raise FedtapError(
-                f"{name} has too few images, none of them for the {side} side: "
-                "the attacker, the clients and the victims need one at least."
-            )
-        turns.sort()
-        images = np.stack([of_class[label][rank] for rank, label in turns]).transpose(0, 3, 1, 2)
-        labels = torch.tensor([label for _, label in turns])
-        made[side] = Side(torch.from_numpy(np.ascontiguousarray(images)), labels)
+        turns = sorted((rank, label) for label, pictures in enumerate(of_class) for rank in range(len(pictures)))
+        images = _stacked([of_class[label][rank] for rank, label in turns], grey)
+        made[side] = Side(images, torch.tensor([label for _, label in turns]))
     return World(name, classes, made["public"], made["train"], made["victims"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
+from attackers import parse
 from clients.app import client_app
 from scenarios.game import Game
 from scenarios.plan import plan
@@ -68,6 +71,10 @@ def test_the_rows_say_what_was_promised_what_was_got_and_what_it_cost(left: Path
     images, games = ([row for row in rows(left) if ("canaries" in row) == game] for game in (False, True))
     columns = "epsilon delta success success_low success_high bound accuracy"
     assert all({*columns.split(), "protects", "adjacency", "sensitivity"} <= row.keys() for row in (*images, *games))
+    assert {row["not_covered"] for row in (*images, *games)} == {"number of examples, partition"}
+    page = (left / "report.html").read_text()
+    assert "ε speaks of the update alone. Beside it travels in the clear: number of examples, partition." in page
+    assert "a real client&#x27;s noise must come from its operating system" in page.replace("A real", "a real")
     assert [row["epsilon"] for row in images] == [1.0, 1.0, None, None]
     assert [row["success"] for row in images] == [0, 0, 1, 1]  # an MLP's first layer is read off, unless there is noise
     assert all(row["bound"] is None and row["accuracy"] > 0 and row["delta"] == 1e-5 for row in images)
@@ -99,7 +106,8 @@ def test_the_noise_is_that_of_the_epsilon_asked_for(epsilon: float, clip: float,
     found = promised(part(**words))
     assert found["epsilon"] == pytest.approx(epsilon, rel=1e-4)
     assert found["protects"] == ("client" if mechanism == "update" else "example")
-    assert found["sensitivity"] == pytest.approx(clip)
+    assert found["adjacency"] == ("add/remove" if mechanism == "update" else "replace")
+    assert found["sensitivity"] == pytest.approx(clip if mechanism == "update" else 2 * clip)
     assert found["releases"] == 5
     assert found["epsilon_all"] > epsilon
 
@@ -190,6 +198,46 @@ def test_a_mistake_gets_one_sentence(
     assert run(monkeypatch, name, *words, "--out", str(tmp_path / "out")) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def normed(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+
+
+def test_what_no_epsilon_covers_stands_in_the_row(tmp_path: Path) -> None:
+    made = plan("repeat", {"model": "tests.test_dp:normed", "size": "16", "batch": "2", "victims": "1", "repeats": "1"})
+    parts = [dataclasses.replace(made[0], attacks=parse("grey"), local_samples=samples) for samples in (0, 8)]
+    found = run_parts(
+        parts,
+        lambda part: LocalGrid(client_app(lambda config: parts), 2),
+        tmp_path / "out",
+        device=torch.device("cpu"),
+        data_root=tmp_path,
+    )
+    said = "number of examples, partition"
+    statistics = ", BatchNorm's statistics"
+    assert [row["not_covered"] for row in found] == [said + statistics, f"{said}, drift norm{statistics}"]
+
+
+@pytest.mark.parametrize("defence", ["none", "clip(1.0)+noise(0.1)"])
+@pytest.mark.parametrize("samples", [0, 8])
+def test_beside_the_update_travels_what_the_server_needs(samples: int, defence: str) -> None:
+    made = Scenario((), model="mlp", size=16, victims=1, clients=2, defence=defence, local_samples=samples)
+    app, seen = client_app(lambda config: (made,)), list[dict[str, Any]]()
+
+    class Seen(LocalGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            answers = list(super().send_and_receive(messages, timeout=timeout))
+            seen.extend(dict(answer.content.metric_records["metrics"]) for answer in answers)
+            return answers
+
+    play(made, Seen(app, 3), private_data(made, Path("data"), 2))
+    assert len(seen) == 3
+    for metrics in seen:
+        drift = metrics.pop("moved", None)
+        assert (drift is not None) == bool(samples)
+        assert (drift or 0) > 0 if samples and metrics["partition"] == 0 else not drift
+        assert metrics == {"num-examples": 1, "partition": metrics["partition"]}
 
 
 def heard(**knobs: Any) -> Any:

@@ -150,7 +150,7 @@ def misbehaving(how: str, scenario: Scenario) -> ClientApp:
         elif how == "one metric too many":
             metrics["mood"] = 1.0
         elif how == "a list":
-            metrics["loss"] = [1.0, 2.0]
+            metrics["num-examples"] = [1, 2]
         elif how == "no bytes":
             arrays["fc.bias"] = Array("float32", (3,), "numpy.ndarray", b"")
         elif how == "half a zip":

@@ -281,6 +281,26 @@ def test_pairs_are_met_along_as_many_trainings_as_asked(monkeypatch: pytest.Monk
     assert sum(found[1]) > 3, "and several weights along it"
 
 
+@pytest.mark.parametrize("change", [{}, {"source": "server"}, {"defence": "clip(1e6)"}, {"drifts": 2}])
+def test_pairs_are_rounded_as_victims_are(change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simulator.federation.DRIFT_STEPS", 3)
+    part = dataclasses.replace(BASE, listener="curious_server", model="lenet", **change)  # type: ignore[arg-type]
+    private = private_data(part, Path("data"), 2)
+    grid = LocalGrid(client_app(lambda config: (part,)), 3)
+    heard = play_rounds(part, grid, private)
+    (images, _), _ = (private.behind(*name) for name in private.names())
+    labels = torch.zeros(4, 1, dtype=torch.long)
+    (pairs, *_) = hear_pairs(grid, part, private, heard, images.expand(4, 1, *images.shape[1:]), labels)
+    for leak in (*heard.leaks.values(), pairs.leak):
+        assert leak.resolution == pytest.approx(6.5e-9 / part.learning_rate)
+        for name, before in (leak.weights or {}).items():
+            # What crossed the wire is a float32 weight: before - rate * gradient is one, to the gradient's own digits.
+            change = part.learning_rate * leak.observed[name].double()
+            after = before.double() - change
+            off_grid = (after - after.float().double()).abs()
+            assert (off_grid <= 2**-23 * change.abs() + 1e-12).all(), name
+
+
 def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path) -> None:
     found = {}
     for labels in ("own", "random"):

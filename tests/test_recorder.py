@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 from simulator.leaks import GradientLeak, Protocol, load
 from simulator.local import LocalGrid
 from simulator.recorder import recorder
-from simulator.wiretap import Wiretap
+from simulator.wiretap import Ear, Wiretap
 
 
 def net() -> nn.Module:
@@ -77,3 +80,119 @@ def test_what_cannot_be_recorded_is_a_warning_and_the_app_goes_on(tmp_path: Path
     tap = Wiretap(LocalGrid(app, 2), recorder(tmp_path / "leaks", protocol, named))
     FedAvg(fraction_evaluate=0.0).start(tap, arrays, num_rounds=1)
     assert len(list((tmp_path / "leaks").glob("*.safetensors"))) == 2
+
+
+def step(batch: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state before and after a step of SGD at rate 0.05, and the gradient."""
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, labels = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(batch) % 3
+    F.cross_entropy(model(images), labels).backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    return before, dict(model.state_dict()), gradient  # type: ignore[return-value]
+
+
+def told(
+    ear: Ear, sent: ArrayRecord, back: ArrayRecord, node: int = 7, kind: str = "train", **metrics: float
+) -> list[str]:
+    """Tell the ear of one exchange: what it warns of."""
+    order = Message(RecordDict({"arrays": sent}), node, kind)
+    reply = Message(RecordDict({"arrays": back, "m": MetricRecord(metrics or {"num-examples": 1})}), reply_to=order)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ear(order, reply)
+    return [str(one.message) for one in said]
+
+
+def ear_of(folder: Path, **more: str) -> Ear:
+    return recorder(folder, Protocol("mine:net", (3, 8, 8), 3, batch=1, learning_rate=0.05), net(), **more)
+
+
+def recorded(folder: Path, stem: str = "round_1-client_7") -> GradientLeak:
+    leak = load(folder / f"{stem}.safetensors", lambda *_: net(), "mine:net")
+    assert isinstance(leak, GradientLeak)
+    return leak
+
+
+@pytest.mark.parametrize("way", ["names", "list", "parameters", "half", "double", "differences"])
+def test_weights_are_read_however_they_are_sent(way: str, tmp_path: Path) -> None:
+    before, after, gradient = step()
+    sent, back = ArrayRecord(before), ArrayRecord(after)
+    atol = 5e-6
+    if way == "list":
+        sent, back = (ArrayRecord([tensor.numpy() for tensor in state.values()]) for state in (before, after))
+    elif way == "half":
+        atol, half = (
+            0.05,
+            {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in after.items()},
+        )
+        back = ArrayRecord(half)
+    elif way == "double":
+        back = ArrayRecord({name: Array(tensor.double().numpy()) for name, tensor in after.items()})
+    elif way == "differences":
+        back = ArrayRecord({name: after[name] - before[name] for name in after})
+    said = told(ear_of(tmp_path), sent, back)
+    assert [sentence for sentence in said if "differences and not weights" not in sentence] == []
+    assert bool(said) == (way == "differences")
+    leak = recorded(tmp_path)
+    for name, true in gradient.items():
+        torch.testing.assert_close(leak.gradient[name][0], true, rtol=1e-3, atol=atol)
+    assert leak.resolution == pytest.approx(6.5e-9 / 0.05 * (8192 if way == "half" else 1))
+
+
+def test_a_partial_update_is_named_and_not_recorded(tmp_path: Path) -> None:
+    before, after, _ = step()
+    head = ArrayRecord({name: after[name] for name in after if name.startswith("4.")})
+    (said,) = told(ear_of(tmp_path), ArrayRecord(before), head)
+    assert "it sent 2 of the 6 tensors that it trains on (no 0.weight)" in said
+    assert "--model" not in said
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "key", "warned"),
+    [
+        ({"num-examples": 1}, "", False),
+        ({"num_examples": 1}, "", False),
+        ({"size": 1, "num-examples": 40}, "size", False),
+        ({"loss": 0.5}, "", False),
+        ({"num-examples": 32}, "", True),
+        ({"num_examples": math.nan}, "", True),
+    ],
+)
+def test_examples_are_found_and_held_against_the_protocol(
+    metrics: dict[str, float], key: str, warned: bool, tmp_path: Path
+) -> None:
+    before, after, _ = step()
+    said = told(ear_of(tmp_path, weighted_by_key=key), ArrayRecord(before), ArrayRecord(after), **metrics)
+    assert [("examples, and the protocol says 1 local step(s) on the same 1" in sentence) for sentence in said] == (
+        [True] if warned else []
+    )
+    assert len(recorded(tmp_path)) == 1
+
+
+def test_rounds_without_a_number_and_partitions_of_the_apps_own_overwrite_nothing(tmp_path: Path) -> None:
+    before, after, _ = step()
+    ear = ear_of(tmp_path)
+    for node in (7, 8):
+        for _ in range(3):
+            assert told(ear, ArrayRecord(before), ArrayRecord(after), node, **{"num-examples": 1, "partition": 3}) == []
+    names = {f"round_{rnd}-client_{node}" for rnd in (1, 2, 3) for node in (7, 8)}
+    assert {file.stem for file in tmp_path.glob("*.safetensors")} == names
+    order = Message(RecordDict({"arrays": ArrayRecord(before), "c": ConfigRecord({"server-round": 9})}), 7, "train")
+    ear(order, Message(RecordDict({"arrays": ArrayRecord(after)}), reply_to=order))
+    assert (tmp_path / "round_9-client_7.safetensors").is_file()
+
+
+def test_replies_of_other_types_are_counted_and_named_once(tmp_path: Path) -> None:
+    before, after, _ = step()
+    ear = ear_of(tmp_path)
+    rows = ArrayRecord({"patients": Array(np.zeros((120, 8), np.float32))})
+    for kind, first in (("query.cohort", "array patients of 120x8"), ("evaluate", "accuracy")):
+        (said,) = told(ear, rows, rows, kind=kind, accuracy=0.5)
+        assert first in said
+        assert repr(kind) in said
+        assert told(ear, rows, rows, kind=kind, accuracy=0.5) == []
+    told(ear, ArrayRecord(before), ArrayRecord(after))
+    assert json.loads((tmp_path / "messages.json").read_text()) == {"query.cohort": 2, "evaluate": 2, "train": 1}

@@ -1,7 +1,8 @@
 """Where a defence acts, as types: on what a client sends, or inside each of its local steps.
 
 A defence is a value: a frozen dataclass whose fields are the arguments that it is written with. What it draws comes
-from generators that it is handed, one an exchange, so that an exchange does not depend on its neighbours in a stack.
+from sources that it is handed: the operating system, or in a simulation a seeded generator for each exchange, so that
+an exchange does not depend on its neighbours in a stack.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from clients.defences.source import Source
 from simulator.defence import Part
 from simulator.leaks import Tensors
 
@@ -46,11 +47,11 @@ class UpdateDefence(ABC):
     """
 
     @abstractmethod
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """The gradients that are sent; each tensor with a leading axis of exchanges, one generator for each."""
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
+        """The gradients that are sent; each tensor with a leading axis of exchanges, one source for each."""
 
     @final
-    def __call__(self, gradient: Tensors, draw: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, gradient: Tensors, draw: Source) -> dict[str, Tensor]:
         """The gradient that is sent; what is random comes from `draw`, in the order of the names."""
         one = {name: tensor.unsqueeze(0) for name, tensor in gradient.items()}
         return {name: tensor.squeeze(0) for name, tensor in self.stacked(one, [draw]).items()}
@@ -65,7 +66,7 @@ class StepDefence(ABC):
         network: nn.Module,
         images: Float[Tensor, "images channel height width"],
         labels: Int[Tensor, "images"],
-        draw: torch.Generator,
+        draw: Source,
     ) -> Float[Tensor, ""]:
         """Leave the gradient that the step is to follow in the parameters' `grad`; the mean cross-entropy.
 
@@ -79,9 +80,9 @@ class StepDefence(ABC):
         network: nn.Module,
         images: Float[Tensor, "exchanges batch channel height width"],
         labels: Int[Tensor, "exchanges batch"],
-        draws: Sequence[torch.Generator],
+        draws: Sequence[Source],
     ) -> dict[str, Float[Tensor, "exchanges *parameter"]]:
-        """The gradients of many exchanges of one step each, at the same weights; one generator for each exchange."""
+        """The gradients of many exchanges of one step each, at the same weights; one source for each exchange."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Chain(UpdateDefence):
     def __bool__(self) -> bool:
         return bool(self.parts)
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
         for part in self.parts:
             gradients = part.stacked(gradients, draws)
         return dict(gradients)

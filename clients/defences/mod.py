@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor
 
 from clients.defences.hooks import UpdateDefence
+from clients.defences.source import Source
 from simulator.errors import FedtapError
 from simulator.leaks import Tensors
 from simulator.records import tensors_of
@@ -19,7 +19,7 @@ def mod_of(
     defence: UpdateDefence,
     learning_rate: float = 1.0,
     parameters: Collection[str] | None = None,
-    draw: torch.Generator | None = None,
+    draw: Source = None,
 ) -> Mod:
     """A mod that sends `received weights + defended difference` in the place of a client's weights.
 
@@ -30,15 +30,12 @@ def mod_of(
         learning_rate: the clients'; 1 means that norms and noise are those of the weights' change itself.
         parameters: names of the arrays to defend; none means all that are floating point. Name them where a model keeps
             others, such as BatchNorm's statistics: those are no gradients, and travel as they are.
-        draw: where noise comes from; none means torch's generator seeded by the operating system, which is for
-            experiments and no cryptographer's.
+        draw: none means that noise comes from the operating system's cryptographic generator. A torch.Generator is
+            for simulations alone: whoever finds its seed takes the noise off again.
 
     Raises (the mod):
         FedtapError: it cannot tell the difference to defend. Nothing is sent then.
     """
-    source = draw if draw is not None else torch.Generator()
-    if draw is None:
-        source.seed()
 
     def mod(order: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if order.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
@@ -56,7 +53,7 @@ def mod_of(
                 f"The client sends {strange[0]}, and was not sent the like, so there is no difference to defend: "
                 "answer with the arrays that came, or name those to defend, mod_of(parameters=...)."
             )
-        sent = after | defended(defence, before, {name: after[name] for name in kept}, learning_rate, source)
+        sent = after | defended(defence, before, {name: after[name] for name in kept}, learning_rate, draw)
         answer.content.array_records[key] = ArrayRecord({name: sent[name] for name in after})
         return answer
 
@@ -73,7 +70,7 @@ def _arrays(message: Message, what: str) -> tuple[str, ArrayRecord]:
 
 
 def defended(
-    defence: UpdateDefence, before: Tensors, after: Tensors, learning_rate: float, draw: torch.Generator
+    defence: UpdateDefence, before: Tensors, after: Tensors, learning_rate: float, draw: Source
 ) -> dict[str, Tensor]:
     """The weights to send in the place of `after`, where `before` were received."""
     gradient = defence({name: (before[name] - after[name]) / learning_rate for name in after}, draw)

@@ -14,11 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clients.defences.hooks import Named, UpdateDefence
+from clients.defences.source import Source, gaussian, laplace, uniform
 from simulator.attack import numpy_seeded
 from simulator.leaks import Tensors
+from simulator.privacy import flower_local_dp
 
 Rows = Float[Tensor, "exchanges entries"]
-Drawn = Callable[[torch.Generator, Tensor], Tensor]
+Draw = Callable[[Tensor, Source], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,7 +37,7 @@ class Clip(Named, UpdateDefence):
 
     norm: float
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
         length = sum(tensor.double().square().flatten(1).sum(1) for tensor in gradients.values()) ** 0.5
         factor = (self.norm / torch.as_tensor(length).clamp_min(1e-300)).clamp_max(1)
         return {name: tensor * _along(factor, tensor).to(tensor.dtype) for name, tensor in gradients.items()}
@@ -56,11 +58,11 @@ class Noise(Named, UpdateDefence):
 
     sigma: float
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        def drawn(draw: torch.Generator, like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=draw)
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
+        def noisy(row: Tensor, source: Source) -> Tensor:
+            return gaussian(row, self.sigma, source)
 
-        return {name: gradients[name] + self.sigma * _each(drawn, gradients[name], draws) for name in sorted(gradients)}
+        return {name: _each(noisy, gradients[name], draws) for name in sorted(gradients)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,12 +80,11 @@ class Laplace(Named, UpdateDefence):
 
     scale: float
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        def drawn(draw: torch.Generator, like: Tensor) -> Tensor:
-            twice = torch.empty(2, *like.shape).exponential_(generator=draw)
-            return twice[0] - twice[1]
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
+        def noisy(row: Tensor, source: Source) -> Tensor:
+            return laplace(row, self.scale, source)
 
-        return {name: gradients[name] + self.scale * _each(drawn, gradients[name], draws) for name in sorted(gradients)}
+        return {name: _each(noisy, gradients[name], draws) for name in sorted(gradients)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,7 +103,7 @@ class Prune(Named, UpdateDefence):
 
     share: float
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
         flat = _flat(gradients)
         dropped = min(round(self.share * flat.shape[1]), flat.shape[1] - 1)
         smallest = flat.abs().sort(dim=1, stable=True).indices[:, :dropped]
@@ -119,7 +120,7 @@ class Sign(Named, UpdateDefence):
 
     name = "sign"
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
         return {name: tensor.sign() for name, tensor in gradients.items()}
 
 
@@ -138,9 +139,9 @@ class Quantise(Named, UpdateDefence):
 
     bits: int
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        def drawn(draw: torch.Generator, like: Tensor) -> Tensor:
-            return torch.rand(like.shape, generator=draw)
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
+        def drawn(row: Tensor, source: Source) -> Tensor:
+            return uniform(row.shape, source)
 
         sent = {}
         for name in sorted(gradients):
@@ -161,6 +162,9 @@ class LocalDP(Named, UpdateDefence):
     Dwork and Roth 2014, theorem A.1, https://doi.org/10.1561/0400000042, which is proved for ε below 1 alone: beyond,
     the noise is not what its ε says. One exchange of one client is what it protects, if `sensitivity` is twice `clip`.
 
+    A simulation calls Flower's mod itself, which draws from numpy's global generator, a Mersenne Twister and no
+    cryptographic one. A real client's noise is the operating system's, at the same clip and standard deviation.
+
     Args:
         clip: L2 norm, in the gradient's units; Flower's own is that of the weights' change, `clip` times the rate.
         sensitivity: likewise; Flower leaves it to the user.
@@ -175,11 +179,22 @@ class LocalDP(Named, UpdateDefence):
     epsilon: float
     delta: float
 
-    def stacked(self, gradients: Tensors, draws: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        mod, flat = LocalDpMod(self.clip, self.sensitivity, self.epsilon, self.delta), _flat(gradients)
+    def stacked(self, gradients: Tensors, draws: Sequence[Source]) -> dict[str, Tensor]:
+        mod, sigma = LocalDpMod(self.clip, self.sensitivity, self.epsilon, self.delta), self.sigma
+
+        def protected(row: Tensor, source: Source) -> Tensor:
+            if source is None:
+                clipped = Clip(self.clip)({"update": row}, None)["update"]
+                return gaussian(clipped, sigma, None)
+            return _through(mod, row, source)
+
         with _quiet():
-            rows = [_through(mod, row, draw) for row, draw in zip(flat.unbind(), draws, strict=True)]
-        return _unflat(torch.stack(rows), gradients)
+            return _unflat(_each(protected, _flat(gradients), draws), gradients)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of its noise."""
+        return flower_local_dp(self.clip, self.sensitivity, self.epsilon, self.delta, "replace").sigma
 
 
 def _through(mod: LocalDpMod, row: Float[Tensor, "entries"], draw: torch.Generator) -> Float[Tensor, "entries"]:
@@ -217,9 +232,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _each(drawn: Drawn, tensor: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
-    """One draw an exchange, in the shape of its tensor."""
-    return torch.stack([drawn(draw, row) for draw, row in zip(draws, tensor.unbind(), strict=True)]).to(tensor.dtype)
+def _each(drawn: Draw, tensor: Tensor, draws: Sequence[Source]) -> Tensor:
+    """Each exchange's tensor by itself, with its own source."""
+    return torch.stack([drawn(row, source) for row, source in zip(tensor.unbind(), draws, strict=True)])
 
 
 def _along(factor: Float[Tensor, "exchanges"], tensor: Tensor) -> Tensor:
