@@ -7,14 +7,13 @@ chooses the weights so that there are many; here it is honest and takes what it 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attackers.parts.gradients import how_to_write, mean_gradient
+from attackers.parts.gradients import how_to_write, mean_gradient, zeroed
 from attackers.parts.labels import last_linear, recovered
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
@@ -66,9 +65,7 @@ def first(leak: Leak) -> Affine:
     Raises:
         FedtapError: the network begins with another layer, which is named.
     """
-    network = copy.deepcopy(leak.network).to_empty(device="cpu").eval()
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data.zero_()
+    network = zeroed(leak.network).eval()
     heard: list[tuple[str, nn.Module, Tensor]] = []
     for name, module in network.named_modules():
         if _has_weights(module) and not any(_has_weights(child) for child in module.children()):
@@ -84,6 +81,12 @@ def first(leak: Leak) -> Affine:
             f"{how_to_write(error)}."
         ) from error
     name, module, inputs = heard[0]
+    own = {id(parameter) for parameter in module.parameters()}
+    if sum(bool(own & {id(parameter) for parameter in other.parameters()}) for _, other, _ in heard) > 1:
+        raise FedtapError(
+            f"linear reads the image off the first layer's gradient, and {leak.protocol.model!r} uses the weights of "
+            f"its {name or 'layer'} more than once, so that their gradient is a sum: use idlg, which matches gradients."
+        )
     trained = all(parameter.requires_grad for parameter in module.parameters())
     if isinstance(module, nn.Linear) and module.bias is not None and trained and tuple(inputs.shape) == (3, size):
         shift, scale = inputs[0], inputs[1] - inputs[0]

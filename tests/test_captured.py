@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attackers.exact_git import ExactGIT
 from attackers.idlg import IDLG
 from attackers.linear import Linear
+from attackers.rgap import RGAP
 from scenarios.__main__ import main
-from simulator.attack import Reconstruction
+from simulator.attack import Attack, Reconstruction
 from simulator.captured import leak
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, load
@@ -148,6 +150,35 @@ def test_weights_that_layers_share_are_one_tensor_under_either_name(tmp_path: Pa
     save_file(tensors, tmp_path / "leak.safetensors")
     with pytest.raises(FedtapError, match="two values are given"):
         load(tmp_path / "leak.safetensors", same)
+
+
+class SharedFirst(nn.Module):
+    """The first layer's weight is the second's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(768, 768), nn.Linear(768, 768), nn.Linear(768, 10)
+        self.other.weight = self.one.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.sigmoid(self.other(torch.sigmoid(self.one(images.flatten(1))))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (Linear(), "uses the weights of its one more than once"),
+        (ExactGIT(), "uses the weight one.weight once more"),
+        (RGAP(), "uses the weight one.weight once more"),
+    ],
+)
+def test_closed_forms_refuse_a_weight_that_layers_share(attack: Attack, said: str) -> None:
+    torch.manual_seed(0)
+    images, labels = pictures(1, 1)
+    model = SharedFirst()
+    found = leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
+    with pytest.raises(FedtapError, match=said):
+        attack(found)
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,20 @@ def check_match(leak: Leak) -> None:
 _TRIED: WeakKeyDictionary[nn.Module, set[tuple[str, int, int]]] = WeakKeyDictionary()
 
 
+def zeroed(network: nn.Module) -> nn.Module:
+    """A copy on the CPU with zeros for weights and buffers; `to_empty` would untie weights that layers share."""
+    copied, made = copy.deepcopy(network), dict[int, Any]()
+    for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zeros = nn.Parameter(torch.zeros_like(parameter, device="cpu"), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), zeros)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), torch.zeros_like(buffer, device="cpu"))
+    return copied
+
+
 def how_to_write(error: Exception, network: nn.Module | None = None) -> str:
     """What a user's model needs, told from what became of its forward pass, and from the layers that it has."""
     recurrent = next((m for m in network.modules() if isinstance(m, nn.GRU | nn.RNN)), None) if network else None

@@ -7,7 +7,6 @@ its input. So equations are written once, and no solver has to know what a strid
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from attackers.parts.gradients import how_to_write
+from attackers.parts.gradients import how_to_write, zeroed
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, Tensors
 
@@ -119,9 +118,7 @@ def chain(leak: Leak) -> Chain:
     Raises:
         FedtapError: something in it is no step of such a chain; it is named.
     """
-    network = copy.deepcopy(leak.network).to_empty(device="cpu").double()
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data.zero_()
+    network = zeroed(leak.network).double()
     size = math.prod(leak.protocol.shape)
     random = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pixels = torch.stack([torch.zeros_like(random), torch.ones_like(random), random])
