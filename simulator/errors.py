@@ -23,6 +23,10 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
 
 
 def short(value: object, most: int = 60) -> str:
-    """A value as an error names it: on one line, and no longer than `most` characters, cut in the middle."""
-    text = " ".join(str(value).split())
+    """A value as an error names it: on one line that any terminal can print, `most` characters at most."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        text = f"a {type(value).__name__}"
+    text = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"

@@ -1,11 +1,19 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and files that strangers sent."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
+
+LARGEST_JSON = 16 << 20
+"""Bytes of a JSON file that describes something; draws and data of posteriordb may be larger."""
+
+DEEPEST, MOST_INSIDE = 32, 1_000_000
+"""How deep lists and objects of a JSON file may stand in each other, and how many there may be."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -26,3 +34,89 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise FedtapError(
             f"{path} could not be written ({error.strerror or error}): make room or name another folder, --out."
         ) from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file lies there; no path is too long or too strange to ask."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, a loop of links, a folder that may not be entered
+        return False
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The content of a file that a stranger sent.
+
+    Raises:
+        FedtapError: there is no such file, it cannot be read, or it has more than `largest` bytes.
+    """
+    try:
+        if not is_file(path):  # nor read from a pipe or a device, which may never end
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except FileNotFoundError as error:
+        raise FedtapError(f"{short(path, 120)} is no file, so it cannot be read: check the path.") from error
+    except (OSError, ValueError) as error:
+        raise FedtapError(f"{short(path, 120)} cannot be read ({short(error)}): check its permissions.") from error
+    if len(content) > largest:
+        raise FedtapError(
+            f"{short(path, 120)} has more than {largest:,} bytes, and no file of its kind is so large: give another."
+        )
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a stranger sent.
+
+    Its numbers fit into 64 bits, its strings are Unicode, and it is nested no deeper than DEEPEST.
+
+    Raises:
+        FedtapError: naming the path; the file is absent, too large, not UTF-8, no JSON, nested too deep, or no object.
+    """
+    content = parse_json(read_bytes(path, LARGEST_JSON), path)
+    if not isinstance(content, dict):
+        raise FedtapError(
+            f"{short(path, 120)} holds no JSON object but {short(json.dumps(content), 30)}: it is another file, or "
+            "damaged."
+        )
+    return content
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """What the bytes of a JSON file, or of a line of it, say, as `read_json` but of any type.
+
+    Raises:
+        FedtapError: as `read_json`; `path` is the one to name.
+    """
+    try:
+        if content.count(b"[") + content.count(b"{") > MOST_INSIDE:
+            raise ValueError(f"it holds more than {MOST_INSIDE:,} lists and objects")
+        value = json.loads(content.decode("utf-8"))
+        _check(value)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, and a number of 5,000 digits
+        reason = f"it is nested deeper than {DEEPEST}" if isinstance(error, RecursionError) else short(error)
+        raise FedtapError(
+            f"{short(path, 120)} cannot be read as JSON ({reason}): it is damaged or another file; fetch it again."
+        ) from error
+    return value
+
+
+def _check(value: Any) -> None:
+    """Raise ValueError of what later code, or a terminal, could not bear."""
+    level, depth = [value], 0
+    while level:
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested deeper than {DEEPEST}")
+        inside: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inside += one
+                inside += one.values()
+            elif isinstance(one, list):
+                inside += one
+            elif isinstance(one, str):
+                one.encode("utf-8")  # half of a surrogate pair cannot be printed or written
+            elif isinstance(one, int) and not -(2**63) <= one < 2**63:
+                raise ValueError("it holds a whole number that 64 bits cannot hold")
+        level, depth = inside, depth + 1
