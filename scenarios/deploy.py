@@ -25,8 +25,10 @@ import typer
 
 from scenarios.game import Game
 from scenarios.knobs import pairs
-from scenarios.plan import Part, plan
+from scenarios.plan import Part, models_of, plan
 from simulator.errors import FedtapError
+from simulator.files import exists
+from simulator.models import OWN_MODELS, plain_name
 from simulator.output import left_by_us
 from simulator.scenario import Scenario
 from simulator.study import Study
@@ -57,6 +59,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
         raise FedtapError(
             f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e."
         )
+    own = [model for model in models_of(plan(name, knobs)) if ":" in model]
     before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
         environment = (
@@ -67,6 +70,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 # where a module:function of the user's own may lie
                 "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+                OWN_MODELS: ",".join(filter(None, (os.environ.get(OWN_MODELS), *map(plain_name, own)))),
             }
         )
         port = _free_port()
@@ -94,7 +98,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 stack.enter_context(
                     _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
                 )
-        files = {word: knobs[word] for word in FILES if knobs.get(word) and Path(knobs[word]).exists()}
+        files = {word: knobs[word] for word in FILES if knobs.get(word) and exists(Path(knobs[word]))}
         knobs = {**knobs, **{word: str(Path(file).resolve()) for word, file in files.items()}}
         said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
         run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())

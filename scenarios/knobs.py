@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
+from simulator.files import exists
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,17 @@ def pairs(words: list[str]) -> dict[str, str]:
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
-            raise FedtapError(f"{word!r} belongs to no knob: write --knob value, and several values joined by commas.")
+            raise FedtapError(
+                f"{short(word)!r} belongs to no knob: write --knob value, and several values joined by commas."
+            )
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals and (found := next(rest, None)) is not None:
             value = found
         elif not equals:
-            raise FedtapError(f"--{name} has no value: write --{name} value.")
+            raise FedtapError(f"--{short(name)} has no value: write --{short(name)} value.")
         if name in knobs:
-            raise FedtapError(f"--{name} is given twice: join values to try by commas, --{name} {knobs[name]},{value}.")
+            both = f"{short(knobs[name], 30)},{short(value, 30)}"
+            raise FedtapError(f"--{short(name)} is given twice: join values to try by commas, --{short(name)} {both}.")
         knobs[name] = value
     return knobs
 
@@ -77,7 +81,7 @@ def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tup
 
 def _words(text: str, knob: Knob) -> list[str]:
     """The values between the commas; a comma inside brackets is part of a value."""
-    if not knob.swept or (knob.path and Path(text[:250]).exists()):
+    if not knob.swept or (knob.path and exists(Path(text))):
         return [text]
     words, depth = [""], 0
     for letter in text:
@@ -98,12 +102,14 @@ def _value(name: str, word: str, kind: type, knob: Knob) -> Any:
     try:
         value = kind(word)
     except ValueError as error:
-        raise FedtapError(f"{flag} {word!r} is not {_KINDS[kind]}, which it needs to be ({knob.help}).") from error
+        raise FedtapError(
+            f"{flag} {short(word)!r} is not {_KINDS[kind]}, which it needs to be ({knob.help})."
+        ) from error
     if knob.choices and value not in knob.choices:
         raise unknown(flag.removeprefix("--"), word, knob.choices)
     if isinstance(value, int | float) and not knob.low <= value <= knob.high:
         upper = "" if knob.high == math.inf else f" and at most {knob.high:g}"
-        raise FedtapError(f"{flag} {word} is out of range ({knob.help}): it is at least {knob.low:g}{upper}.")
+        raise FedtapError(f"{flag} {short(word)} is out of range ({knob.help}): it is at least {knob.low:g}{upper}.")
     return value
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
 
 from simulator.errors import FedtapError, short
 
@@ -14,6 +19,10 @@ LARGEST_JSON = 16 << 20
 
 DEEPEST, MOST_INSIDE = 32, 1_000_000
 """How deep lists and objects of a JSON file may stand in each other, and how many there may be."""
+
+
+LARGEST_TENSORS = 1 << 36
+"""Bytes of a safetensors file."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -30,9 +39,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError of a path that holds NUL
+        reason = short(getattr(error, "strerror", None) or error)
         raise FedtapError(
-            f"{path} could not be written ({error.strerror or error}): make room or name another folder, --out."
+            f"{short(path, 120)} could not be written ({reason}): make room or name another folder, --out."
         ) from error
 
 
@@ -41,6 +51,14 @@ def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name too long, a loop of links, a folder that may not be entered
+        return False
+
+
+def exists(path: Path) -> bool:
+    """Whether anything lies there; no path is too long or too strange to ask."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
         return False
 
 
@@ -53,17 +71,17 @@ def read_bytes(path: Path, largest: int) -> bytes:
     try:
         if not is_file(path):  # nor read from a pipe or a device, which may never end
             raise FileNotFoundError
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
+        size = path.stat().st_size
+        if size <= largest:
+            return path.read_bytes()
     except FileNotFoundError as error:
         raise FedtapError(f"{short(path, 120)} is no file, so it cannot be read: check the path.") from error
-    except (OSError, ValueError) as error:
-        raise FedtapError(f"{short(path, 120)} cannot be read ({short(error)}): check its permissions.") from error
-    if len(content) > largest:
-        raise FedtapError(
-            f"{short(path, 120)} has more than {largest:,} bytes, and no file of its kind is so large: give another."
-        )
-    return content
+    except (OSError, ValueError, MemoryError) as error:
+        reason = short(getattr(error, "strerror", None) or error or "it does not fit into memory")
+        raise FedtapError(f"{short(path, 120)} cannot be read ({reason}): check its permissions and size.") from error
+    raise FedtapError(
+        f"{short(path, 120)} has {size:,} bytes, and no file of its kind has more than {largest:,}: give another."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,6 +99,40 @@ def read_json(path: Path) -> dict[str, Any]:
             "damaged."
         )
     return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file that a stranger sent, by name; never larger than the file.
+
+    Raises:
+        FedtapError: the file is absent, too large, cut short, or of another format.
+    """
+    return parse_tensors(read_bytes(path, LARGEST_TENSORS), path)
+
+
+def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """What the bytes of a safetensors file hold, as `read_tensors`; `path` is the one to name."""
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        # all but the first are torch's, of a type or a shape that it does not know
+        raise FedtapError(
+            f"{short(path, 120)} cannot be read as safetensors ({short(error)}): it is truncated or of another format; "
+            "save it again."
+        ) from error
+
+
+def check_zip(archive: zipfile.ZipFile, largest: int) -> None:
+    """Refuse a zip that unfolds to more than its reader could hold; nothing is unfolded.
+
+    Raises:
+        ValueError: it unfolds to more than `largest` bytes, or by a method whose tables alone may fill the memory.
+    """
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in archive.infolist()):
+        raise ValueError("it is compressed by another method than deflate")
+    size = sum(info.file_size for info in archive.infolist())  # zipfile reads no more of a member than this says
+    if size > largest:
+        raise ValueError(f"it unfolds to {size:,} bytes, and no more than {largest:,} are read")
 
 
 def parse_json(content: bytes, path: Path) -> Any:

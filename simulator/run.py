@@ -212,7 +212,7 @@ class Played:
         same = dataclasses.replace(about, pairs=0) if plain else about  # of plain pairs the first ones will do
         root = Path(part.practice) if part.practice else self.out / "practice"
         folder = root / digest_of(same)
-        found = Practice.saved(folder, build)
+        found = Practice.saved(folder, build, about)
         if found is not None and len(found) >= wanted:
             return found.first(wanted)
         batches = (images.view(wanted, batch, *world.shape), labels.view(wanted, batch))
