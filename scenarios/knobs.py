@@ -28,6 +28,10 @@ class Knob:
     """Whether a comma separates values to try, one after the other."""
 
 
+MOST_PARTS = 10_000
+"""Combinations of swept knobs in a run, at most."""
+
+
 def pairs(words: list[str]) -> dict[str, str]:
     """`--knob value` and `--knob=value` as a mapping."""
     knobs: dict[str, str] = {}
@@ -75,6 +79,11 @@ def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tup
             values = tuple(_value(name, word, kind, knob) for word in _words(str(words[name]), knob))
         choices[name] = list(values)
     swept = [name for name, values in choices.items() if len(values) > 1]
+    if (many := math.prod(map(len, choices.values()))) > MOST_PARTS:
+        raise FedtapError(
+            f"The values of --{', --'.join(swept[:4])} make {many:,} combinations, and a run plays {MOST_PARTS:,} at "
+            "most: give fewer values."
+        )
     combinations = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
     return [(values, {name: str(values[name]) for name in swept}) for values in combinations]
 

@@ -281,8 +281,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
         return network
 
     def checked(network: nn.Module, device: str) -> nn.Module:
-        with torch.no_grad():
-            logits = network.eval()(torch.zeros(2, *shape, device=device))
+        with torch.no_grad(), torch.device(device):
+            logits = network.eval()(torch.zeros(2, *shape))
         if tuple(logits.shape) != (2, classes):
             raise ValueError(f"it returns {tuple(logits.shape)} for two images, not (2, {classes})")
         return network.train()

@@ -36,8 +36,8 @@ def read_draws(path: Path) -> tuple[tuple[str, ...], Float[Tensor, "draws d"]]:
     chains = content if isinstance(content, list) else [content]
     if not chains or not all(isinstance(chain, dict) and chain for chain in chains):
         raise FedtapError(
-            f"{short(path, 100)} holds no draws in posteriordb's form: it is a list of chains, each an object of parameter name "
-            "and list of numbers."
+            f"{short(path, 100)} holds no draws in posteriordb's form: it is a list of chains, each an object of "
+            "parameter name and list of numbers."
         )
     names = tuple(chains[0])
     if any(set(chain) != set(names) for chain in chains):
@@ -75,15 +75,15 @@ def _columns(path: Path, content: Mapping[str, Any], names: Sequence[str]) -> Fl
             )
         if len(values) != len(content[names[0]]):
             raise FedtapError(
-                f"{short(names[0], 30)} and {short(name, 30)} in {short(path, 80)} have {len(content[names[0]])} and {len(values)} entries, and belong "
-                "together one by one: the file is not whole."
+                f"{short(names[0], 30)} and {short(name, 30)} in {short(path, 80)} have {len(content[names[0]])} and "
+                f"{len(values)} entries, and belong together one by one: the file is not whole."
             )
         for at, value in enumerate(values):
             sound = isinstance(value, int | float) and not isinstance(value, bool)
             if not sound or not -LARGEST_NUMBER < value < LARGEST_NUMBER:  # nor NaN
                 raise FedtapError(
-                    f"Entry {at + 1} of {short(name, 40)} in {short(path)} is {json.dumps(value)[:40]}, and no finite number of a "
-                    "size that can be squared: take it out, and what stands beside it."
+                    f"Entry {at + 1} of {short(name, 40)} in {short(path)} is {json.dumps(value)[:40]}, and no finite "
+                    "number of a size that can be squared: take it out, and what stands beside it."
                 )
     return torch.tensor([content[name] for name in names], dtype=torch.float64).T
 
@@ -100,11 +100,12 @@ def _read(path: Path) -> Any:
             content = folder.read(files[0]) if len(files) == 1 else b""
     except Exception as error:  # zipfile raises all sorts
         raise FedtapError(
-            f"{short(path, 100)} cannot be read ({short(error, 90)}): it is damaged or of another format; fetch it again."
+            f"{short(path, 100)} cannot be read ({short(error, 90)}): it is damaged or of another format; fetch it "
+            "again."
         ) from error
     if len(files) != 1:
         raise FedtapError(
-            f"{short(path, 100)} holds {len(files)} .json files, so it is not clear which is meant: give a .json.zip with "
-            "one, or unpack it and give a .json."
+            f"{short(path, 100)} holds {len(files)} .json files, so it is not clear which is meant: give a .json.zip "
+            "with one, or unpack it and give a .json."
         )
     return parse_json(content, path)

@@ -239,7 +239,7 @@ def read_texts(path: Path) -> TextSide:
     for number, row in enumerate(rows, 1):
         if not (len(row) > 1 and row[0].isascii() and row[0].isdigit() and 1 <= int(row[0][:9]) < 1000):
             raise FedtapError(
-                f"Row {number} of {short(path, 100)} is not a class and a text, but {short(','.join(row), 40)!r}: begin each row with a "
-                "whole number from 1."
+                f"Row {number} of {short(path, 100)} is not a class and a text, but {short(','.join(row), 40)!r}: "
+                "begin each row with a whole number from 1."
             )
     return TextSide(tuple(" ".join(row[1:]) for row in rows), torch.tensor([int(row[0]) - 1 for row in rows]))

@@ -335,8 +335,8 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         )
     if len(images) * size * size * 3 > LARGEST:
         raise FedtapError(
-            f"{short(path, 100)} holds {len(images):,} images, which at {size} pixels a side fill more than {LARGEST:,} "
-            "bytes: lower --size, or take some out."
+            f"{short(path, 100)} holds {len(images):,} images, which at {size} pixels a side fill more than "
+            f"{LARGEST:,} bytes: lower --size, or take some out."
         )
     classes_of, held_out = _layout(images, path.stem)
     classes = tuple(sorted(set(classes_of.values())))
@@ -376,8 +376,8 @@ def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPat
     strange = {classes[file] for file in held_out} - {name for file, name in classes.items() if file not in held_out}
     if strange:
         raise FedtapError(
-            f"The folders beside train hold a class that train does not ({short(min(strange))}), which no model can learn: "
-            "give them the same subfolders as train."
+            f"The folders beside train hold a class that train does not ({short(min(strange))}), which no model can "
+            "learn: give them the same subfolders as train."
         )
     return classes, held_out
 
@@ -412,6 +412,8 @@ def npz(path: Path, classes: Sequence[str] = ()) -> World:
 
 def _check_header(members: zipfile.ZipFile, name: str) -> None:
     """Raise ValueError of an array that promises more entries than are there, KeyError of one that is not there."""
+    if f"{name}.npy" not in members.namelist():
+        raise KeyError(name)
     info = members.getinfo(f"{name}.npy")
     with members.open(info) as file:
         version = np.lib.format.read_magic(file)
