@@ -147,7 +147,8 @@ def parse_json(content: bytes, path: Path) -> Any:
         value = json.loads(content.decode("utf-8"))
         _check(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, and a number of 5,000 digits
-        reason = f"it is nested deeper than {DEEPEST}" if isinstance(error, RecursionError) else short(error)
+        deep = isinstance(error, RecursionError)
+        reason = f"it is nested deeper than {DEEPEST}" if deep else short(getattr(error, "reason", error))
         raise FedtapError(
             f"{short(path, 120)} cannot be read as JSON ({reason}): it is damaged or another file; fetch it again."
         ) from error

@@ -458,8 +458,6 @@ def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Se
     if len(train) < 3 or not len(test):
         raise ValueError("x_train holds fewer than 3 images, or x_test none")
     highest = int(max(train.labels.max(), test.labels.max()))
-    if highest >= MOST_CLASSES:
-        raise ValueError(f"label {highest} where {MOST_CLASSES - 1:,} is the highest possible")
     if classes and highest >= len(classes):
         raise ValueError(f"label {highest} where there are {len(classes)} classes")
     public = min(len(train) // 3, 10_000)
@@ -481,6 +479,8 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
         raise ValueError(f"x_{part} has shape {images.shape}, not N x H x W x C with 1 or 3 channels")
     if labels.dtype.kind not in "iu" or labels.size != len(images) or (labels.size and int(labels.min()) < 0):
         raise ValueError(f"y_{part} is not one whole number from 0 for each image of x_{part}")
+    if labels.size and int(labels.max()) >= MOST_CLASSES:
+        raise ValueError(f"y_{part} holds {labels.max()}, where {MOST_CLASSES - 1:,} is the highest possible")
     channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return Side(torch.from_numpy(channels_first), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 
