@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 import attackers
+from attackers.parts.checks import check_fields
 from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, prepared
 from simulator.errors import FedtapError, short
 from simulator.files import LARGEST_TENSORS, is_file, parse_tensors, read_bytes, read_json
@@ -29,6 +30,9 @@ class Saved(Attack):
     needs_weights = False
 
     path: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def name(self) -> str:

@@ -27,7 +27,7 @@ from scenarios.game import Game
 from scenarios.knobs import pairs
 from scenarios.plan import Part, models_of, plan
 from simulator.errors import FedtapError
-from simulator.files import exists
+from simulator.files import exists, is_file, read_json
 from simulator.models import OWN_MODELS, plain_name
 from simulator.output import left_by_us
 from simulator.scenario import Scenario
@@ -117,7 +117,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
 def _finished(out: Path) -> int | None:
     """When the folder's run was finished, in ns; None if there is none."""
     file = out / "run.json"
-    return file.stat().st_mtime_ns if file.is_file() and json.loads(file.read_text())["finished"] else None
+    return file.stat().st_mtime_ns if is_file(file) and read_json(file).get("finished") else None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from simulator import report, scores, study_report
 from simulator.attack import Attack, Guess, Reconstruction, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
-from simulator.errors import DamagedError, FedtapError
+from simulator.errors import DamagedError, FedtapError, short
 from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, stack
 from simulator.listeners import SECURE
@@ -50,9 +50,9 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise FedtapError(
-            f"Device {name!r} is not to be had here ({str(error).splitlines()[0]}): use --device cpu."
+            f"Device {short(name)!r} is not to be had here ({short(error, 120)}): use --device cpu."
         ) from error
     # A gradient is matched to seven digits: TF32's three would drown it.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import resource
@@ -94,8 +95,17 @@ CONTENTS = (
     b"PK\x05\x06" + bytes(18), (2**60).to_bytes(8, "little") + b"{}", (50).to_bytes(8, "little") + b"{" * 50,
 )  # fmt: skip
 
+FIELDS = tuple(
+    f"{name}({field.name}={field.default!r})"
+    for name, kind in sorted(ATTACKS.items())
+    for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    if isinstance(field.default, int | float | str)
+)
+"""Every setting of every attack."""
+
 TEXTS: dict[str, tuple[Callable[[str], object], tuple[str, ...]]] = {
-    "attack": (parse, (*ATTACKS, "idlg(steps=300),dlg", "restarts(attack=idlg, times=2)", "assuming('mlp', idlg)",
+    "attack": (parse, (*ATTACKS, *FIELDS,
+                       "idlg(steps=300),dlg", "restarts(attack=idlg, times=2)", "assuming('mlp', idlg)",
                        "refine(start=lti, finish=idlg(steps=3))", "identified(exact_git)", "saved('a.safetensors')",
                        "idlg(" + "1+" * 2000 + "1)", "panel(idlg,dlg)", "-" * 3000 + "1", "idlg" + ".a" * 3000)),
     "defence": (described, ("none", "clip(1.0)+noise(0.01)", "prune(0.9)", "local_dp(1,1,1,0.1)", "precode(8)")),

@@ -454,9 +454,19 @@ def test_paths_that_no_file_has_are_refused_in_a_sentence(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "text", ["idlg(" + "1+" * 2000 + "1)", "idlg(" + "-" * 5000 + "1)", "idlg" + ".a" * 5000, "-" * 9999 + "a"]
+    "text",
+    [
+        "idlg(" + "1+" * 2000 + "1)",
+        "idlg(" + "-" * 5000 + "1)",
+        "idlg" + ".a" * 5000,
+        "-" * 9999 + "a",
+        "idlg(steps=" + "9" * 400 + ")",
+        "idlg(" + "9" * 5000 + ")",
+        "restarts(idlg, 'x" + "y" * 999 + "')",
+        "idlg," * 99 + "x" * 999,
+    ],
 )
 def test_an_attack_of_thousands_of_terms_is_refused_in_a_sentence(text: str) -> None:
-    with pytest.raises(FedtapError, match="--attack") as refused:
+    with pytest.raises(FedtapError, match="attack|whole number") as refused:
         parse(text)
     assert len(str(refused.value)) < 300
