@@ -87,7 +87,7 @@ class WordPieces:
         """
         try:
             text = read_bytes(path, LARGEST).decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
+        except (FedtapError, UnicodeDecodeError) as error:
             raise FedtapError(
                 f"{short(path, 100)} cannot be read as a vocabulary ({short(error)}): give a text with a piece a line."
             ) from error
@@ -230,7 +230,7 @@ def read_texts(path: Path) -> TextSide:
     try:
         lines = StringIO(read_bytes(path, LARGEST).decode("utf-8"), newline="")
         rows: Sequence[list[str]] = [row for row in csv.reader(lines, strict=True) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (FedtapError, UnicodeDecodeError, csv.Error) as error:
         raise FedtapError(
             f"{short(path, 100)} cannot be read as texts ({short(error)}): give a comma-separated file in UTF-8."
         ) from error
