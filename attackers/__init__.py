@@ -6,10 +6,11 @@ import ast
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from typing import Any
 
 from simulator.attack import Attack, Reconstruction
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
 from simulator.language import LanguageModel
 from simulator.leaks import Leak
 
@@ -47,17 +48,49 @@ def parse(text: str) -> tuple[Attack, ...]:
     try:
         tree = ast.parse(f"({text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise FedtapError(f"--attack {text!r} cannot be read ({error}): {HOW}.") from error
+        raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
-        raise FedtapError(f"--attack {text!r} names no attack: {HOW}.")
+        raise FedtapError(f"--attack {short(text)!r} names no attack: {HOW}.")
     attacks = tuple(_attack(node) for node in tree.elts)
     for place, attack in enumerate(attacks):
         if attack in attacks[:place]:
             raise FedtapError(
-                f"--attack names {ast.unparse(tree.elts[place])} twice, and the same attack has the same result: "
+                f"--attack names {_said(tree.elts[place])} twice, and the same attack has the same result: "
                 "keep one, or give them different values."
             )
     return attacks
+
+
+def parse_strangers(text: str) -> Attack[Any]:
+    """The one attack that a file names, which may name no code to import and no other file to read, wherever nested.
+
+    Raises:
+        FedtapError: it does, or it is none that `parse` reads.
+    """
+    (attack,) = parse(text)
+    for field, value in _settings(attack):
+        if isinstance(value, str) and (":" in value or field == "path"):
+            raise FedtapError(
+                f"{short(text)!r} names {short(value)!r}, and what is read from a file may name no code to import and "
+                "no other file: name it on the command line if you trust it."
+            )
+    return attack
+
+
+def models_named(attack: Attack[Any]) -> list[str]:
+    """The models that an attack takes for the victim's, wherever nested: each may be code to import."""
+    return [value for field, value in _settings(attack) if isinstance(value, str) and field != "path"]
+
+
+def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
+    """Field and value of all that an attack was told, and of what is nested in it."""
+    for field in dataclasses.fields(attack):  # type: ignore[arg-type]
+        value = getattr(attack, field.name)
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, Attack):
+                yield from _settings(one)
+            else:
+                yield field.name, one
 
 
 SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "stationary": "stationary_mmd"}
@@ -73,21 +106,19 @@ def suited(leak: Leak) -> str:
 def _attack(node: ast.expr) -> Attack:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if not isinstance(call.func, ast.Name):
-        raise FedtapError(f"{ast.unparse(node)!r} in --attack is not an attack: {HOW}.")
+        raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {HOW}.")
     if call.func.id not in ATTACKS:
         raise unknown("attack", call.func.id, ATTACKS)
     kind = ATTACKS[call.func.id]
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if len(call.args) > len(fields):
-        raise FedtapError(
-            f"{ast.unparse(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {HOW}."
-        )
+        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {HOW}.")
     given = dict(zip((field.name for field in fields), call.args, strict=False))
     for keyword in call.keywords:
         if keyword.arg not in {field.name for field in fields}:
             raise unknown(f"field of {call.func.id}", str(keyword.arg), (field.name for field in fields))
         if keyword.arg in given:
-            raise FedtapError(f"{keyword.arg} in {ast.unparse(node)} is given twice: keep one.")
+            raise FedtapError(f"{keyword.arg} in {_said(node)} is given twice: keep one.")
         given[str(keyword.arg)] = keyword.value
     for field in fields:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
@@ -106,7 +137,13 @@ def _value(node: ast.expr, kind: str) -> Any:
         return attack
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise FedtapError(
-            f"{ast.unparse(node)!r} in --attack is not a constant: give a number, True or False."
-        ) from error
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise FedtapError(f"{_said(node)!r} in --attack is not a constant: give a number, True or False.") from error
+
+
+def _said(node: ast.expr) -> str:
+    """A part of what was written, for the sentence that names it."""
+    try:
+        return short(ast.unparse(node))
+    except RecursionError:
+        return "what is nested too deep"

@@ -6,19 +6,18 @@ A wrapper without a paper. The files are NAME.safetensors and NAME.json, as a ru
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 import attackers
+from attackers.parts.checks import check_fields
 from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, prepared
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
+from simulator.files import LARGEST_TENSORS, is_file, parse_tensors, read_bytes, read_json
 from simulator.leaks import GradientLeak, Leak
 from simulator.practice import About
 
@@ -31,6 +30,9 @@ class Saved(Attack):
     needs_weights = False
 
     path: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def name(self) -> str:
@@ -50,8 +52,8 @@ class Saved(Attack):
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, of the kind that it practised on."""
         learner, about, _ = _described(Path(self.path))
+        prepared(f"{learner.name} of {short(self.path, 40)}", about, leak)
         learner.accepts(leak)
-        prepared(f"{learner.name} of {self.path}", about, leak)
         _restored(Path(self.path), leak.network)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
@@ -62,39 +64,42 @@ def _described(path: Path) -> tuple[Learner, About, str]:
     """The attack that lies at `path`, its practice, and its tensors' digest."""
     beside = path.with_suffix(".json")
     for file in (path, beside):
-        if not file.is_file() or file.suffix not in (".safetensors", ".json"):
+        if not is_file(file) or file.suffix not in (".safetensors", ".json"):
             raise FedtapError(
-                f"{file} is not there: a trained attack is two files, NAME.safetensors and NAME.json; "
+                f"{short(file, 100)} is not there: a trained attack is two files, NAME.safetensors and NAME.json; "
                 "give the path of the .safetensors file and keep both together."
             )
     try:
-        document: dict[str, Any] = json.loads(beside.read_text())
+        document: dict[str, Any] = read_json(beside)
         if document["format"] != FORMAT:
-            raise ValueError(f"format {document['format']}, and this fedtap reads {FORMAT}")
-        (learner,) = attackers.parse(document["attack"])
+            raise ValueError(f"format {short(document['format'])}, and this fedtap reads {FORMAT}")
+        if not isinstance(document["about"], dict):
+            raise TypeError("what it is about is no object")
+        about, digest = About.of(document["about"]), str(document["digest"])
+        learner = attackers.parse_strangers(str(document["attack"]))
         if not isinstance(learner, Learner):
-            raise ValueError(f"{document['attack']} does not learn")
-        return learner, About.of(document["about"]), str(document["digest"])
-    except (ValueError, KeyError, TypeError, AttributeError, FedtapError) as error:
+            raise ValueError(f"{learner.name} does not learn")
+        return learner, about, digest
+    except (ValueError, KeyError, TypeError, FedtapError) as error:
         raise FedtapError(
-            f"{beside} describes no trained attack ({type(error).__name__}: {error}): save it again with `fedtap run`."
+            f"{short(beside, 80)} describes no trained attack ({type(error).__name__}: {short(error, 120)}): save it "
+            "again with `fedtap run`."
         ) from error
 
 
 @lru_cache(maxsize=4)
 def _restored(path: Path, network: nn.Module) -> Learned:
     learner, about, digest = _described(path)
-    content = path.read_bytes()
+    content = read_bytes(path, LARGEST_TENSORS)
     if hashlib.blake2b(content, digest_size=8).hexdigest() != digest:
         raise FedtapError(
-            f"{path} is not the file that its .json describes, so one of them was cut short or replaced: "
+            f"{short(path, 100)} is not the file that its .json describes, so one of them was cut short or replaced: "
             "save the attack again with `fedtap run`."
         )
     try:
-        return learner.restored(about, network, load(content))
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        return learner.restored(about, network, parse_tensors(content, path))
+    except RuntimeError as error:
         raise FedtapError(
-            f"{path} does not hold what {learner.name} learns for {about.protocol.model} ({reason}): "
-            "the model or fedtap has changed since it was saved, so train it again."
+            f"{short(path)} does not hold what {learner.name} learns for {short(about.protocol.model, 30)} "
+            f"({short(error, 70)}): the model or fedtap has changed since it was saved, so train it again."
         ) from error

@@ -17,14 +17,14 @@ from flwr.app import UserConfig
 from rich.console import Console
 from rich.table import Table
 
-from attackers import ATTACKS, parse, suited
+from attackers import ATTACKS, models_named, parse, suited
 from clients.app import client_app
 from clients.cost import overhead
 from scenarios.game import Game, check
 from scenarios.game_report import play_games, table_of
 from scenarios.image import with_trained
 from scenarios.knobs import knobs_of, pairs
-from scenarios.plan import catalogue, plan, plan_of, question, sorted_out
+from scenarios.plan import catalogue, models_of, plan, plan_of, question, sorted_out
 from simulator import defence_report, privacy_report, report, study_report
 from simulator.attack import Attack
 from simulator.attention import architecture
@@ -32,7 +32,7 @@ from simulator.defence import WORDS, usage
 from simulator.errors import FedtapError, unknown
 from simulator.leaks import KINDS, Leak, load
 from simulator.local import LocalGrid
-from simulator.models import MODELS
+from simulator.models import MODELS, allow
 from simulator.run import attack_saved, device_named, run
 from simulator.scenario import Scenario
 from simulator.study import Study, run_studies
@@ -85,7 +85,7 @@ def run_command(
     if len(games) == len(parts):
         _games(games, where, resume)
         return
-    _find_own_code(*(part.model for part in parts if part not in games))
+    _find_own_code(*models_of(parts))
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower tells of each round; the rows say what matters of it
 
     def grid(part: Scenario) -> LocalGrid:
@@ -114,7 +114,7 @@ def attack_command(
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
     named = parse(with_trained(attack, attacker)) if attack or attacker else ()
-    _find_own_code(model)
+    _find_own_code(model, *(name for attack in named for name in models_named(attack)))
     found = {path.name: _read(path, model) for path in _leaks_in(leaks)}
     rows = attack_saved(found, lambda leak: named or parse(suited(leak)), out, device=device_named(device), seed=seed)
     console.print(study_report.found(rows))
@@ -208,8 +208,9 @@ def _studies(
 
 
 def _find_own_code(*models: str) -> None:
-    """Let a module:function of the command line lie in the current folder."""
-    if any(":" in model for model in models):
+    """Allow a module:function of the command line, and let it lie in the current folder."""
+    if own := [model for model in models if ":" in model]:
+        allow(own)
         sys.path.insert(0, str(Path.cwd()))
 
 

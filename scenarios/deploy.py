@@ -25,8 +25,10 @@ import typer
 
 from scenarios.game import Game
 from scenarios.knobs import pairs
-from scenarios.plan import Part, plan
+from scenarios.plan import Part, models_of, plan
 from simulator.errors import FedtapError
+from simulator.files import exists, is_file, read_json
+from simulator.models import OWN_MODELS, plain_name
 from simulator.output import left_by_us
 from simulator.scenario import Scenario
 from simulator.study import Study
@@ -57,6 +59,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
         raise FedtapError(
             f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e."
         )
+    own = [model for model in models_of(plan(name, knobs)) if ":" in model]
     before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
         environment = (
@@ -67,6 +70,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 # where a module:function of the user's own may lie
                 "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+                OWN_MODELS: ",".join(filter(None, (os.environ.get(OWN_MODELS), *map(plain_name, own)))),
             }
         )
         port = _free_port()
@@ -94,7 +98,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 stack.enter_context(
                     _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
                 )
-        files = {word: knobs[word] for word in FILES if knobs.get(word) and Path(knobs[word]).exists()}
+        files = {word: knobs[word] for word in FILES if knobs.get(word) and exists(Path(knobs[word]))}
         knobs = {**knobs, **{word: str(Path(file).resolve()) for word, file in files.items()}}
         said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
         run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
@@ -113,7 +117,7 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
 def _finished(out: Path) -> int | None:
     """When the folder's run was finished, in ns; None if there is none."""
     file = out / "run.json"
-    return file.stat().st_mtime_ns if file.is_file() and json.loads(file.read_text())["finished"] else None
+    return file.stat().st_mtime_ns if is_file(file) and read_json(file).get("finished") else None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
+from simulator.files import exists
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,27 @@ class Knob:
     """Whether a comma separates values to try, one after the other."""
 
 
+MOST_PARTS = 10_000
+"""Combinations of swept knobs in a run, at most."""
+
+
 def pairs(words: list[str]) -> dict[str, str]:
     """`--knob value` and `--knob=value` as a mapping."""
     knobs: dict[str, str] = {}
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
-            raise FedtapError(f"{word!r} belongs to no knob: write --knob value, and several values joined by commas.")
+            raise FedtapError(
+                f"{short(word)!r} belongs to no knob: write --knob value, and several values joined by commas."
+            )
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals and (found := next(rest, None)) is not None:
             value = found
         elif not equals:
-            raise FedtapError(f"--{name} has no value: write --{name} value.")
+            raise FedtapError(f"--{short(name)} has no value: write --{short(name)} value.")
         if name in knobs:
-            raise FedtapError(f"--{name} is given twice: join values to try by commas, --{name} {knobs[name]},{value}.")
+            both = f"{short(knobs[name], 30)},{short(value, 30)}"
+            raise FedtapError(f"--{short(name)} is given twice: join values to try by commas, --{short(name)} {both}.")
         knobs[name] = value
     return knobs
 
@@ -71,13 +79,18 @@ def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tup
             values = tuple(_value(name, word, kind, knob) for word in _words(str(words[name]), knob))
         choices[name] = list(values)
     swept = [name for name, values in choices.items() if len(values) > 1]
+    if (many := math.prod(map(len, choices.values()))) > MOST_PARTS:
+        raise FedtapError(
+            f"The values of --{', --'.join(swept[:4])} make {many:,} combinations, and a run plays {MOST_PARTS:,} at "
+            "most: give fewer values."
+        )
     combinations = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
     return [(values, {name: str(values[name]) for name in swept}) for values in combinations]
 
 
 def _words(text: str, knob: Knob) -> list[str]:
     """The values between the commas; a comma inside brackets is part of a value."""
-    if not knob.swept or (knob.path and Path(text[:250]).exists()):
+    if not knob.swept or (knob.path and exists(Path(text))):
         return [text]
     words, depth = [""], 0
     for letter in text:
@@ -98,12 +111,14 @@ def _value(name: str, word: str, kind: type, knob: Knob) -> Any:
     try:
         value = kind(word)
     except ValueError as error:
-        raise FedtapError(f"{flag} {word!r} is not {_KINDS[kind]}, which it needs to be ({knob.help}).") from error
+        raise FedtapError(
+            f"{flag} {short(word)!r} is not {_KINDS[kind]}, which it needs to be ({knob.help})."
+        ) from error
     if knob.choices and value not in knob.choices:
         raise unknown(flag.removeprefix("--"), word, knob.choices)
     if isinstance(value, int | float) and not knob.low <= value <= knob.high:
         upper = "" if knob.high == math.inf else f" and at most {knob.high:g}"
-        raise FedtapError(f"{flag} {word} is out of range ({knob.help}): it is at least {knob.low:g}{upper}.")
+        raise FedtapError(f"{flag} {short(word)} is out of range ({knob.help}): it is at least {knob.low:g}{upper}.")
     return value
 
 

@@ -12,8 +12,11 @@ from typing import Any
 
 from flwr.app import UserConfig
 
+from attackers import models_named
+from scenarios.game import Game
 from scenarios.knobs import settings
 from simulator.errors import FedtapError, unknown
+from simulator.models import check_allowed
 from simulator.scenario import Scenario
 from simulator.study import Study
 
@@ -78,7 +81,18 @@ def plan_of(config: UserConfig) -> tuple[Part, ...]:
     given = {name: str(value) for name, value in config.items() if name not in RUN_OPTIONS and str(value) != ""}
     if "scenario" not in given:
         raise FedtapError('The run config names no scenario, so there is nothing to play: add scenario="first_leak".')
-    return _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
+    parts = _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
+    for name in models_of(parts):  # a run config may come from a stranger, over the network
+        check_allowed(name)
+    return parts
+
+
+def models_of(parts: Sequence[Part]) -> list[str]:
+    """The models that these parts name, and that their attacks assume; that of a game is fedtap's own."""
+    scenarios, _ = sorted_out(parts)
+    named = [part.model for part in scenarios if not isinstance(part, Game)]
+    named += [model for part in scenarios for attack in part.attacks for model in models_named(attack)]
+    return list(dict.fromkeys(named))
 
 
 @lru_cache(maxsize=8)

@@ -23,7 +23,8 @@ from attackers.posterior_mmd import PosteriorMMD
 from clients import bayesian
 from simulator import pseudo_charts
 from simulator.attack import PseudoData, generator
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
+from simulator.files import exists
 from simulator.leaks import PosteriorLeak, Protocol
 from simulator.likelihoods import NORMAL, Likelihood, LinearRegression, likelihood
 from simulator.output import Row
@@ -106,16 +107,18 @@ class Regression(Study):
     def __post_init__(self) -> None:
         if self.data and not (self.x and self.y):
             raise FedtapError(
-                f"{self.data} has columns, and which are meant is not said: add --x NAME[,NAME…] --y NAME."
+                f"{short(self.data)} has columns, and which are meant is not said: add --x NAME[,NAME…] --y NAME."
             )
         if (self.x or self.y) and not self.data:
             raise FedtapError("--x and --y name columns of a data file, and there is none: add --data FILE.")
         if not all(self.names):
             raise FedtapError(
-                f"--x {self.x} --y {self.y} leaves a column without a name: write --x NAME,NAME --y NAME."
+                f"--x {short(self.x)} --y {short(self.y)} leaves a column without a name: write --x NAME,NAME --y NAME."
             )
         if len(set(self.names)) < len(self.names):
-            raise FedtapError(f"--x {self.x} --y {self.y} names a column twice, and copies tell nothing: name it once.")
+            raise FedtapError(
+                f"--x {short(self.x)} --y {short(self.y)} names one twice, and copies tell nothing: name it once."
+            )
         if self.draws and self.shards > 1:
             raise FedtapError("--draws are of one client's posterior, and here are several: leave it out.")
         if self.draws and (self.sampler, self.samples) != (Regression.sampler, Regression.samples):
@@ -123,7 +126,9 @@ class Regression(Study):
         self.attack  # noqa: B018 (its fields are checked)
         model = likelihood(self.model, 1, self.prior)
         if self.sampler == "exact" and not self.draws and not isinstance(model, LinearRegression):
-            raise FedtapError(f"There is no exact sampler of {self.model}'s posterior: use --sampler hmc, or laplace.")
+            raise FedtapError(
+                f"There is no exact sampler of {short(self.model)}'s posterior: use --sampler hmc, or laplace."
+            )
 
     @property
     def clients(self) -> int:
@@ -431,7 +436,7 @@ def _heard(model: Likelihood, prior: str, heard: Sequence[Exchange]) -> Posterio
 
 def _found(name: str, data_root: Path) -> Path:
     """The file as named, or in the data root."""
-    return Path(name) if Path(name).exists() else data_root / name
+    return Path(name) if exists(Path(name)) else data_root / name
 
 
 @lru_cache(maxsize=2)

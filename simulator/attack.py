@@ -343,6 +343,14 @@ class Learner(Attack):
         Raises:
             RuntimeError: they are not those of this attack's module.
         """
+        with torch.device("meta"):  # so that no more is built than there is
+            wanted = self.inverter(about, network).state_dict()
+        for name in wanted | tensors:
+            ours, theirs = wanted.get(name), tensors.get(name)
+            if ours is None or theirs is None:
+                raise RuntimeError(f"{name} is not in both")
+            if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not bool(theirs.isfinite().all()):
+                raise RuntimeError(f"{name} is of another type or size, or not finite")
         inverter = self.inverter(about, network)
         inverter.load_state_dict(tensors)
         return Learned(self, about, inverter.eval().requires_grad_(False))
@@ -432,14 +440,14 @@ def prepared(name: str, about: About, leak: Leak) -> None:
     ours, theirs = about.protocol, leak.protocol
     for what in ("model", "shape", "classes", "batch"):
         if getattr(ours, what) != getattr(theirs, what):
+            size = short("x".join(map(str, theirs.shape)), 20)
             raise FedtapError(
-                f"{name} practised on {about}, and this leak is of {theirs.model} on "
-                f"{'x'.join(map(str, theirs.shape))} images in {theirs.classes} classes, batch {theirs.batch}, defence "
-                f"{theirs.defence}: train it on pairs of the same kind."
+                f"{short(name, 30)} practised on {short(about, 130)}, and this leak is of {short(theirs.model, 25)} on "
+                f"{size} images in {theirs.classes} classes, batch {theirs.batch}: train it on pairs of its kind."
             )
     if ours.defence != theirs.defence:
         warnings.warn(
-            f"{name} practised under defence {ours.defence} and this leak's is {theirs.defence}: "
+            f"{name} practised under defence {short(ours.defence, 40)} and this leak's is {short(theirs.defence, 40)}: "
             "it takes the defence's traces for the image's, so its guess is worse than what practice would give.",
             stacklevel=3,
         )

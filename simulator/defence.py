@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
 
 HOOKS = ("model", "step", "update", "server")
 """Where a defence acts, in the order in which things happen: on the model before it is trained, on each local step, on
@@ -129,7 +129,9 @@ class Part:
             )
         for number, value in zip(wanted, self.values, strict=True):
             if not number.fits(value):
-                raise FedtapError(f"{number.name} of {self.name} is {value!r}, and it is {number}: give such a one.")
+                raise FedtapError(
+                    f"{number.name} of {self.name} is {short(value)}, and it is {number}: give such a one."
+                )
         numbers = (value if number.whole else float(value) for number, value in zip(wanted, self.values, strict=True))
         object.__setattr__(self, "values", tuple(numbers))
 
@@ -176,7 +178,7 @@ def described(text: str) -> tuple[Part, ...]:
     try:
         parts = _parts(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise FedtapError(f"--defence {text[:80]!r} cannot be read ({error}): {HOW}.") from error
+        raise FedtapError(f"--defence {short(text)!r} cannot be read ({short(error)}): {HOW}.") from error
     for before, after in itertools.pairwise(parts):
         here, there = HOOKS.index(before.kind.hook), HOOKS.index(after.kind.hook)
         if there < here:

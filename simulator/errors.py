@@ -17,12 +17,16 @@ class DamagedError(FedtapError):
 def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
     """The error for a name that is not among `names`, with the nearest one."""
     known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-    return FedtapError(f"There is no {kind} named {name!r}: {hint}")
+    near = difflib.get_close_matches(short(name), known, n=1)
+    hint = f"did you mean {short(near[0])}?" if near else f"there are {short(', '.join(known), 160)}."
+    return FedtapError(f"There is no {kind} named {short(name)!r}: {hint}")
 
 
 def short(value: object, most: int = 60) -> str:
-    """A value as an error names it: on one line, and no longer than `most` characters, cut in the middle."""
-    text = " ".join(str(value).split())
+    """A value as an error names it: on one line that any terminal can print, `most` characters at most."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        text = f"a {type(value).__name__}"
+    text = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[len(text) - most // 3 :]}"

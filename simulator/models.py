@@ -1,7 +1,8 @@
 """Victim models. Each takes pixels in [0, 1], normalises inside itself, and returns logits.
 
 A model is named (`lenet`, `lenet(width=16, depth=4)`) or given as `module:function` of the user's own, called as
-`function(shape, classes)`, or as `function()` where it takes no two arguments.
+`function(shape, classes)`, or as `function()` where it takes no two arguments. Whoever takes a name from a file or from
+the network asks `check_allowed` first.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ import importlib
 import inspect
 import itertools
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from simulator import likelihoods, vision
 from simulator.errors import FedtapError, short, unknown
+from simulator.files import read_tensors
 from simulator.language import NAMES, build_language
 from simulator.precode import with_bottleneck
 
@@ -220,8 +221,44 @@ BOTTLENECK = re.compile(r"(.+)\+precode\((\d{1,6})\)")
 """A model's name where it has a variational bottleneck before its last linear layer."""
 
 
+LARGEST = {"depth": 256, "width": 65_536}
+"""Sizes that a model's name may ask for, at most: more are a mistake, or meant to fill the memory."""
+
+OWN_MODELS = "FEDTAP_OWN_MODELS"
+"""Environment variable with the `module:function` names that a run config may name on this host, joined by commas."""
+
+CODE = re.compile(r"\w+(\.\w+)*:\w+")
+
+
+def plain_name(name: str) -> str:
+    """A model's name without the bottleneck that a defence put into it."""
+    bottleneck = BOTTLENECK.fullmatch(name)
+    return bottleneck[1] if bottleneck else name
+
+
+def allow(names: Iterable[str]) -> None:
+    """Let run configs in this process, and in those that it starts, name these models of the operator's own."""
+    own = dict.fromkeys(filter(None, os.environ.get(OWN_MODELS, "").split(",")))
+    own |= dict.fromkeys(map(plain_name, names))
+    os.environ[OWN_MODELS] = ",".join(own)
+
+
+def check_allowed(name: str) -> None:
+    """Refuse a model's name that came from elsewhere and names code, unless this host's operator allows this very name.
+
+    Raises:
+        FedtapError: with the variable to set.
+    """
+    plain = plain_name(name)
+    if ":" in plain and plain not in os.environ.get(OWN_MODELS, "").split(","):
+        raise FedtapError(
+            f"The run config names code to import, {short(plain)!r}, and only who runs this host may: start it with "
+            f"{OWN_MODELS}={short(plain)} if you trust it."
+        )
+
+
 def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.Module:
-    """The named model, in training mode; on the meta device (no weights) where no seed is given.
+    """The named model, in training mode; on the meta device (no weights, no memory) where no seed is given.
 
     Raises:
         FedtapError: no such model, or a user's function that does not return a module for these images.
@@ -231,31 +268,69 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     if name.partition("(")[0] in likelihoods.KINDS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
     bottleneck = BOTTLENECK.fullmatch(name)
-    plain = bottleneck[1] if bottleneck else name
-    factory = _users_own(plain) if ":" in plain else _sized(plain)
-    try:
-        with torch.random.fork_rng(devices=[]):
+    plain = plain_name(name)
+    own = CODE.fullmatch(plain) is not None
+    factory = _users_own(plain) if own else _sized(plain)
+
+    def made(device: str) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed or 0)
             network = factory(shape, classes)
             if isinstance(network, LeNet) and seed is not None:
                 network.reset_parameters(torch.Generator().manual_seed(seed))
             if bottleneck:
+                if _numbers(network) > LARGE:
+                    raise ValueError(f"precode is for models of up to {LARGE:,} parameters")
                 if (last := _yields_logits(network, shape)) is None:  # not remembered: the layer's name changes here
                     raise ValueError("precode stands before the linear layer that yields the logits, and there is none")
                 with_bottleneck(network, last, int(bottleneck[2]))
-        with torch.no_grad():
+        return network
+
+    def checked(network: nn.Module, device: str) -> nn.Module:
+        with torch.no_grad(), torch.device(device):
             logits = network.eval()(torch.zeros(2, *shape))
         if tuple(logits.shape) != (2, classes):
             raise ValueError(f"it returns {tuple(logits.shape)} for two images, not (2, {classes})")
+        return network.train()
+
+    try:
+        if seed is not None:
+            return checked(made("cpu"), "cpu")
+        try:
+            skeleton = made("meta")
+            large = _numbers(skeleton) > SMALL or math.prod(shape) > SMALL // 4
+            if large and not _counts(skeleton):
+                return on_meta(checked(skeleton, "meta"))
+        except (Exception, SystemExit):  # a user's code may need real numbers as it is built
+            if not own:
+                raise
+        return on_meta(checked(made("cpu"), "cpu"))
     except FedtapError:
         raise
     except (Exception, SystemExit) as error:  # a user's code may raise anything
-        size = "x".join(map(str, shape))
+        size = short("x".join(map(str, shape)), 30)
         raise FedtapError(
-            f"Model {name} cannot be built for {size} images and {classes} classes ({error}): "
+            f"Model {short(name)} cannot be built for {size} images and {classes} classes ({short(error)}): "
             "a model is a function of (shape, classes) that returns an nn.Module from images to logits."
         ) from error
-    return network.train() if seed is not None else on_meta(network.train())
+
+
+SMALL = 2**22
+"""Parameters of a model, and four times the numbers of an example, up to which it is tried out with real numbers. That
+takes milliseconds; the first forward pass on the meta device loads torch's compiler, which takes seconds."""
+
+LARGE = 2**26
+"""Parameters up to which the layer that yields the logits is looked for, which takes real numbers."""
+
+
+def _numbers(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _counts(network: nn.Module) -> bool:
+    """Whether the network computes with whole numbers that it keeps, such as positions, which are no weights."""
+    named = [name for name, buffer in network.named_buffers() if not buffer.is_floating_point()]
+    return any(not name.endswith("num_batches_tracked") for name in named)
 
 
 def on_meta(network: nn.Module) -> nn.Module:
@@ -357,18 +432,22 @@ def with_weights(network: nn.Module, path: Path) -> nn.Module:
     Raises:
         FedtapError: the file is not there, damaged, or of another model.
     """
+    tensors = read_tensors(path)
     try:
-        tensors = load_file(path)
+        strange = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+        if strange is not None:
+            raise ValueError(f"{strange} holds NaN or infinity")
         found = network.load_state_dict(tensors, strict=False)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (RuntimeError, ValueError) as error:
         raise FedtapError(
-            f"{path} does not hold this model's weights ({' '.join(str(error).split())[:200]}): "
+            f"{short(path, 80)} does not hold this model's weights ({short(error, 100)}): "
             "give a .safetensors file with a tensor for each parameter."
         ) from error
     lacking = [name for name in found.missing_keys if not name.endswith("num_batches_tracked")]
-    if strange := [*lacking, *found.unexpected_keys]:
+    if others := [*lacking, *found.unexpected_keys]:
         raise FedtapError(
-            f"{path} holds another model's weights, since {strange[0]} is not in both: name its model, --model."
+            f"{short(path, 80)} holds another model's weights, since {short(others[0])} is not in both: name its "
+            "model, --model."
         )
     return network
 
@@ -390,12 +469,15 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
     fit = all(
-        name in takes and type(size) is type(takes[name]) and (type(size) is not int or size >= 1)
+        name in takes
+        and type(size) is type(takes[name])
+        and (type(size) is not int or 1 <= size <= LARGEST.get(name, 0))
         for name, size in sizes.items()
     )
     if bracket and not (sizes and fit):
-        how = f"it takes whole numbers from 1: {base}({next(iter(takes))}=16)" if takes else f"it has one: {base}"
-        raise FedtapError(f"Model {name!r} is no size of {base} that can be built; {how}.")
+        most = " and ".join(f"{size} to {LARGEST[size]:,}" for size in LARGEST if size in takes)
+        how = f"it takes whole numbers, {most}: {base}({next(iter(takes))}=16)" if takes else f"it has one: {base}"
+        raise FedtapError(f"Model {short(name)!r} is no size of {base} that can be built; {how}.")
     return functools.partial(MODELS[base], **sizes)
 
 
@@ -410,7 +492,7 @@ def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
             found = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # a user's module may do anything as it is imported
         raise FedtapError(
-            f"Model {name} cannot be imported ({type(error).__name__}: {error}): "
+            f"Model {short(name)} cannot be imported ({type(error).__name__}: {short(error)}): "
             "give module:function, of a module on PYTHONPATH that imports without error."
         ) from error
     try:

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from simulator.errors import DamagedError
-from simulator.files import write_atomically
-from simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors
+from simulator.errors import DamagedError, FedtapError, short
+from simulator.files import is_file, read_json, read_tensors, write_atomically
+from simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors, protocol_of, sound
 from simulator.precode import training_loss
 
 FORMAT = 2
@@ -32,6 +31,9 @@ FORMAT = 2
 
 CHUNK = 2**24
 """Numbers in a chunk's gradients: 64 MiB of float32."""
+
+MOST_PAIRS = 10**9
+"""Of a set, and trainings behind it, at most."""
 
 Build = Callable[[str, tuple[int, ...], int], nn.Module]
 """`(model name, shape, classes) -> network on the meta device`."""
@@ -69,13 +71,16 @@ class About:
         """From the form in JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not of that form.
+            KeyError, TypeError, ValueError: it is not of that form, or too large.
         """
-        protocol = dict(document["protocol"])  # type: ignore[call-overload]
-        about = {name: value for name, value in document.items() if name != "protocol"}
-        made = About(Protocol(**{**protocol, "shape": tuple(protocol["shape"])}), **about)  # type: ignore[arg-type]
-        if any(type(count) is not int or count < 0 for count in (made.pairs, made.drifts)):
-            raise ValueError("pairs and drifts are whole numbers from 0")
+        protocol = protocol_of(document["protocol"])
+        made = About(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
+        sound(protocol)
+        if any(type(count) is not int or not 0 <= count <= MOST_PAIRS for count in (made.pairs, made.drifts)):
+            raise ValueError(f"pairs and drifts are whole numbers from 0 to {MOST_PAIRS:,}")
+        texts = (made.world, made.source, made.labels, made.digest)
+        if not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
+            raise ValueError("world, source, labels and digest are text")
         return made
 
 
@@ -133,12 +138,11 @@ class Practice:
     def _read(self, number: int) -> Pairs:
         path = self.folder / _chunk(number)
         try:
-            tensors = load_file(path)
+            tensors = read_tensors(path)
             images, labels, clients = tensors["images"], tensors["labels"], tensors["clients"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DamagedError(
-                f"{path} cannot be read ({error}), so the practice is not whole: delete {self.folder} and run again."
-            ) from error
+            self._check(images, labels, clients)
+        except (FedtapError, KeyError, ValueError) as error:
+            raise _not_whole(path, error) from error
         groups: dict[str, dict[str, Tensor]] = {"gradient": {}, "weights": {}, "buffers": {}}
         for name, tensor in tensors.items():
             group, _, key = name.partition("/")
@@ -155,8 +159,30 @@ class Practice:
             restarts=torch.zeros(len(labels), dtype=torch.long),
             resolution=ROUNDING / self.about.protocol.learning_rate,
         )
-        leak.check()
+        try:
+            leak.check()
+        except FedtapError as error:
+            raise _not_whole(path, error) from error
+        kinds = {name: parameter.dtype for name, parameter in self.network.named_parameters()}
+        if strange := [name for name, kind in kinds.items() if leak.observed[name].dtype != kind]:
+            raise _not_whole(path, ValueError(f"{strange[0]} is {leak.observed[strange[0]].dtype}"))
         return Pairs(leak, images, labels)
+
+    def _check(self, images: Tensor, labels: Tensor, clients: Tensor) -> None:
+        """Raise ValueError of examples that are none of these pairs."""
+        protocol, pairs = self.about.protocol, len(clients) if clients.ndim == 1 else 0
+        wanted = {
+            "images": (images, torch.float32, (pairs, protocol.batch, *protocol.shape)),
+            "labels": (labels, torch.int64, (pairs, protocol.batch)),
+            "clients": (clients, torch.int64, (pairs,)),
+        }
+        for name, (tensor, kind, shape) in wanted.items():
+            if tensor.dtype != kind or tuple(tensor.shape) != shape or not pairs:
+                raise ValueError(f"{name} are {tensor.dtype} of shape {short(tuple(tensor.shape), 30)}")
+        if not bool(((images >= 0) & (images <= 1)).all()):  # nor NaN
+            raise ValueError("pixels are outside [0, 1]")
+        if not bool(((labels >= 0) & (labels < protocol.classes)).all()):
+            raise ValueError("labels are outside the classes")
 
     def first(self, pairs: int) -> Practice:
         """The first so many of these pairs."""
@@ -185,25 +211,41 @@ class Practice:
         return Practice(folder, about, network)
 
     @staticmethod
-    def saved(folder: Path, build: Build) -> Practice | None:
+    def saved(folder: Path, build: Build, wanted: About | None = None) -> Practice | None:
         """The set that a folder holds; None where there is none, or one that was not finished.
 
+        Args:
+            wanted: what it has to be, but for the number of pairs; nothing is built of what is another. Where it is
+                None, a folder that names code to import is refused.
+
         Raises:
-            FedtapError: its description is damaged.
+            FedtapError: its description is damaged, or of other pairs.
         """
         file = folder / "practice.json"
-        if not file.is_file():
+        if not is_file(file):
             return None
         try:
-            document = json.loads(file.read_text())
+            document = read_json(file)
             if document.pop("format") != FORMAT:
                 raise ValueError(f"a format other than {FORMAT}")
             about = About.of(document)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if wanted is None and ":" in about.protocol.model:
+                raise ValueError("its model names code to import, which a file may not")
+            if wanted is not None and dataclasses.replace(about, pairs=wanted.pairs) != wanted:
+                raise ValueError("it is of other pairs than this run asks for")
+        except (FedtapError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(
-                f"{file} does not describe a practice ({type(error).__name__}: {error}): delete {folder} and run again."
+                f"{short(file, 90)} does not describe a practice ({type(error).__name__}: {short(error, 90)}): "
+                "delete its folder and run again."
             ) from error
         return Practice(folder, about, build(about.protocol.model, about.protocol.shape, about.protocol.classes))
+
+
+def _not_whole(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(
+        f"{short(path, 90)} cannot be used ({short(error, 90)}), so the practice is not whole: delete its folder and "
+        "run again."
+    )
 
 
 def _chunk(number: int) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.leaks import Tensors
 
 LEAST, MOST = 1e-12, 1e12
@@ -65,8 +65,8 @@ class Regulariser:
         except ValueError:
             pass
         raise FedtapError(
-            f"The regulariser {text!r} is none that is known, so what the trained weights balance is not either: "
-            "write fedprox(0.05), weight_decay(0.01) or max_margin."
+            f"The regulariser {short(text)!r} is none that is known, so what the trained weights balance is not "
+            "either: write fedprox(0.05), weight_decay(0.01) or max_margin."
         )
 
     def __str__(self) -> str:

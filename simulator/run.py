@@ -23,7 +23,7 @@ from simulator import report, scores, study_report
 from simulator.attack import Attack, Guess, Reconstruction, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
-from simulator.errors import DamagedError, FedtapError
+from simulator.errors import DamagedError, FedtapError, short
 from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import SECURE
@@ -51,9 +51,9 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise FedtapError(
-            f"Device {name!r} is not to be had here ({str(error).splitlines()[0]}): use --device cpu."
+            f"Device {short(name)!r} is not to be had here ({short(error, 120)}): use --device cpu."
         ) from error
     # A gradient is matched to seven digits: TF32's three would drown it.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -219,7 +219,7 @@ class Played:
         same = dataclasses.replace(about, pairs=0) if plain else about  # of plain pairs the first ones will do
         root = Path(part.practice) if part.practice else self.out / "practice"
         folder = root / digest_of(same)
-        found = Practice.saved(folder, build)
+        found = Practice.saved(folder, build, about)
         if found is not None and len(found) >= wanted:
             return found.first(wanted)
         batches = (images.view(wanted, batch, *world.shape), labels.view(wanted, batch))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 
@@ -18,11 +19,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
+from simulator.files import read_bytes
 
 UNKNOWN, START, END = "[UNK]", "[CLS]", "[SEP]"
 CONTINUED = "##"
 """Of a piece that does not begin a word."""
+
+LARGEST = 1 << 28
+"""Bytes of a file of texts."""
 
 LONGEST = 100
 """Letters of a word beyond which it is unknown, as in BERT."""
@@ -81,13 +86,16 @@ class WordPieces:
             FedtapError: it cannot be read, or lacks the marks.
         """
         try:
-            pieces = tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(path, LARGEST).decode("utf-8").replace("\r\n", "\n")
+        except (FedtapError, UnicodeDecodeError) as error:
             raise FedtapError(
-                f"{path} cannot be read as a vocabulary ({error}): give a text with a piece a line."
+                f"{short(path, 100)} cannot be read as a vocabulary ({short(error)}): give a text with a piece a line."
             ) from error
+        pieces = tuple(text.removesuffix("\n").split("\n"))
         if missing := {UNKNOWN, START, END} - set(pieces):
-            raise FedtapError(f"{path} is no vocabulary of word pieces, since it lacks {min(missing)}: give a BERT's.")
+            raise FedtapError(
+                f"{short(path, 100)} is no vocabulary of word pieces, since it lacks {min(missing)}: give a BERT's."
+            )
         return WordPieces(pieces)
 
     @staticmethod
@@ -220,16 +228,18 @@ def read_texts(path: Path) -> TextSide:
         FedtapError: it cannot be read, or a row is none.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows: Sequence[list[str]] = [row for row in csv.reader(file, strict=True) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FedtapError(f"{path} cannot be read as texts ({error}): give a comma-separated file in UTF-8.") from error
+        lines = StringIO(read_bytes(path, LARGEST).decode("utf-8"), newline="")
+        rows: Sequence[list[str]] = [row for row in csv.reader(lines, strict=True) if row]
+    except (FedtapError, UnicodeDecodeError, csv.Error) as error:
+        raise FedtapError(
+            f"{short(path, 100)} cannot be read as texts ({short(error)}): give a comma-separated file in UTF-8."
+        ) from error
     if not rows:
-        raise FedtapError(f"{path} holds no texts: give a file of rows, each a class from 1 and a text.")
+        raise FedtapError(f"{short(path, 100)} holds no texts: give a file of rows, each a class from 1 and a text.")
     for number, row in enumerate(rows, 1):
         if not (len(row) > 1 and row[0].isascii() and row[0].isdigit() and 1 <= int(row[0][:9]) < 1000):
             raise FedtapError(
-                f"Row {number} of {path} is not a class and a text, but {','.join(row)[:40]!r}: begin each row with a "
-                "whole number from 1."
+                f"Row {number} of {short(path, 100)} is not a class and a text, but {short(','.join(row), 40)!r}: "
+                "begin each row with a whole number from 1."
             )
     return TextSide(tuple(" ".join(row[1:]) for row in rows), torch.tensor([int(row[0]) - 1 for row in rows]))

@@ -25,7 +25,8 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, short, unknown
+from simulator.files import check_zip, exists, read_bytes
 from simulator.progress import progress
 
 Box: TypeAlias = tuple[int, int, int, int]
@@ -114,28 +115,25 @@ def open_world(name: str, data_root: Path, size: int = 32) -> World:
         return photos(size)
     if name == "cifar10":
         return cifar10(data_root)
-    path = next((path for path in (Path(name), data_root / name) if _exists(path)), None)
+    path = next((path for path in (Path(name), data_root / name) if exists(path)), None)
     if path is None:
         if "/" in name or PurePosixPath(name).suffix in (".npz", ".zip"):
-            raise FedtapError(f"The world {name} is not there: give the path of a folder, a .zip or an .npz that is.")
+            raise FedtapError(
+                f"The world {short(name, 120)} is not there: give the path of a folder, a .zip or an .npz that is."
+            )
         raise unknown("world", name, WORLDS)
     if path.suffix == ".npz":
         return npz(path)
     if path.is_dir() or path.suffix == ".zip":
         return pictures(path, size)
-    raise FedtapError(f"{name} is neither a folder nor a .zip or .npz, so no images can be read from it: give one.")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a file's name
-        return False
+    raise FedtapError(
+        f"{short(name, 120)} is neither a folder nor a .zip or .npz, so no images can be read from it: give one."
+    )
 
 
 def _plain(error: Exception) -> str:
     """An error without the address of the object in memory that Pillow names."""
-    return str(error).partition(" <_io.")[0]
+    return short(str(error).partition(" <_io.")[0] or type(error).__name__, 100)
 
 
 def partition(labels: Int64[Tensor, " images"], clients: int, alpha: float | None, seed: int) -> list[Tensor]:
@@ -297,6 +295,9 @@ def _flat(window: Image.Image) -> bool:
 
 # Folders and zips.
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, whatever a file's name ends in: Pillow would start Ghostscript for a PostScript file named x.png."""
+
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 HELD_OUT = {"val", "valid", "validation", "test"}
@@ -318,11 +319,15 @@ def pictures(path: Path, size: int) -> World:
     """
     if path.is_dir():
         found = (file for file in path.rglob("*") if file.is_file())
-        return _pictures(path, {PurePosixPath(file.relative_to(path)): file.read_bytes for file in found}, size)
+        readers = {PurePosixPath(file.relative_to(path)): partial(read_bytes, file, LARGEST_IMAGE) for file in found}
+        return _pictures(path, readers, size)
     try:
         archive = zipfile.ZipFile(path)
+        check_zip(archive, LARGEST)
     except Exception as error:  # zipfile raises all sorts
-        raise FedtapError(f"{path} cannot be read as a zip ({error}): fetch or pack it again.") from error
+        raise FedtapError(
+            f"{short(path, 100)} cannot be read as a zip ({short(error, 100)}): fetch or pack it again."
+        ) from error
     with archive:
         members = (member for member in archive.infolist() if member.filename and not member.is_dir())
         return _pictures(
@@ -338,7 +343,14 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         and not any(part.startswith(".") or part == "__MACOSX" for part in file.parts)
     )
     if not images:
-        raise FedtapError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))}): name a folder or zip that does.")
+        raise FedtapError(
+            f"{short(path, 100)} holds no images ({', '.join(sorted(SUFFIXES))}): name a folder or zip that does."
+        )
+    if len(images) * size * size * 3 > LARGEST:
+        raise FedtapError(
+            f"{short(path, 100)} holds {len(images):,} images, which at {size} pixels a side fill more than "
+            f"{LARGEST:,} bytes: lower --size, or take some out."
+        )
     classes_of, held_out = _layout(images, path.stem)
     classes = tuple(sorted(set(classes_of.values())))
     fitted: dict[PurePosixPath, Fitted] = {}
@@ -348,7 +360,7 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
             picture = _fitted(_decoded(readers[file]()), size)
         except Exception as error:  # Pillow and zipfile raise all sorts
             raise FedtapError(
-                f"The image {file} in {path} is broken ({_plain(error)}): replace it or take it out."
+                f"The image {short(file)} in {short(path)} is broken ({_plain(error)}): replace it or take it out."
             ) from error
         digest = hashlib.blake2b(picture.tobytes()).digest()
         if digest not in seen:
@@ -440,8 +452,8 @@ def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPat
     strange = {classes[file] for file in held_out} - {name for file, name in classes.items() if file not in held_out}
     if strange:
         raise FedtapError(
-            f"The folders beside train hold a class that train does not ({min(strange)}), which no model can learn: "
-            "give them the same subfolders as train."
+            f"The folders beside train hold a class that train does not ({short(min(strange))}), which no model can "
+            "learn: give them the same subfolders as train."
         )
     return classes, held_out
 
@@ -458,12 +470,35 @@ def npz(path: Path, classes: Sequence[str] = ()) -> World:
         FedtapError: the file cannot be read, or holds something else.
     """
     try:
+        with zipfile.ZipFile(path) as members:
+            check_zip(members, LARGEST)
+            for name in ARRAYS:
+                _check_header(members, name)
         with np.load(path, allow_pickle=False) as archive:
             return _arrays(path.stem, {name: archive[name] for name in ARRAYS}, classes)
     except KeyError as error:
-        raise FedtapError(f"{path} lacks an array ({error.args[0]}): an .npz holds {' '.join(ARRAYS)}.") from error
+        raise FedtapError(
+            f"{short(path, 120)} lacks an array ({short(error.args[0])}): an .npz holds {' '.join(ARRAYS)}."
+        ) from error
     except Exception as error:  # numpy and zipfile raise all sorts
-        raise FedtapError(f"{path} cannot be used ({error}): write {' '.join(ARRAYS)} with numpy.savez.") from error
+        raise FedtapError(
+            f"{short(path, 100)} cannot be used ({short(error, 100)}): write {' '.join(ARRAYS)} with numpy.savez."
+        ) from error
+
+
+def _check_header(members: zipfile.ZipFile, name: str) -> None:
+    """Raise ValueError of an array that promises more entries than are there, KeyError of one that is not there."""
+    if f"{name}.npy" not in members.namelist():
+        raise KeyError(name)
+    info = members.getinfo(f"{name}.npy")
+    with members.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"{name} is in version {version} of numpy's format")
+        shape, _, kind = readers[version](file)
+    if math.prod(shape) * kind.itemsize > info.file_size:
+        raise ValueError(f"{name} promises {short(shape, 30)} entries, and there are fewer")
 
 
 def cifar10(data_root: Path) -> World:
@@ -479,6 +514,15 @@ def cifar10(data_root: Path) -> World:
 
     return _arrays("cifar10", vision.cifar10(data_root), CIFAR10_CLASSES)
 
+
+LARGEST = 2**31
+"""Bytes that a world's images may fill, unfolded and resized."""
+
+LARGEST_IMAGE, MOST_PIXELS = 2**28, 2**26
+"""Bytes of an image file, and pixels of an image, at most."""
+
+MOST_CLASSES = 2**16
+"""Classes of an .npz, which are counted from its labels."""
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -511,6 +555,8 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
         raise ValueError(f"x_{part} has shape {images.shape}, not N x H x W x C with 1 or 3 channels")
     if labels.dtype.kind not in "iu" or labels.size != len(images) or (labels.size and int(labels.min()) < 0):
         raise ValueError(f"y_{part} is not one whole number from 0 for each image of x_{part}")
+    if labels.size and int(labels.max()) >= MOST_CLASSES:
+        raise ValueError(f"y_{part} holds {labels.max()}, where {MOST_CLASSES - 1:,} is the highest possible")
     channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return Side(torch.from_numpy(channels_first), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 
@@ -520,7 +566,14 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
 
 def _decoded(content: bytes) -> Image.Image:
     """An image file's picture, upright, in colour or, where the file has no other, in grey; of 16 bits the upper 8."""
-    picture = ImageOps.exif_transpose(Image.open(BytesIO(content)))
+    try:
+        picture = Image.open(BytesIO(content), formats=FORMATS)
+        pixels = picture.width * picture.height
+    except Image.DecompressionBombError:
+        pixels = MOST_PIXELS + 1
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.int64)
         if deep.min() < 0 or deep.max() >= 2**16:

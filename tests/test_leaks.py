@@ -184,7 +184,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("truncated", "truncated or of another format"),
         ("not safetensors", "cannot be read as safetensors"),
         ("no json", "does not exist"),
-        ("json is a list", "no leak's description"),
+        ("json is a list", "holds no JSON object"),
     ],
 )
 def test_a_bad_leak_is_refused_with_its_reason(tmp_path: Path, change: str, said: str) -> None:

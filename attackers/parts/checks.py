@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from simulator.attack import Attack
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
+
+LARGEST = 2**63
+"""What no number of a hyper-parameter reaches."""
 
 
 def check_fields(attack: Attack[Any], **least: float) -> None:
@@ -18,15 +20,19 @@ def check_fields(attack: Attack[Any], **least: float) -> None:
     """
     for field in dataclasses.fields(attack):  # type: ignore[arg-type]
         value = getattr(attack, field.name)
-        where = f"{field.name} of {type(attack).__name__} is {value!r}, and it is"
+        told = repr(value) if isinstance(value, str) else value
+        where = f"{field.name} of {type(attack).__name__} is {short(told)}, and it is"
         if field.type == "Attack":
             if not isinstance(value, Attack):
                 raise FedtapError(f"{where} an attack to run, such as idlg: give that.")
+        elif field.type == "str":
+            if not isinstance(value, str):
+                raise FedtapError(f"{where} text: write it between quotes.")
         elif field.type == "bool":
             if not isinstance(value, bool):
                 raise FedtapError(f"{where} a switch: give True or False.")
         elif field.type in ("int", "float"):
             whole, low = field.type == "int", least.get(field.name, 0)
             fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not (fits and math.isfinite(value) and value >= low):
+            if not (fits and low <= value < LARGEST):  # nor NaN
                 raise FedtapError(f"{where} a {'whole number' if whole else 'number'} from {low:g}: give such a one.")

@@ -41,10 +41,10 @@ class Flat(nn.Module):
         self.length = min(size, most)
         draw = generator("feature hashing", size, most)
         hashed = size > most
-        self.register_buffer("where", torch.randint(most, (size if hashed else 0,), generator=draw), persistent=False)
-        self.register_buffer(
-            "sign", torch.randint(2, (size if hashed else 0,), generator=draw) * 2.0 - 1, persistent=False
-        )
+        many = (size if hashed else 0,)
+        where, sign = (torch.randint(high, many, generator=draw, device="cpu") for high in (most, 2))
+        self.register_buffer("where", where, persistent=False)
+        self.register_buffer("sign", sign * 2.0 - 1, persistent=False)
 
     def forward(self, gradient: Tensors) -> Rows:
         whole = torch.cat([gradient[name].flatten(1) for name in self.names], dim=1)
