@@ -153,6 +153,6 @@ def _contents(content: RecordDict) -> str:
         for record in content.array_records.values()
         for name, array in record.items()
     ]
-    others = (*content.metric_records.values(), *content.config_records.values())
-    names = [str(name) for record in others for name, _ in record.items()]
+    names = [str(name) for record in content.metric_records.values() for name, _ in record.items()]
+    names += [str(name) for record in content.config_records.values() for name, _ in record.items()]
     return short(", ".join([*(f"array {array}" for array in arrays), *names]) or "nothing", 120)

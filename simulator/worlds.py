@@ -567,13 +567,13 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
 def _decoded(content: bytes) -> Image.Image:
     """An image file's picture, upright, in colour or, where the file has no other, in grey; of 16 bits the upper 8."""
     try:
-        picture = Image.open(BytesIO(content), formats=FORMATS)
-        pixels = picture.width * picture.height
+        stored = Image.open(BytesIO(content), formats=FORMATS)
+        pixels = stored.width * stored.height
     except Image.DecompressionBombError:
         pixels = MOST_PIXELS + 1
     if pixels > MOST_PIXELS:
         raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
-    picture = ImageOps.exif_transpose(picture)
+    picture = ImageOps.exif_transpose(stored)
     if picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.int64)
         if deep.min() < 0 or deep.max() >= 2**16:
