@@ -18,7 +18,8 @@ from attackers import parse
 from clients.app import client_app
 from simulator.local import LocalGrid
 from simulator.run import device_named, run
-from simulator.scenario import PrivateData, Scenario
+from simulator.scenario import PrivateData, Scenario, private_data
+from simulator.scores import blind, mse, psnr
 from simulator.worlds import Side
 
 PANEL = "linear,idlg(steps=20),restarts(dlg(steps=10),2),inverting_gradients(steps=10),gradinversion(steps=10,seeds=2)"
@@ -60,6 +61,17 @@ def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.Mo
         assert all(torch.equal(tensor, other[name][key]) for key, tensor in tensors.items())
     assert [row["psnr"] for row in honest] != [row["psnr"] for row in deceived]
     assert [row["objective"] for row in honest] == [row["objective"] for row in deceived]
+
+
+def test_the_blind_guess_is_made_of_public_images_alone(tmp_path: Path) -> None:
+    scenario = dataclasses.replace(BASE, attacks=parse("grey"))
+    rows = play(scenario, tmp_path)
+    private = private_data(scenario, Path("data"), BASE.victims)
+    public = blind(private.world.public.batch(slice(None))[0])
+    assert len(rows) == BASE.victims
+    for row in rows:
+        truth, _ = private.behind(row["client"], row["round"])
+        assert row["psnr_blind"] == pytest.approx(float(psnr(mse(public.expand_as(truth), truth)).mean()), abs=1e-4)
 
 
 def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> None:
