@@ -15,12 +15,16 @@ from safetensors.torch import load_file
 
 import simulator.run
 from attackers import parse
+from attackers.lti import LTI
 from clients.app import client_app
+from simulator.errors import FedtapError
 from simulator.local import LocalGrid
-from simulator.run import device_named, run
+from simulator.models import build
+from simulator.run import attack_saved, device_named, run
 from simulator.scenario import PrivateData, Scenario, private_data
 from simulator.scores import blind, mse, psnr
 from simulator.worlds import Side
+from tests.attack_leaks import leak_of, pictures
 
 PANEL = "linear,idlg(steps=20),restarts(dlg(steps=10),2),inverting_gradients(steps=10),gradinversion(steps=10,seeds=2)"
 BASE = Scenario(attacks=parse(PANEL), name="test", question="?", model="mlp", victims=3, batch=2, size=16)
@@ -83,6 +87,20 @@ def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> Non
         assert row["attack"] == other["attack"]
         assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
         assert row["label_correct"] == other["label_correct"]
+
+
+def test_a_folder_of_others_is_refused_before_anything_is_played(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+
+    def grid(part: Scenario) -> LocalGrid:
+        raise AssertionError("an hour is spent")
+
+    with pytest.raises(FedtapError, match="no fedtap run left"):
+        run([BASE], grid, tmp_path, device=device_named("cpu"), data_root=Path("data"))
+    leak = leak_of(*pictures(1, 1), build("mlp", (3, 16, 16), 10, seed=0), "mlp")
+    with pytest.raises(FedtapError, match="no fedtap run left"):
+        attack_saved(leak, [LTI()], tmp_path, device=device_named("cpu"), seed=0, source="leak")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_run_repeats_itself_to_the_bit(tmp_path: Path) -> None:
