@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from attackers import parse
+from attackers.coarse_git import CoarseGIT
 from attackers.identified import Identified
 from attackers.idlg import IDLG
 from attackers.lti import LTI
@@ -150,6 +151,8 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
     check_room(100, 5000)
     with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs"):
         check_room(200, 5000)
+    with pytest.raises(FedtapError, match=r"use at most --pairs"):
+        CoarseGIT(epochs=0).fit(practice_for(heard(), tmp_path))
 
 
 def test_wrappers_pass_their_practice_on(tmp_path: Path) -> None:
