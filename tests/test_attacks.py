@@ -131,6 +131,7 @@ def test_the_names_of_the_command_line_are_fixed() -> None:
     fixed = {"dlg", "idlg", "inverting_gradients", "gradinversion", "linear", "restarts", "refine"}
     assert fixed <= ATTACKS.keys()
     assert not fixed & of_the_readme().keys()
+    assert "attackers.bench" not in sys.modules  # a command of its own, which nobody waits for
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -103,18 +103,18 @@ def test_gauss_newton_ends_at_the_image_and_a_strangers_leak_at_the_stranger() -
     assert psnr(stranger.images, images) < 20
 
 
-def practised(attack: FusedGIT, leak: Leak, folder: Path, pairs: int = 300) -> Tensor:
+def practised(attack: FusedGIT, leak: Leak, folder: Path, pairs: int = 120) -> Tensor:
     network = drawn(sigmoid_net).float()
     return attack.fit(practice_for(leak, folder, pairs, network=network))(leak).images
 
 
 def test_without_noise_it_is_exact_and_under_much_it_is_what_was_learned(tmp_path: Path) -> None:
     images, leak = leaked()
-    fused = FusedGIT(Ridge(), steps=4, inner=40)
+    fused = FusedGIT(Ridge(), steps=3, inner=30)
     exact = psnr(ExactGIT()(leak).images, images)
     assert psnr(practised(fused, leak, tmp_path), images) > min(exact - 0.2, 90)
     drowned = announcing(noisy(leak, 1e3), 1e3)
-    learned = Ridge().fit(practice_for(drowned, tmp_path, 300, network=drawn(sigmoid_net).float()))(drowned).images
+    learned = Ridge().fit(practice_for(drowned, tmp_path, 120, network=drawn(sigmoid_net).float()))(drowned).images
     torch.testing.assert_close(practised(fused, drowned, tmp_path), learned.clamp(0, 1), rtol=0, atol=2e-2)
 
 

@@ -95,6 +95,10 @@ def test_lanes_that_are_done_cost_nothing() -> None:
     assert asked[0] == 3
     assert sorted(asked, reverse=True) == asked
     assert sum(asked) < 3 * 60
+    asked.clear()
+    low = float(counted(starts(1, 20), torch.tensor([0]))[0])
+    minimise(counted, starts(1, 20), 60, floor=low)  # no higher than the floor from the beginning
+    assert asked == [1, 1]
 
 
 def test_a_wall_of_nan_is_backed_away_from() -> None:

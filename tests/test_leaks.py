@@ -106,6 +106,8 @@ def test_a_mean_of_answers_is_as_precise_as_it_says() -> None:
     assert float(wrong.square().mean().sqrt()) == pytest.approx(average.resolution, rel=0.05)
     with pytest.raises(FedtapError, match="different weights"):
         mean([true, leak(1, seed=1)])
+    with pytest.raises(FedtapError, match="different weights"):
+        mean([true, dataclasses.replace(true, weights=None)])
 
 
 def test_leaks_of_unequal_protocol_are_not_stacked() -> None:

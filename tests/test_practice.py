@@ -152,7 +152,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
     with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs"):
         check_room(200, 5000)
     with pytest.raises(FedtapError, match=r"use at most --pairs"):
-        CoarseGIT(epochs=0).fit(practice_for(heard(), tmp_path))
+        CoarseGIT(epochs=0).fit(practice_for(heard(), tmp_path, 80))
 
 
 def test_wrappers_pass_their_practice_on(tmp_path: Path) -> None:
@@ -223,7 +223,8 @@ def play(out: Path, **change: object) -> list[dict[str, object]]:
     return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"))
 
 
-def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path) -> None:
+def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simulator.federation.DRIFT_STEPS", 20)
     shared = str(tmp_path / "pairs")
     rows = play(tmp_path / "one", practice=shared)
     assert [row["pairs"] for row in rows] == [20, 20]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from simulator.scenario import PrivateData, Scenario, private_data
 from simulator.scores import blind, mse, psnr
 from simulator.worlds import Side
 from tests.attack_leaks import leak_of, pictures
+from tests.test_report import row as row_of
 
 PANEL = "linear,idlg(steps=20),restarts(dlg(steps=10),2),inverting_gradients(steps=10),gradinversion(steps=10,seeds=2)"
 BASE = Scenario(attacks=parse(PANEL), name="test", question="?", model="mlp", victims=3, batch=2, size=16)
@@ -101,6 +103,24 @@ def test_a_folder_of_others_is_refused_before_anything_is_played(tmp_path: Path)
     with pytest.raises(FedtapError, match="no fedtap run left"):
         attack_saved(leak, [LTI()], tmp_path, device=device_named("cpu"), seed=0, source="leak")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    games = iter([[row_of(attack="the first game", settings="")]])
+    monkeypatch.setattr(Scenario, "alone", lambda part, parts: next(games))
+    with pytest.raises(StopIteration):
+        run([BASE, BASE], lambda part: pytest.fail("no game is over a grid"), tmp_path,
+            device=device_named("cpu"), data_root=Path("data"))  # fmt: skip
+    assert "the first game" in (tmp_path / "report.html").read_text()
+
+
+def test_the_seconds_of_an_attack_are_shared_by_its_victims(tmp_path: Path) -> None:
+    leak = leak_of(*pictures(3, 1), build("mlp", (3, 16, 16), 10, seed=0), "mlp")
+    began = time.perf_counter()
+    rows = attack_saved(leak, parse("linear"), tmp_path, device=device_named("cpu"), seed=0, source="leak")
+    assert 0 < sum(row["seconds"] for row in rows) < time.perf_counter() - began
 
 
 def test_a_run_repeats_itself_to_the_bit(tmp_path: Path) -> None:
