@@ -50,6 +50,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "simulator/federation.py",
         "for chunk in torch.split(torch.arange(count), (512)):",
     ): "images that are evaluated at once",
+    (
+        "attackers/parts/newton.py",
+        "return -torch.cat([((found[name] - leaked[name]) / errors[name]).flatten() for name in found])",
+    ): "least squares: its derivative turns with it",
     ("clients/cost.py", 'defences, draw = parse(defence), generator((1), "cost")'): "any seed serves a stopwatch",
     (
         "attackers/parts/newton.py",
@@ -245,17 +249,17 @@ def cpu_seconds() -> float:
 class Planter:
     """A pytest plugin that runs the collected tests once for each fault, each time in a child."""
 
-    def __init__(self, options: argparse.Namespace, planted: list[Fault]) -> None:
-        self.options, self.planted = options, planted
+    def __init__(self, options: argparse.Namespace, planted: list[Fault], scratch: Path) -> None:
+        self.options, self.planted, self.scratch = options, planted, scratch
         self.seen: set[CodeType] = set()
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
-        kept = self.options.calls or Path(tempfile.mkdtemp()) / "calls.json"
+        kept = self.options.calls or self.scratch / "calls.json"
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         new = [item for name, item in items.items() if name not in known or name.split("::")[0] in self.options.record]
         if new:
-            part = Path(tempfile.mkdtemp()) / "calls.json"
+            part = self.scratch / "new.json"
             in_child(lambda: self.record(session, new, part), 3600)
             known |= json.loads(part.read_text())
             kept.write_text(json.dumps(known))
@@ -283,13 +287,14 @@ class Planter:
         chosen = relevant(fault, tests, self.options.budget)
         if not chosen:
             return "survived", "no test calls it"
-        said = Path(tempfile.mkdtemp()) / "failed"
+        said = self.scratch / "failed"
+        said.unlink(missing_ok=True)
 
         def child() -> int:
             plant(fault)
-            for name in chosen:
-                following = None  # each test takes its fixtures down: a failure may be in that
-                items[name].config.hook.pytest_runtest_protocol(item=items[name], nextitem=following)
+            for name, following in zip(chosen, [*chosen[1:], None], strict=True):
+                after = items[following] if following else None
+                items[name].config.hook.pytest_runtest_protocol(item=items[name], nextitem=after)
                 if session.testsfailed:
                     said.write_text(name)
                     return 1
@@ -411,8 +416,12 @@ def main() -> None:
             print(number, fault.file, fault.line, fault.operator, *fault.diff, sep="\n  ")
         return
     words = ["-s", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests")]
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        pytest.main(words, plugins=[Planter(options, planted)])
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        pytest.main(words, plugins=[Planter(options, planted, Path(scratch))])
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
     games = iter([[row_of(attack="the first game", settings="")]])
     monkeypatch.setattr(Scenario, "alone", lambda part, parts: next(games))
     with pytest.raises(StopIteration):
-        run([BASE, BASE], lambda part: pytest.fail("no game is over a grid"), tmp_path,
+        run([BASE, dataclasses.replace(BASE)], lambda part: pytest.fail("no game is over a grid"), tmp_path,
             device=device_named("cpu"), data_root=Path("data"))  # fmt: skip
     assert "the first game" in (tmp_path / "report.html").read_text()
 
