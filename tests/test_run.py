@@ -91,7 +91,7 @@ def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> Non
         assert row["label_correct"] == other["label_correct"]
 
 
-def test_a_folder_of_others_is_refused_before_anything_is_played(tmp_path: Path) -> None:
+def test_a_mistake_is_refused_before_anything_is_played(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
 
     def grid(part: Scenario) -> LocalGrid:
@@ -103,6 +103,9 @@ def test_a_folder_of_others_is_refused_before_anything_is_played(tmp_path: Path)
     with pytest.raises(FedtapError, match="no fedtap run left"):
         attack_saved(leak, [LTI()], tmp_path, device=device_named("cpu"), seed=0, source="leak")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    loss = dataclasses.replace(BASE, accuracy_loss=0.05, rounds=1, defence="noise(0.1)")
+    with pytest.raises(FedtapError, match="add none"):
+        run([loss], grid, tmp_path / "new", device=device_named("cpu"), data_root=Path("data"))
 
 
 def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
