@@ -164,7 +164,7 @@ def test_newton_finds_the_input_of_four_heads_in_a_few_quadratic_steps() -> None
     assert float(guess.objective.max()) < 1e-20
 
 
-def test_victims_do_not_depend_on_each_other() -> None:
+def test_victims_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     x = tokens(5, 4, 4)
     leak, start = leak_of(block_with(4, 2), x), near(x, 0.3)
     together = AttentionNewton()(leak, start=start)
@@ -172,6 +172,8 @@ def test_victims_do_not_depend_on_each_other() -> None:
         alone = AttentionNewton()(leak[victim], start=start[victim : victim + 1])
         torch.testing.assert_close(alone.values[0], together.values[victim], rtol=1e-6, atol=1e-8)
         assert int(alone.iterations[0]) == int(together.iterations[victim])
+    monkeypatch.setattr("attackers.attention_newton.ENTRIES", 1)  # then one at a time, however large
+    torch.testing.assert_close(AttentionNewton()(leak, start=start).values, together.values, rtol=1e-6, atol=1e-8)
 
 
 def test_a_solver_in_products_ends_where_the_dense_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +330,13 @@ def test_noise_on_the_output_comes_back_as_error_and_differs_between_clients(tmp
     errors = [float(str(row["relative_error"])) for row in rows]
     assert all(1e-5 < error < 1e-1 for error in errors)
     assert len(set(errors)) == 4
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 16), (24, 40), (4, 8)])
+def test_a_vit_cuts_an_image_into_eight_patches_a_side(size: tuple[int, int]) -> None:
+    network = build("vit", (3, *size), 10, seed=0)
+    assert network.position.shape[1] == min(size[0], 8) * min(size[1], 8)  # type: ignore[union-attr]
+    assert network(torch.rand(2, 3, *size)).shape == (2, 10)
 
 
 def test_the_vit_scenario_leaves_a_strip_of_pictures(tmp_path: Path) -> None:

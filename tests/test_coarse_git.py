@@ -166,6 +166,7 @@ def test_the_flat_mlp_has_as_many_parameters(model: str) -> None:
     unit = sizes[0] / max(1, sizes[0] // 10_000)
     assert abs(sizes[0] - sizes[1]) < unit + 0.5 * sizes[0]
     assert FlatMLP().width == CoarseGIT().width
+    assert not any(parameter.any() for parameter in Flat(found, SHAPE, 32, 64, 32).bootstrap[-1].parameters())
 
 
 class Recurrent(nn.Module):

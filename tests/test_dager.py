@@ -138,6 +138,7 @@ def test_the_span_holds_all_that_leaves_the_noise(rank: int, most: int, seed: in
     if noise == 0.0:
         assert span.rank.tolist() == [rank, rank]
     assert span.distance(b).max() < 1000 * noise + 1e-9
+    assert Span.of(torch.zeros_like(gradient), most).rank.tolist() == [0, 0]
     assert span.distance(torch.randn(2, 50, 40, generator=draw, dtype=torch.float64)).min() > 0.3
     kept = (torch.arange(most) < span.rank[:, None]).double()
     assert torch.allclose(span.basis.transpose(1, 2) @ span.basis, torch.diag_embed(kept))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 
 from attackers.identified import Identified
 from attackers.idlg import IDLG
@@ -107,8 +109,16 @@ def test_pairs_of_drifted_weights_look_like_a_drifted_victims_leak(monkeypatch: 
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
     images, labels = private.world.public.batch(torch.arange(6))
+    orders: list[Message] = []
+    feed = grid.send_and_receive
+    monkeypatch.setattr(grid, "send_and_receive", lambda sent, **how: orders.extend(sent) or feed(sent, **how))
     pairs = list(practice(grid, scenario, private, heard, images[:, None], labels[:, None]))
     assert [len(some) for some in pairs] == [3, 3]
+    one, other = (tensors_of(order.content.array_records["drift"]) for order in orders)
+    assert len(one["images"]) == len(one["labels"]) == math.ceil(len(private.world.public) / 3)
+    assert not torch.equal(one["images"], other["images"])
+    assert len(one["steps"]) == 3
+    assert bool((one["steps"].diff() >= 0).all())
     sent = tensors_of(heard.arrays)
     for leak in (*(some.leak for some in pairs), *heard.leaks.values()):
         for name, weight in (leak.weights or {}).items():

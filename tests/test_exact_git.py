@@ -295,3 +295,11 @@ def test_batches_updates_and_huge_layers_are_refused() -> None:
 def test_fields_are_in_range(field: dict[str, float]) -> None:
     with pytest.raises(FedtapError, match=r"give"):
         ExactGIT(**field)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", [SIGMOID, TANH])
+def test_what_is_beyond_an_activations_values_is_undone_at_their_edge(activation: Activation) -> None:
+    far = activation.inverse(activation.inside(torch.tensor([-9.0, activation.low, activation.high, 9.0]).double()))
+    assert bool(far.isfinite().all())
+    assert bool((far[:2] < -5).all())
+    assert bool((far[2:] > 5).all())

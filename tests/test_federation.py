@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from clients.app import client_app
 from simulator.errors import FedtapError
-from simulator.federation import Heard, clients_on, play, practice
+from simulator.federation import Heard, accuracy, clients_on, play, practice
 from simulator.leaks import GradientLeak, UpdateLeak, float_buffers, load, stack
 from simulator.local import LocalGrid
 from simulator.models import build
@@ -91,6 +91,8 @@ def test_training_makes_the_model_better() -> None:
     heard = play(scenario, grid, private)
     assert heard.accuracy is not None
     assert heard.accuracy > 2 / len(private.world.classes)
+    net = build(scenario.model, private.world.shape, len(private.world.classes))
+    assert heard.accuracy == accuracy(net.to_empty(device="cpu"), heard.arrays, private.world.victims)
 
 
 def test_private_data_is_a_pure_function_and_each_client_keeps_to_its_share() -> None:

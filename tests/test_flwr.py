@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 
 from scenarios.deploy import APP, flower
 from simulator.errors import FedtapError
-from tests.test_cli import fedtap
+from tests.test_cli import run
 
 
-def test_flwr_run_leaves_the_same_rows(tmp_path: Path) -> None:
+def test_flwr_run_leaves_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaks to 1e-6, scores to 0.5 dB: what DESIGN.md allows between engines."""
     knobs = {"attack": "linear", "model": "mlp", "victims": "3", "seed": "7"}
     words = [word for knob, value in knobs.items() for word in (f"--{knob}", value)]
-    done = fedtap("run", "first_leak", *words, "--out", str(tmp_path / "local"))
-    assert done.returncode == 0, done.stderr
+    assert run(monkeypatch, "run", "first_leak", *words, "--out", str(tmp_path / "local")) == 0
     flower("first_leak", knobs, tmp_path / "flower", tmp_path, nodes=4, engine="simulation")
 
     here, there = (load_file(tmp_path / engine / "leaks/part_0.safetensors") for engine in ("local", "flower"))
@@ -61,10 +60,12 @@ def test_the_app_bundle_is_whole_and_small() -> None:
     assert any(name.startswith("simulator/lpips_alexnet_features") for name in names)
 
 
-def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(tmp_path: Path) -> None:
+def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ServerApp fails (too many victims for the world); `flwr run` itself says that all is well."""
     out = tmp_path / "out"
-    done = fedtap("run", "first_leak", "--victims", "1", "--attack", "linear", "--model", "mlp", "--out", str(out))
-    assert done.returncode == 0
+    words = ["run", "first_leak", "--victims", "1", "--attack", "linear", "--model", "mlp", "--out", str(out)]
+    assert run(monkeypatch, *words) == 0
     with pytest.raises(FedtapError, match=r"did not finish the scenario: .*victims' side of photos holds"):
         flower("first_leak", {"victims": "9999", "model": "mlp"}, out, tmp_path, nodes=2, engine="simulation")

@@ -95,6 +95,10 @@ def test_lanes_that_are_done_cost_nothing() -> None:
     assert asked[0] == 3
     assert sorted(asked, reverse=True) == asked
     assert sum(asked) < 3 * 60
+    asked.clear()
+    low = float(counted(starts(1, 20), torch.tensor([0]))[0])
+    minimise(counted, starts(1, 20), 60, floor=low)  # no higher than the floor from the beginning
+    assert asked == [1, 1]
 
 
 def test_a_wall_of_nan_is_backed_away_from() -> None:
@@ -106,3 +110,32 @@ def test_a_wall_of_nan_is_backed_away_from() -> None:
     assert float(values.max()) < 1e-6
     _, values = minimise(walled, starts(3, 20) + 10, 20)
     assert bool(values.isnan().all())
+
+
+def test_a_direction_is_that_of_the_inverse_hessian_written_out() -> None:
+    """The textbook's matrix, built of each lane's last pairs; those of no positive curvature teach nothing."""
+    lanes, size, history = 3, 6, 4
+    draw = torch.Generator().manual_seed(1)
+    memory = lbfgs._Memory(torch.zeros(lanes, size, dtype=torch.float64), history)
+    pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(lanes)]
+    slope = torch.randn(lanes, size, dtype=torch.float64, generator=draw)
+    bends = torch.rand(12, lanes, 1, dtype=torch.float64, generator=draw) * 2 - 0.4
+    bends[0], bends[5, 0] = 1.0, 0.0  # flat: the slope stays as it is
+    for number, bend in enumerate(bends):
+        accept = torch.tensor([True, True, number % 3 != 1])
+        s = torch.randn(lanes, size, dtype=torch.float64, generator=draw)
+        turned = bend * s + 0.1 * bend * torch.randn(lanes, size, dtype=torch.float64, generator=draw)
+        after = torch.where(accept[:, None], slope + turned, slope)
+        found = memory.direction(accept, s, slope, after)
+        for lane in accept.nonzero().flatten().tolist():
+            y = after[lane] - slope[lane]
+            if float(s[lane] @ y) > 0:
+                pairs[lane] = [*pairs[lane], (s[lane], y)][-history:]
+            last_s, last_y = pairs[lane][-1]
+            inverse = (last_s @ last_y) / (last_y @ last_y) * torch.eye(size, dtype=torch.float64)
+            for one, change in pairs[lane]:
+                turn = torch.eye(size, dtype=torch.float64) - torch.outer(one, change) / (one @ change)
+                inverse = turn @ inverse @ turn.T + torch.outer(one, one) / (one @ change)
+            assert torch.allclose(found[lane], -inverse @ after[lane], rtol=1e-6, atol=1e-8)
+        slope = after
+    assert all(len(each) == history for each in pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from simulator.errors import FedtapError
-from simulator.leaks import GradientLeak, Leak, Protocol, UpdateLeak, float_buffers, load, stack
+from simulator.leaks import GradientLeak, Leak, Protocol, UpdateLeak, float_buffers, load, mean, stack
 from simulator.models import build
 
 SHAPE = (3, 8, 8)
@@ -88,6 +89,25 @@ def test_weights_get_a_victims_axis_only_where_they_differ() -> None:
     mixed.check()
     assert torch.equal(mixed.weights["1.weight"][3], other.weights["1.weight"])  # type: ignore[index]
     assert torch.equal(mixed[3:].weights["1.weight"][0], other.weights["1.weight"])  # type: ignore[index]
+
+
+def test_a_mean_of_answers_is_as_precise_as_it_says() -> None:
+    true, draw = leak(1), torch.Generator().manual_seed(0)
+    answers = [
+        dataclasses.replace(
+            true,
+            observed={name: t + 0.01 * torch.randn(t.shape, generator=draw) for name, t in true.observed.items()},
+            resolution=0.01,
+        )
+        for _ in range(9)
+    ]
+    average = mean(answers)
+    wrong = torch.cat([(average.observed[name] - tensor).flatten() for name, tensor in true.observed.items()])
+    assert float(wrong.square().mean().sqrt()) == pytest.approx(average.resolution, rel=0.05)
+    with pytest.raises(FedtapError, match="different weights"):
+        mean([true, leak(1, seed=1)])
+    with pytest.raises(FedtapError, match="different weights"):
+        mean([true, dataclasses.replace(true, weights=None)])
 
 
 def test_leaks_of_unequal_protocol_are_not_stacked() -> None:

@@ -17,6 +17,7 @@ from attackers.posterior_mmd import PosteriorMMD, Units
 from clients.bayesian import exact, hmc, laplace
 from scenarios.regression import Regression, all_of, apart, sums_in, sums_of
 from simulator.attack import PseudoData
+from simulator.errors import FedtapError
 from simulator.leaks import PosteriorLeak, Protocol
 from simulator.likelihoods import BayesianNetwork, Likelihood, LinearRegression, Prior
 
@@ -207,6 +208,20 @@ def test_mean_and_covariance_serve_as_well_as_draws() -> None:
     found = statistics(PosteriorMMD()(leak))
     assert float(found["sum_w"]) == pytest.approx(400, rel=0.03)
     assert float(found["var_x"]) == pytest.approx(float(records(400)[:, 0].var(correction=0)), rel=0.03)
+
+
+def test_a_mode_that_is_none_has_no_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clients.bayesian.hessian", lambda function: lambda at: torch.eye(len(at)).to(at))
+    with pytest.raises(FedtapError, match="no definite curvature"):
+        laplace(MODELS[0], records(400))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"inputs": 0}, {"hidden": 0}, {"hidden": 10**9}, {"noise": 0.0}, {"noise": math.nan}, {"noise": math.inf}]
+)
+def test_a_network_that_cannot_be_sampled_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(FedtapError, match="no network that can be sampled"):
+        BayesianNetwork(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_networks_posterior_is_attacked_by_its_likelihood_alone(monkeypatch: pytest.MonkeyPatch) -> None:

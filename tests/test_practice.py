@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from attackers import parse
+from attackers.coarse_git import CoarseGIT
 from attackers.identified import Identified
 from attackers.idlg import IDLG
 from attackers.lti import LTI
 from attackers.parts import teaching
-from attackers.parts.teaching import Flat, check_room, ordered
+from attackers.parts.teaching import Flat, check_room, ordered, teach
 from attackers.refine import Refine
 from attackers.saved import Saved
 from clients.app import client_app
@@ -127,16 +128,19 @@ def test_a_trained_attack_comes_back_from_its_files(tmp_path: Path) -> None:
     assert refined(heard()).images.shape == (3, 1, 3, 16, 16)
 
 
-def test_practice_teaches(tmp_path: Path) -> None:
+def test_practice_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.optim.Optimizer] = []
+    monkeypatch.setattr("attackers.lti.teach", lambda *with_, **how: used.append(with_[3]) or teach(*with_, **how))
     practice = practice_for(heard(), tmp_path, pairs=800)
     images, _ = pictures(3, 1)
-    lti = LTI(width=100, epochs=20, rate=1e-3, batch=32)
-    error = float((lti.fit(practice)(heard()).images - images).square().mean())
+    lti = LTI(width=100, epochs=20, rate=1e-3, batch=32).fit(practice)
+    assert used[0].param_groups[0]["lr"] == pytest.approx(1e-4)  # it ends at a tenth of its rate
+    error = float((lti(heard()).images - images).square().mean())
     grey = float((images - images.mean()).square().mean())
     assert error < 0.96 * grey
     stranger = leak_of(*pictures(3, 1, seed=9), LENET, "lenet")
-    assert float((lti.fit(practice)(stranger).images - images).square().mean()) > 1.02 * error
-    assert abs(float(lti.fit(practice)(heard()).objective[0]) / error - 1) < 1  # its own estimate, on held-out pairs
+    assert float((lti(stranger).images - images).square().mean()) > 1.02 * error
+    assert abs(float(lti(heard()).objective[0]) / error - 1) < 1  # its own estimate, on held-out pairs
 
 
 def test_what_does_not_fit_into_memory_is_refused_with_what_would(
@@ -147,6 +151,8 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
     check_room(100, 5000)
     with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs"):
         check_room(200, 5000)
+    with pytest.raises(FedtapError, match=r"use at most --pairs"):
+        CoarseGIT(epochs=0).fit(practice_for(heard(), tmp_path, 80))
 
 
 def test_wrappers_pass_their_practice_on(tmp_path: Path) -> None:
@@ -217,7 +223,8 @@ def play(out: Path, **change: object) -> list[dict[str, object]]:
     return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"))
 
 
-def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path) -> None:
+def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simulator.federation.DRIFT_STEPS", 20)
     shared = str(tmp_path / "pairs")
     rows = play(tmp_path / "one", practice=shared)
     assert [row["pairs"] for row in rows] == [20, 20]

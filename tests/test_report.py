@@ -92,11 +92,15 @@ def test_a_failed_client_is_counted_and_spoils_no_median() -> None:
     assert (entry.victims, entry.failed, entry.psnr, entry.recovered) == (3, 1, 45.0, 1.0)
     (entry,) = summarise([failed()])
     assert (entry.psnr, entry.spread, entry.recovered) == (None, None, None)
+    (entry,) = summarise([row(psnr=40.0)])
+    assert entry.spread == (40.0, 40.0)
 
 
 def test_a_guess_with_nan_counts_as_not_recovered() -> None:
     (entry,) = summarise([row(), row(client=1, psnr=None, mse=None, recovered=0.0)])
     assert (entry.psnr, entry.recovered) == (40.0, 0.5)
+    never = report.html(about(), [row(psnr=None, mse=None, recovered=0.0)], [])
+    assert "brought back" not in never
 
 
 def shown(rows: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from safetensors.torch import load_file
 
 import simulator.run
 from attackers import parse
+from attackers.lti import LTI
 from clients.app import client_app
+from simulator.errors import FedtapError
 from simulator.local import LocalGrid
-from simulator.run import device_named, run
-from simulator.scenario import PrivateData, Scenario
+from simulator.models import build
+from simulator.run import attack_saved, device_named, run
+from simulator.scenario import PrivateData, Scenario, private_data
+from simulator.scores import blind, mse, psnr
 from simulator.worlds import Side
+from tests.attack_leaks import leak_of, pictures
+from tests.test_report import row as row_of
 
 PANEL = "linear,idlg(steps=20),restarts(dlg(steps=10),2),inverting_gradients(steps=10),gradinversion(steps=10,seeds=2)"
 BASE = Scenario(attacks=parse(PANEL), name="test", question="?", model="mlp", victims=3, batch=2, size=16)
@@ -62,6 +69,17 @@ def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row["objective"] for row in honest] == [row["objective"] for row in deceived]
 
 
+def test_the_blind_guess_is_made_of_public_images_alone(tmp_path: Path) -> None:
+    scenario = dataclasses.replace(BASE, attacks=parse("grey"))
+    rows = play(scenario, tmp_path)
+    private = private_data(scenario, Path("data"), BASE.victims)
+    public = blind(private.world.public.batch(slice(None))[0])
+    assert len(rows) == BASE.victims
+    for row in rows:
+        truth, _ = private.behind(row["client"], row["round"])
+        assert row["psnr_blind"] == pytest.approx(float(psnr(mse(public.expand_as(truth), truth)).mean()), abs=1e-4)
+
+
 def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> None:
     many = play(dataclasses.replace(BASE, clients=4, victims=4), tmp_path / "many")
     alone = play(dataclasses.replace(BASE, clients=4, victims=1), tmp_path / "alone")
@@ -71,6 +89,41 @@ def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> Non
         assert row["attack"] == other["attack"]
         assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
         assert row["label_correct"] == other["label_correct"]
+
+
+def test_a_mistake_is_refused_before_anything_is_played(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+
+    def grid(part: Scenario) -> LocalGrid:
+        raise AssertionError("an hour is spent")
+
+    with pytest.raises(FedtapError, match="no fedtap run left"):
+        run([BASE], grid, tmp_path, device=device_named("cpu"), data_root=Path("data"))
+    leak = leak_of(*pictures(1, 1), build("mlp", (3, 16, 16), 10, seed=0), "mlp")
+    with pytest.raises(FedtapError, match="no fedtap run left"):
+        attack_saved(leak, [LTI()], tmp_path, device=device_named("cpu"), seed=0, source="leak")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    loss = dataclasses.replace(BASE, accuracy_loss=0.05, rounds=1, defence="noise(0.1)")
+    with pytest.raises(FedtapError, match="add none"):
+        run([loss], grid, tmp_path / "new", device=device_named("cpu"), data_root=Path("data"))
+
+
+def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    games = iter([[row_of(attack="the first game", settings="")]])
+    monkeypatch.setattr(Scenario, "alone", lambda part, parts: next(games))
+    with pytest.raises(StopIteration):
+        run([BASE, dataclasses.replace(BASE)], lambda part: pytest.fail("no game is over a grid"), tmp_path,
+            device=device_named("cpu"), data_root=Path("data"))  # fmt: skip
+    assert "the first game" in (tmp_path / "report.html").read_text()
+
+
+def test_the_seconds_of_an_attack_are_shared_by_its_victims(tmp_path: Path) -> None:
+    leak = leak_of(*pictures(3, 1), build("mlp", (3, 16, 16), 10, seed=0), "mlp")
+    began = time.perf_counter()
+    rows = attack_saved(leak, parse("linear"), tmp_path, device=device_named("cpu"), seed=0, source="leak")
+    assert 0 < sum(row["seconds"] for row in rows) < time.perf_counter() - began
 
 
 def test_a_run_repeats_itself_to_the_bit(tmp_path: Path) -> None:

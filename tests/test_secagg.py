@@ -161,6 +161,21 @@ def test_the_sum_is_weighted_by_examples_and_only_what_is_known_comes_off(others
     assert float(isolated(answers, 2, others).observed["weight"]) == pytest.approx(left)
 
 
+@pytest.mark.parametrize("others", ["honest", "colluding"])
+def test_what_is_left_of_a_sum_is_as_precise_as_it_says(others: str) -> None:
+    """Each client's answer is rounded by itself; the errors of what is told come off with it."""
+    draw = torch.Generator().manual_seed(0)
+
+    def rounded(examples: float) -> Masked:
+        exact = answer(1.0, examples).leak
+        observed = {"weight": 1 + 1e-3 * torch.randn(1, 1, 9999, generator=draw)}
+        return Masked(dataclasses.replace(exact, observed=observed, resolution=1e-3), examples)
+
+    left = isolated({0: rounded(2), 1: rounded(3), 2: rounded(1), 3: rounded(7)}, 3, others)
+    wrong = float((left.observed["weight"] - 1).square().mean().sqrt())
+    assert wrong == pytest.approx(left.resolution, rel=0.05)
+
+
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 100)), min_size=3, max_size=12))
 def test_whatever_is_sent_colluders_leave_the_victims_answer_and_honest_clients_their_mean(
     sent: list[tuple[float, int]],
@@ -217,7 +232,7 @@ def test_a_client_that_drops_out_is_named_in_its_rounds(who: str, why: str) -> N
         ({"model": "resnet20"}, r"BatchNorm \(.*\) normalises its own images alone"),
         ({"others": "noisy"}, "no kind of others named"),
         ({"listener": "curious_server", "others": "silent"}, "hears each client by itself"),
-        ({"defence": "noise(0.1)", "attacks": (LTI(),)}, "A practice pair is defended once"),
+        ({"defence": "noise(0.1)", "attacks": (LTI(),), "clients": 2}, "A practice pair is defended once"),
     ],
 )
 def test_what_cannot_be_summed_is_refused(change: dict[str, Any], said: str) -> None:

@@ -186,6 +186,14 @@ class Squared(nn.Module):
         return self.last(self.first(points).relu().square())  # type: ignore[no-any-return]
 
 
+def test_a_training_goes_on_while_it_gets_closer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clients.stationary.AT_ONCE", 30)  # twice as many steps leave 1e-4
+    torch.manual_seed(0)
+    broadcast = {name: value.detach().double() for name, value in Squared().named_parameters()}
+    _, left = Training(Regulariser("weight_decay", 1e-2))(Squared(), broadcast, *SMALL.private(0, 0))
+    assert left < 1e-5
+
+
 def test_haims_form_explains_a_homogeneous_networks_weights_and_not_by_the_private_points() -> None:
     """Its first layer has rank 2, for two classes, so two of the four features can be anything."""
     torch.manual_seed(0)
