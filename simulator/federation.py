@@ -147,7 +147,7 @@ def play(
             return
         try:
             with reading(client):
-                _as_expected(order.content, answer.content, client, skeleton, clipped)
+                as_expected(order.content, answer.content, client, skeleton, clipped)
                 leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {short(error, LONGEST)}"
@@ -247,7 +247,7 @@ def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Stra
     return strategy
 
 
-def _as_expected(order: RecordDict, answer: RecordDict, client: int, network: nn.Module, clipped: bool) -> None:
+def as_expected(order: RecordDict, answer: RecordDict, client: int, network: nn.Module, clipped: bool = False) -> None:
     """Refuse what a strategy could not average with the others' answers: it would end the run for all of them.
 
     Arrays are those of the network: the same names, shapes and dtypes, in the same order, by which Flower's wrappers
@@ -270,7 +270,7 @@ def _as_expected(order: RecordDict, answer: RecordDict, client: int, network: nn
     check_name(answer, client)
     metrics = answer.metric_records["metrics"]
     for name, value in metrics.items():
-        if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type, operator]
+        if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type]
             raise FedtapError(f"Client {client} sent {short(value)} as its {name}: send a finite number.")
     if type(metrics["num-examples"]) is not int or metrics["num-examples"] < 1:
         raise FedtapError(f"Client {client} says that it has {metrics['num-examples']} examples: send a count from 1.")

@@ -134,7 +134,8 @@ def _arrived(content: RecordDict) -> RecordDict:
         )
         for name, record in content.array_records.items()
     }
-    others = RecordDict({name: record for name, record in content.items() if name not in arrays})
+    # Flower checks values as they are put into a record, and a client may have put them there by another way
+    others = RecordDict({name: type(record)(dict(record)) for name, record in content.items() if name not in arrays})
     rest = recorddict_from_proto(recorddict_to_proto(others))
     return RecordDict({name: arrays[name] if name in arrays else rest[name] for name in content})
 
