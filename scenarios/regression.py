@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from clients import bayesian
 from simulator import pseudo_charts
 from simulator.attack import PseudoData, generator
 from simulator.errors import ClientError, FedtapError
-from simulator.leaks import Leak, PosteriorLeak, Protocol, stack
+from simulator.leaks import PosteriorLeak, Protocol, stack
 from simulator.likelihoods import NORMAL, Likelihood, LinearRegression, likelihood
 from simulator.output import Row
 from simulator.posteriordb import read_columns, read_draws
@@ -407,16 +407,16 @@ def _first(guess: PseudoData) -> tuple[Float[Tensor, "pseudo columns"], Float[Te
     return points[0], weights[0]
 
 
-def _heard(model: Likelihood, prior: str, heard: Sequence[Exchange]) -> Leak:
+def _heard(model: Likelihood, prior: str, heard: Sequence[Exchange]) -> PosteriorLeak:
     """All clients' posteriors in one stack: every one is needed, for the sum over them."""
     leaks = read(heard, lambda one: _leak(model, prior, one))
     for leak in leaks[1:]:
         if leak.sent() != leaks[0].sent():
             raise ClientError(
-                f"Client {int(leak.clients[0])} sent other draws, or as many more or fewer, than the first one did, and "
+                f"Client {int(leak.clients[0])} sent other draws, or another number of them, than the first did, and "
                 "all are attacked at once: let all clients sample alike."
             )
-    return stack(leaks)
+    return cast(PosteriorLeak, stack(leaks))
 
 
 def _leak(model: Likelihood, prior: str, one: Exchange) -> PosteriorLeak:

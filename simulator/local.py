@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Iterable, Mapping
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict, UserConfig
@@ -135,8 +136,9 @@ def _arrived(content: RecordDict) -> RecordDict:
         for name, record in content.array_records.items()
     }
     # Flower checks values as they are put into a record, and a client may have put them there by another way
-    others = RecordDict({name: type(record)(dict(record)) for name, record in content.items() if name not in arrays})
-    rest = recorddict_from_proto(recorddict_to_proto(others))
+    others: dict[str, Any] = {name: record for name, record in content.items() if name not in arrays}
+    checked = RecordDict({name: type(record)(dict(record)) for name, record in others.items()})
+    rest = recorddict_from_proto(recorddict_to_proto(checked))
     return RecordDict({name: arrays[name] if name in arrays else rest[name] for name in content})
 
 
