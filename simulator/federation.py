@@ -53,7 +53,8 @@ CENTRAL = "central_dp"
 """Name of the defence by which the server clips what it hears."""
 
 TINY = 1e-18
-"""Change of the weights, below which float32 gives its square, and a clip of it, as a division by zero."""
+"""Change of the weights whose square float32 rounds to zero, so that a clip of it divides by zero; its reciprocal
+squared is nearly the largest number of float32."""
 
 
 @dataclass
@@ -389,7 +390,7 @@ def _fed(
 
 
 def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: int) -> None:
-    """Refuse what is not a finite float32 gradient for each pair.
+    """Refuse what is not a float32 gradient for each pair, of finite length.
 
     Raises:
         ClientError: with the first parameter that is not.
@@ -399,8 +400,8 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
         tensor = found.get(name)
         if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
             got = "nothing" if tensor is None else _said(tensor)
-        elif not bool(tensor.isfinite().all()):
-            got = "NaN or infinity"
+        elif not bool((tensor.abs() < 1 / TINY).all()):
+            got = "NaN, infinity, or numbers without a square,"
         else:
             continue
         raise ClientError(
