@@ -393,11 +393,11 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
     """Refuse what is not a float32 gradient for each pair, of finite length.
 
     Raises:
-        ClientError: with the first parameter that is not.
+        ClientError: with the first parameter that is not, or the first tensor of no parameter.
     """
     wanted = {name: (pairs, *parameter.shape) for name, parameter in skeleton.named_parameters()}
-    for name, shape in wanted.items():
-        tensor = found.get(name)
+    for name in dict.fromkeys([*wanted, *found]):
+        tensor, shape = found.get(name), wanted.get(name)
         if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
             got = "nothing" if tensor is None else _said(tensor)
         elif not bool((tensor.abs() < 1 / TINY).all()):
@@ -406,7 +406,7 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
             continue
         raise ClientError(
             f"The compromised client, number {client}, practised, and sent {got} in the place of the gradients of "
-            f"{name}: check that its ClientApp is fedtap's."
+            f"{short(name)}: check that its ClientApp is fedtap's."
         )
 
 

@@ -138,6 +138,7 @@ def check(fault: str, mode: str) -> None:
             assert len(str(pairs)) < 300
             continue
         for one, other in zip(pairs, paired(), strict=True):  # the fault is in what pairs do not use
+            assert one.leak.observed.keys() == other.leak.observed.keys()
             assert all(torch.equal(one.leak.observed[key], other.leak.observed[key]) for key in other.leak.observed)
 
 
