@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from clients import compromised, honest
 from clients.training import one_thread
+from simulator import roll
 from simulator.scenario import PrivateData, Scenario, private_data
 from simulator.study import Study
 
@@ -19,6 +20,8 @@ Plan = Callable[[UserConfig], Sequence[Scenario | Study]]
 def client_app(plan: Plan) -> ClientApp:
     """A ClientApp that plays `plan(run_config)`; the last partition is the compromised client."""
     app = ClientApp()
+
+    app.query("partition")(roll.present)
 
     def part_of(order: Message, context: Context) -> Scenario | Study:
         config: ConfigRecord = order.content.config_records["config"]

@@ -31,7 +31,7 @@ from simulator.errors import FedtapError
 from simulator.leaks import Leak
 from simulator.output import Row
 from simulator.scores import relative_error
-from simulator.study import Outcome
+from simulator.study import Outcome, rows_of_failed
 
 STOPS = (*range(26), 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 """Steps after which an attack is looked at, for its chart."""
@@ -58,6 +58,7 @@ class AttentionStudy(Split):
         "tokens_right",
         "blind",
         "attack",
+        "error",
     )
     legend: ClassVar[str] = (
         "relative error: |guess - input| / |input|; standardised: with tokens brought to mean 0 and one length; blind: "
@@ -124,9 +125,12 @@ class AttentionStudy(Split):
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """Every attack on every client."""
-        leak = self.listen(grid, part, data_root).to(device)
+        failed: dict[int, str] = {}
+        leak = self.listen(grid, part, data_root, failed).to(device)
         truth = self.truth(leak, data_root).to(device)
-        return Outcome([row for attack in self.attacks for row in self._rows(attack, leak, truth)], leak.to("cpu"))
+        rows = [row for attack in self.attacks for row in self._rows(attack, leak, truth)]
+        lost = [row for attack in self.attacks for row in rows_of_failed(failed, {"attack": attack.written()})]
+        return Outcome(rows + lost, leak.to("cpu"))
 
     def _rows(self, named: Attack[Inputs], leak: Leak, truth: Tensor) -> list[Row]:
         attack = dataclasses.replace(named, gamma=self.gamma) if self.gamma else named  # type: ignore[type-var]

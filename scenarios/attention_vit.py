@@ -25,7 +25,7 @@ from simulator.output import Row
 from simulator.report import Picture
 from simulator.scenario import world_of
 from simulator.scores import blind, mse, psnr, relative_error
-from simulator.study import Outcome
+from simulator.study import Outcome, rows_of_failed
 from simulator.worlds import World
 
 CUTS = ("sum", "attention")
@@ -46,6 +46,7 @@ class AttentionViT(Split):
         "converged",
         "residual",
         "attack",
+        "error",
     )
     legend: ClassVar[str] = (
         "psnr: of the picture, dB, at most 100; blind: of the best guess without the answer; stranger: of the guess "
@@ -104,7 +105,8 @@ class AttentionViT(Split):
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """Every attack on every client, from a start that needs no truth."""
-        leak = self.listen(grid, part, data_root)
+        failed: dict[int, str] = {}
+        leak = self.listen(grid, part, data_root, failed)
         world, (high, wide) = self.world_at(data_root), self.patch(data_root)
         truth = joined(self.truth(leak, data_root), world.shape, high, wide)
         floor = blind(world.public.batch(slice(None))[0])
@@ -138,6 +140,7 @@ class AttentionViT(Split):
                         "residual": residual[victim],
                     }
                 )
+            rows += rows_of_failed(failed, {"attack": attack.written()})
         return Outcome(rows, leak, pictures=pictures)
 
 

@@ -28,7 +28,7 @@ from simulator.errors import FedtapError
 from simulator.models import ACTIVATIONS
 from simulator.output import Row
 from simulator.regulariser import Regulariser
-from simulator.study import Outcome
+from simulator.study import Outcome, rows_of_failed
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class FedProx(Trained):
         "left",
         "unexplainable",
         "layer_rank",
+        "error",
     )
     legend: ClassVar[str] = (
         "recovered: share of examples with a point within 1 % of their length, 0 for random points; distance: median, "
@@ -62,10 +63,12 @@ class FedProx(Trained):
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """One exchange, attacked."""
-        heard = self.hear(grid, part, 0)
+        failed: dict[int, str] = {}
+        heard = self.hear(grid, part, 0, failed)
         guess = self.attack(heard.leak.to(device), seed=self.seed).on_cpu()
         told = {"width": self.case.width, "attack": self.attack.written(), "regulariser": self.case.regulariser}
-        return Outcome([told | row for row in self.judged(self.case, heard, guess)], heard.leak)
+        rows = [told | row for row in self.judged(self.case, heard, guess)]
+        return Outcome(rows + rows_of_failed(failed, told), heard.leak)
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Recovery against width, where that is swept."""

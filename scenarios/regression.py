@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from attackers.posterior_mmd import PosteriorMMD
 from clients import bayesian
 from simulator import pseudo_charts
 from simulator.attack import PseudoData, generator
-from simulator.errors import FedtapError, short
+from simulator.errors import ClientError, FedtapError, short
 from simulator.files import exists
-from simulator.leaks import PosteriorLeak, Protocol
+from simulator.leaks import PosteriorLeak, Protocol, stack
 from simulator.likelihoods import NORMAL, Likelihood, LinearRegression, likelihood
 from simulator.output import Row
 from simulator.posteriordb import read_columns, read_draws
 from simulator.pseudo_charts import Course
 from simulator.records import tensors_of
-from simulator.study import Exchange, Outcome, Study, ask
+from simulator.study import Exchange, Outcome, Study, ask, read
 
 POSTERIOR = "train.posterior"
 """Message type under which clients are asked for their posterior."""
@@ -413,11 +413,21 @@ def _first(guess: PseudoData) -> tuple[Float[Tensor, "pseudo columns"], Float[Te
 
 
 def _heard(model: Likelihood, prior: str, heard: Sequence[Exchange]) -> PosteriorLeak:
-    """All clients' posteriors in one stack."""
-    answers = [tensors_of(one.answer.array_records["posterior"]) for one in heard]
-    names = torch.tensor([one.client for one in heard])
-    return PosteriorLeak(
-        observed={name: torch.stack([answer[name] for answer in answers]) for name in answers[0]},
+    """All clients' posteriors in one stack: every one is needed, for the sum over them."""
+    leaks = read(heard, lambda one: _leak(model, prior, one))
+    for leak in leaks[1:]:
+        if leak.sent() != leaks[0].sent():
+            raise ClientError(
+                f"Client {int(leak.clients[0])} sent other draws, or another number of them, than the first did, and "
+                "all are attacked at once: let all clients sample alike."
+            )
+    return cast(PosteriorLeak, stack(leaks))
+
+
+def _leak(model: Likelihood, prior: str, one: Exchange) -> PosteriorLeak:
+    name = torch.tensor([one.client])
+    leak = PosteriorLeak(
+        observed={key: tensor[None] for key, tensor in tensors_of(one.answer.array_records["posterior"]).items()},
         protocol=Protocol(
             model=str(model),
             shape=(model.inputs,),
@@ -428,10 +438,12 @@ def _heard(model: Likelihood, prior: str, heard: Sequence[Exchange]) -> Posterio
         network=model.network(),
         weights=None,
         buffers={},
-        clients=names,
-        rounds=torch.ones_like(names),
-        restarts=torch.zeros_like(names),
+        clients=name,
+        rounds=torch.ones_like(name),
+        restarts=torch.zeros_like(name),
     )
+    leak.check()
+    return leak
 
 
 def _found(name: str, data_root: Path) -> Path:

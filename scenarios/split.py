@@ -20,7 +20,7 @@ from simulator.attack import Attack, Inputs
 from simulator.errors import FedtapError
 from simulator.leaks import AttentionLeak, Leak, Protocol, stack
 from simulator.records import tensors_of
-from simulator.study import Exchange, Study, ask
+from simulator.study import Exchange, Study, ask, read
 
 ACTION = "query.attention"
 
@@ -65,17 +65,20 @@ class Split(Study):
         """Its half's output."""
         return split.answer(order, self.half(data_root), self.private(client, data_root), client, self.noise, self.seed)
 
-    def listen(self, grid: Grid, part: int, data_root: Path) -> Leak:
+    def listen(self, grid: Grid, part: int, data_root: Path, failed: dict[int, str]) -> Leak:
         """Broadcast the half, and hear what clients make of it.
 
+        Args:
+            failed: client -> why it failed or sent something else, filled in here.
+
         Raises:
-            FedtapError: a client fails, or sends something else.
+            ClientError: all of them did.
         """
         half = self.half(data_root)
         weights = {name: weight.detach() for name, weight in half.named_parameters()}
-        heard = ask(grid, ACTION, RecordDict({"arrays": ArrayRecord(weights)}), part)
+        heard = ask(grid, ACTION, RecordDict({"arrays": ArrayRecord(weights)}), part, failed=failed)
         bare = copy.deepcopy(half).to("meta")
-        return stack([self._leak(one, bare, weights, self.shape(data_root)) for one in heard])
+        return stack(read(heard, lambda one: self._leak(one, bare, weights, self.shape(data_root)), failed))
 
     def _leak(self, heard: Exchange, bare: nn.Module, weights: dict[str, Tensor], shape: tuple[int, int]) -> Leak:
         observed = heard.answer.array_records.get("attention")

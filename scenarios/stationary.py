@@ -6,7 +6,7 @@ noise; the hyperplane is the seed's.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from attackers.stationary_mmd import EXPLAINED, unexplainable
 from clients.stationary import Training, train
 from simulator import scores
 from simulator.attack import PseudoData, generator
-from simulator.errors import FedtapError
+from simulator.errors import FedtapError, short
 from simulator.leaks import Leak, Protocol, StationaryLeak, stack
 from simulator.models import build
 from simulator.output import Row
 from simulator.records import tensors_of
 from simulator.regulariser import Regulariser
-from simulator.study import Exchange, Study, ask
+from simulator.study import Exchange, Study, ask, read
 
 NEAR = 0.01
 """Relative distance up to which an example counts as recovered."""
@@ -133,21 +133,24 @@ class Trained(Study):
         training = Training(Regulariser.parse(case.regulariser), case.training)
         return train(order, client, case.network(0), *case.private(self.seed, client), training, case.precision)
 
-    def hear(self, grid: Grid, part: int, number: int) -> Heard:
+    def hear(self, grid: Grid, part: int, number: int, failed: dict[int, str] | None = None) -> Heard:
         """Broadcast the case's initial weights, and hear what comes back.
 
+        Args:
+            failed: client -> why it failed, or sent other tensors than it was sent, filled in here; None where all are
+                needed.
+
         Raises:
-            FedtapError: a client fails, or sends other tensors than it was sent.
+            ClientError: one of those that are needed did.
         """
         case = self.cases[number]
         arrays = ArrayRecord({name: value.detach() for name, value in case.network(self.seed).named_parameters()})
         order = RecordDict({"arrays": arrays, "case": ConfigRecord({"number": number})})
-        exchanges = ask(grid, "train", order, part)
-        leak = stack([_leak(exchange, case) for exchange in exchanges])
+        exchanges = ask(grid, "train", order, part, failed=failed)
+        made = read(exchanges, lambda exchange: _leak(exchange, case), failed)
+        leak = stack([leak for leak, _ in made])
         assert isinstance(leak, StationaryLeak)
-        leak.check()
-        left = [float(exchange.answer.metric_records["metrics"]["left"]) for exchange in exchanges]  # type: ignore[arg-type]
-        return Heard(leak, left)
+        return Heard(leak, [left for _, left in made])
 
     def judged(self, case: Case, heard: Heard, guess: PseudoData) -> list[Row]:
         """A row for each client: what came back, beside what as many random points would have got."""
@@ -180,16 +183,21 @@ class Trained(Study):
         return rows
 
 
-def _leak(exchange: Exchange, case: Case) -> Leak:
-    name = torch.tensor([exchange.client])
-    examples = exchange.answer.metric_records["metrics"]["num-examples"]
-    if not isinstance(examples, int) or examples < 1:
-        raise FedtapError(f"Client {exchange.client} says it has {examples} examples: it is a whole number from 1.")
-    return StationaryLeak(
+def _leak(exchange: Exchange, case: Case) -> tuple[Leak, float]:
+    """What the client's weights are, and what it says is left of its gradient."""
+    name, metrics = torch.tensor([exchange.client]), exchange.answer.metric_records["metrics"]
+    examples, left = metrics["num-examples"], float(metrics["left"])  # type: ignore[arg-type]
+    if type(examples) is not int or examples != case.examples:
+        raise FedtapError(
+            f"Client {exchange.client} says it has {short(examples)} examples, and every client has {case.examples}."
+        )
+    if not math.isfinite(left):
+        raise FedtapError(f"Client {exchange.client} says that {left} is left of its gradient: send a finite number.")
+    leak = StationaryLeak(
         observed={
             name: tensor.double()[None] for name, tensor in tensors_of(exchange.answer.array_records["arrays"]).items()
         },
-        protocol=dataclasses.replace(case.protocol, batch=examples),
+        protocol=case.protocol,
         network=case.network(),
         weights=tensors_of(exchange.order.array_records["arrays"]),
         buffers={},
@@ -197,6 +205,8 @@ def _leak(exchange: Exchange, case: Case) -> Leak:
         rounds=torch.ones_like(name),
         restarts=torch.zeros_like(name),
     )
+    leak.check()
+    return leak, left
 
 
 def _rank(leak: Leak, victim: int) -> int:

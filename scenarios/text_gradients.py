@@ -31,13 +31,16 @@ from simulator import curves, scores
 from simulator.attack import Attack, Tokens, generator
 from simulator.defence import described, written
 from simulator.errors import FedtapError
+from simulator.federation import as_expected
 from simulator.language import NAMES, LanguageModel, build_language, minilm_folder
 from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import hear
 from simulator.output import Row
-from simulator.study import Outcome, Study, client_failed
+from simulator.records import reading
+from simulator.roll import call
+from simulator.study import Outcome, Study, rows_of_failed, without
 from simulator.texts import Cut, WordPieces, cut, open_texts
-from simulator.wiretap import Wiretap, partition_of
+from simulator.wiretap import Wiretap
 
 VOCABULARY = 16384
 """Pieces learned from the public texts, at most, for a model that has no vocabulary of its own."""
@@ -174,8 +177,10 @@ class TextGradients(Study):
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """A round of Flower's FedAvg with a tap on it, and the attack on what was heard."""
         side = sides(self, data_root)
-        truths = [self.private(side.victims, client)[0] for client in range(self.victims)]
-        leak = self.heard(grid, part, side)
+        failed: dict[int, str] = {}
+        leak = self.heard(grid, part, side, failed)
+        clients = leak.clients.tolist()
+        truths = [self.private(side.victims, client)[0] for client in clients]
         common = {
             "model": self.model,
             "batch": self.batch,
@@ -186,54 +191,66 @@ class TextGradients(Study):
         try:
             self.attack.accepts(leak)
         except FedtapError as error:  # it cannot work on such a batch: a result like any other
-            return Outcome([common | {"client": client, "error": str(error)} for client in range(self.victims)])
+            unread = failed | {client: str(error) for client in clients}
+            return Outcome(rows_of_failed(unread, common))
         began = time.perf_counter()
         guess = self.attack(leak.to(device), seed=self.seed).on_cpu()
-        seconds = (time.perf_counter() - began) / self.victims
+        seconds = (time.perf_counter() - began) / len(clients)
         blind = scores.blind_text(side.public.ids)
-        rows: list[Row] = []
-        for client, truth in enumerate(truths):
-            score: Row = dict(scores.score_texts(guess.ids[client], truth))
+        rows: list[Row] = rows_of_failed(failed, common)
+        for victim, (client, truth) in enumerate(zip(clients, truths, strict=True)):
+            score: Row = dict(scores.score_texts(guess.ids[victim], truth))
             del score["matching"]
             if isinstance(guess, Read):
-                score |= {"candidates": float(guess.candidates[client]), "rank": int(guess.rank[client])}
+                score |= {"candidates": float(guess.candidates[victim]), "rank": int(guess.rank[victim])}
             score["blind"] = scores.score_texts(blind.expand_as(truth), truth)["exact_tokens"]
-            if self.victims > 1:
-                score["stranger"] = scores.score_texts(guess.ids[client - 1], truth)["exact_tokens"]
-            told = {"client": client, "objective": float(guess.objective[client]), "seconds": seconds, "error": None}
+            if len(clients) > 1:
+                score["stranger"] = scores.score_texts(guess.ids[victim - 1], truth)["exact_tokens"]
+            told = {"client": client, "objective": float(guess.objective[victim]), "seconds": seconds, "error": None}
             rows.append(common | score | told)
-        page = {"What was written, and what was read": _texts(side.vocabulary, truths, guess.ids)}
+        page = {"What was written, and what was read": _texts(side.vocabulary, clients, truths, guess.ids)}
         return Outcome(rows, leak if len(leak.packed()) <= KEPT else None, page)
 
-    def heard(self, grid: Grid, part: int, side: Sides) -> Leak:
+    def heard(self, grid: Grid, part: int, side: Sides, failed: dict[int, str]) -> Leak:
         """The clients' gradients, one stack.
 
+        Args:
+            failed: client -> why it sent none, filled in here.
+
         Raises:
-            FedtapError: a client fails.
+            ClientError: no client sent one.
         """
         net, protocol = self.network(side), self.protocol(side)
         skeleton = build_language(protocol.model, self.tokens, protocol.classes)
+        who = call(grid)
         leaks: dict[int, Leak] = {}
-        failures: list[str] = []
+        reasons: dict[int, object] = dict.fromkeys(
+            range(self.victims), " ".join(who.strangers.values()) or "it did not answer"
+        )
 
         def ear(order: Message, answer: Message) -> None:
+            client = who.client(order)
             if answer.has_error():
-                failures.append(str(answer.error.reason))
+                reasons[client] = answer.error.reason
                 return
-            client = partition_of(answer)
-            leaks[client] = hear(order.content, answer.content, protocol, skeleton, client, 1)
+            try:
+                with reading(client):
+                    as_expected(order.content, answer.content, client, skeleton)
+                    leaks[client] = hear(order.content, answer.content, protocol, skeleton, client, 1)
+            except FedtapError as error:
+                reasons[client] = f"FedtapError: {error}"
+                raise
+            del reasons[client]
 
-        count = self.victims
         tensors = dict(net.named_parameters()) | float_buffers(net)
-        FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count).start(
+        FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1).start(
             Wiretap(grid, ear),
             ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()}),
             num_rounds=1,
             train_config=ConfigRecord({"part": part}),
         )
-        if sorted(leaks) != list(range(count)):
-            raise client_failed(failures[0] if failures else f"of {count} {len(leaks)} sent a gradient")
-        return stack([leaks[client] for client in range(count)])
+        without(reasons, failed, len(leaks))
+        return stack([leaks[client] for client in sorted(leaks)])
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Exact tokens where the batch fills more and more of the model's width, and under more and more noise."""
@@ -269,10 +286,15 @@ def _sigma(defence: str) -> float | None:
     return parts[0]["sigma"] if [part.name for part in parts] == ["noise"] else None
 
 
-def _texts(vocabulary: WordPieces, truths: Sequence[Tensor], guesses: Int[Tensor, "victims batch tokens"]) -> str:
+def _texts(
+    vocabulary: WordPieces,
+    clients: Sequence[int],
+    truths: Sequence[Tensor],
+    guesses: Int[Tensor, "victims batch tokens"],
+) -> str:
     """Some victims' texts beside what was read; wrong tokens are marked."""
     rows = []
-    for client, (truth, guess) in enumerate(zip(truths[:SHOWN], guesses, strict=False)):
+    for client, truth, guess in zip(clients, truths[:SHOWN], guesses, strict=False):
         matched = guess[scores.match_texts(guess, truth)]
         for text, found in list(zip(truth.tolist(), matched.tolist(), strict=True))[:SHOWN]:
             pieces = [

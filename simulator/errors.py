@@ -10,6 +10,10 @@ class FedtapError(Exception):
     """A mistake in the input: one sentence with cause, reason and remedy. The command line prints it and exits 2."""
 
 
+class ClientError(FedtapError):
+    """A client did not give what it was asked for: a result, where the others' can stand without it."""
+
+
 class DamagedError(FedtapError):
     """A file of ours that is not whole."""
 

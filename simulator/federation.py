@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from simulator.attack import generator, numpy_seeded
 from simulator.defence import described
-from simulator.errors import FedtapError
+from simulator.errors import ClientError, FedtapError, short
 from simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from simulator.listeners import SECURE, Masked, difference, hear, isolated, listener
 from simulator.models import build, with_weights
 from simulator.practice import Pairs, chunk_size, gradients, trainings
-from simulator.records import tensors_of
+from simulator.records import reading, tensors_of
+from simulator.roll import call, check_name
 from simulator.scenario import PrivateData, Scenario
 from simulator.suited import check_model, check_summed
-from simulator.wiretap import Wiretap, partition_of
+from simulator.wiretap import PATIENCE, Wiretap
 from simulator.worlds import Side
 
 METRICS = ("num-examples", "partition")
@@ -45,6 +46,16 @@ HELD_OUT = 2000
 PRACTICE = "query.practice"
 """Message type under which the compromised client is fed public examples."""
 
+LONGEST = 260
+"""Characters of the reason that a row gives for a leak that is missing."""
+
+CENTRAL = "central_dp"
+"""Name of the defence by which the server clips what it hears."""
+
+TINY = 1e-18
+"""Change of the weights whose square float32 rounds to zero, so that a clip of it divides by zero; its reciprocal
+squared is nearly the largest number of float32."""
+
 
 @dataclass
 class Heard:
@@ -54,13 +65,15 @@ class Heard:
     failures: dict[tuple[int, int], str] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
     lost: dict[int, list[str]] = field(default_factory=dict)
-    """Round -> why answers failed that named no client."""
+    """Round -> why nodes were refused that are no client."""
     start: ArrayRecord = field(default_factory=ArrayRecord)
     """The weights before any training."""
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     """The weights of the last attacked round, before it."""
     moved: dict[tuple[int, int], float] = field(default_factory=dict)
     """How far victims say that their weights had drifted, as a share of their length."""
+    dropped: int = 0
+    """Answers that nobody had asked for."""
 
     def practised_at(self, when: str) -> ArrayRecord:
         """The weights at which the adversary practises."""
@@ -73,7 +86,12 @@ class Heard:
 
     def why_missing(self, client: int, rnd: int) -> str:
         """The reason there is no leak of this client in this round."""
-        return self.failures.get((client, rnd)) or "; ".join(self.lost.get(rnd, [])) or "the client did not answer"
+        if (client, rnd) in self.failures:
+            return self.failures[client, rnd]
+        lost = " ".join(dict.fromkeys(self.lost.get(rnd, [])))
+        if not lost and self.dropped:
+            lost = f"Of what came, {self.dropped} answers were dropped, since nobody had asked for them."
+        return f"client {client} did not answer{f': {short(lost, LONGEST)}' if lost else ''}"
 
 
 def clients_on(grid: Grid, scenario: Scenario) -> int:
@@ -111,29 +129,29 @@ def play(
     if scenario.weights:
         with_weights(net, Path(scenario.weights))
     hearing = listener(scenario.listener)
-    heard = Heard()
+    clipped = any(part.name == CENTRAL for part in described(scenario.defence))
+    who = call(grid)
+    heard = Heard(nodes=who.nodes)
     masked: dict[int, dict[int, Masked]] = {}
 
     def ear(order: Message, answer: Message) -> None:
         if order.metadata.message_type != MessageType.TRAIN:
             return
         rnd = int(order.content["config"]["server-round"])  # type: ignore[arg-type]
-        if answer.has_error():
-            heard.lost.setdefault(rnd, []).append(f"a client failed: {answer.error.reason}")
-            return
-        client, node = partition_of(answer), answer.metadata.src_node_id
-        again = (client, rnd) in heard.leaks or client in masked.get(rnd, {})
-        if heard.nodes.setdefault(client, node) != node or again:
-            heard.lost.setdefault(rnd, []).append(f"a client answered in the name of client {client}")
-            raise FedtapError(f"Node {node} answers in the name of client {client}, which is another node's.")
-        if scenario.listener == SECURE and client > clients:
-            heard.lost.setdefault(rnd, []).append(f"a client answered as number {client}")
-            raise FedtapError(f"Node {node} answers as client {client}, and the sum is of clients 0 to {clients}.")
         try:
-            _as_expected(order.content, answer.content, client, metrics_of(scenario))
-            leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
+            client = who.client(order)
         except FedtapError as error:
-            heard.failures[client, rnd] = f"the client answered nonsense: {error}"
+            heard.lost.setdefault(rnd, []).append(str(error))
+            raise
+        if answer.has_error():
+            heard.failures[client, rnd] = f"client {client} failed: {short(answer.error.reason, LONGEST)}"
+            return
+        try:
+            with reading(client):
+                as_expected(order.content, answer.content, client, skeleton, metrics_of(scenario), clipped)
+                leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
+        except FedtapError as error:
+            heard.failures[client, rnd] = f"the client answered nonsense: {short(error, LONGEST)}"
             raise
         metrics = answer.content.metric_records["metrics"]
         if private.victim(client, rnd) is not None:
@@ -145,13 +163,16 @@ def play(
             heard.leaks[client, rnd] = hearing(leak)
 
     def unmask(rnd: int) -> None:
+        failed = [why for (_, at), why in heard.failures.items() if at == rnd] + heard.lost.get(rnd, [])
+        answers = dict(sorted(masked.pop(rnd, {}).items()))  # a sum should not depend on who answers first
         try:
-            heard.leaks[0, rnd] = hearing(isolated(masked.pop(rnd), clients, scenario.others))
+            heard.leaks[0, rnd] = hearing(isolated(answers, clients, scenario.others))
         except FedtapError as error:
-            heard.failures[0, rnd] = "; ".join([str(error), *heard.lost.get(rnd, [])])
+            why = f"{short(' '.join(failed), LONGEST)}; so: " if failed else ""
+            heard.failures[0, rnd] = f"{why}{error}"
 
     def evaluate(rnd: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if rnd in masked:
+        if scenario.listener == SECURE and rnd > scenario.rounds:
             unmask(rnd)
         if rnd == 0:
             heard.start = arrays
@@ -166,21 +187,23 @@ def play(
         return None
 
     if strategy is None:
-        nodes: Any = {"min_train_nodes": clients + 1, "min_available_nodes": clients + 1}
         still = scenario.rounds if scenario.repeats > 1 else None
-        strategy = Still(still, fraction_evaluate=0.0, **nodes)
+        # all nodes that are there: a strategy that waits for one that went away waits for ever
+        strategy = Still(still, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     strategy = _with_central_dp(strategy, scenario, clients + 1)
     tensors = dict(net.named_parameters()) | float_buffers(net)
+    tap = Wiretap(grid, ear)
     with numpy_seeded(generator(scenario.seed, "central_dp").initial_seed()):
         strategy.start(
-            Wiretap(grid, ear),
+            tap,
             ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()}),
             num_rounds=scenario.rounds + scenario.attacked_rounds(clients),
             train_config=ConfigRecord({"part": part}),
             evaluate_fn=evaluate,
         )
+    heard.dropped = tap.dropped
     if scenario.repeats > 1:
-        heard.leaks = _means(heard.leaks, private)
+        _means(heard, private)
     return heard
 
 
@@ -198,15 +221,16 @@ class Still(FedAvg):
         return (None if self.last is not None and server_round > self.last else arrays), metrics
 
 
-def _means(leaks: dict[tuple[int, int], Leak], private: PrivateData) -> dict[tuple[int, int], Leak]:
+def _means(heard: Heard, private: PrivateData) -> None:
     """Each victim's mean over the rounds in which it was heard, under the name of the first it was to answer in."""
     means = {}
     for client, first in private.names():
         rounds = range(first, first + private.scenario.repeats)
-        if heard := [leaks[client, rnd] for rnd in rounds if (client, rnd) in leaks]:
-            kept = dataclasses.replace(mean(heard), rounds=torch.tensor([first]))
-            means[client, first] = kept
-    return means
+        if names := [(client, rnd) for rnd in rounds if (client, rnd) in heard.leaks]:
+            kept = mean([heard.leaks[name] for name in names])
+            means[client, first] = dataclasses.replace(kept, rounds=torch.tensor([first]))
+            heard.moved[client, first] = heard.moved[names[0]]
+    heard.leaks = means
 
 
 def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Strategy:
@@ -218,7 +242,7 @@ def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Stra
     wrapper leaves the weights as they are.
     """
     for part in described(scenario.defence):
-        if part.name == "central_dp":
+        if part.name == CENTRAL:
             clip = part["clip"] * scenario.learning_rate
             return DifferentialPrivacyServerSideFixedClipping(strategy, part["noise_multiplier"], clip, nodes)
     return strategy
@@ -229,19 +253,58 @@ def metrics_of(scenario: Scenario) -> tuple[str, ...]:
     return (*METRICS, "moved") if scenario.local_samples else METRICS
 
 
-def _as_expected(order: RecordDict, answer: RecordDict, client: int, reported: Sequence[str]) -> None:
-    """Refuse what FedAvg could not average with the others' answers: it would end the run for all of them."""
+def as_expected(
+    order: RecordDict,
+    answer: RecordDict,
+    client: int,
+    network: nn.Module,
+    reported: Sequence[str] = METRICS,
+    clipped: bool = False,
+) -> None:
+    """Refuse what a strategy could not average with the others' answers: it would end the run for all of them.
+
+    Arrays are those of the network: the same names, shapes and dtypes, in the same order, by which Flower's wrappers
+    pair them. Metrics are finite numbers.
+
+    Args:
+        reported: names of the metrics.
+        clipped: the server clips the change of the weights, and divides by its length.
+    """
+    wanted = dict(network.named_parameters()) | float_buffers(network)
     for kind, mine, theirs in (
-        ("arrays", answer.array_records, {"arrays": order["arrays"].keys()}),
-        ("metrics", answer.metric_records, {"metrics": reported}),
+        ("arrays", answer.array_records, {"arrays": list(wanted)}),
+        ("metrics", answer.metric_records, {"metrics": sorted(reported)}),
     ):
-        if {name: set(record) for name, record in mine.items()} != {name: set(keys) for name, keys in theirs.items()}:
+        arrange = sorted if kind == "metrics" else list
+        if {name: arrange(record) for name, record in mine.items()} != theirs:
             raise FedtapError(
                 f"Client {client} sent other {kind} than the rest, so they cannot be averaged: "
-                f"send one record named {kind!r} with the keys that fedtap's clients send."
+                f"send one record named {kind!r} with the keys that fedtap's clients send, in their order."
             )
-    if any(isinstance(value, list) for value in answer.metric_records["metrics"].values()):
-        raise FedtapError(f"Client {client} sent a list where a metric is one number: send numbers.")
+    check_name(answer, client)
+    metrics = answer.metric_records["metrics"]
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type]
+            raise FedtapError(f"Client {client} sent {short(value)} as its {name}: send a finite number.")
+    if type(metrics["num-examples"]) is not int or metrics["num-examples"] < 1:
+        raise FedtapError(f"Client {client} says that it has {metrics['num-examples']} examples: send a count from 1.")
+    got = tensors_of(answer.array_records["arrays"])
+    for name, tensor in got.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise FedtapError(
+                f"Client {client} answered {short(name)} as {_said(tensor)} in the place of {_said(wanted[name])}: "
+                "client and server must name the same --model."
+            )
+    sent = tensors_of(order["arrays"]) if clipped else {}  # type: ignore[arg-type]
+    if clipped and all(bool(((got[name] - sent[name]).abs() < TINY).all()) for name in got):
+        raise FedtapError(
+            f"Client {client} sent back the weights that it was sent, and {CENTRAL} cannot clip a change of length 0: "
+            "raise --learning-rate."
+        )
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {short(tuple(tensor.shape))}"
 
 
 def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> float:
@@ -271,7 +334,8 @@ def practice(
         images: `pairs batch channel height width`, in [0, 1]; labels: `pairs batch`.
 
     Raises:
-        FedtapError: the compromised client has not been heard, or does not answer.
+        FedtapError: the compromised client's node is not known.
+        ClientError: it does not answer, or with something else than gradients.
     """
     skeleton = build(scenario.architecture, private.world.shape, len(private.world.classes))
     chunk, arrays = chunk_size(skeleton), tensors_of(heard.practised_at(scenario.practised))
@@ -289,6 +353,7 @@ def practice(
             sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
         else:
             sent = _fed(grid, private, heard, some, named, part, number)
+            _as_fed(sent, skeleton, len(some), private.clients)
         scale = -1 / scenario.learning_rate
         leak = GradientLeak(
             observed={name: difference(arrays[name], after, scale) for name, after in sent.items()},
@@ -325,11 +390,41 @@ def _fed(
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
         content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})
     order = Message(content, heard.nodes[private.clients], PRACTICE)
-    answers = list(grid.send_and_receive([order]))
+    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=PATIENCE)
     if not answers or answers[0].has_error():
-        why = answers[0].error.reason if answers else "no answer"
-        raise FedtapError(f"The compromised client did not practise ({why}): check that its ClientApp is fedtap's.")
-    return tensors_of(answers[0].content.array_records["weights"])
+        why = short(answers[0].error.reason, LONGEST // 2) if answers else "no answer"
+        raise ClientError(
+            f"The compromised client, number {private.clients}, did not practise ({why}): check that its ClientApp is "
+            "fedtap's."
+        )
+    try:
+        return tensors_of(answers[0].content.array_records["weights"])
+    except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
+        raise ClientError(
+            f"The compromised client, number {private.clients}, practised, and sent what cannot be read "
+            f"({type(error).__name__}): check that its ClientApp is fedtap's."
+        ) from error
+
+
+def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: int) -> None:
+    """Refuse what is not a float32 tensor of weights for each pair, of finite length.
+
+    Raises:
+        ClientError: with the first parameter that is not, or the first tensor of no parameter.
+    """
+    wanted = {name: (pairs, *parameter.shape) for name, parameter in skeleton.named_parameters()}
+    for name in dict.fromkeys([*wanted, *found]):
+        tensor, shape = found.get(name), wanted.get(name)
+        if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
+            got = "nothing" if tensor is None else _said(tensor)
+        elif not bool((tensor.abs() < 1 / TINY).all()):
+            got = "NaN, infinity, or numbers without a square,"
+        else:
+            continue
+        raise ClientError(
+            f"The compromised client, number {client}, practised, and sent {got} in the place of the weights of "
+            f"{short(name)}: check that its ClientApp is fedtap's."
+        )
 
 
 def stops(draw: torch.Generator) -> Int[Tensor, " stops"]:

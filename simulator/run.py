@@ -23,7 +23,7 @@ from simulator import report, scores, study_report
 from simulator.attack import Attack, Guess, Reconstruction, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
-from simulator.errors import DamagedError, FedtapError, short
+from simulator.errors import ClientError, DamagedError, FedtapError, short
 from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import SECURE
@@ -256,16 +256,19 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     if played.leak is not None:
         ready, timing = attack, {}
         if attack.practises:
-            pairs = dataclasses.replace(played.practice, device=str(device))
-            began = time.perf_counter()
+            told: Row = {}
             try:
+                pairs = dataclasses.replace(played.practice, device=str(device))
+                began, told = time.perf_counter(), {"pairs": len(pairs)}
                 ready = attack.fit(pairs, played.part.seed)
             except DamagedError:
                 raise
-            except FedtapError as error:  # it cannot learn from these pairs: a result, like any other
+            except FedtapError as error:  # there are no pairs, or it cannot learn from these: a result, like any other
+                if not told and not isinstance(error, ClientError):
+                    raise
                 names = zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), strict=True)
-                told = {"pairs": len(pairs), "error": str(error)}
-                rows += [common | told | {"client": client, "round": rnd} for client, rnd in names]
+                failed = common | told | {"error": str(error)}
+                rows += [failed | {"client": client, "round": rnd} for client, rnd in names]
                 folder.rows = [row for row in folder.rows if row["unit"] != unit]
                 folder.add(rows)
                 return None

@@ -12,20 +12,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from simulator import study_report
-from simulator.errors import FedtapError
+from simulator.errors import ClientError, FedtapError, short
 from simulator.leaks import Leak
 from simulator.output import Folder, Row, left_by_us
 from simulator.progress import progress
+from simulator.records import reading, tensors_of
 from simulator.report import Picture
+from simulator.roll import call, check_name
 from simulator.run import environment
-from simulator.wiretap import Wiretap, partition_of
+from simulator.wiretap import PATIENCE, Wiretap
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,12 @@ class Exchange:
 
 
 def ask(
-    grid: Grid, kind: str, content: RecordDict, part: int, tell: Callable[[int], RecordDict] | None = None
+    grid: Grid,
+    kind: str,
+    content: RecordDict,
+    part: int,
+    tell: Callable[[int], RecordDict] | None = None,
+    failed: dict[int, str] | None = None,
 ) -> list[Exchange]:
     """Send an order to every node, and overhear the answers, in the order of the clients' partitions.
 
@@ -103,35 +112,95 @@ def ask(
         kind: the message type, such as `train.posterior`.
         content: the order, in which the part's number is noted.
         part: the study's place in the run's plan, by which clients know what is played.
-        tell: of the node's place in the grid, what it is told besides.
+        tell: of the client's number, what it is told besides.
+        failed: client -> why there is no answer of it, filled in here; None where the study needs all of them.
 
     Raises:
-        FedtapError: a client fails.
+        ClientError: a client fails, and the study needs all of them, or there is no answer at all.
     """
-    heard: list[Exchange] = []
+    heard: dict[int, Exchange] = {}
+    reasons: dict[int, object] = {}
+    who = call(grid)
 
     def ear(order: Message, answer: Message) -> None:
+        client = who.client(order)
         if answer.has_error():
+            reasons[client] = answer.error.reason
             return
-        heard.append(Exchange(partition_of(answer), order.content, answer.content))
+        try:
+            with reading(client):
+                check_name(answer.content, client)
+                for record in answer.content.array_records.values():
+                    tensors_of(record)
+        except FedtapError as error:
+            reasons[client] = f"FedtapError: {error}"
+            return
+        heard[client] = Exchange(client, order.content, answer.content)
 
     orders = []
-    for place, node in enumerate(grid.get_node_ids()):
-        told = RecordDict(dict(content) | dict(tell(place) if tell else {}) | {"config": ConfigRecord({"part": part})})
-        orders.append(Message(told, node, kind))
-    failed = [answer.error.reason for answer in Wiretap(grid, ear).send_and_receive(orders) if answer.has_error()]
-    if failed:
-        raise client_failed(failed[0])
-    if len(heard) < len(orders):
-        missing = f"{len(orders) - len(heard)} of {len(orders)} clients did not answer"
-        raise FedtapError(f"{missing} to {kind}, so there is no stack to attack: see that all SuperNodes run.")
-    return heard
+    for client, node in who.nodes.items():
+        told = dict(content) | dict(tell(client) if tell else {}) | {"config": ConfigRecord({"part": part})}
+        orders.append(Message(RecordDict(told), node, kind))
+    Wiretap(grid, ear).send_and_receive(orders, timeout=PATIENCE)
+    absent = " ".join(who.strangers.values()) or f"it did not answer to {kind}: see that all SuperNodes run"
+    for client in range(len(orders) + len(who.strangers)):
+        if client not in heard:
+            reasons.setdefault(client, absent)
+    without(reasons, failed, len(heard))
+    return [heard[client] for client in sorted(heard)]
 
 
-def client_failed(reason: object) -> FedtapError:
+def without(reasons: Mapping[int, object], failed: dict[int, str] | None, left: int) -> None:
+    """Go on without some clients, entering in `failed` why, where a study may.
+
+    Args:
+        reasons: client -> what was said of its failure.
+        left: clients that did not fail.
+
+    Raises:
+        ClientError: the study needs all of them (`failed` is None), or none is left.
+    """
+    if reasons and (failed is None or not left):
+        raise client_failed(reasons[min(reasons)])
+    if failed is not None:
+        for client, reason in reasons.items():
+            failed[client] = f"Client {client} failed: {_own(reason) or short(reason, 200)}"
+
+
+def read(
+    heard: Sequence[Exchange], make: Callable[[Exchange], Made], failed: dict[int, str] | None = None
+) -> list[Made]:
+    """What `make` gives for each exchange; a client of which it gives nothing has failed, as in `ask`.
+
+    Raises:
+        ClientError: as `ask` does.
+    """
+    made, reasons = [], dict[int, object]()
+    for one in heard:
+        try:
+            with reading(one.client):
+                made.append(make(one))
+        except FedtapError as error:
+            reasons[one.client] = f"FedtapError: {error}"
+    without(reasons, failed, len(made))
+    return made
+
+
+def rows_of_failed(failed: Mapping[int, str], common: Row) -> list[Row]:
+    """A row for each client that failed, with the reason."""
+    return [common | {"client": client, "error": why} for client, why in sorted(failed.items())]
+
+
+def client_failed(reason: object) -> ClientError:
     """What a client says of its failure; its own sentence where it refused with one."""
+    own = _own(reason)
+    return ClientError(own or f"A client failed, so there is no stack to attack: {short(reason, 200)}")
+
+
+def _own(reason: object) -> str:
+    """The sentence of ours in it, if there is one."""
     own = OWN.search(str(reason))
-    return FedtapError(own[1] if own else f"A client failed, so there is no stack to attack: {reason}")
+    return short(own[1], 300) if own else ""
 
 
 OWN = re.compile(r"FedtapError: (.*?)(?: \(line \d+ of \w+\))?$", re.DOTALL)
@@ -181,7 +250,9 @@ def run_studies(
         where = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in part.swept)
         charts |= {f"{heading}{f' ({where})' if where else ''}": chart for heading, chart in outcome.charts.items()}
         pictures += outcome.pictures
-        study_report.write(folder, parts, dict(first.charts(folder.rows)) | charts, pictures)
+        sound = [row for row in folder.rows if not isinstance(row.get("error"), str)]  # in some, a number
+        drawn = dict(first.charts(sound)) if sound else {}
+        study_report.write(folder, parts, drawn | charts, pictures)
     assert folder is not None
     folder.describe(finished=True)
     return folder.rows
