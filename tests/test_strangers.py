@@ -467,6 +467,6 @@ def test_paths_that_no_file_has_are_refused_in_a_sentence(tmp_path: Path, monkey
     ],
 )
 def test_an_attack_of_thousands_of_terms_is_refused_in_a_sentence(text: str) -> None:
-    with pytest.raises(FedtapError, match="attack|whole number") as refused:
+    with pytest.raises(FedtapError, match=r"attack|whole number") as refused:
         parse(text)
     assert len(str(refused.value)) < 300
