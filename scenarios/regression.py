@@ -117,7 +117,7 @@ class Regression(Study):
             )
         if len(set(self.names)) < len(self.names):
             raise FedtapError(
-                f"--x {short(self.x)} --y {short(self.y)} names one twice, and copies tell nothing: name it once."
+                f"--x {short(self.x)} --y {short(self.y)} names a column twice, and copies tell nothing: name it once."
             )
         if self.draws and self.shards > 1:
             raise FedtapError("--draws are of one client's posterior, and here are several: leave it out.")

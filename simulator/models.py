@@ -476,7 +476,9 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
     )
     if bracket and not (sizes and fit):
         most = " and ".join(f"{size} to {LARGEST[size]:,}" for size in LARGEST if size in takes)
-        how = f"it takes whole numbers, {most}: {base}({next(iter(takes))}=16)" if takes else f"it has one: {base}"
+        how = f"it has one: {base}"
+        if takes:
+            how = f"it takes whole numbers from 1, {most}: {base}({next(iter(takes))}=16)"
         raise FedtapError(f"Model {short(name)!r} is no size of {base} that can be built; {how}.")
     return functools.partial(MODELS[base], **sizes)
 

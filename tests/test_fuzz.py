@@ -370,6 +370,7 @@ def test_each_kind_of_file_is_read_as_it_is(fuzz: Fuzz) -> None:
         reader(fuzz.folder / "sound" / kind)
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken TIFFs
 def test_what_is_mutated_works_or_is_refused_in_a_sentence(fuzz: Fuzz) -> None:
     told = Counter(judged(fuzz(number)[1]) for number in range(8 * len(fuzz.kinds)))
     assert min(told["works"], told["refused"]) > 20, told
