@@ -308,7 +308,7 @@ def test_the_federation_may_begin_with_weights_from_a_file(tmp_path: Path) -> No
         assert torch.equal((leak.weights or {})[name], parameter)
     for change, said in (
         ({"model": "mlp"}, "another model's weights"),
-        ({"weights": str(tmp_path / "none.safetensors")}, "does not hold this model's weights"),
+        ({"weights": str(tmp_path / "none.safetensors")}, "is no file"),
     ):
         other = dataclasses.replace(scenario, **change)
         with pytest.raises(FedtapError, match=said):
