@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test bench lint clean
 
 demo: .venv/ready
-	$(BIN)/fedtap run first_leak --out runs/first_leak
+	$(BIN)/fedtap run first_leak
 
 test: .venv/ready
 	$(BIN)/ruff check .

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import scenarios.interrupt  # noqa: F401  before the rest, which takes seconds
+
+# isort: split
+import contextlib
+import errno
+import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import torch
 import typer
@@ -29,11 +35,12 @@ from simulator import defence_report, privacy_report, report, study_report
 from simulator.attack import Attack
 from simulator.attention import architecture
 from simulator.defence import WORDS, usage
-from simulator.errors import FedtapError, unknown
+from simulator.errors import FedtapError, Stopped, short, unknown
 from simulator.leaks import KINDS, Leak, load
 from simulator.local import LocalGrid
 from simulator.models import MODELS, allow
-from simulator.run import attack_saved, device_named, run
+from simulator.output import place
+from simulator.run import ATTACK, attack_saved, described_attack, described_run, device_named, run
 from simulator.scenario import Scenario
 from simulator.study import Study, run_studies
 from simulator.worlds import WORLDS
@@ -43,6 +50,10 @@ console = Console(emoji=False)  # mine:cat is a model, and no cat
 
 DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda if there is one, unless said.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME, or the next free runs/NAME-2, -3, ….")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
 COMMANDS = ("run", "attack", "list")
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -59,10 +70,11 @@ def version_option(version: Annotated[bool, typer.Option("--version", help="Prin
 def run_command(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME unless said.")] = None,
+    out: Out = None,
     data_root: DataRoot = Path("data"),
     device: Device = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Play a scenario in this process. `fedtap run NAME --help` shows its knobs; values joined by commas are swept."""
     if name in ("", "--help", "-h"):
@@ -77,13 +89,18 @@ def run_command(
     knobs = pairs(context.args)
     parts, studies = sorted_out(plan(name, knobs))
     config: UserConfig = {**knobs, "scenario": name, "data-root": str(data_root)}
-    where = out or Path("runs") / name
-    if studies:
-        _studies(studies, where, config, device_named(device), data_root, resume)
-        return
     games = tuple(part for part in parts if isinstance(part, Game))
-    if len(games) == len(parts):
-        _games(games, where, resume)
+    alone = not studies and len(games) == len(parts)
+    if resume and (studies or alone):
+        raise FedtapError(f"{name} keeps nothing to go on with: leave out --resume.")
+    used = torch.device("cpu") if alone else device_named(device)
+    about = described_run(studies or parts, used)
+    where = place(about, out, Path("runs") / name, resume=resume, overwrite=overwrite)
+    if studies:
+        _studies(studies, where, config, used, data_root, overwrite)
+        return
+    if alone:
+        _games(games, where, overwrite)
         return
     _find_own_code(*models_of(parts))
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower tells of each round; the rows say what matters of it
@@ -94,7 +111,17 @@ def run_command(
     console.print(question(name).splitlines()[0], highlight=False)
     for line in _overrides(parts):
         console.print(f"  {line}", highlight=False, markup=False)
-    rows = run(parts, grid, where, device=device_named(device), data_root=data_root, resume=resume, overhead=overhead)
+    with _stoppable(where, resumable=True):
+        rows = run(
+            parts,
+            grid,
+            where,
+            device=used,
+            data_root=data_root,
+            resume=resume,
+            overwrite=overwrite,
+            overhead=overhead,
+        )
     _say(rows, where)
     check([row for row in rows if "canaries" in row])
     _all_failed(rows)
@@ -108,17 +135,26 @@ def attack_command(
     ] = "",
     attacker: Annotated[str, typer.Option(help="PATH of a trained attack's .safetensors, as a run leaves it.")] = "",
     model: Annotated[str, typer.Option(help="The leak's architecture, where it is a module:function of yours.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/attack"),
+    out: Out = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
+    overwrite: Overwrite = False,
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
     named = parse(with_trained(attack, attacker)) if attack or attacker else ()
     _find_own_code(model, *(name for attack in named for name in models_named(attack)))
     found = {path.name: _read(path, model) for path in _leaks_in(leaks)}
-    rows = attack_saved(found, lambda leak: named or parse(suited(leak)), out, device=device_named(device), seed=seed)
+
+    def attacks_on(leak: Leak) -> tuple[Attack, ...]:
+        return named or parse(suited(leak))
+
+    used = device_named(device)
+    about = described_attack(found, attacks_on, used, seed)
+    where = place(about, out, Path("runs") / ATTACK, overwrite=overwrite)
+    with _stoppable(where):
+        rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
     console.print(study_report.found(rows))
-    _files("Page", out)
+    _files("Page", where)
     _all_failed(rows)
 
 
@@ -159,6 +195,7 @@ def main() -> None:
     """Run the command line; a FedtapError is one sentence on standard error and exit code 2."""
     words = sys.argv[1:]
     warnings.showwarning = _warn
+    _usable_streams()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     try:
@@ -168,41 +205,92 @@ def main() -> None:
             raise unknown("command or scenario", words[0], (*COMMANDS, *catalogue()))
         cli(words, prog_name="fedtap")
     except FedtapError as error:
-        Console(stderr=True).print(f"fedtap: {error}", markup=False, emoji=False, highlight=False, soft_wrap=True)
+        _complain(short(error, LONGEST))
+        raise SystemExit(error.code) from None
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other
+        stopped = isinstance(end, KeyboardInterrupt) or end.code == Stopped.code
+        if not stopped:
+            raise
+        _complain("stopped before anything was done.")
+        raise SystemExit(Stopped.code) from None
+    except OSError as error:
+        if error.errno not in MACHINES:
+            raise
+        what = short(error.filename) if error.filename else "what it says"
+        _complain(f"{what} could not be read or written ({error.strerror}): see to that, and run again.")
+        _discard(sys.stdout)
         raise SystemExit(2) from None
+
+
+LONGEST = 290
+"""Characters of a sentence on standard error."""
+
+MACHINES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
+"""Errors that tell of the machine and not of a mistake in fedtap."""
+
+
+def _complain(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # there may be nowhere left to say it
+        Console(stderr=True).print(f"fedtap: {sentence}", markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _usable_streams() -> None:
+    """Standard output and error that take any letter, and no file of ours in the place of one that is closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # σ in an ASCII locale
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Throw away what is still to be printed, which Python would try again as it ends."""
+    with contextlib.suppress(OSError, AttributeError):  # it is closed, or none of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _stoppable(where: Path, resumable: bool = False) -> Iterator[None]:
+    """Ctrl-C ends what is in here in a sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = "the same command with --resume goes on" if resumable else "the same command begins anew"
+        raise Stopped(f"stopped: what was finished is in {short(where)}, and {again}.") from None
 
 
 def _warn(message: Warning | str, category: type[Warning], *_where: Any, **_named: Any) -> None:
     """A sentence of ours as it is; of the libraries', only what is not about their own future."""
     if issubclass(category, UserWarning):
-        Console(stderr=True).print(f"fedtap: {message}", markup=False, emoji=False, highlight=False, soft_wrap=True)
+        _complain(str(message))
 
 
-def _games(games: tuple[Game, ...], where: Path, resume: bool) -> None:
+def _games(games: tuple[Game, ...], where: Path, overwrite: bool) -> None:
     """Play games; a success above its bound ends in an error, once everything is written."""
-    if resume:
-        raise FedtapError(f"{games[0].name} takes seconds, so there is nothing to go on with: leave out --resume.")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     console.print(question(games[0].name).splitlines()[0], highlight=False)
-    rows = play_games(games, where)
+    with _stoppable(where):
+        rows = play_games(games, where, overwrite)
     console.print(table_of(rows))
     _files("Chart", where)
     check(rows)
 
 
 def _studies(
-    studies: tuple[Study, ...], where: Path, config: UserConfig, device: torch.device, data_root: Path, resume: bool
+    studies: tuple[Study, ...], where: Path, config: UserConfig, device: torch.device, data_root: Path, overwrite: bool
 ) -> None:
     """Play studies, each over a grid of its own."""
-    if resume:
-        raise FedtapError(f"{studies[0].name} keeps nothing to go on with: leave out --resume.")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     console.print(question(studies[0].name).splitlines()[0], highlight=False)
 
     def grid(part: Study) -> LocalGrid:
         return LocalGrid(client_app(plan_of), part.clients, config)
 
-    rows = run_studies(studies, grid, where, device=device, data_root=data_root)
+    with _stoppable(where):
+        rows = run_studies(studies, grid, where, device=device, data_root=data_root, overwrite=overwrite)
     console.print(study_report.table(studies[0], rows))
     _files("Page", where)
 
@@ -225,7 +313,7 @@ def _explain(name: str) -> None:
             f"--{knob.replace('_', '-')} {kind.__name__.upper()}", words or "(as the scenario says)", about.help
         )
     console.print(table)
-    console.print("Also --out DIR, --data-root DIR, --device D, --resume.")
+    console.print("Also --out DIR, --data-root DIR, --device D, --resume, --overwrite.")
 
 
 def _overrides(parts: tuple[Scenario, ...]) -> list[str]:

@@ -12,8 +12,9 @@ from clients.app import client_app
 from clients.cost import overhead
 from scenarios.game import Game
 from scenarios.plan import plan_of, sorted_out
-from simulator.errors import FedtapError
-from simulator.run import device_named, run
+from simulator.errors import FedtapError, short
+from simulator.output import place
+from simulator.run import described_run, device_named, run
 from simulator.study import run_studies
 
 client = client_app(plan_of)
@@ -30,11 +31,24 @@ def main(grid: Grid, context: Context) -> None:
         raise FedtapError(
             f"{parts[0].name} plays thousands of clients in one process, not on a grid: fedtap run {parts[0].name}."
         )
-    out = Path(str(config.get("out") or f"runs/{parts[0].name}"))
+    overwrite = str(config.get("overwrite") or "false").lower()
+    if overwrite not in ("true", "false"):
+        raise FedtapError(f"The run config says overwrite={short(overwrite)!r}, and it is true or false.")
     device = device_named(str(config.get("device") or ""))
+    said = Path(str(config["out"])) if config.get("out") else None
+    about = described_run(parts, device)
+    out = place(about, said, Path("runs") / parts[0].name, overwrite=overwrite == "true")
     data_root = Path(str(config.get("data-root") or "data"))
     scenarios, studies = sorted_out(parts)
     if studies:
-        run_studies(studies, lambda part: grid, out, device=device, data_root=data_root)
+        run_studies(studies, lambda part: grid, out, device=device, data_root=data_root, overwrite=overwrite == "true")
     else:
-        run(scenarios, lambda part: grid, out, device=device, data_root=data_root, overhead=overhead)
+        run(
+            scenarios,
+            lambda part: grid,
+            out,
+            device=device,
+            data_root=data_root,
+            overwrite=overwrite == "true",
+            overhead=overhead,
+        )

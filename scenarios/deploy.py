@@ -21,15 +21,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
 from scenarios.game import Game
 from scenarios.knobs import pairs
 from scenarios.plan import Part, models_of, plan
 from simulator.errors import FedtapError
-from simulator.files import exists, is_file, read_json
+from simulator.files import exists
 from simulator.models import OWN_MODELS, plain_name
-from simulator.output import left_by_us
+from simulator.output import left_by_us, place
+from simulator.run import described_run, device_named
 from simulator.scenario import Scenario
 from simulator.study import Study
 
@@ -49,8 +51,19 @@ FILES = ("world", "data", "draws", "weights")
 Engine = Literal["deployment", "simulation"]
 
 
-def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, nodes: int, engine: Engine) -> str:
+def flower(
+    name: str,
+    knobs: Mapping[str, str],
+    out: Path,
+    data_root: Path,
+    nodes: int,
+    engine: Engine,
+    overwrite: bool = False,
+) -> str:
     """Play scenario `name` with `flwr run` over `nodes` nodes; `out` then holds the run. Returns Flower's log.
+
+    Args:
+        overwrite: replace a run with other settings that `out` holds.
 
     Raises:
         FedtapError: a program did not start, or the run failed.
@@ -98,9 +111,8 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
                 stack.enter_context(
                     _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
                 )
-        files = {word: knobs[word] for word in FILES if knobs.get(word) and exists(Path(knobs[word]))}
-        knobs = {**knobs, **{word: str(Path(file).resolve()) for word, file in files.items()}}
-        said = {**knobs, "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
+        said = {**absolute(knobs), "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
+        said["overwrite"] = str(overwrite).lower()
         run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
         done = subprocess.run(
             ["flwr", "run", str(APP), "--stream", "--run-config", run_config, *options],
@@ -114,10 +126,16 @@ def flower(name: str, knobs: Mapping[str, str], out: Path, data_root: Path, node
         return told
 
 
+def absolute(knobs: Mapping[str, str]) -> dict[str, str]:
+    """The knobs, with files' names that hold in any folder."""
+    files = {word: knobs[word] for word in FILES if knobs.get(word) and exists(Path(knobs[word]))}
+    return {**knobs, **{word: str(Path(file).resolve()) for word, file in files.items()}}
+
+
 def _finished(out: Path) -> int | None:
     """When the folder's run was finished, in ns; None if there is none."""
-    file = out / "run.json"
-    return file.stat().st_mtime_ns if is_file(file) and read_json(file).get("finished") else None
+    about = left_by_us(out)
+    return (out / "run.json").stat().st_mtime_ns if about is not None and about.get("finished") else None
 
 
 @contextlib.contextmanager
@@ -180,19 +198,24 @@ def main(
     name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.")],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes: the clients, and the compromised one if there is one.")] = 5,
     engine: Annotated[str, typer.Option(help="deployment or simulation.")] = "deployment",
-    out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/deployed"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what the run leaves; runs/deployed, or -2, -3, …, unless said.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings.")] = False,
     data_root: Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")] = Path(
         "data"
     ),
 ) -> None:
     """Play a scenario on Flower's deployment or simulation engine."""
-    knobs = pairs(context.args)
-    for part in plan(name, knobs):  # a mistake is told here, not from inside the engine
+    knobs = absolute({knob.replace("-", "_"): value for knob, value in pairs(context.args).items()})
+    parts = plan(name, knobs)  # a mistake is told here, not from inside the engine
+    for part in parts:
         check_nodes(part, nodes)
-    left_by_us(out, name)
+    torch.set_num_threads(1)  # as the app does: the folder's run tells of it
+    out = place(described_run(parts, device_named("")), out, Path("runs/deployed"), overwrite=overwrite)
     if engine not in ("deployment", "simulation"):
         raise FedtapError(f"There is no engine named {engine!r}: there are deployment, simulation.")
-    flower(name, {knob.replace("-", "_"): value for knob, value in knobs.items()}, out, data_root, nodes, engine)  # type: ignore[arg-type]
+    flower(name, knobs, out, data_root, nodes, engine, overwrite)  # type: ignore[arg-type]
     print(f"{out / 'report.html'} shows the pictures, {out / 'rows.jsonl'} holds every figure.")
 
 

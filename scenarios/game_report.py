@@ -13,10 +13,10 @@ from rich.table import Table
 from scenarios.game import LEVEL, Game, played
 from simulator import report
 from simulator.files import write_atomically
-from simulator.output import Folder, Row, left_by_us
+from simulator.output import Folder, Row
 from simulator.privacy_report import games_chart
 from simulator.progress import progress
-from simulator.run import UNCOVERED, environment
+from simulator.run import UNCOVERED, described_run
 
 LEGEND = (
     f"in brackets: one-sided Clopper-Pearson limits, {LEVEL:g} over all rows; bound: 2302.07225; Rényi: 2201.04845; "
@@ -31,20 +31,20 @@ THREAT = (
 )
 
 
-def play_games(games: Sequence[Game], out: Path) -> list[Row]:
+def play_games(games: Sequence[Game], out: Path, overwrite: bool = False) -> list[Row]:
     """Play each game; `out` holds run.json, rows.jsonl and report.html.
+
+    Args:
+        overwrite: replace a run with other settings that `out` holds.
 
     Raises:
         FedtapError: `out` holds something else, or cannot be written.
     """
-    first = games[0]
-    left_by_us(out, first.name)
-    about = {"name": first.name, "scenario": list(map(repr, games)), "question": first.question, "seed": first.seed}
-    folder = Folder(out, about | environment(torch.device("cpu")))
+    folder = Folder(out, described_run(games, torch.device("cpu")), overwrite=overwrite)
     for game in progress(games, "game"):
         folder.add([played(game, len(games))])
     write_atomically(out / "report.html", _page(games, folder).encode())
-    folder.describe(finished=True)
+    folder.finish()
     return folder.rows
 
 

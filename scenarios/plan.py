@@ -22,7 +22,7 @@ from simulator.study import Study
 
 Part = Scenario | Study
 
-RUN_OPTIONS = ("device", "data-root", "out")
+RUN_OPTIONS = ("device", "data-root", "out", "overwrite")
 """What is said of a run in Flower's run config that is no knob of the scenario."""
 
 
@@ -35,8 +35,17 @@ def catalogue() -> dict[str, Callable[..., Any]]:
 
 
 def question(name: str) -> str:
-    """What the scenario asks, and what to expect: its module's docstring."""
-    text = inspect.getdoc(importlib.import_module(f"scenarios.{name}")) or ""
+    """What the scenario asks, and what to expect: its module's docstring.
+
+    Raises:
+        FedtapError: Python has thrown docstrings away.
+    """
+    text = inspect.getdoc(importlib.import_module(f"scenarios.{name}"))
+    if text is None:
+        raise FedtapError(
+            f"The question of {name} is a docstring, and this Python throws those away: unset PYTHONOPTIMIZE, and "
+            "leave out -OO."
+        )
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 

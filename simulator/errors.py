@@ -9,6 +9,15 @@ from collections.abc import Iterable
 class FedtapError(Exception):
     """A mistake in the input: one sentence with cause, reason and remedy. The command line prints it and exits 2."""
 
+    code = 2
+    """The command line's exit code."""
+
+
+class Stopped(FedtapError):
+    """Somebody pressed Ctrl-C."""
+
+    code = 130
+
 
 class ClientError(FedtapError):
     """A client did not give what it was asked for: a result, where the others' can stand without it."""

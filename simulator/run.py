@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import platform
 import re
@@ -28,7 +30,7 @@ from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import SECURE
 from simulator.models import build
-from simulator.output import Folder, Row, left_by_us
+from simulator.output import Folder, Row, judged
 from simulator.practice import About, Practice, digest, digest_of
 from simulator.privacy import mechanism_of
 from simulator.progress import progress
@@ -69,17 +71,21 @@ def run(
     device: torch.device,
     data_root: Path,
     resume: bool = False,
+    overwrite: bool = False,
     overhead: Callable[[Scenario, PrivateData], float | None] = lambda part, private: None,
 ) -> list[Row]:
     """Play each part over its grid and attack what was heard; `out` holds what a run leaves.
 
     Args:
+        resume: go on with the run that `out` holds; its finished attacks are not made again.
+        overwrite: replace a run with other settings that `out` holds.
         overhead: measures how many times as long an exchange takes a client with a part's defence as without.
 
     Raises:
-        FedtapError: a part cannot be played, or one of its attacks cannot use its leaks.
+        FedtapError: a part cannot be played, one of its attacks cannot use its leaks, or `out` holds something else.
     """
-    left_by_us(out, parts[0].name)  # refuse a folder that is not ours before an hour is spent
+    about = described_run(parts, device)
+    judged(out, about, resume=resume, overwrite=overwrite)  # before an hour is spent
     for part in parts:
         promised(part)
         for attack in part.attacks:
@@ -95,9 +101,10 @@ def run(
         unit = f"part_{number}"
         found = part.alone(parts)
         if found is not None or not trainings.attacked(number):
-            folder = folder or Folder(out, _about(parts, device), resume)
-            folder.rows = [row for row in folder.rows if row["unit"] != unit]
-            folder.add([row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)])
+            folder = folder or Folder(out, about, resume, overwrite)
+            folder.replace(
+                unit, [row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)]
+            )
             if found is not None or part is parts[-1]:
                 _report(folder, parts, leak, list(pictures.values()), notes)
             continue
@@ -111,7 +118,7 @@ def run(
         if leak is not None:
             for attack in part.attacks:
                 attack.accepts(leak)
-        folder = folder or Folder(out, _about(parts, device), resume)
+        folder = folder or Folder(out, about, resume, overwrite)
         if leak is not None:
             folder.leak(unit, leak)
         played = Played(part, number, private, heard, leak, out, grid, overhead, trainings.lost(number))
@@ -121,7 +128,7 @@ def run(
                 _show(pictures, played, attack, guess)
             _report(folder, parts, leak, list(pictures.values()), notes)
     assert folder is not None
-    folder.describe(finished=True)
+    folder.finish()
     return folder.rows
 
 
@@ -242,11 +249,16 @@ class Played:
 def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: torch.device) -> Reconstruction | None:
     """One attack's guess, and its rows in the folder; both from the folder where a resumed run has them already."""
     unit = _unit(f"part_{played.number}-{order}", attack)
-    if any(row["unit"] == unit for row in folder.rows) and (kept := folder.kept(unit)) is not None:
-        return kept
-    common = _common(played.part, unit, attack, played.private.clients) | {"overhead": played.overhead} | played.lost
-    if "not_covered" in common and played.leak is not None and float_buffers(played.leak.network):
-        common["not_covered"] += ", BatchNorm's statistics"
+    settled = _common(played.part, unit, attack, played.private.clients)
+    if "not_covered" in settled and played.leak is not None and float_buffers(played.leak.network):
+        settled["not_covered"] += ", BatchNorm's statistics"
+    before = folder.before.get(unit, [])
+    if _complete(played, settled, before):
+        kept = None if played.leak is None else folder.kept(unit, played.leak)
+        if kept is not None or all(row["error"] for row in before):
+            folder.replace(unit, before)
+            return kept
+    common = settled | {"overhead": played.overhead} | played.lost
     missing = [name for name in played.private.names() if name not in played.heard.leaks]
     rows: list[Row] = [
         common | {"client": client, "round": rnd, "error": played.heard.why_missing(client, rnd)}
@@ -269,8 +281,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
                 names = zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), strict=True)
                 failed = common | told | {"error": str(error)}
                 rows += [failed | {"client": client, "round": rnd} for client, rnd in names]
-                folder.rows = [row for row in folder.rows if row["unit"] != unit]
-                folder.add(rows)
+                folder.replace(unit, rows)
                 return None
             timing = {"pairs": len(pairs), "fit_seconds": time.perf_counter() - began}
             for number, learned in enumerate(ready.learned()):
@@ -289,9 +300,32 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     if played.part.delta is not None and played.part.success_db is not None:
         share = success_of(played.part, rows)
         rows = [row | share for row in rows]
-    folder.rows = [row for row in folder.rows if row["unit"] != unit]
-    folder.add(rows)
+    folder.replace(unit, rows)
     return guess
+
+
+def _complete(played: Played, told: Row, rows: Sequence[Row]) -> bool:
+    """Whether a resumed run has of each victim one row of this attack, with an error where nothing was heard.
+
+    Args:
+        told: the columns that are known before the attack; None in the place of what is measured.
+    """
+    victims = sorted((row["client"], row["round"]) for row in rows)
+    known = json.loads(json.dumps(told))
+    if victims != sorted(played.private.names()) or any(
+        known.keys() - row.keys() or any(row[name] != value for name, value in known.items() if value is not None)
+        for row in rows
+    ):
+        return False
+    for row in rows:
+        heard, error = (row["client"], row["round"]) in played.heard.leaks, row["error"]
+        if (heard and error and row["pairs"] is None) or (not heard and not error):  # if heard, only to learn may fail
+            return False
+        if any(not isinstance(row[name], int | float | None) for name in MEASURED) or (
+            not error and any(row[name] is None for name in ("recovered", "psnr_blind"))
+        ):
+            return False
+    return True
 
 
 def _scored(played: Played, guess: Reconstruction) -> list[Row]:
@@ -329,6 +363,7 @@ SHIFTS = ("practice_classes", "practice_labels", "victims_world", "victims_class
 
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 NOTES = ("ssim_note", "lpips_note")
+MEASURED = (*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")
 
 
 def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
@@ -346,7 +381,7 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
         "batch": part.batch,
         "steps": part.steps,
         "seed": part.seed,
-        **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")),
+        **dict.fromkeys(MEASURED),
         **dict.fromkeys(("overhead", "strongest", "upper_bound_psnr")),
         **promised(part, clients),
         "settings": repr(attack),
@@ -446,8 +481,8 @@ def _show(pictures: dict[Any, report.Picture], played: Played, attack: Attack, g
 
 
 def _unit(where: str, attack: Attack) -> str:
-    """Name of an attack's files: its place in the run, and its name."""
-    return f"{where}-{re.sub('[^a-z0-9_]+', '_', attack.name.lower()).strip('_')}"
+    """Name of an attack's files: its place in the run, and its name, of which a file system may take only so much."""
+    return f"{where}-{re.sub('[^a-z0-9_]+', '_', attack.name.lower()).strip('_')[:60]}"
 
 
 def _label(attack: Attack, panel: Sequence[Attack]) -> str:
@@ -455,7 +490,8 @@ def _label(attack: Attack, panel: Sequence[Attack]) -> str:
     return attack.name if sum(other.name == attack.name for other in panel) == 1 else attack.written()
 
 
-def _about(parts: Sequence[Scenario], device: torch.device) -> dict[str, Any]:
+def described_run(parts: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """What run.json says of a run of these parts: scenarios or studies, whose reprs hold all of their settings."""
     first = parts[0]
     scenario = {"name": first.name, "scenario": [repr(part) for part in parts], "question": first.question}
     return scenario | {"seed": first.seed} | environment(device)
@@ -549,6 +585,25 @@ ATTACK = "attack"
 """Name of a run that attacks a saved leak."""
 
 
+def described_attack(
+    leaks: Mapping[str, Leak | FedtapError],
+    attacks_on: Callable[[Leak], Sequence[Attack]],
+    device: torch.device,
+    seed: int,
+) -> dict[str, Any]:
+    """What run.json says of a run of these attacks on saved leaks."""
+    sound = [leak for leak in leaks.values() if isinstance(leak, Leak)]
+    known = hashlib.blake2b(b"".join(leak.packed() for leak in sound), digest_size=8).hexdigest()
+    panel = dict.fromkeys(attack for leak in sound for attack in attacks_on(leak))
+    scenario = [*(repr(leak.protocol) for leak in sound), *map(repr, panel)]
+    about = {"name": ATTACK, "scenario": scenario, "leak": known, "question": f"What is in {_source(leaks)}?"}
+    return {**about, "seed": seed, **environment(device)}
+
+
+def _source(leaks: Mapping[str, Leak | FedtapError]) -> str:
+    return next(iter(leaks)) if len(leaks) == 1 else f"{len(leaks)} leaks"
+
+
 def attack_saved(
     leaks: Mapping[str, Leak | FedtapError],
     attacks_on: Callable[[Leak], Sequence[Attack]],
@@ -556,28 +611,29 @@ def attack_saved(
     *,
     device: torch.device,
     seed: int,
+    overwrite: bool = False,
 ) -> list[Row]:
     """Attack leaks of which there is no truth; `out` holds the guesses, pictures, and rows without scores.
 
     Args:
         leaks: by name; an error stands for one that could not be read, and is told in its row.
         attacks_on: what is tried on a leak.
+        overwrite: replace a run with other settings that `out` holds.
 
     Raises:
         FedtapError: no attack can use any of the leaks, or `out` cannot be written.
     """
-    left_by_us(out, ATTACK)
+    about = described_attack(leaks, attacks_on, device, seed)
+    judged(out, about, overwrite=overwrite)
     failed = {name: leak for name, leak in leaks.items() if isinstance(leak, FedtapError)}
     tried = {name: (leak, attacks_on(leak)) for name, leak in leaks.items() if not isinstance(leak, FedtapError)}
     units = [(name, leak, attack) for name, (leak, attacks) in tried.items() for attack in attacks]
     refused = [_refusal(leak, attack) for _, leak, attack in units]
     if all(refused):
         raise [*filter(None, refused), *failed.values()][0]
-    said = [repr(leak.protocol) for leak, _ in tried.values()]
     panel = list(dict.fromkeys(attack for _, attacks in tried.values() for attack in attacks))
-    source = next(iter(leaks)) if len(leaks) == 1 else f"{len(leaks)} leaks"
-    about = {"name": ATTACK, "scenario": [*said, *map(repr, panel)], "question": f"What is in {source}?"}
-    folder = Folder(out, {**about, "seed": seed, **environment(device)})
+    source = _source(leaks)
+    folder = Folder(out, about, overwrite=overwrite)
     pictures: dict[Any, report.Picture] = {}
     folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
     for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):

@@ -21,12 +21,12 @@ from flwr.serverapp import Grid
 from simulator import study_report
 from simulator.errors import ClientError, FedtapError, short
 from simulator.leaks import Leak
-from simulator.output import Folder, Row, left_by_us
+from simulator.output import Folder, Row, judged
 from simulator.progress import progress
 from simulator.records import reading, tensors_of
 from simulator.report import Picture
 from simulator.roll import call, check_name
-from simulator.run import environment
+from simulator.run import described_run
 from simulator.wiretap import PATIENCE, Wiretap
 
 Made = TypeVar("Made")
@@ -223,15 +223,19 @@ def run_studies(
     *,
     device: torch.device,
     data_root: Path,
+    overwrite: bool = False,
 ) -> list[Row]:
     """Play each part over its grid; `out` holds run.json, rows.jsonl, leaks/, report.html, and strip.png if it may.
+
+    Args:
+        overwrite: replace a run with other settings that `out` holds.
 
     Raises:
         FedtapError: `out` holds something else, or a part cannot be played.
     """
     first = parts[0]
-    left_by_us(out, first.name)
-    about: dict[str, Any] = {"name": first.name, "scenario": list(map(repr, parts)), "question": first.question}
+    about = described_run(parts, device)
+    judged(out, about, overwrite=overwrite)
     folder: Folder | None = None
     charts: dict[str, str] = {}
     pictures: list[Picture] = []
@@ -242,7 +246,7 @@ def run_studies(
                 f"The federation has {nodes} nodes, and {part.name} needs {part.clients}: start as many SuperNodes."
             )
         outcome = part.play(grid, number, device, data_root)
-        folder = folder or Folder(out, about | {"seed": first.seed} | environment(device))
+        folder = folder or Folder(out, about, overwrite=overwrite)
         if outcome.leak is not None:
             folder.leak(f"part_{number}", outcome.leak)
         told = {"scenario": part.name, **{knob: getattr(part, knob, value) for knob, value in part.swept}}
@@ -254,5 +258,5 @@ def run_studies(
         drawn = dict(first.charts(sound)) if sound else {}
         study_report.write(folder, parts, drawn | charts, pictures)
     assert folder is not None
-    folder.describe(finished=True)
+    folder.finish()
     return folder.rows
