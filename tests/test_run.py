@@ -105,7 +105,7 @@ def test_a_mistake_is_refused_before_anything_is_played(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     loss = dataclasses.replace(BASE, accuracy_loss=0.05, rounds=1, defence="noise(0.1)")
     with pytest.raises(FedtapError, match="add none"):
-        run([loss], grid, tmp_path / "new", device=device_named("cpu"), data_root=Path("data"))
+        run([BASE, loss], grid, tmp_path / "new", device=device_named("cpu"), data_root=Path("data"))
 
 
 def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
