@@ -35,6 +35,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BROKEN = 3  # what a child ends with if it raised
 REPORT = sys.stdout  # which pytest and the tests turn away
 FOLDERS = ("simulator", "attackers", "clients")
 DRAWINGS = ("curves", "pseudo_charts", "progress", "report", "study_report", "defence_report", "privacy_report")
@@ -281,7 +282,7 @@ class Planter:
     def judge(
         self, session: pytest.Session, items: dict[str, pytest.Item], fault: Fault, tests: Any
     ) -> tuple[str, str]:
-        """killed, survived, timeout or equivalent; and by which test, or why."""
+        """killed, survived, timeout, broken or equivalent; and by which test, or why."""
         if fault.reason:
             return "equivalent", fault.reason
         chosen = relevant(fault, tests, self.options.budget)
@@ -305,6 +306,8 @@ class Planter:
             return "timeout", f"{len(chosen)} tests"
         if status == 0:
             return "survived", f"{len(chosen)} tests"
+        if status == BROKEN:
+            return "broken", "the fault could not be planted, or a test could not be run"
         return "killed", said.read_text() if said.is_file() else f"status {status}"
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> None:
@@ -326,12 +329,12 @@ class Planter:
                     calls[code.co_filename.removeprefix(f"{ROOT}/")].append(code.co_firstlineno)
             passed = session.testsfailed == failed
             tests[item.nodeid] = {"seconds": cpu_seconds() - began, "passed": passed, "calls": calls}
-            kept.write_text(json.dumps(tests))
+        kept.write_text(json.dumps(tests))
         return 0
 
 
 def relevant(fault: Fault, tests: dict[str, dict[str, Any]], budget: float) -> list[str]:
-    """Tests that call the function, of the file named after the module first; as many as `budget` seconds hold."""
+    """Tests that call the function, of the file named after its module first; as many as `budget` seconds hold."""
     first, last = fault.function
     hit = [
         test for test, about in tests.items()
@@ -379,7 +382,7 @@ def in_child(work: Callable[[], int], seconds: float) -> int | None:
     child = os.fork()
     if not child:
         os.setsid()
-        status = 3
+        status = BROKEN
         with contextlib.suppress(BaseException):
             status = work()
         os._exit(status)

@@ -101,11 +101,11 @@ def test_a_mistake_is_refused_before_anything_is_played(tmp_path: Path) -> None:
         run([BASE], grid, tmp_path, device=device_named("cpu"), data_root=Path("data"))
     leak = leak_of(*pictures(1, 1), build("mlp", (3, 16, 16), 10, seed=0), "mlp")
     with pytest.raises(FedtapError, match="no fedtap run left"):
-        attack_saved(leak, [LTI()], tmp_path, device=device_named("cpu"), seed=0, source="leak")
+        attack_saved({"leak": leak}, lambda _: [LTI()], tmp_path, device=device_named("cpu"), seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     loss = dataclasses.replace(BASE, accuracy_loss=0.05, rounds=1, defence="noise(0.1)")
     with pytest.raises(FedtapError, match="add none"):
-        run([loss], grid, tmp_path / "new", device=device_named("cpu"), data_root=Path("data"))
+        run([BASE, loss], grid, tmp_path / "new", device=device_named("cpu"), data_root=Path("data"))
 
 
 def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
@@ -122,7 +122,7 @@ def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
 def test_the_seconds_of_an_attack_are_shared_by_its_victims(tmp_path: Path) -> None:
     leak = leak_of(*pictures(3, 1), build("mlp", (3, 16, 16), 10, seed=0), "mlp")
     began = time.perf_counter()
-    rows = attack_saved(leak, parse("linear"), tmp_path, device=device_named("cpu"), seed=0, source="leak")
+    rows = attack_saved({"leak": leak}, lambda _: parse("linear"), tmp_path, device=device_named("cpu"), seed=0)
     assert 0 < sum(row["seconds"] for row in rows) < time.perf_counter() - began
 
 
