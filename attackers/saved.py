@@ -47,6 +47,11 @@ class Saved(Attack):
         """The attack's own."""
         return _described(Path(self.path))[0].starts
 
+    def unknown(self, defence: str) -> tuple[str, ...]:
+        """Nothing of the defence that it practised under; all of another one."""
+        practised = _described(Path(self.path))[1].protocol.defence
+        return () if defence == practised else super().unknown(defence)
+
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, of the kind that it practised on."""
         learner, about, _ = _described(Path(self.path))

@@ -26,6 +26,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
+from simulator.defence import described
 from simulator.errors import FedtapError
 from simulator.files import write_atomically
 from simulator.leaks import GradientLeak, Leak
@@ -227,13 +228,36 @@ class Attack(ABC, Generic[Kind]):
 
     @property
     def adapted(self) -> bool:
-        """Whether it, or an attack that it wraps, goes by what is announced of a defence (its field `aware`), or by
-        practice, whose pairs are defended as the leak is."""
+        """Whether it, or an attack that it wraps, sets out to adapt to a defence: by what is announced (its field
+        `aware`), or by practice, whose pairs are defended as the leak is. `unknown` says whether it can."""
         return (
             bool(getattr(self, "aware", False))
             or self.practises
             or any(part.adapted for part in self._parts().values())
         )
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Names of the defences whose effect on an answer it takes into account where they are announced."""
+        return frozenset()
+
+    def unknown(self, defence: str) -> tuple[str, ...]:
+        """The parts of an announced defence that neither it nor an attack that it wraps takes into account.
+
+        Practice pairs are defended as the leak is, so whoever practises lacks nothing; and what the server does to its
+        average is done after the answer was heard, so there is nothing to know of it.
+        """
+        if self.practises:
+            return ()
+        try:
+            parts = [part for part in described(defence) if part.kind.hook != "server"]
+        except FedtapError:  # a user's own, which nothing here models
+            return (defence,)
+        missing = [str(part) for part in parts if part.name not in self.models]
+        for wrapped in self._parts().values():
+            theirs = wrapped.unknown(defence)
+            missing = [part for part in missing if part in theirs]
+        return tuple(missing)
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Tensor) -> Kind:
@@ -386,6 +410,10 @@ class Learned(Attack):
     def fit(self, practice: Practice, seed: int = 0) -> Learned:
         """It learns once."""
         return self
+
+    def unknown(self, defence: str) -> tuple[str, ...]:
+        """Nothing of the defence that it practised under; all of another one."""
+        return () if defence == self.about.protocol.defence else super().unknown(defence)
 
     def learned(self) -> list[Learned]:
         """Itself."""

@@ -181,7 +181,8 @@ def run_studies(
         where = ", ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in part.swept)
         charts |= {f"{heading}{f' ({where})' if where else ''}": chart for heading, chart in outcome.charts.items()}
         pictures += outcome.pictures
-        study_report.write(folder, parts, dict(first.charts(folder.rows)) | charts, pictures)
+        finished = number == len(parts) - 1
+        study_report.write(folder, parts, dict(first.charts(folder.rows)) | charts, pictures, finished=finished)
     assert folder is not None
     folder.describe(finished=True)
     return folder.rows
