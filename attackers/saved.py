@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import nn
 
 import attackers
-from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, prepared
+from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, answered, prepared
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak
 from simulator.practice import About
@@ -50,7 +50,7 @@ class Saved(Attack):
     def unknown(self, defence: str) -> tuple[str, ...]:
         """Nothing of the defence that it practised under; all of another one."""
         practised = _described(Path(self.path))[1].protocol.defence
-        return () if defence == practised else super().unknown(defence)
+        return () if defence == practised else answered(defence)
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, of the kind that it practised on."""

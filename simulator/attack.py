@@ -249,15 +249,12 @@ class Attack(ABC, Generic[Kind]):
         """
         if self.practises:
             return ()
-        try:
-            parts = [part for part in described(defence) if part.kind.hook != "server"]
-        except FedtapError:  # a user's own, which nothing here models
-            return (defence,)
-        missing = [str(part) for part in parts if part.name not in self.models]
-        for wrapped in self._parts().values():
-            theirs = wrapped.unknown(defence)
-            missing = [part for part in missing if part in theirs]
-        return tuple(missing)
+        known = [wrapped.unknown(defence) for wrapped in self._parts().values()]
+        return tuple(
+            part
+            for part in answered(defence)
+            if part.partition("(")[0] not in self.models and all(part in missing for missing in known)
+        )
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Tensor) -> Kind:
@@ -413,7 +410,7 @@ class Learned(Attack):
 
     def unknown(self, defence: str) -> tuple[str, ...]:
         """Nothing of the defence that it practised under; all of another one."""
-        return () if defence == self.about.protocol.defence else super().unknown(defence)
+        return () if defence == self.about.protocol.defence else answered(defence)
 
     def learned(self) -> list[Learned]:
         """Itself."""
@@ -443,6 +440,14 @@ class Learned(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         return self.learner.invert(self.inverter.to(leak.device), leak, start)
+
+
+def answered(defence: str) -> tuple[str, ...]:
+    """The parts of a defence that shape a client's answer, as they are written; a user's own is one part."""
+    try:
+        return tuple(str(part) for part in described(defence) if part.kind.hook != "server")
+    except FedtapError:
+        return (defence,)
 
 
 def prepared(name: str, about: About, leak: Leak) -> None:

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from simulator import report, scores, study_report
-from simulator.attack import Attack, Guess, Reconstruction, generator
+from simulator.attack import Attack, Guess, Reconstruction, answered, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import DamagedError, FedtapError
@@ -372,8 +372,7 @@ def adaptation(attack: Attack, defence: str) -> Row:
     """
     missing = attack.unknown(defence)
     note = {"adapted_note": f"does not know {'+'.join(missing)}"} if missing and attack.adapted else {}
-    something = any(part.kind.hook != "server" for part in described(defence))
-    return {"adapted": not missing and (attack.adapted or something), **note}
+    return {"adapted": not missing and (attack.adapted or bool(answered(defence))), **note}
 
 
 ADJACENCY = "add/remove"

@@ -56,8 +56,8 @@ LPIPS_AT_ONCE = 64
 
 LEVELLED = (
     f"Recognisable: LPIPS at most {RECOGNISABLE_LPIPS:g}, SSIM from {LEAST_SSIM:g} and correlation with the original "
-    f"from {LEAST_CORRELATION:g} (where LPIPS has no value, SSIM from {RECOGNISABLE_SSIM:g}; where neither has, PSNR from "
-    f"{RECOGNISABLE_PSNR:g} dB); identical: also PSNR from {IDENTICAL_PSNR:g} dB and SSIM from {IDENTICAL_SSIM:g}"
+    f"from {LEAST_CORRELATION:g} (where LPIPS has no value, SSIM from {RECOGNISABLE_SSIM:g}; where neither has, PSNR "
+    f"from {RECOGNISABLE_PSNR:g} dB); identical: also PSNR from {IDENTICAL_PSNR:g} dB and SSIM from {IDENTICAL_SSIM:g}"
 )
 """The levels in words."""
 
