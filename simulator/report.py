@@ -184,7 +184,7 @@ def _values(rows: Iterable[Row], column: str) -> list[float]:
 
 # The answer, in words.
 
-SETTINGS = 6
+SETTINGS = 8
 """Settings of an attack that its sentence names one by one."""
 
 UNEXPLAINED = 0.1
@@ -205,7 +205,7 @@ def _answer(attack: str, entries: Sequence[Summary]) -> str:
     lost = f"; {failed} {'victim' if failed == 1 else 'victims'} without a result" if failed else ""
     if not images:
         return f"{attack}: no result{lost}."
-    known = [entry for entry in entries if entry.back.images]
+    known, names = [entry for entry in entries if entry.back.images], _untold(entries)
     if len(known) == 1:
         (entry,) = known
         low, high = entry.back.interval
@@ -217,9 +217,9 @@ def _answer(attack: str, entries: Sequence[Summary]) -> str:
         )
     if len(known) > SETTINGS:
         ranked = sorted(known, key=lambda entry: (entry.back.share or 0.0, entry.psnr or 0.0))
-        span = " to ".join(f"{_counted(entry)} ({_where(entry)})" for entry in (ranked[0], ranked[-1]))
+        span = " to ".join(f"{_counted(entry)} ({_where(entry, names)})" for entry in (ranked[0], ranked[-1]))
         return f"{attack}: over {len(known)} settings from {span} {known[0].back.measure}{_blind(known)}{lost}."
-    each = "; ".join(f"{_where(entry)}: {_counted(entry)}{_middle(entry)}" for entry in known)
+    each = "; ".join(f"{_where(entry, names)}: {_counted(entry)}{_middle(entry)}" for entry in known)
     return f"{attack}, images {known[0].back.measure}{_blind(known)}: {each}{lost}."
 
 
@@ -239,8 +239,9 @@ def _blind(entries: Sequence[Summary]) -> str:
     return f" (blind guess {low if low == high else f'{low}–{high}'} dB)"
 
 
-def _where(entry: Summary) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in entry.knobs.items()) or "all"
+def _where(entry: Summary, names: Sequence[str]) -> str:
+    said = (f"{name.replace('_', ' ')} {entry.knobs[name]}" for name in names if entry.knobs[name] != "–")
+    return ", ".join(said) or "otherwise"
 
 
 def alarms(rows: Sequence[Row], finished: bool = True) -> list[str]:
@@ -485,7 +486,8 @@ th, td { padding: 7px 10px; text-align: left; white-space: nowrap; border-bottom
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; }
 tr:last-child td { border-bottom: 0; } .number { text-align: right; } .attack { white-space: normal; min-width: 11em; }
 td.error { white-space: normal; min-width: 18em; }
-.pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px; }
+.pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
+  white-space: normal; }
 .pictures { table-layout: fixed; } .pictures th:first-child { width: 7.5em; }
 .pictures th { white-space: normal; vertical-align: bottom; }
 .pictures td:first-child { text-align: left; color: var(--pale); white-space: pre-line; overflow-wrap: anywhere; }
