@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attackers.parts.aware import Objective
+from attackers.parts.aware import MODELLED, Objective
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import check_match
 from attackers.parts.lbfgs import minimise
@@ -37,6 +37,11 @@ class DLG(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """What an aware attack models."""
+        return MODELLED if self.aware else frozenset()
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched."""

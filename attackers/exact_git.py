@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attackers.parts.announced import sigma
+from attackers.parts.announced import NOISY, sigma
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import trained
 from attackers.parts.layers import Chain, Layer, chain
@@ -57,6 +57,11 @@ class ExactGIT(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, prior_std=1e-6)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Noise, and the clipping of one image's gradient: a layer's input is a ratio of gradients."""
+        return NOISY | {"clip", "dp_sgd", "local_dp"}
 
     def accepts(self, leak: Leak) -> None:
         """One image a victim, and a network of layers and activations that can be undone."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attackers.parts.announced import NOISY
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import check_match
 from attackers.parts.labels import last_linear, recovered
@@ -42,6 +43,11 @@ class GaussNewton(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1, prior_std=1e-6)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Noise."""
+        return NOISY
 
     def accepts(self, leak: Leak) -> None:
         """Leaks of networks that can be differentiated twice and whose last layer shows the labels."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attackers.parts.aware import Objective
+from attackers.parts.aware import MODELLED, Objective
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import check_match
 from attackers.parts.labels import last_linear, recovered
@@ -37,6 +37,11 @@ class IDLG(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """What an aware attack models."""
+        return MODELLED if self.aware else frozenset()
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched and end in a layer that shows the labels."""

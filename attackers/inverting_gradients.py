@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from attackers.parts.aware import informed
+from attackers.parts.aware import MODELLED, informed
 from attackers.parts.checks import check_fields
 from attackers.parts.gradients import Match, check_match, cosine_distance
 from attackers.parts.labels import last_linear, recovered
@@ -40,6 +40,11 @@ class InvertingGradients(Attack):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1)
+
+    @property
+    def models(self) -> frozenset[str]:
+        """What an aware attack models."""
+        return MODELLED if self.aware else frozenset()
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched and end in a layer that shows the labels."""

@@ -15,7 +15,7 @@ from torch import nn
 
 import attackers
 from attackers.parts.checks import check_fields
-from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, prepared
+from simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, answered, prepared
 from simulator.errors import FedtapError, short
 from simulator.files import LARGEST_TENSORS, is_file, parse_tensors, read_bytes, read_json
 from simulator.leaks import GradientLeak, Leak
@@ -48,6 +48,11 @@ class Saved(Attack):
     def starts(self) -> int:
         """The attack's own."""
         return _described(Path(self.path))[0].starts
+
+    def unknown(self, defence: str) -> tuple[str, ...]:
+        """Nothing of the defence that it practised under; all of another one."""
+        practised = _described(Path(self.path))[1].protocol.defence
+        return () if defence == practised else answered(defence)
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, of the kind that it practised on."""

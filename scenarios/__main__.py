@@ -344,6 +344,8 @@ def _say(rows: list[dict[str, object]], out: Path) -> None:
     console.print(privacy_report.table(rows) if privacy_report.told(rows) else report.table(rows))
     if defence_report.told(rows):
         console.print(defence_report.table(rows))
+    for line in (*(f"⚠ {sentence}" for sentence in report.alarms(rows)), *report.answers(rows)):
+        console.print(line, highlight=False, markup=False, emoji=False)
     _files("Page", out)
 
 

@@ -40,7 +40,7 @@ GAMES = 5000
     clip=1.0,
     delta=1e-5,
     mechanism="update",
-    success_db=20.0,
+    success_db=0.0,
 )
 def scenario(
     *,

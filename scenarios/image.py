@@ -104,7 +104,7 @@ def with_trained(attack: str, attacker: str) -> str:
 
 
 Delta = Annotated[float, Knob("δ at which ε is meant")]
-SuccessDb = Annotated[float, Knob("PSNR from which an attack on a victim is a success", 0.0, 100.0)]
+SuccessDb = Annotated[float, Knob("PSNR from which an image is a success; 0: a recognisable one is", 0.0, 100.0)]
 
 
 def promising(knobs: ImageKnobs, attack: str, delta: float, success_db: float) -> Scenario:

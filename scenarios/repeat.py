@@ -15,7 +15,7 @@ from simulator.scenario import Scenario
 ATTACK = "exact_git"
 
 
-@image_knobs(repeats=(1, 3, 10, 30, 100), victims=4, defence="clip(10.0)+noise(0.002)", delta=1e-5, success_db=20.0)
+@image_knobs(repeats=(1, 3, 10, 30, 100), victims=4, defence="clip(10.0)+noise(0.002)", delta=1e-5, success_db=0.0)
 def scenario(
     *,
     delta: Delta,

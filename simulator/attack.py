@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
+from simulator.defence import described
 from simulator.errors import FedtapError, short
 from simulator.files import write_atomically
 from simulator.leaks import GradientLeak, Leak
@@ -228,12 +229,32 @@ class Attack(ABC, Generic[Kind]):
 
     @property
     def adapted(self) -> bool:
-        """Whether it, or an attack that it wraps, goes by what is announced of a defence (its field `aware`), or by
-        practice, whose pairs are defended as the leak is."""
+        """Whether it, or an attack that it wraps, sets out to adapt to a defence: by what is announced (its field
+        `aware`), or by practice, whose pairs are defended as the leak is. `unknown` says whether it can."""
         return (
             bool(getattr(self, "aware", False))
             or self.practises
             or any(part.adapted for part in self._parts().values())
+        )
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Names of the defences whose effect on an answer it takes into account where they are announced."""
+        return frozenset()
+
+    def unknown(self, defence: str) -> tuple[str, ...]:
+        """The parts of an announced defence that neither it nor an attack that it wraps takes into account.
+
+        Practice pairs are defended as the leak is, so whoever practises lacks nothing; and what the server does to its
+        average is done after the answer was heard, so there is nothing to know of it.
+        """
+        if self.practises:
+            return ()
+        known = [wrapped.unknown(defence) for wrapped in self._parts().values()]
+        return tuple(
+            part
+            for part in answered(defence)
+            if part.partition("(")[0] not in self.models and all(part in missing for missing in known)
         )
 
     @abstractmethod
@@ -401,6 +422,10 @@ class Learned(Attack):
         """It learns once."""
         return self
 
+    def unknown(self, defence: str) -> tuple[str, ...]:
+        """Nothing of the defence that it practised under; all of another one."""
+        return () if defence == self.about.protocol.defence else answered(defence)
+
     def learned(self) -> list[Learned]:
         """Itself."""
         return [self]
@@ -429,6 +454,14 @@ class Learned(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         return self.learner.invert(self.inverter.to(leak.device), leak, start)
+
+
+def answered(defence: str) -> tuple[str, ...]:
+    """The parts of a defence that shape a client's answer, as they are written; a user's own is one part."""
+    try:
+        return tuple(str(part) for part in described(defence) if part.kind.hook != "server")
+    except FedtapError:
+        return (defence,)
 
 
 def prepared(name: str, about: About, leak: Leak) -> None:

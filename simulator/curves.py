@@ -113,9 +113,9 @@ class Trade:
     accuracy: float
     """On test data, in [0, 1]."""
     psnr: float
-    """Median over victims, over that of a blind guess, in dB."""
+    """Median over images, over that of a blind guess, in dB."""
     success: float
-    """Share of victims, in [0, 1]."""
+    """Share of images that came back, in [0, 1]."""
 
 
 def trade_svg(series: Mapping[str, Sequence[Trade]], share: str) -> str:

@@ -12,6 +12,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from simulator.curves import Trade, trade_svg
+from simulator.outcomes import Outcome, outcome, psnrs
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -19,10 +20,10 @@ PLAIN, AWARE, UPPER = "plain", "aware", "best by score"
 """Who attacks. An attacker has no score to choose by: the last is an upper bound, which needs the truth."""
 
 LEGEND = (
-    "plain, aware: PSNR (median over victims, dB) of attacks that do not, and do, know the defence, of several the one "
-    "with the higher median; best by score: of each victim the attack that came nearest, an upper bound that needs the "
-    "truth, which no attacker has; time: of a client's exchange, over that without a defence; ε: of the updates "
-    "in the attacked exchanges"
+    "plain, aware: share of images that came back [95 %, Clopper-Pearson] and median PSNR over images, dB, of attacks "
+    "that do not, and do, know the whole defence, of several the one with the higher median; best by score: of each "
+    "victim the attack that came nearest, an upper bound that needs the truth, which no attacker has; n: victims; "
+    "time: of a client's exchange, over that without a defence; ε: of the updates in the attacked exchanges"
 )
 
 WHERE = ("world", "model", "batch", "steps", "listener", "rounds", "accuracy_loss")
@@ -31,13 +32,14 @@ WHERE = ("world", "model", "batch", "steps", "listener", "rounds", "accuracy_los
 
 @dataclass(frozen=True)
 class Entry:
-    """One defence on one set of victims. PSNR in dB, shares in [0, 1]."""
+    """One defence on one set of victims. PSNR in dB."""
 
     first: Row
+    victims: int
     psnr: Mapping[str, float]
-    """Who attacks -> median over victims."""
-    recovered: Mapping[str, float]
-    """Who attacks -> share of the images."""
+    """Who attacks -> median over images."""
+    back: Mapping[str, Outcome]
+    """Who attacks -> what came back."""
     blind: float
 
     @property
@@ -65,21 +67,23 @@ def entries(rows: Sequence[Row]) -> list[Entry]:
 
 def _entry(rows: Sequence[Row]) -> Entry:
     psnr: dict[str, float] = {}
-    recovered: dict[str, float] = {}
-    best: dict[tuple[Any, ...], tuple[float, float]] = {}
+    back: dict[str, Outcome] = {}
+    best: dict[tuple[Any, ...], Row] = {}
     attacks: dict[str, list[Row]] = {}
-    for row in rows:
-        row = row if row["psnr"] is not None else {**row, "psnr": row["psnr_blind"]}  # no number: as good as blind
+    for row in rows:  # no number: as good as blind
+        row = row if row["psnr"] is not None else {**row, "psnr": row["psnr_blind"], "psnr_images": None}
         attacks.setdefault(row["attack"], []).append(row)
         victim = (row["client"], row["round"], row["seed"])
-        best[victim] = max(best.get(victim, (0.0, 0.0)), (row.get("upper_bound_psnr") or row["psnr"], row["recovered"]))
+        top = max(row.get("upper_bound_psnr") or row["psnr"], row["psnr"])
+        if victim not in best or top > best[victim]["upper_bound_psnr"]:
+            best[victim] = {**row, "upper_bound_psnr": top}
     for some in attacks.values():
-        who, median = AWARE if some[0]["adapted"] else PLAIN, statistics.median(row["psnr"] for row in some)
-        if who not in psnr or median > psnr[who]:
-            psnr[who], recovered[who] = median, statistics.mean(row["recovered"] for row in some)
-    psnr[UPPER] = statistics.median(psnr for psnr, _ in best.values())
-    recovered[UPPER] = statistics.mean(share for _, share in best.values())
-    return Entry(rows[0], psnr, recovered, statistics.median(row["psnr_blind"] for row in rows))
+        who, middle = AWARE if some[0]["adapted"] else PLAIN, statistics.median(psnrs(some))
+        if who not in psnr or middle > psnr[who]:
+            psnr[who], back[who] = middle, outcome(some)
+    psnr[UPPER] = statistics.median(row["upper_bound_psnr"] for row in best.values())
+    back[UPPER] = outcome(list(best.values()))
+    return Entry(rows[0], len(best), psnr, back, statistics.median(psnrs(rows, "psnr_blind")))
 
 
 def _columns(found: Sequence[Entry]) -> list[str]:
@@ -87,7 +91,7 @@ def _columns(found: Sequence[Entry]) -> list[str]:
     varying = [name for name in WHERE if len({str(entry.first.get(name)) for entry in found}) > 1]
     who = [name for name in (PLAIN, AWARE, UPPER) if any(name in entry.psnr for entry in found)]
     priced = [name for name in PRICES if any(entry.first.get(name) is not None for entry in found)]
-    return ["defence", *varying, "ε", *priced, *who, "blind"]
+    return ["defence", *varying, "n", *who, "blind", "ε", *priced]
 
 
 PRICES = {"overhead": "time", "accuracy": "accuracy", "accuracy_lost": "lost"}
@@ -98,6 +102,8 @@ def _cell(entry: Entry, column: str) -> str:
     match column:
         case "ε":
             return entry.epsilon
+        case "n":
+            return str(entry.victims)
         case "blind":
             return f"{entry.blind:.1f}"
         case "overhead":
@@ -105,7 +111,7 @@ def _cell(entry: Entry, column: str) -> str:
         case "accuracy" | "accuracy_lost":
             return "–" if value is None else f"{value:.0%}"
         case _ if column in (PLAIN, AWARE, UPPER):
-            return f"{entry.psnr[column]:.1f}" if column in entry.psnr else "–"
+            return f"{entry.back[column]}\n{entry.psnr[column]:.1f} dB" if column in entry.psnr else "–"
     return str(value)
 
 
@@ -127,7 +133,11 @@ def section(rows: Sequence[Row]) -> str:
     columns = _columns(found)
     head = "".join(f"<th class='{_kind(name)}'>{escape(PRICES.get(name, name))}</th>" for name in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td class='{_kind(name)}'>{escape(_cell(entry, name))}</td>" for name in columns) + "</tr>"
+        "<tr>"
+        + "".join(
+            f"<td class='{_kind(name)}'>{escape(_cell(entry, name)).replace(chr(10), '<br>')}</td>" for name in columns
+        )
+        + "</tr>"
         for entry in found
     )
     return (
@@ -162,6 +172,6 @@ def _chart(found: Sequence[Entry]) -> str:
             continue
         label = entry.first["defence"] + (f", ε = {entry.epsilon}" if entry.first.get("epsilon") is not None else "")
         for who, psnr in entry.psnr.items():
-            trade = Trade(label, entry.first["accuracy"], psnr - entry.blind, entry.recovered[who])
+            trade = Trade(label, entry.first["accuracy"], psnr - entry.blind, entry.back[who].share or 0.0)
             trades.setdefault(who, []).append(trade)
-    return f"<div class='chart'>{trade_svg(trades, 'recovered (share of images)')}</div>" if trades else ""
+    return f"<div class='chart'>{trade_svg(trades, 'came back (share of images)')}</div>" if trades else ""

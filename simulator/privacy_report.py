@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,13 +11,14 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from simulator.curves import Success, Trade, success_svg, trade_svg
+from simulator.outcomes import MEASURE, median, outcome, psnrs
 
 Row: TypeAlias = Mapping[str, Any]
 
 LEGEND = (
-    "PSNR: median over victims, in brackets a blind guess's; success: share of victims with Clopper-Pearson limits, "
-    "95 % each, or share of games with limits wrong in one honest run of 10,000; ε: of the attacked exchanges; "
-    "bound: only where a prior is known, as of canaries"
+    "success: share of the n images that came back, with its Clopper-Pearson 95 % interval, or of games won, with "
+    "limits that are wrong in one honest run of 10,000; PSNR: median over images, in brackets a blind guess's; ε: of "
+    "the attacked exchanges; bound: only where a prior is known, as of canaries"
 )
 
 
@@ -29,9 +29,10 @@ class Entry:
     first: Row
     label: str
     psnr: float | None
-    """Median over victims, in dB."""
+    """Median over images, in dB."""
     blind: float | None
     tries: int
+    """Images, or games."""
 
     @property
     def epsilon(self) -> str:
@@ -53,9 +54,9 @@ def entries(rows: Sequence[Row]) -> list[Entry]:
     for some in groups.values():
         first = some[0]
         game = "canaries" in first
-        psnr, blind = (_median(some, name) for name in ("psnr", "psnr_blind"))
+        psnr, blind = (median(psnrs(some, name)) for name in ("psnr", "psnr_blind"))
         label = f"{first['canaries']} canaries, best attacker" if game else str(first["attack"])
-        found.append(Entry(first, label, psnr, blind, first["games"] if game else len(some)))
+        found.append(Entry(first, label, psnr, blind, first["games"] if game else outcome(some).images))
     return found
 
 
@@ -63,13 +64,8 @@ WHOSE = ("scenario", "attack", "world", "canaries", "epsilon", "releases", "succ
 """With the knobs: what an entry's rows share."""
 
 
-def _median(rows: Sequence[Row], name: str) -> float | None:
-    values = [float(row[name]) for row in rows if row.get(name) is not None]
-    return statistics.median(values) if values else None
-
-
 KNOBS = ("model", "batch", "steps", "repeats", "mechanism", "clip", "defence")
-HEAD = ("ε", "σ", "attack", "n", "PSNR dB", "success", "", "bound", "accuracy")
+HEAD = ("ε", "σ", "attack", "n", "success", "", "PSNR dB", "bound", "accuracy")
 
 
 def _knobs(found: Sequence[Entry]) -> list[str]:
@@ -84,8 +80,8 @@ def _cells(entry: Entry) -> list[str]:
     row = entry.first
     psnr = "–" if entry.psnr is None else f"{entry.psnr:.1f} ({_fixed(entry.blind, 1)})"
     limits = "" if row["success"] is None else f"{row['success_low']:.2f}–{row['success_high']:.2f}"
-    numbers = [_fixed(row["success"], 2), limits, _fixed(row["bound"], 3), _fixed(row["accuracy"], 2)]
-    return [entry.epsilon, _short(row["sigma"]), entry.label, str(entry.tries), psnr, *numbers]
+    numbers = [_fixed(row["success"], 2), limits, psnr, _fixed(row["bound"], 3), _fixed(row["accuracy"], 2)]
+    return [entry.epsilon, _short(row["sigma"]), entry.label, str(entry.tries), *numbers]
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -119,11 +115,16 @@ def section(rows: Sequence[Row]) -> str:
         "<h2>Privacy and its price</h2>"
         + _charts(found)
         + f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        + f"<p class='pale'>{escape(LEGEND)}. δ = {first['delta']:g}. A success is a PSNR of at least "
-        f"{first.get('success_db', 0):g} dB. The images' bound is empty, since nobody knows with what probability they "
+        + f"<p class='pale'>{escape(LEGEND)}. δ = {first['delta']:g}. A success is {_success(first)}. "
+        "The images' bound is empty, since nobody knows with what probability they "
         "could be guessed blindly; what stopped this attack may not stop another, while no attacker passes the bound. "
         f"{escape(_beside(found))}</p>"
     )
+
+
+def _success(row: Row) -> str:
+    """What counts as one, for images."""
+    return f"a PSNR of at least {row['success_db']:g} dB" if row.get("success_db") else f"a {MEASURE} image"
 
 
 def _beside(found: Sequence[Entry]) -> str:
@@ -156,7 +157,7 @@ def _charts(found: Sequence[Entry]) -> str:
         if entry.psnr is not None and entry.blind is not None and row["accuracy"] is not None:
             trade = Trade(f"ε = {entry.epsilon}", row["accuracy"], entry.psnr - entry.blind, row["success"])
             trades.setdefault(entry.label, []).append(trade)
-    shown = f"<div class='chart'>{trade_svg(trades, 'success (share of victims)')}</div>" if trades else ""
+    shown = f"<div class='chart'>{trade_svg(trades, 'success (share of images)')}</div>" if trades else ""
     return shown + games_chart([entry.first for entry in found])
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from importlib.resources import as_file, files
@@ -27,13 +27,20 @@ from torch import Tensor
 from simulator import defence_report, privacy_report
 from simulator.curves import Curve, svg
 from simulator.files import write_atomically
-from simulator.scores import RECOVERED_DB, mse, psnr
+from simulator.outcomes import MEASURE, Outcome, median, outcome, psnrs, ranged
+from simulator.scores import LEVELLED, LEVELS, mse, psnr
 
 Row: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = Float[Tensor, "batch channel height width"]
 
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind", "seconds", "objective", "error")
 """What comes out of a row's exchange."""
+
+IMAGES = ("psnr_images", "psnr_blind_images", "levels", "recognisable", "identical")
+"""Likewise, image by image."""
+
+DOUBTS = ("unexplained", "doubts")
+"""What speaks against a row: the share of the gradient that its guess does not explain, and words."""
 
 NOTES = ("ssim_note", "lpips_note")
 """Why a score is empty."""
@@ -43,10 +50,13 @@ PROMISED = ("delta", "protects", "adjacency", "sensitivity", "epsilon_all", "eps
 
 SUCCESS = ("success", "success_low", "success_high", "success_db", "bound")
 
-KNOWING = ("adapted", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost")
+KNOWING = ("adapted", "adapted_note", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost")
 """Of attackers that know the defence, and of what it costs."""
 
-ASIDE = ("accuracy", "moved", "labels", "settings", "unit", "fit_seconds", *NOTES, *PROMISED, *SUCCESS, *KNOWING)
+ASIDE = (
+    *("accuracy", "moved", "labels", "settings", "unit", "fit_seconds"),
+    *(*IMAGES, *DOUBTS, *NOTES, *PROMISED, *SUCCESS, *KNOWING),
+)
 """What else a row may hold that is not a knob."""
 
 WHO = ("scenario", "attack", "client", "round", "seed")
@@ -66,9 +76,11 @@ class Picture:
     title: str
     original: Batch | None
     guesses: dict[str, tuple[Batch, float | None]]
-    """Attack's label -> its guess, in the original's order, and PSNR in dB."""
+    """Attack's label -> its guess, in the original's order, and PSNR in dB; of a batch, that of its mean error."""
     blind: Tensor | None
     """The blind guess: one image, or a batch."""
+    levels: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Attack's label -> of each image of its guess, one of scores.LEVELS."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ class About:
     threat: str
     settings: Mapping[str, str]
     environment: Mapping[str, str]
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,17 +104,20 @@ class Summary:
     victims: int
     failed: int
     """Victims that gave no answer, or on whom the attack stopped."""
+    back: Outcome
     psnrs: list[float]
+    """Of each image."""
     psnr: float | None
+    """Median over images."""
     spread: tuple[float, float] | None
-    """First and third quartile of the PSNR."""
+    """First and third quartile of the images' PSNR."""
     mse: float | None
     """Mean over victims."""
     ssim: float | None
     lpips: float | None
-    recovered: float | None
     label_correct: float | None
     psnr_blind: float | None
+    """Median over images."""
     seconds: float | None
     """Mean for each victim."""
 
@@ -133,22 +149,22 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
         values = _values(rows, column)
         return middle(values) if values else None
 
-    psnrs = _values(rows, "psnr")
-    low, _, high = statistics.quantiles(psnrs, method="inclusive") if len(psnrs) > 1 else (psnrs * 3 or [0.0] * 3)
+    each = psnrs(rows)
+    low, _, high = statistics.quantiles(each, method="inclusive") if len(each) > 1 else (each * 3 or [0.0] * 3)
     return Summary(
         knobs=knobs,
         attack=attack,
         victims=len(rows),
         failed=sum(1 for row in rows if row.get("error")),
-        psnrs=psnrs,
-        psnr=over("psnr", statistics.median),
-        spread=(low, high) if psnrs else None,
+        back=outcome(rows),
+        psnrs=each,
+        psnr=median(each),
+        spread=(low, high) if each else None,
         mse=over("mse", statistics.mean),
         ssim=over("ssim", statistics.median),
         lpips=over("lpips", statistics.median),
-        recovered=over("recovered", statistics.mean),
         label_correct=over("label_correct", statistics.mean),
-        psnr_blind=over("psnr_blind", statistics.median),
+        psnr_blind=median(psnrs(rows, "psnr_blind")),
         seconds=over("seconds", statistics.mean),
     )
 
@@ -156,6 +172,7 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Why scores are empty, each reason once."""
     notes = dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note))
+    notes |= dict.fromkeys(f"{row['attack']} {row['adapted_note']}" for row in rows if row.get("adapted_note"))
     failed = dict.fromkeys(f"{row.get('attack')} failed: {row['error']}" for row in rows if row.get("error"))
     return [*notes, *list(failed)[:FAILURES]]
 
@@ -165,25 +182,115 @@ def _values(rows: Iterable[Row], column: str) -> list[float]:
     return [float(value) for value in values if value is not None and math.isfinite(value)]
 
 
+# The answer, in words.
+
+SETTINGS = 8
+"""Settings of an attack that its sentence names one by one."""
+
+UNEXPLAINED = 0.1
+"""Share of an undefended gradient, left unexplained by a guess, above which the attack did not converge."""
+
+
+def answers(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each attack, made of the rows alone; none where there is no truth to score them against."""
+    attacks: dict[str, list[Summary]] = {}
+    for entry in summarise(rows):
+        if entry.back.images or entry.failed:
+            attacks.setdefault(entry.attack, []).append(entry)
+    return [_answer(attack, entries) for attack, entries in attacks.items()]
+
+
+def _answer(attack: str, entries: Sequence[Summary]) -> str:
+    images, failed = (sum(numbers) for numbers in zip(*((one.back.images, one.failed) for one in entries), strict=True))
+    lost = f"; {failed} {'victim' if failed == 1 else 'victims'} without a result" if failed else ""
+    if not images:
+        return f"{attack}: no result{lost}."
+    known, names = [entry for entry in entries if entry.back.images], _untold(entries)
+    if len(known) == 1:
+        (entry,) = known
+        low, high = entry.back.interval
+        same = "" if entry.back.identical is None else f", {entry.back.identical} of them identical"
+        middle = "" if entry.psnr is None else f"; median {entry.psnr:.1f} dB{_blind(known)}"
+        return (
+            f"{attack}: {_counted(entry)} {entry.back.measure} (95 % interval {100 * low:.0f}–{100 * high:.0f} %)"
+            f"{same}{middle}{lost}."
+        )
+    if len(known) > SETTINGS:
+        ranked = sorted(known, key=lambda entry: (entry.back.share or 0.0, entry.psnr or 0.0))
+        span = " to ".join(f"{_counted(entry)} ({_where(entry, names)})" for entry in (ranked[0], ranked[-1]))
+        return f"{attack}: over {len(known)} settings from {span} {known[0].back.measure}{_blind(known)}{lost}."
+    each = "; ".join(f"{_where(entry, names)}: {_counted(entry)}{_middle(entry)}" for entry in known)
+    return f"{attack}, images {known[0].back.measure}{_blind(known)}: {each}{lost}."
+
+
+def _counted(entry: Summary) -> str:
+    return f"{entry.back.won} of {entry.back.images}" + (" images" if entry.back.images > 1 else " image")
+
+
+def _middle(entry: Summary) -> str:
+    return "" if entry.psnr is None else f", {entry.psnr:.1f} dB"
+
+
+def _blind(entries: Sequence[Summary]) -> str:
+    floors = [entry.psnr_blind for entry in entries if entry.psnr_blind is not None]
+    if not floors:
+        return ""
+    low, high = f"{min(floors):.1f}", f"{max(floors):.1f}"
+    return f" (blind guess {low if low == high else f'{low}–{high}'} dB)"
+
+
+def _where(entry: Summary, names: Sequence[str]) -> str:
+    said = (f"{name.replace('_', ' ')} {entry.knobs[name]}" for name in names if entry.knobs[name] != "–")
+    return ", ".join(said) or "otherwise"
+
+
+def alarms(rows: Sequence[Row], finished: bool = True) -> list[str]:
+    """What has to be known before a figure of these rows is believed, in sentences; none of a sound, finished run."""
+    found = [] if finished else ["This run is not finished: what follows is of the attacks that were done by then."]
+    attacked = [row for row in rows if "attack" in row]
+    if failed := [row for row in attacked if row.get("error")]:
+        reasons = "; ".join(dict.fromkeys(str(row["error"]) for row in failed[:FAILURES]))
+        found.append(f"{len(failed)} of {len(attacked)} rows hold no result, so shares are of the others: {reasons}")
+    far: dict[str, int] = {}
+    for row in attacked:
+        if row.get("defence") == "none" and (row.get("unexplained") or 0.0) > UNEXPLAINED:
+            far[str(row["attack"])] = far.get(str(row["attack"]), 0) + 1
+    found += [
+        f"{attack} did not converge on {many} {'victim' if many == 1 else 'victims'}: its guess leaves more than "
+        f"{UNEXPLAINED:.0%} of the gradient unexplained, so that it failed says nothing of what the gradient tells."
+        for attack, many in far.items()
+    ]
+    return found + list(dict.fromkeys(f"The gradient is doubted: {row['doubts']}" for row in rows if row.get("doubts")))
+
+
 # The terminal's table.
 
 
+LEGEND = (
+    "n: victims (× images of each); shares are of images, PSNR is the median over images, both with 95 % intervals "
+    "(Clopper-Pearson; order statistics, of few the least and the largest); MSE: mean over victims, whose PSNR is "
+    "-10 log10(MSE); s: each victim"
+)
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """The summaries, for a terminal of 80 columns: SSIM is left to the page."""
+    """The summaries, for a terminal of 80 columns: SSIM and LPIPS are left to the page."""
     summaries = summarise(rows)
-    share = f"≥{RECOVERED_DB:g}dB: share of images"
-    legend = f"medians over n victims, quartiles in brackets; {share}; MSE: mean; s: each victim"
-    shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=None, padding=(0, 1, 0, 0))
+    shown = Table(caption=plain("\n".join([LEGEND, *_notes(rows)])), box=None, padding=(0, 1, 0, 0))
     knobs = _untold(summaries)
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
     shown.add_column("attack", overflow="fold")
-    for name in ("n", "PSNR dB", "blind", f"≥{RECOVERED_DB:g}dB", "MSE", "LPIPS", "label", "s"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    for name in ("n", _measure(summaries), "identical", "PSNR dB", "blind", "MSE", "label", "s"):
+        shown.add_column(plain(name), justify="right", no_wrap=True)
     for entry in summaries:
-        words = map(plain, (*(entry.knobs[name] for name in knobs), entry.attack, *_cells(entry, but="ssim")))
-        shown.add_row(*words, style="green" if entry.psnr is not None and entry.psnr >= RECOVERED_DB else None)
+        words = map(plain, (*(entry.knobs[name] for name in knobs), entry.attack, *_cells(entry, "ssim", "lpips")))
+        shown.add_row(*words, style="red" if entry.back.won else None)
     return shown
+
+
+def _measure(summaries: Sequence[Summary]) -> str:
+    return next((entry.back.measure for entry in summaries if entry.back.images), MEASURE)
 
 
 def _untold(summaries: Sequence[Summary]) -> list[str]:
@@ -198,20 +305,23 @@ def _untold(summaries: Sequence[Summary]) -> list[str]:
     return names
 
 
-def _cells(entry: Summary, but: str = "") -> list[str]:
-    spread = f" [{entry.spread[0]:.0f}–{entry.spread[1]:.0f}]" if entry.spread and entry.victims > 1 else ""
+def _cells(entry: Summary, *but: str) -> list[str]:
+    answered = entry.victims - entry.failed
+    each = f"×{entry.back.images // answered}" if answered and entry.back.images > answered else ""
+    back = entry.back
     cells = {
-        "victims": f"{entry.victims}" + (f" ({entry.failed} failed)" if entry.failed else ""),
-        "psnr": _number(entry.psnr, ".1f") + spread,
+        "victims": f"{entry.victims}{each}" + (f" ({entry.failed} failed)" if entry.failed else ""),
+        "back": str(back),
+        "identical": "–" if back.identical is None or not back.images else f"{back.identical / back.images:.0%}",
+        "psnr": ranged(entry.psnrs),
         "blind": _number(entry.psnr_blind, ".1f"),
-        "recovered": _number(entry.recovered, ".0%"),
         "mse": _number(entry.mse, ".2g"),
         "ssim": _number(entry.ssim, ".3f"),
         "lpips": _number(entry.lpips, ".3f"),
         "label": _number(entry.label_correct, ".0%"),
         "seconds": _number(entry.seconds, ".2f"),
     }
-    return [cell for name, cell in cells.items() if name != but]
+    return [cell for name, cell in cells.items() if name not in but]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -228,13 +338,13 @@ def _said(row: Row, name: str) -> str:
 
 # Pictures.
 
-CELL, GAP, CAPTION, MARGIN = 192, 20, 46, 32
+CELL, GAP, CAPTION, MARGIN = 192, 20, 64, 32
 ORIGINAL, BLIND = "original", "blind guess"
-INK, PALE, GREEN, PAPER = "#1d2129", "#737a87", "#12804a", "#ffffff"
+INK, PALE, ALARM, PAPER = "#1d2129", "#737a87", "#b3261e", "#ffffff"
 
 
 def strip(pictures: Sequence[Picture]) -> bytes:
-    """A PNG with a row for each victim (SHOWN at most): original, each attack's guess with its PSNR, blind guess."""
+    """A PNG with a row for each victim (SHOWN at most): original, each guess with what it shows, blind guess."""
     pictures = pictures[:SHOWN]
     columns = _columns(pictures)
     headings = [_wrapped(column, _font(18, bold=True), CELL) for column in columns]
@@ -260,14 +370,24 @@ def strip(pictures: Sequence[Picture]) -> bytes:
             if image is not None:
                 page.paste(image, (x - image.width // 2, y), image)
             if decibels is not None:
-                colour = GREEN if _is_recovered(column, decibels) else PALE
-                draw.text((x, y + tall[row] + 6), f"{decibels:.1f} dB", colour, _font(16), "ma")
+                words, colour = _caption(picture, column), ALARM if _leaked(picture, column) else PALE
+                said = "\n".join(filter(None, (words, f"{decibels:.1f} dB")))
+                draw.multiline_text((x, y + tall[row] + 6), said, colour, _font(16), "ma", spacing=4, align="center")
         y += tall[row] + CAPTION
     return _png(page)
 
 
-def _is_recovered(column: str, decibels: float | None) -> bool:
-    return decibels is not None and decibels >= RECOVERED_DB and column != BLIND
+def _leaked(picture: Picture, column: str) -> bool:
+    """Whether any of the guess's images is recognisable."""
+    return any(level != LEVELS[0] for level in picture.levels.get(column, ()))
+
+
+def _caption(picture: Picture, column: str) -> str:
+    """What a guess shows: its level, or of a batch how many images are recognisable."""
+    found = picture.levels.get(column, ())
+    if len(found) < 2:
+        return "".join(found)
+    return f"{sum(level != LEVELS[0] for level in found)} of {len(found)} {MEASURE}"
 
 
 def _columns(pictures: Sequence[Picture]) -> list[str]:
@@ -289,7 +409,7 @@ def _cell(picture: Picture, column: str) -> tuple[Batch | None, float | None]:
     if original is None:
         return blind.reshape(-1, *blind.shape[-3:]), None
     blind = blind.expand_as(original)
-    return blind, float(psnr(mse(blind.cpu(), original.cpu())).mean())
+    return blind, float(psnr(mse(blind.cpu(), original.cpu()).mean()))
 
 
 def _grid(images: Batch) -> Image.Image:
@@ -348,23 +468,26 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --pale: #666d7a; --line: #dfe2e8; --paper: #fff; --panel: #f6f7f9;
-  --good: #12804a; --mark: #b4530a; }
+  --alarm: #b3261e; --mark: #8a5a00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --pale: #9aa1ae; --line: #343943; --paper: #15171b;
-  --panel: #1d2025; --good: #4cc38a; --mark: #f0a35e; } }
+  --panel: #1d2025; --alarm: #ff8a80; --mark: #f0c35e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 1200px; margin: 0 auto; padding: 48px 24px 96px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
 h2 { font-size: 1.2rem; margin: 2.8em 0 .6em; letter-spacing: -.01em; }
 p { max-width: 46em; margin: .5em 0; } .lead { font-size: 1.15rem; white-space: pre-line; }
-.pale, figcaption, caption { color: var(--pale); font-size: .875rem; } .good { color: var(--good); font-weight: 600; }
+.pale, figcaption, caption { color: var(--pale); font-size: .875rem; } .leak { color: var(--alarm); font-weight: 600; }
+.answer { border-left: 4px solid var(--ink); padding: 2px 0 2px 16px; margin: 1em 0; } .answer p { font-size: 1.05rem; }
+.banner { border: 2px solid var(--alarm); border-radius: 10px; padding: 8px 16px; margin: 1em 0; }
 .scroll { overflow: auto; max-height: 70vh; border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; }
 tr:last-child td { border-bottom: 0; } .number { text-align: right; } .attack { white-space: normal; min-width: 11em; }
 td.error { white-space: normal; min-width: 18em; }
-.pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px; }
+.pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
+  white-space: normal; }
 .pictures { table-layout: fixed; } .pictures th:first-child { width: 7.5em; }
 .pictures th { white-space: normal; vertical-align: bottom; }
 .pictures td:first-child { text-align: left; color: var(--pale); white-space: pre-line; overflow-wrap: anywhere; }
@@ -375,9 +498,8 @@ dt { color: var(--pale); }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; font-family: ui-monospace, monospace; }
 svg { display: block; } td svg text { fill: var(--pale); font: 10px system-ui, sans-serif; }
 .chart svg { width: 100%; height: auto; }
-.dot { fill: var(--ink); fill-opacity: .35; } .dot.good { fill: var(--good); fill-opacity: .6; }
-.axis { stroke: var(--line); } .limit { stroke: var(--good); stroke-dasharray: 2 2; } .floor { stroke: var(--mark);
-  stroke-width: 2; }
+.dot { fill: var(--ink); fill-opacity: .35; }
+.axis { stroke: var(--line); } .floor { stroke: var(--mark); stroke-width: 2; }
 @media print { .scroll { max-height: none; overflow: visible; } }
 """
 
@@ -386,7 +508,6 @@ def html(about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
     """The page: no scripts, and nothing fetched from anywhere."""
     every, rows = rows, [row for row in rows if "attack" in row]
     sections = [
-        _verdicts(rows),
         privacy_report.section(every),
         defence_report.section(every),
         gallery(pictures),
@@ -395,13 +516,24 @@ def html(about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         f"<h2>Who listens, and what they know</h2><p style='white-space: pre-line'>{escape(about.threat)}</p>",
         "<h2>Every victim</h2>" + _rows(rows) if rows else "",
     ]
-    return page(about, sections)
+    return page(about, sections, answers(rows), alarms(rows, about.finished))
 
 
-def page(about: About, sections: Iterable[str]) -> str:
-    """A page of these sections, some of them empty, between the question and the settings."""
+def page(about: About, sections: Iterable[str], answer: Sequence[str] = (), warned: Sequence[str] | None = None) -> str:
+    """A page of these sections, some of them empty, between the question and the settings.
+
+    Args:
+        answer: what the rows say, in sentences: it stands before what the question's author expects.
+        warned: what has to be known first; unless said, only whether the run is finished.
+    """
+    warned = alarms((), about.finished) if warned is None else warned
+    question, _, expected = about.question.partition("\n\n")
     framed = [
-        f"<h1>{escape(about.scenario)}</h1><p class='lead'>{escape(about.question)}</p>",
+        f"<h1>{escape(about.scenario)}</h1>",
+        _box("banner", "Read this first", [f"⚠ {sentence}" for sentence in warned]),
+        f"<p class='lead'>{escape(question)}</p>",
+        _box("answer", "Answer", answer),
+        f"<p style='white-space: pre-line'>{escape(expected)}</p>" if expected else "",
         *sections,
         "<h2>Settings</h2>" + _definitions(about.settings),
         "<h2>Environment</h2>" + _definitions(about.environment),
@@ -427,20 +559,10 @@ def write(folder: Path, about: About, rows: Sequence[Row], pictures: Sequence[Pi
     write_atomically(folder / "report.html", html(about, rows, pictures).encode())
 
 
-def _verdicts(rows: Sequence[Row]) -> str:
-    lines = []
-    for entry in summarise(rows):
-        if entry.recovered is None or entry.psnr is None:
-            continue
-        where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in entry.knobs.items())
-        where = f" ({where})" if where else ""
-        floor = "" if entry.psnr_blind is None else f"; a blind guess gets {entry.psnr_blind:.1f} dB"
-        lines.append(
-            f"<li><b>{escape(entry.attack)}</b>{escape(where)} brought back "
-            f"<span class='{'good' if entry.recovered else ''}'>{entry.recovered:.0%} of the images</span>, "
-            f"median {entry.psnr:.1f} dB{floor}.</li>"
-        )
-    return f"<ul>{''.join(lines)}</ul>" if 0 < len(lines) <= SHOWN else ""
+def _box(kind: str, heading: str, sentences: Sequence[str]) -> str:
+    """A heading and its sentences; nothing where there are none."""
+    body = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    return f"<section class='{kind}'><b>{heading}</b>{body}</section>" if body else ""
 
 
 def _curves(rows: Sequence[Row]) -> str:
@@ -498,8 +620,9 @@ def gallery(pictures: Sequence[Picture]) -> str:
         cells = [f"<td>{escape(picture.title)}</td>"]
         for column in columns:
             images, decibels = _cell(picture, column)
-            good = "good" if _is_recovered(column, decibels) else "pale"
-            caption = f"<span class='{good}'>{_number(decibels, '.1f')} dB</span>" if decibels is not None else ""
+            kind = "leak" if _leaked(picture, column) else "pale"
+            words = ", ".join(filter(None, (_caption(picture, column), f"{_number(decibels, '.1f')} dB")))
+            caption = f"<span class='{kind}'>{escape(words)}</span>" if decibels is not None else ""
             shown = _embedded(images, f"{column}, {picture.title}") if images is not None else "–"
             cells.append(f"<td>{shown}{caption}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
@@ -507,7 +630,10 @@ def gallery(pictures: Sequence[Picture]) -> str:
         "<h2>Pictures</h2><div class='scroll' style='max-height: none'>"
         f"<table class='pictures' style='min-width: {110 * (len(columns) + 1)}px'>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        + "<p class='pale'>Below each guess its PSNR. The blind guess is made without any leak, from public images.</p>"
+        + (
+            "<p class='pale'>Below each guess what it shows, and its PSNR (of a batch: that of its mean squared error). "
+            "The blind guess is made without any leak, from public images.</p>"
+        )
         * any(picture.original is not None for picture in pictures)
     )
 
@@ -528,56 +654,67 @@ def _summaries(rows: Sequence[Row]) -> str:
     summaries = summarise(rows)
     right = max([60.0, *(value for entry in summaries for value in entry.psnrs)])
     names = [name.replace("_", " ") for name in summaries[0].knobs]
-    numbers = ("victims", "PSNR dB", "blind dB", "recovered", "MSE", "SSIM", "LPIPS", "labels", "s/victim")
-    head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "attack", "PSNR of each victim"))
+    back = (f"{_measure(summaries)} [95 %]", "identical", "PSNR dB [95 %]", "blind dB")
+    numbers = ("victims", *back, "MSE", "SSIM", "LPIPS", "labels", "s/victim")
+    head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "attack", "PSNR of each image"))
     head += "".join(f"<th class='number'>{name}</th>" for name in numbers)
     body = []
     for entry in summaries:
         words = "".join(f"<td>{escape(value)}</td>" for value in entry.knobs.values())
         words += f"<td class='attack'>{_breakable(entry.attack)}</td>"
-        figures = "".join(f"<td class='number'>{escape(figure)}</td>" for figure in _cells(entry))
+        figures = "".join(
+            f"<td class='number{' leak' if place == 1 and entry.back.won else ''}'>{escape(figure)}</td>"
+            for place, figure in enumerate(_cells(entry))
+        )
         body.append(f"<tr>{words}<td>{_dots(entry, right)}</td>{figures}</tr>")
     return (
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f"<p class='pale'>Medians over victims (MSE: the mean); in brackets the first and third quartile. "
-        "Recovered is the share of "
-        f"images with a PSNR of {RECOVERED_DB:g} dB or more (the dashed line); the orange line is the blind guess. "
-        "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
+        f"<p class='pale'>{escape(LEGEND)}. {escape(LEVELLED)} Dots: the line is the blind guess. An attack that fails "
+        "shows that this attack fails here: it does not show that the data are private.</p>"
         + "".join(f"<p class='pale'>{escape(note)}</p>" for note in _notes(rows))
     )
 
 
 def _dots(entry: Summary, right: float) -> str:
-    """A dot for each victim on an axis from 0 to `right` dB."""
+    """A dot for each image on an axis from 0 to `right` dB."""
 
     def x(decibels: float) -> str:
         return f"{5 + 150 * min(max(decibels / right, 0.0), 1.0):.1f}"
 
     heights = [6 + number * 7 % 15 for number in range(len(entry.psnrs))]  # so that equal ones do not hide each other
     dots = "".join(
-        f"<circle class='dot{' good' if value >= RECOVERED_DB else ''}' cx='{x(value)}' cy='{y}' r='3'/>"
-        for value, y in zip(entry.psnrs, heights, strict=True)
+        f"<circle class='dot' cx='{x(value)}' cy='{y}' r='3'/>" for value, y in zip(entry.psnrs, heights, strict=True)
     )
     floor = entry.psnr_blind
     line = "" if floor is None else f"<line class='floor' x1='{x(floor)}' x2='{x(floor)}' y1='2' y2='26'/>"
-    limit = x(RECOVERED_DB)
     return (
-        "<svg width='160' height='38' role='img' aria-label='PSNR of each victim'>"
-        f"<line class='axis' x1='5' x2='155' y1='26.5' y2='26.5'/>"
-        f"<line class='limit' x1='{limit}' x2='{limit}' y1='2' y2='26'/>{line}{dots}"
-        f"<text x='2' y='36'>0</text><text x='{limit}' y='36' text-anchor='middle'>{RECOVERED_DB:g}</text>"
-        f"<text x='158' y='36' text-anchor='end'>{right:.0f} dB</text></svg>"
+        "<svg width='160' height='38' role='img' aria-label='PSNR of each image'>"
+        f"<line class='axis' x1='5' x2='155' y1='26.5' y2='26.5'/>{line}{dots}"
+        f"<text x='2' y='36'>0</text><text x='158' y='36' text-anchor='end'>{right:.0f} dB</text></svg>"
     )
 
 
 def _rows(rows: Sequence[Row]) -> str:
     """Every row; settings that are the same in all of them are left to the settings."""
-    forms = {"psnr": ".1f", "psnr_blind": ".1f", "ssim": ".3f", "lpips": ".3f", "mse": ".2g", "objective": ".2g"}
-    forms |= {"label_correct": ".0%", "recovered": ".0%", "accuracy": ".0%", "seconds": ".2f"}
+    rows = [
+        {**row, **{name: median(psnrs([row], name)) for name in ("psnr", "psnr_blind")}, **_share(row)} for row in rows
+    ]
+    forms = {
+        "back": ".0%",
+        "identical": ".0%",
+        "psnr": ".1f",
+        "psnr_blind": ".1f",
+        "ssim": ".3f",
+        "lpips": ".3f",
+        "mse": ".2g",
+        "objective": ".2g",
+    }
+    forms |= {"label_correct": ".0%", "accuracy": ".0%", "unexplained": ".1%", "seconds": ".2f"}
     names = {"psnr": "PSNR dB", "psnr_blind": "blind dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE"}
-    names |= {"label_correct": "labels right", "accuracy": "model accuracy"}
+    names |= {"label_correct": "labels right", "accuracy": "model accuracy", "back": outcome(rows).measure}
     seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []
-    scores = [name for name in (*forms, "labels", "error") if any(row.get(name) is not None for row in rows)]
+    words = ("labels", "adapted_note", "doubts", "error")
+    scores = [name for name in (*forms, *words) if any(row.get(name) is not None for row in rows)]
     columns = [*_varying(rows), "attack", "client", "round", *seeds, *scores]
 
     def cell(row: Row, name: str) -> str:
@@ -592,6 +729,12 @@ def _rows(rows: Sequence[Row]) -> str:
     )
     body = "".join(f"<tr>{''.join(cell(row, name) for name in columns)}</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _share(row: Row) -> Row:
+    """The share of its images that came back; `identical` is no column where a PSNR is the measure."""
+    back = outcome([row])
+    return {"back": back.share, "identical": row.get("identical") if back.identical is not None else None}
 
 
 def _breakable(text: str) -> str:

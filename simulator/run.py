@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from simulator import report, scores, study_report
-from simulator.attack import Attack, Guess, Reconstruction, generator
+from simulator.attack import Attack, Guess, Reconstruction, answered, generator
 from simulator.defence import described
 from simulator.equal_loss import nearest, strengths_of, undefended
 from simulator.errors import ClientError, DamagedError, FedtapError, short
@@ -30,6 +30,7 @@ from simulator.federation import Heard, clients_on, play, practice
 from simulator.leaks import Leak, Protocol, float_buffers, stack
 from simulator.listeners import SECURE
 from simulator.models import build
+from simulator.outcomes import outcome
 from simulator.output import Folder, Row, judged
 from simulator.practice import About, Practice, digest, digest_of
 from simulator.privacy import mechanism_of
@@ -106,7 +107,7 @@ def run(
                 unit, [row | {"unit": unit} for row in (trainings.tried(number) if found is None else found)]
             )
             if found is not None or part is parts[-1]:
-                _report(folder, parts, leak, list(pictures.values()), notes)
+                _report(folder, parts, leak, list(pictures.values()), notes, finished=part is parts[-1])
             continue
         grid, private, heard = trainings.played(number)
         fewer = ""
@@ -125,8 +126,9 @@ def run(
         for order, attack in enumerate(part.attacks):
             guess = _attack(played, order, attack, folder, device)
             if guess is not None:
-                _show(pictures, played, attack, guess)
-            _report(folder, parts, leak, list(pictures.values()), notes)
+                _show(pictures, played, attack, guess, folder.rows)
+            done = part is parts[-1] and order == len(part.attacks) - 1
+            _report(folder, parts, leak, list(pictures.values()), notes, finished=done)
     assert folder is not None
     folder.finish()
     return folder.rows
@@ -298,7 +300,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
         ]
         folder.keep(unit, guess)
     if played.part.delta is not None and played.part.success_db is not None:
-        share = success_of(played.part, rows)
+        share = success_of(rows)
         rows = [row | share for row in rows]
     folder.replace(unit, rows)
     return guess
@@ -340,7 +342,8 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
             **{name: score[name] for name in SCORES},  # type: ignore[literal-required]
             **{note: score[note] for note in NOTES if score[note]},  # type: ignore[literal-required]
             "upper_bound_psnr": _best([each[victim].cpu() for each in guess.candidates], truth),
-            "psnr_blind": float(scores.psnr(scores.mse(played.floor.expand_as(truth), truth)).mean()),
+            **{name: score[name] for name in IMAGES},  # type: ignore[literal-required]
+            **_blind(played.floor, truth),
             "accuracy": played.heard.accuracy,
             "moved": played.heard.moved[client, rnd],
             "objective": _finite(float(objective)),
@@ -350,6 +353,12 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
             zip(played.leak.clients.tolist(), played.leak.rounds.tolist(), scored, images, guess.objective, strict=True)
         )
     ]
+
+
+def _blind(floor: Tensor, truth: Tensor) -> Row:
+    """The blind guess's PSNR: of each of the victim's images, and their mean."""
+    decibels = scores.psnr(scores.mse(floor.expand_as(truth), truth))
+    return {"psnr_blind": float(decibels.mean()), "psnr_blind_images": [round(each, 2) for each in decibels.tolist()]}
 
 
 def _best(candidates: Sequence[Tensor], truth: Tensor) -> float | None:
@@ -362,8 +371,10 @@ SHIFTS = ("practice_classes", "practice_labels", "victims_world", "victims_class
 """Settings by which practice, victims and those beside them may differ; a row has those that are not as usual."""
 
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
+IMAGES = ("recognisable", "identical", "levels", "psnr_images")
 NOTES = ("ssim_note", "lpips_note")
-MEASURED = (*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")
+MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "moved", "objective", "pairs")
+MEASURED += ("fit_seconds", "seconds")
 
 
 def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
@@ -371,7 +382,7 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
         "scenario": part.name,
         **{knob: getattr(part, knob, value) for knob, value in part.swept},
         "attack": _label(attack, part.attacks),
-        "adapted": attack.adapted,
+        **adaptation(attack, part.defence),
         "defence": part.defence,
         "world": part.world,
         **{knob: getattr(part, knob) for knob in SHIFTS if getattr(part, knob) != getattr(Scenario, knob)},
@@ -389,14 +400,21 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
     }
 
 
+def adaptation(attack: Attack, defence: str) -> Row:
+    """Whether the attack takes the whole of an announced defence into account, and if it sets out to, why not.
+
+    Where there is nothing to know, an attack counts as adapted that would be if there were.
+    """
+    missing = attack.unknown(defence)
+    note = {"adapted_note": f"does not know {'+'.join(missing)}"} if missing and attack.adapted else {}
+    return {"adapted": not missing and (attack.adapted or bool(answered(defence))), **note}
+
+
 ADJACENCY = "add/remove"
 """Of the rows' ε for a client: one that is not there sends noise alone. An example of DP-SGD's is replaced."""
 
 UNCOVERED = "number of examples, partition"
 """What travels beside every update in the clear, so that no ε covers it."""
-
-DOUBT = 0.05
-"""How often each limit of a success may be wrong."""
 
 
 def promised(part: Scenario, clients: int = 0) -> Row:
@@ -440,27 +458,28 @@ SUCCESS = ("success_db", "success", "success_low", "success_high", "bound")
 UNPROTECTED = "ε = ∞: it takes a clip, and noise after it"
 
 
-def success_of(part: Scenario, rows: Sequence[Row]) -> Row:
-    """How many of an attack's victims came back well enough, with Clopper and Pearson's limits, one-sided each.
+def success_of(rows: Sequence[Row]) -> Row:
+    """The share of an attack's images that came back, with Clopper and Pearson's 95 % interval.
 
     There is no bound beside it: nobody knows with what probability these images could have been guessed.
     """
-    decibels = [row["psnr"] for row in rows if row["psnr"] is not None]
-    if not decibels:
+    found = outcome(rows)
+    if not found.images:
         return {}
-    assert part.success_db is not None
-    won = sum(value >= part.success_db for value in decibels)
-    low, high = scores.limits(won, len(decibels), DOUBT)
-    return {"success": won / len(decibels), "success_low": low, "success_high": high}
+    low, high = found.interval
+    return {"success": found.share, "success_low": low, "success_high": high}
 
 
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def _show(pictures: dict[Any, report.Picture], played: Played, attack: Attack, guess: Reconstruction) -> None:
+def _show(
+    pictures: dict[Any, report.Picture], played: Played, attack: Attack, guess: Reconstruction, rows: Sequence[Row]
+) -> None:
     """Add a guess to its victims' pictures. Parts that attack the same victims share them."""
-    part = played.part
+    part, unit = played.part, _unit(f"part_{played.number}-{played.part.attacks.index(attack)}", attack)
+    levels = {(row["client"], row["round"]): row.get("levels") for row in rows if row["unit"] == unit}
     shifts = tuple((knob, getattr(part, knob)) for knob in SHIFTS if getattr(part, knob) != getattr(Scenario, knob))
     swept = tuple((knob, getattr(part, knob, value)) for knob, value in part.swept)
     said = "".join(f", {knob.replace('_', ' ')} {value}" for knob, value in (*swept, *shifts))
@@ -476,8 +495,11 @@ def _show(pictures: dict[Any, report.Picture], played: Played, attack: Attack, g
             title = who + (f", round {rnd}" if rnd > 1 else "") + said
             pictures[key] = report.Picture(title, truth, {}, played.floor.expand_as(truth))
         if key in pictures:
-            psnr = float(scores.psnr(scores.mse(found, truth)).mean())
-            pictures[key].guesses[f"{_label(attack, part.attacks)} on {part.model}"] = (found, psnr)
+            psnr = float(scores.psnr(scores.mse(found, truth).mean()))
+            column = f"{_label(attack, part.attacks)} on {part.model}"
+            pictures[key].guesses[column] = (found, psnr)
+            if not part.success_db:
+                pictures[key].levels[column] = levels.get((client, rnd)) or ()
 
 
 def _unit(where: str, attack: Attack) -> str:
@@ -559,6 +581,8 @@ def _report(
     leak: Leak | None,
     pictures: list[report.Picture],
     notes: Iterable[str],
+    *,
+    finished: bool,
 ) -> None:
     """strip.png and report.html of all that is finished so far."""
     parts = [part for part in parts if part.attacks]
@@ -577,6 +601,7 @@ def _report(
         threat="\n".join([_threat(parts, leak.network if leak is not None else None), *notes]),
         settings=settings | {"attacks": "\n".join(attacks)},
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
+        finished=finished,
     )
     report.write(folder.path, about, folder.rows, pictures)
 

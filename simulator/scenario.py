@@ -105,8 +105,8 @@ class Scenario:
     """Folder of a saved practice, to use or to make; none means one within the run's own."""
     delta: float | None = None
     """δ at which the rows tell the defence's ε, and how often an attack succeeded; None means that they do not."""
-    success_db: float | None = 30.0
-    """PSNR from which an attack on a victim counts as a success, there; None means that they tell ε alone."""
+    success_db: float | None = 0.0
+    """PSNR from which an image counts as a success, there; 0: a recognisable one; None means that they tell ε alone."""
     accuracy_loss: float = 0.0
     """Share of the test images that a defence may cost the trained model. Of the parts that differ in the defence's
     strength alone the one that comes nearest to it is attacked; 0 means that each is."""

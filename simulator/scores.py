@@ -15,13 +15,29 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binom, binomtest, spearmanr
 from torch import Tensor
 
 from simulator.errors import FedtapError
 
 RECOVERED_DB = 30.0
-"""A PSNR from which an image counts as recovered."""
+"""A PSNR from which a row's column `recovered` counts an image; levels say more."""
+
+LEVELS = ("nothing", "recognisable", "identical")
+"""What an image's scores say of it, from the least to the most."""
+
+RECOGNISABLE_LPIPS, RECOGNISABLE_SSIM, RECOGNISABLE_PSNR = 0.08, 0.6, 17.0
+"""An image is recognisable up to this LPIPS; where LPIPS has no value, from this SSIM; where neither has, from this
+PSNR in dB. `python -m scenarios.levels` chose them on training images by an identification test, and says how often
+they agree with it."""
+
+LEAST_SSIM, LEAST_CORRELATION = 0.35, 0.5
+"""And from these, whatever LPIPS says: two pictures of the same kind may be near in LPIPS and not in SSIM, and an image
+of one colour, near in all other scores to a picture that is nearly of one colour, has no correlation with it."""
+
+IDENTICAL_PSNR, IDENTICAL_SSIM = 30.0, 0.95
+"""A recognisable image is identical from this PSNR in dB and this SSIM, where that has a value: closer than a JPEG copy
+(`python -m scenarios.levels` says at which quality)."""
 
 FAINT = 0.1
 """Weight, in examples, below which a pseudo-point stands for none."""
@@ -38,6 +54,13 @@ LPIPS_PIXELS = 31
 LPIPS_AT_ONCE = 64
 """Images in one pass through AlexNet, to bound its memory."""
 
+LEVELLED = (
+    f"Recognisable: LPIPS at most {RECOGNISABLE_LPIPS:g}, SSIM from {LEAST_SSIM:g} and correlation with the original "
+    f"from {LEAST_CORRELATION:g} (where LPIPS has no value, SSIM from {RECOGNISABLE_SSIM:g}; where neither has, PSNR "
+    f"from {RECOGNISABLE_PSNR:g} dB); identical: also PSNR from {IDENTICAL_PSNR:g} dB and SSIM from {IDENTICAL_SSIM:g}"
+)
+"""The levels in words."""
+
 Image = Float[Tensor, "channel height width"]
 Batch = Float[Tensor, "batch channel height width"]
 
@@ -47,7 +70,8 @@ class Score(TypedDict):
 
     mse: float | None
     psnr: float | None
-    """Decibels, at most PSNR_CAP; the mean of the images' own."""
+    """Decibels, at most PSNR_CAP; the mean of the images' own, so of a batch a mean of capped logarithms: to say how
+    well it came back, read `levels`, `psnr_images`, or the PSNR of the mean error, ``-10 log10(mse)``."""
     ssim: float | None
     lpips: float | None
     """0 is the same picture."""
@@ -55,6 +79,13 @@ class Score(TypedDict):
     """Share of the batch's labels found, repeats counted: a batch has no order."""
     recovered: float
     """Share of images with at least RECOVERED_DB."""
+    psnr_images: list[float] | None
+    """Decibels of each image, in the truth's order, to two digits."""
+    levels: list[str]
+    """Of each image, one of LEVELS."""
+    recognisable: float
+    """Share of images that are recognisable at least."""
+    identical: float
     matching: list[int]
     """For each true image, which guess was matched to it."""
     ssim_note: str | None
@@ -104,6 +135,34 @@ def lpips(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
         return torch.cat([network(guess[chunk], truth[chunk], normalize=True).flatten() for chunk in chunks])
 
 
+def correlation(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
+    """Pearson's, over each image's pixels about their channel's mean, in [-1, 1]; 0 where one side has no contrast."""
+    one, other = (
+        (images.double() - images.double().mean((2, 3), keepdim=True)).flatten(1)
+        for images in (guess.clamp(0, 1), truth)
+    )
+    sizes = one.norm(dim=1) * other.norm(dim=1)
+    faint = sizes < 1e-6 * one.shape[1]  # a thousandth of the pixels' range on both sides: rounding, and no picture
+    return torch.where(faint, 0.0, (one * other).sum(1) / sizes.clamp_min(1e-30))
+
+
+def levels(
+    guess: Batch, truth: Batch, errors: Tensor, ssim: Tensor | None, lpips: Tensor | None
+) -> Int[Tensor, " batch"]:
+    """Of each image its place in LEVELS, from its scores; `ssim` and `lpips` are None where they have no value."""
+    decibels = psnr(errors)
+    if lpips is not None:
+        known = lpips.double() <= RECOGNISABLE_LPIPS
+    else:
+        known = decibels >= RECOGNISABLE_PSNR if ssim is None else ssim >= RECOGNISABLE_SSIM
+    known = known & (correlation(guess, truth) >= LEAST_CORRELATION)
+    same = decibels >= IDENTICAL_PSNR
+    if ssim is not None:
+        known, same = known & (ssim >= LEAST_SSIM), same & (ssim >= IDENTICAL_SSIM)
+    same = known & same
+    return known.long() + same.long()
+
+
 def match(guess: Batch, truth: Batch) -> Int[Tensor, " batch"]:
     """For each true image the guess that is matched to it: the pairing with the least total squared error."""
     one, other = guess.double().clamp(0, 1).flatten(1), truth.double().flatten(1)
@@ -134,6 +193,17 @@ def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
     tests = (binomtest(won, tries, alternative=side) for side in ("greater", "less"))
     low, high = (test.proportion_ci(1 - doubt, method="exact") for test in tests)
     return float(low.low), float(high.high)
+
+
+def median_interval(values: Sequence[float], doubt: float = 0.05) -> tuple[float, float]:
+    """Order statistics between which the median lies, but for `doubt`; of few values the least and the largest.
+
+    Of n independent values the number below the median is binomial (n, 1/2), whatever their distribution is.
+    """
+    ordered = sorted(values)
+    rank = int(binom.ppf(doubt / 2, len(ordered), 0.5))  # P(rank or fewer below) is above doubt / 2: exclude one less
+    first = min(max(rank - 1, 0), (len(ordered) - 1) // 2)
+    return ordered[first], ordered[-1 - first]
 
 
 def relative_error(
@@ -178,6 +248,9 @@ def score_all(
         except FedtapError as reason:
             columns[name], notes[name] = None, str(reason)
 
+    found = levels(guess, truth, errors, columns["ssim"], columns["lpips"])
+    names = [[LEVELS[level] for level in some] for some in found.view(victims, -1).tolist()]
+
     def mean(column: str, victim: int) -> float | None:
         values = columns[column]
         return float(values.view(victims, -1)[victim].mean()) if values is not None and sound[victim] else None
@@ -191,6 +264,10 @@ def score_all(
             lpips=mean("lpips", victim),
             label_correct=label_correct(guess_labels[victim], true_labels[victim]),
             recovered=float((decibels[victim] >= RECOVERED_DB).double().mean()) if sound[victim] else 0.0,
+            psnr_images=[round(value, 2) for value in decibels[victim].tolist()] if sound[victim] else None,
+            levels=names[victim] if sound[victim] else [LEVELS[0]] * len(names[victim]),
+            recognisable=float((found.view(victims, -1)[victim] >= 1).double().mean()) if sound[victim] else 0.0,
+            identical=float((found.view(victims, -1)[victim] == 2).double().mean()) if sound[victim] else 0.0,
             matching=matchings[victim].tolist(),
             ssim_note=notes["ssim"] if sound[victim] else strange,
             lpips_note=notes["lpips"] if sound[victim] else strange,

@@ -256,7 +256,7 @@ def run_studies(
         pictures += outcome.pictures
         sound = [row for row in folder.rows if not isinstance(row.get("error"), str)]  # in some, a number
         drawn = dict(first.charts(sound)) if sound else {}
-        study_report.write(folder, parts, drawn | charts, pictures)
+        study_report.write(folder, parts, drawn | charts, pictures, finished=number == len(parts) - 1)
     assert folder is not None
     folder.finish()
     return folder.rows

@@ -131,15 +131,26 @@ def said(value: Any) -> str:
 
 
 def write(
-    folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pictures: Sequence[report.Picture]
+    folder: Folder,
+    parts: Sequence[Study],
+    charts: Mapping[str, str],
+    pictures: Sequence[report.Picture],
+    *,
+    finished: bool,
 ) -> None:
     """`report.html`, and `strip.png` where there are pictures, of the rows that the folder has so far."""
     if pictures:
         folder.write("strip.png", report.strip(pictures))
-    folder.write("report.html", _page(folder, parts, charts, pictures).encode())
+    folder.write("report.html", _page(folder, parts, charts, pictures, finished).encode())
 
 
-def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pictures: Sequence[report.Picture]) -> str:
+def _page(
+    folder: Folder,
+    parts: Sequence[Study],
+    charts: Mapping[str, str],
+    pictures: Sequence[report.Picture],
+    finished: bool,
+) -> str:
     study, rows = parts[0], folder.rows
     settings = {
         field.name.replace("_", " "): " or ".join(dict.fromkeys(str(getattr(part, field.name)) for part in parts))
@@ -152,6 +163,7 @@ def _page(folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pic
         threat=study.threat,
         settings=settings,
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
+        finished=finished,
     )
     medians = summary(study, rows)
     together = f"<h2>Medians</h2>{listing(_columns(study, medians), medians)}" if medians else ""

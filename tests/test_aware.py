@@ -22,6 +22,7 @@ from attackers.parts.aware import KINK, ROUGHNESS, SOFTNESS, Objective, informed
 from attackers.parts.gradients import Match, mean_gradient, relative_distance, squared_distance
 from attackers.parts.priors import smooth_variation, total_variation
 from attackers.restarts import Restarts
+from attackers.ridge import Ridge
 from clients.app import client_app
 from clients.defences import parse
 from scenarios.plan import plan
@@ -31,9 +32,9 @@ from simulator.leaks import Leak
 from simulator.local import LocalGrid
 from simulator.models import build
 from simulator.practice import gradients
-from simulator.run import run
+from simulator.run import adaptation, run
 from simulator.scores import mse, psnr
-from tests.attack_leaks import leak_of, pictures
+from tests.attack_leaks import leak_of, pictures, practice_for
 from tests.test_gradients import plain_answer
 
 MATCHING: tuple[Attack, ...] = (IDLG(steps=6), DLG(steps=6), InvertingGradients(steps=6))
@@ -238,6 +239,53 @@ def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
     assert named == {name for name, kind in WORDS.items() if kind.hook != "server"}
     for one in parts:
         assert [attack.adapted for attack in one.attacks] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("attack", "defence", "adapted", "note"),
+    [
+        ("idlg", "sign()", False, None),
+        ("idlg(aware=True)", "sign()", True, None),
+        ("idlg(aware=True)", "clip(1.0)+noise(0.1)", True, None),
+        ("idlg(aware=True)", "precode(64)", False, "does not know precode(64)"),
+        ("dlg(aware=True)", "precode(64)+clip(1.0)", False, "does not know precode(64)"),
+        ("restarts(inverting_gradients(aware=True),2)", "precode(8)", False, "does not know precode(8)"),
+        ("panel(idlg,idlg(aware=True))", "prune(0.9)", True, None),
+        ("panel(idlg,idlg(aware=True))", "precode(64)", False, "does not know precode(64)"),
+        ("idlg(aware=True)", "none", True, None),
+        ("idlg", "none", False, None),
+        ("idlg(aware=True)", "central_dp(1.0, 0.1)", True, None),  # done after the answer was heard
+        ("idlg", "central_dp(1.0, 0.1)", False, None),
+        ("coarse_git", "precode(64)", True, None),  # its pairs went through the same bottleneck
+        ("exact_git", "clip(1.0)+noise(0.1)", True, None),
+        ("exact_git", "sign()", False, None),
+        ("gauss_newton", "noise(0.1)", True, None),
+        ("gauss_newton", "clip(1.0)+noise(0.1)", False, None),
+    ],
+)
+def test_who_counts_as_adapted_takes_the_whole_defence_into_account(
+    attack: str, defence: str, adapted: bool, note: str | None
+) -> None:
+    (made,) = attacks_of(attack)
+    assert adaptation(made, defence) == {"adapted": adapted} | ({"adapted_note": note} if note else {})
+
+
+@pytest.mark.parametrize("attack", MATCHING, ids=repr)
+def test_what_an_aware_attack_does_not_know_leaves_it_as_it_was(attack: Attack) -> None:
+    """And every defence of an answer that it says it knows changes it."""
+    aware: Attack = dataclasses.replace(attack, aware=True)  # type: ignore[call-arg,type-var]
+    texts = [str(part) for one in plan("defences", {}) for part in described(one.defence)]
+    leak, _, _ = defended("none")
+    for text in texts:
+        told = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, defence=text))
+        assert (informed(told, squared_distance) is None) == bool(aware.unknown(text)), text
+
+
+def test_what_practised_under_another_defence_is_not_adapted_to_this_one(tmp_path: Path) -> None:
+    leak, _, _ = defended("none", model="mlp")
+    learned = Ridge(features=64).fit(practice_for(leak, tmp_path, pairs=8))
+    assert adaptation(learned, "none") == {"adapted": True}
+    assert adaptation(learned, "sign()") == {"adapted": False, "adapted_note": "does not know sign()"}
 
 
 def test_rows_say_what_was_adapted_and_whose_guess_it_is(tmp_path: Path) -> None:

@@ -85,17 +85,17 @@ def test_the_rows_say_what_was_promised_what_was_got_and_what_it_cost(left: Path
     assert game["success_low"] <= game["bound"]
 
 
-RATED = part(success_db="20")
-
-
-@given(won=st.integers(0, 9), lost=st.integers(0, 9), failed=st.integers(0, 2))
-def test_success_is_the_share_of_victims_from_so_many_decibels_on(won: int, lost: int, failed: int) -> None:
-    decibels = [20.0] * won + [19.99] * lost + [None] * failed
-    found = success_of(RATED, [{"psnr": value} for value in decibels])
+@given(won=st.integers(0, 9), lost=st.integers(0, 9), failed=st.integers(0, 2), asked=st.sampled_from((0.0, 20.0)))
+def test_success_is_the_share_of_images_that_came_back(won: int, lost: int, failed: int, asked: float) -> None:
+    """A recognisable image is one, or if the user names a PSNR an image from so many decibels on."""
+    back = {"levels": ["nothing" if asked else "recognisable"], "psnr_images": [20.0]}
+    gone = {"levels": ["recognisable" if asked else "nothing"], "psnr_images": [19.99]}
+    rows = [back] * won + [gone] * lost + [{"levels": None, "psnr_images": None}] * failed
+    found = success_of([row | {"success_db": asked} for row in rows])
     if not won + lost:
         assert not found
         return
-    low, high = limits(won, won + lost, 0.05)
+    low, high = limits(won, won + lost, 0.025)
     assert found == {"success": won / (won + lost), "success_low": low, "success_high": high}
 
 

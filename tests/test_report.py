@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from scipy.stats import binom
 from torch import Tensor
 
 from simulator import report
 from simulator.errors import FedtapError
+from simulator.outcomes import outcome
 from simulator.report import About, Picture, summarise
+from simulator.scores import median_interval
 
 EVIL = "<script>alert('x')</script> & [bold]"
 
@@ -27,11 +32,13 @@ def row(attack: str = "dlg", client: int = 0, **changes: Any) -> dict[str, Any]:
     settings = {"scenario": "first_leak", "attack": attack, "defence": "none", "world": "photos", "model": "lenet"}
     who = {"client": client, "round": 1, "seed": 0, "batch": 1, "steps": 1, "listener": "curious_server"}
     scores = {"mse": 1e-4, "psnr": 40.0, "ssim": 0.9, "lpips": 0.1, "label_correct": 1.0, "recovered": 1.0}
+    scores |= {"levels": ["identical"], "recognisable": 1.0, "identical": 1.0}
     return settings | who | scores | {"psnr_blind": 12.0, "seconds": 2.0, "objective": 1e-9, "error": None} | changes
 
 
 def failed(**changes: Any) -> dict[str, Any]:
     empty = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "seconds", "objective"))
+    empty |= dict.fromkeys(("levels", "recognisable", "identical"))
     return row(**empty, **({"error": "client 3 did not answer"} | changes))
 
 
@@ -66,10 +73,14 @@ def opened(png: bytes) -> Image.Image:
 
 def test_a_summary_is_of_medians_over_victims() -> None:
     values = [10.0, 20.0, 31.0, 50.0, 60.0]
-    (entry,) = summarise([row(client=n, psnr=value, recovered=float(value > 30)) for n, value in enumerate(values)])
+    levels = ["nothing", "nothing", "recognisable", "identical", "identical"]
+    rows = [
+        row(client=n, psnr=value, levels=[level]) for n, (value, level) in enumerate(zip(values, levels, strict=True))
+    ]
+    (entry,) = summarise(rows)
     assert (entry.victims, entry.failed, entry.psnr, entry.psnr_blind) == (5, 0, 31.0, 12.0)
     assert entry.spread == (20.0, 50.0)
-    assert entry.recovered == pytest.approx(0.6)
+    assert (entry.back.images, entry.back.won, entry.back.identical, entry.back.share) == (5, 3, 2, 0.6)
     assert entry.seconds == statistics.mean([2.0] * 5)
 
 
@@ -89,18 +100,134 @@ def test_swept_knobs_make_groups_and_seeds_do_not() -> None:
 
 def test_a_failed_client_is_counted_and_spoils_no_median() -> None:
     (entry,) = summarise([row(psnr=40.0), failed(client=1), row(client=2, psnr=50.0)])
-    assert (entry.victims, entry.failed, entry.psnr, entry.recovered) == (3, 1, 45.0, 1.0)
+    assert (entry.victims, entry.failed, entry.psnr, entry.back.share) == (3, 1, 45.0, 1.0)
     (entry,) = summarise([failed()])
-    assert (entry.psnr, entry.spread, entry.recovered) == (None, None, None)
+    assert (entry.psnr, entry.spread, entry.back.share) == (None, None, None)
     (entry,) = summarise([row(psnr=40.0)])
     assert entry.spread == (40.0, 40.0)
 
 
 def test_a_guess_with_nan_counts_as_not_recovered() -> None:
-    (entry,) = summarise([row(), row(client=1, psnr=None, mse=None, recovered=0.0)])
-    assert (entry.psnr, entry.recovered) == (40.0, 0.5)
-    never = report.html(about(), [row(psnr=None, mse=None, recovered=0.0)], [])
-    assert "brought back" not in never
+    (entry,) = summarise([row(), row(client=1, psnr=None, psnr_images=None, mse=None, levels=["nothing"])])
+    assert (entry.psnr, entry.back.share) == (40.0, 0.5)
+
+
+# Batches: image by image.
+
+HALF_LOST = {
+    "batch": 2,
+    "mse": 0.026,  # 15.9 dB
+    "psnr": 55.9,  # the mean of 100, where PSNR is capped, and 11.8
+    "psnr_images": [100.0, 11.8],
+    "levels": ["identical", "nothing"],
+    "psnr_blind_images": [12.0, 13.0],
+}
+
+
+def test_a_batch_of_which_half_is_lost_is_not_a_batch_at_56_decibels() -> None:
+    rows = [row(client=n, **HALF_LOST) for n in range(3)]
+    (entry,) = summarise(rows)
+    assert (entry.victims, entry.back.images, entry.back.won, entry.back.identical) == (3, 6, 3, 3)
+    assert (entry.psnr, entry.psnr_blind) == (55.9, 12.5)  # of six images the median lies between the two kinds
+    assert entry.spread == (11.8, 100.0)
+    text = shown(rows)
+    assert "3×2" in text
+    assert "50% [12–88]" in text
+    assert "55.9 [12–100]" in text  # and its interval says that it stands for no image
+    page = report.html(about(), rows, [])
+    assert "3 of 6 images recognisable (95 % interval 12–88 %), 3 of them identical" in page
+
+
+def test_an_interval_holds_its_median_and_of_few_values_is_their_range() -> None:
+    for count in range(1, 40):
+        low, high = median_interval([float(value) for value in range(count)])
+        rank = int(low)
+        assert low + high == count - 1  # as many order statistics are left out on either side
+        assert rank == 0 or 2 * binom.cdf(rank, count, 0.5) <= 0.05  # how often the median lies outside
+        assert rank == (count - 1) // 2 or 2 * binom.cdf(rank + 1, count, 0.5) > 0.05  # it could not be narrower
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_every_share_has_clopper_and_pearsons_interval(won: int, more: int) -> None:
+    rows = [row(levels=["recognisable"] * won + ["nothing"] * more)]
+    low, high = outcome(rows).interval
+    assert low <= won / (won + more) <= high
+    assert binom.sf(won - 1, won + more, low) == pytest.approx(0.025, abs=1e-6) or won == 0
+    assert binom.cdf(won, won + more, high) == pytest.approx(0.025, abs=1e-6)
+
+
+def test_a_psnr_that_the_user_names_is_the_only_measure_of_its_page() -> None:
+    rows = [row(success_db=20.0, psnr_images=[25.0, 19.0], levels=["nothing", "recognisable"])]
+    assert (outcome(rows).won, outcome(rows).identical) == (1, None)
+    page = report.html(about(), rows, [])
+    assert "1 of 2 images ≥20 dB" in page
+    assert "recognisable" not in page.partition("What each attack got")[0]
+    assert re.findall(r"<th [^>]*>(≥20 dB|recognisable|identical)</th>", page.split("Every victim")[1]) == ["≥20 dB"]
+
+
+# The answer and the banner.
+
+
+def test_the_answer_is_what_the_rows_say_whatever_was_expected() -> None:
+    question = "Does it leak?\n\nExpect: nothing comes back."
+    page = Page(report.html(about(question=question), [row(client=n) for n in range(8)], [])).text
+    answer = "dlg: 8 of 8 images recognisable (95 % interval 63–100 %), 8 of them identical; "
+    answer += "median 40.0 dB (blind guess 12.0 dB)."
+    assert page.index("Does it leak?") < page.index(answer) < page.index("Expect: nothing comes back.")
+    assert "Read this first" not in page
+    lost = [row(client=n, psnr=9.0, levels=["nothing"]) for n in range(8)]
+    assert report.answers(lost)[0].startswith("dlg: 0 of 8 images recognisable (95 % interval 0–37 %)")
+
+
+def test_a_sweeps_answer_names_each_setting_or_the_two_ends() -> None:
+    def swept(count: int) -> list[dict[str, Any]]:
+        return [row(sigma=n / 10, levels=["nothing" if n else "identical"], psnr=40.0 - n) for n in range(count)]
+
+    (few,), (many,) = report.answers(swept(2)), report.answers(swept(9))
+    assert few == (
+        "dlg, images recognisable (blind guess 12.0 dB): "
+        "sigma 0: 1 of 1 image, 40.0 dB; sigma 0.1: 0 of 1 image, 39.0 dB."
+    )
+    assert many.startswith("dlg: over 9 settings from 0 of 1 image (sigma 0.8) to 1 of 1 image (sigma 0) recognisable")
+
+
+def test_a_failed_attack_is_no_answer_about_privacy() -> None:
+    (said,) = report.answers([failed(), failed(client=1)])
+    assert said == "dlg: no result; 2 victims without a result."
+    (said,) = report.answers([row(), failed(client=1)])
+    assert said.endswith("; 1 victim without a result.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "finished", "said"),
+    [
+        ([row(), failed(client=1)], True, "1 of 2 rows hold no result, so shares are of the others: client 3 did not"),
+        ([row()], False, "This run is not finished"),
+        ([row(unexplained=0.4), row(client=1, unexplained=0.02)], True, "dlg did not converge on 1 victim:"),
+        ([row(doubts="all gradients are zero")], True, "The gradient is doubted: all gradients are zero"),
+        ([row(unexplained=0.4, defence="noise(0.1)"), row(client=1, unexplained=None, doubts=None)], True, ""),
+        ([row()], True, ""),
+    ],
+)
+def test_what_is_wrong_with_a_run_stands_above_its_answer(
+    rows: list[dict[str, Any]], finished: bool, said: str
+) -> None:
+    page = Page(report.html(about(finished=finished), rows, [])).text
+    if not said:
+        assert "Read this first" not in page
+        return
+    assert page.index("Read this first") < page.index(said) < page.index("Answer")
+    assert summarise(rows)[0].knobs in ({}, {"defence": "none"})  # doubts are no settings
+
+
+def test_a_leak_is_said_in_words_and_in_the_colour_of_alarm() -> None:
+    found = report.html(about(), [row()], [picture(levels={"dlg": ["identical"], "idlg": ["nothing"]})])
+    assert re.findall(r"<span class='(\w+)'>([^<]+)</span>", found)[0] == ("leak", "identical, 41.0 dB")
+    assert "green" not in shown([row()])
+    batch = picture(batch=3, levels={"dlg": ["identical", "nothing", "recognisable"]})
+    assert "2 of 3 recognisable, 41.0 dB" in report.html(about(), [], [batch])
+    none = picture(levels={"dlg": ["nothing"]})
+    assert "<span class='pale'>nothing, 41.0 dB" in report.html(about(), [], [none])
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
@@ -125,7 +252,7 @@ def test_the_terminals_table_leaves_out_what_another_knob_tells() -> None:
 
 def test_the_table_shows_figures_knobs_and_failures() -> None:
     text = shown([row(sigma=0.0), row(client=1, sigma=0.0, psnr=50.0), failed(sigma=0.01, attack="idlg [bold]")])
-    assert "45.0 [42–48]" in text
+    assert "45.0 [40–50]" in text
     assert "1 (1 failed)" in text
     assert re.search(r"sigma\s.*attack\s.*PSNR dB", text)
     assert "idlg [bold]" in text
@@ -295,10 +422,10 @@ def test_settings_that_do_not_vary_are_left_out_of_the_rows() -> None:
 
 
 def test_a_leak_attacked_without_the_truth_has_a_page_too() -> None:
-    unknown = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind"))
+    unknown = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind", "levels"))
     page = Page(report.html(about(), [row(**unknown)], [picture(original=None)]))
     assert "–" in page.text
-    assert "brought back" not in page.text
+    assert "Answer" not in page.text
 
 
 def test_write_leaves_a_strip_and_a_page_and_nothing_half_done(tmp_path: Path) -> None:

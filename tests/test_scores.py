@@ -265,3 +265,74 @@ def test_limits_are_where_what_was_won_is_as_rare_as_the_doubt(won: int, more: i
 
 def test_games_are_won_by_the_right_guess_alone() -> None:
     assert scores.games_won(torch.tensor([0, 1, 2, 1]), torch.tensor([0, 2, 2, 0])) == 2
+
+
+# Levels.
+
+
+def level(guess: Tensor, truth: Tensor) -> list[str]:
+    labels = torch.zeros(len(truth), dtype=torch.long)
+    return score(guess, labels, truth, labels)["levels"]
+
+
+def test_a_face_at_28_decibels_is_recognisable_and_the_same_to_the_byte_is_identical(photographs: Tensor) -> None:
+    face = photographs[:1]
+    spoiled = (face + 0.09 * (noise(*face.shape) - 0.5) * 1.6).clamp(0, 1)
+    result = score(spoiled, torch.tensor([0]), face, torch.tensor([0]))
+    assert result["psnr"] is not None
+    assert 27 < result["psnr"] < RECOGNISED
+    assert (result["recovered"], result["recognisable"], result["identical"]) == (0.0, 1.0, 0.0)
+    assert level(face, face) == ["identical"]
+    assert level((face * 255).round() / 255, face) == ["identical"]
+
+
+RECOGNISED = scores.IDENTICAL_PSNR
+
+
+def test_what_is_made_without_the_leak_is_nothing(photographs: Tensor) -> None:
+    world = open_world("photos", Path("nowhere"))
+    public = world.public.batch(slice(None))[0]
+    smooth = (0.5 + 0.02 * noise(1, 3, 32, 32)).expand(2, -1, -1, -1)  # a sky: any constant is at 40 dB
+    for truth in (photographs, smooth, smooth.mean(1, keepdim=True), smooth[..., :20, :20], smooth[..., :5, :5]):
+        for guess in (
+            truth.mean((2, 3), keepdim=True).expand_as(truth),
+            truth.mean((1, 2, 3), keepdim=True).expand_as(truth),
+            torch.full_like(truth, 0.5),
+            torch.full_like(truth, float("nan")),
+        ):
+            assert set(level(guess, truth)) == {"nothing"}
+    for guess in (scores.blind(public), scores.training_mean(public)):
+        assert set(level(guess.expand_as(photographs), photographs)) == {"nothing"}
+
+
+def test_an_image_beside_the_wrong_member_of_its_batch_is_nothing(photographs: Tensor) -> None:
+    truth, guess = photographs, photographs.roll(1, dims=0)
+    found = scores.levels(guess, truth, scores.mse(guess, truth), scores.ssim(guess, truth), scores.lpips(guess, truth))
+    assert not found.any()
+
+
+def test_half_a_batch_is_half_a_success_and_not_a_mean_of_decibels(photographs: Tensor) -> None:
+    truth = photographs[:4]
+    guess = torch.cat([truth[:2], torch.full_like(truth[2:], 0.5)])
+    result = score(guess, torch.arange(4), truth, torch.arange(4))
+    assert result["levels"] == ["identical", "identical", "nothing", "nothing"]
+    assert (result["recognisable"], result["identical"]) == (0.5, 0.5)
+    assert result["psnr_images"] is not None
+    assert result["psnr_images"][:2] == [PSNR_CAP, PSNR_CAP]
+    assert max(result["psnr_images"][2:]) < 15
+    assert result["mse"] is not None
+    assert float(scores.psnr(torch.tensor(result["mse"]))) < 18 < 50 < result["psnr"]  # type: ignore[operator]
+
+
+def test_images_too_small_for_lpips_and_ssim_have_levels_too() -> None:
+    for side in (30, 5):
+        truth = noise(2, 3, side, side)
+        assert level(truth, truth) == ["identical", "identical"]
+        assert level(truth + 0.3 * (noise(2, 3, side, side, seed=1) - 0.5), truth) == ["recognisable"] * 2
+        assert level(noise(2, 3, side, side, seed=2), truth) == ["nothing", "nothing"]
+
+
+def test_a_negative_is_no_picture(photographs: Tensor) -> None:
+    assert float(scores.correlation(1 - photographs, photographs).max()) == pytest.approx(-1)
+    assert set(level(1 - photographs[:1], photographs[:1])) == {"nothing"}
+    assert float(scores.correlation(photographs * 0.3, photographs).min()) == pytest.approx(1)

@@ -9,6 +9,9 @@ from simulator.errors import FedtapError
 from simulator.leaks import Protocol
 from simulator.privacy import flower_local_dp
 
+NOISY = frozenset({"noise", "laplace"})
+"""Defences of which all that matters is how loud their noise is, which `sigma` says."""
+
 
 def sigma(protocol: Protocol) -> float:
     """Standard deviation of the noise that is announced, on an entry of the gradient; 0 where none is.

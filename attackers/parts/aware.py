@@ -35,6 +35,10 @@ from simulator.errors import FedtapError
 from simulator.leaks import Leak, UpdateLeak
 from simulator.models import logits_layer
 
+MODELLED = frozenset({"soteria", "dp_sgd", "clip", "noise", "laplace", "prune", "sign", "quantise", "local_dp"})
+"""Defences that an aware attack models. Not `precode`: its draw is the client's own, and no part of what is sent shows
+it, so the guess's gradient is computed as if there were no bottleneck noise to know of."""
+
 SOFTNESS, HARD = 0.3, 1e-4
 """Of the sign: ``tanh(g / (softness rms(g)))``, for a slope to follow; and so that next to nothing is left of it."""
 
