@@ -631,8 +631,8 @@ def gallery(pictures: Sequence[Picture]) -> str:
         f"<table class='pictures' style='min-width: {110 * (len(columns) + 1)}px'>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         + (
-            "<p class='pale'>Below each guess what it shows, and its PSNR (of a batch: that of its mean squared error). "
-            "The blind guess is made without any leak, from public images.</p>"
+            "<p class='pale'>Below each guess what it shows, and its PSNR (of a batch: that of its mean squared "
+            "error). The blind guess is made without any leak, from public images.</p>"
         )
         * any(picture.original is not None for picture in pictures)
     )
