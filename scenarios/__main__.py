@@ -28,8 +28,8 @@ from simulator import defence_report, privacy_report, report, study_report
 from simulator.attack import Attack, Reconstruction
 from simulator.attention import architecture
 from simulator.defence import WORDS, usage
-from simulator.errors import FedtapError, unknown
-from simulator.leaks import KINDS, load
+from simulator.errors import FedtapError, short, unknown
+from simulator.leaks import KINDS, load, told
 from simulator.local import LocalGrid
 from simulator.models import MODELS
 from simulator.run import attack_saved, device_named, run
@@ -43,6 +43,7 @@ console = Console()
 DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; cuda if there is one, unless said.")]
 COMMANDS = ("run", "attack", "list")
+SAYS = "This option and those below say what the client did, in place of the leak's JSON."
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -109,11 +110,26 @@ def attack_command(
     out: Annotated[Path, typer.Option(help="Folder for what the run leaves.")] = Path("runs/attack"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
+    batch: Annotated[int | None, typer.Option(help=f"Images in a client's local step. {SAYS}")] = None,
+    steps: Annotated[int | None, typer.Option(help="Local steps, each on the same batch.")] = None,
+    low: Annotated[str, typer.Option(help="What the model is fed for a pixel of 0: a number, or R,G,B.")] = "",
+    high: Annotated[str, typer.Option(help="What the model is fed for a pixel of 1: a number, or R,G,B.")] = "",
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, bce (with logits) or mse (on one-hot).")] = None,
+    reduction: Annotated[str | None, typer.Option(help="Of the loss over the batch: mean or sum.")] = None,
+    optimiser: Annotated[str | None, typer.Option(help="sgd or adam; of adam one step, which leaves signs.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="The optimiser's, from 0 and below 1.")] = None,
+    nesterov: Annotated[bool | None, typer.Option(help="Whether that momentum is Nesterov's.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="The optimiser's, times the weights.")] = None,
+    batchnorm: Annotated[str | None, typer.Option(help="train (the batch's statistics) or eval (running).")] = None,
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
+    said = {"batch": batch, "steps": steps, "low": numbers("low", low), "high": numbers("high", high), "loss": loss}
+    said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
+    said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
     named = parse(with_trained(attack, attacker)) if attack or attacker else ()
     _find_own_code(model)
     leak = load(leaks, architecture, model or None)
+    leak = told(leak, **{name: value for name, value in said.items() if value is not None})
     attacks = named or parse(suited(leak))
     rows = attack_saved(leak, attacks, out, device=device_named(device), seed=seed, source=leaks.name)
     console.print(report.table(rows) if attacks[0].guesses is Reconstruction else study_report.found(rows))
@@ -180,6 +196,21 @@ def _studies(
     rows = run_studies(studies, grid, where, device=device, data_root=data_root)
     console.print(study_report.table(studies[0], rows))
     _where(where)
+
+
+def numbers(name: str, text: str) -> float | tuple[float, ...] | None:
+    """A number, or several with commas between; None of an empty text.
+
+    Raises:
+        FedtapError: it is neither.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise FedtapError(
+            f"--{name} {short(text)} is neither a number nor one a channel: give it as -1 or as -2.1,-2,-1.8."
+        ) from None
+    return values[0] if len(values) == 1 else values or None
 
 
 def _find_own_code(*models: str) -> None:

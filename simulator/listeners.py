@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
@@ -100,7 +101,12 @@ def isolated(answers: Mapping[int, Masked], clients: int, others: str) -> Leak:
         for client, tensors in told.items():
             left -= tensors[name].double() * answers[client].examples
         observed[name] = (left / sum(rest)).float()
-    return dataclasses.replace(some, observed=observed, resolution=some.resolution * math.hypot(*rest) / sum(rest))
+    return dataclasses.replace(
+        some,
+        observed=observed,
+        resolution=some.resolution * math.hypot(*rest) / sum(rest),
+        examples=torch.tensor([round(sum(rest))]),
+    )
 
 
 def _all_answered(answers: Mapping[int, Masked], clients: int) -> None:
@@ -139,8 +145,8 @@ def _told(answers: Mapping[int, Masked], clients: int, others: str) -> dict[int,
 def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
     """The leak of one ordinary FedAvg exchange: weights out, weights back.
 
-    One prescribed step of plain SGD gives away the gradient, (before - after) / learning rate; several give away their
-    sum, after - before.
+    One prescribed step of SGD gives away the gradient, (before - after) / learning rate; several give away their
+    sum, after - before. What else the protocol says of loss and optimiser is left to whoever reads the leak.
 
     Raises:
         FedtapError: the answer is not what a client of this protocol sends.
@@ -178,6 +184,7 @@ def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.
         rounds=torch.tensor([rnd]),
         restarts=torch.tensor([0]),
         resolution=ROUNDING * abs(scale),
+        examples=torch.tensor([round(_examples(answer))]),
     )
 
 
@@ -195,8 +202,12 @@ def _tensors(content: RecordDict, what: str) -> dict[str, Tensor]:
 
 
 def _counts(answer: RecordDict) -> bool:
-    count = next(iter(answer.metric_records.values())).get("num-examples")
+    count = _examples(answer)
     return isinstance(count, int | float) and 0 < count < 2**53
+
+
+def _examples(answer: RecordDict) -> Any:
+    return next(iter(answer.metric_records.values())).get("num-examples")
 
 
 def _whole(found: dict[str, Tensor], wanted: list[str], what: str, client: int) -> None:

@@ -70,9 +70,8 @@ class About:
         Raises:
             KeyError, TypeError, ValueError: it is not of that form.
         """
-        protocol = dict(document["protocol"])  # type: ignore[call-overload]
         about = {name: value for name, value in document.items() if name != "protocol"}
-        made = About(Protocol(**{**protocol, "shape": tuple(protocol["shape"])}), **about)  # type: ignore[arg-type]
+        made = About(Protocol.of(document["protocol"]), **about)  # type: ignore[arg-type]
         if any(type(count) is not int or count < 0 for count in (made.pairs, made.drifts)):
             raise ValueError("pairs and drifts are whole numbers from 0")
         return made

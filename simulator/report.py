@@ -28,6 +28,7 @@ from simulator import defence_report, privacy_report
 from simulator.curves import Curve, svg
 from simulator.files import write_atomically
 from simulator.scores import RECOVERED_DB, mse, psnr
+from simulator.soundness import CAUSES, EXPLAINED
 
 Row: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = Float[Tensor, "batch channel height width"]
@@ -48,6 +49,9 @@ KNOWING = ("adapted", "strongest", "upper_bound_psnr", "overhead", "held_out", "
 
 ASIDE = ("accuracy", "moved", "labels", "settings", "unit", "fit_seconds", *NOTES, *PROMISED, *SUCCESS, *KNOWING)
 """What else a row may hold that is not a knob."""
+
+SOUND = ("unexplained", "doubts")
+"""Whether the leak was read as it was meant."""
 
 WHO = ("scenario", "attack", "client", "round", "seed")
 """Whose row it is; seeds are repetitions, so they are summarised over."""
@@ -104,6 +108,8 @@ class Summary:
     psnr_blind: float | None
     seconds: float | None
     """Mean for each victim."""
+    unexplained: float | None
+    """Median share of a victim's gradient that the guess does not cause."""
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
@@ -117,7 +123,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO, *ASIDE))
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO, *ASIDE, *SOUND))
     if "epsilon" in names:  # σ follows from it
         names.pop("sigma", None)
     told = {(_said(row, "epsilon"), _text(row.get("defence"))) for row in rows if "success" in row}
@@ -150,14 +156,19 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
         label_correct=over("label_correct", statistics.mean),
         psnr_blind=over("psnr_blind", statistics.median),
         seconds=over("seconds", statistics.mean),
+        unexplained=over("unexplained", statistics.median),
     )
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """Why scores are empty, each reason once."""
+    """Why scores are empty, what is doubted of the leak, and whose guess does not explain it, each reason once."""
     notes = dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note))
     failed = dict.fromkeys(f"{row.get('attack')} failed: {row['error']}" for row in rows if row.get("error"))
-    return [*notes, *list(failed)[:FAILURES]]
+    doubted = dict.fromkeys(f"Client {row.get('client')}: {row['doubts']}" for row in rows if row.get("doubts"))
+    told = [row["unexplained"] for row in rows if row.get("unexplained") is not None]
+    many = sum(share > EXPLAINED for share in told)
+    left = [f"{many} of {len(told)} guesses leave over {EXPLAINED:g} of the gradient unexplained: {CAUSES}."]
+    return [*notes, *left[: bool(many)], *list(doubted)[:FAILURES], *list(failed)[:FAILURES]]
 
 
 def _values(rows: Iterable[Row], column: str) -> list[float]:
@@ -172,13 +183,13 @@ def table(rows: Sequence[Row]) -> Table:
     """The summaries, for a terminal of 80 columns: SSIM is left to the page."""
     summaries = summarise(rows)
     share = f"≥{RECOVERED_DB:g}dB: share of images"
-    legend = f"medians over n victims, quartiles in brackets; {share}; MSE: mean; s: each victim"
+    legend = f"medians over n victims, quartiles in brackets; {share}; MSE: mean; left: unexplained; s: each victim"
     shown = Table(caption=plain("\n".join([legend, *_notes(rows)])), box=None, padding=(0, 1, 0, 0))
     knobs = _untold(summaries)
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
     shown.add_column("attack", overflow="fold")
-    for name in ("n", "PSNR dB", "blind", f"≥{RECOVERED_DB:g}dB", "MSE", "LPIPS", "label", "s"):
+    for name in ("n", "PSNR dB", "blind", f"≥{RECOVERED_DB:g}dB", "MSE", "LPIPS", "label", "left", "s"):
         shown.add_column(name, justify="right", no_wrap=True)
     for entry in summaries:
         words = map(plain, (*(entry.knobs[name] for name in knobs), entry.attack, *_cells(entry, but="ssim")))
@@ -209,6 +220,7 @@ def _cells(entry: Summary, but: str = "") -> list[str]:
         "ssim": _number(entry.ssim, ".3f"),
         "lpips": _number(entry.lpips, ".3f"),
         "label": _number(entry.label_correct, ".0%"),
+        "unexplained": _number(entry.unexplained, ".0e"),
         "seconds": _number(entry.seconds, ".2f"),
     }
     return [cell for name, cell in cells.items() if name != but]
@@ -522,9 +534,9 @@ def _summaries(rows: Sequence[Row]) -> str:
     summaries = summarise(rows)
     right = max([60.0, *(value for entry in summaries for value in entry.psnrs)])
     names = [name.replace("_", " ") for name in summaries[0].knobs]
-    numbers = ("victims", "PSNR dB", "blind dB", "recovered", "MSE", "SSIM", "LPIPS", "labels", "s/victim")
+    numbers = ("victims", "PSNR dB", "blind dB", "recovered", "MSE", "SSIM", "LPIPS", "labels")
     head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "attack", "PSNR of each victim"))
-    head += "".join(f"<th class='number'>{name}</th>" for name in numbers)
+    head += "".join(f"<th class='number'>{name}</th>" for name in (*numbers, "unexplained", "s/victim"))
     body = []
     for entry in summaries:
         words = "".join(f"<td>{escape(value)}</td>" for value in entry.knobs.values())
@@ -536,6 +548,7 @@ def _summaries(rows: Sequence[Row]) -> str:
         f"<p class='pale'>Medians over victims (MSE: the mean); in brackets the first and third quartile. "
         "Recovered is the share of "
         f"images with a PSNR of {RECOVERED_DB:g} dB or more (the dashed line); the orange line is the blind guess. "
+        f"Unexplained is the share of the gradient that a guess does not cause; over {EXPLAINED:g} it is {CAUSES}. "
         "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
         + "".join(f"<p class='pale'>{escape(note)}</p>" for note in _notes(rows))
     )
@@ -567,18 +580,19 @@ def _dots(entry: Summary, right: float) -> str:
 def _rows(rows: Sequence[Row]) -> str:
     """Every row; settings that are the same in all of them are left to the settings."""
     forms = {"psnr": ".1f", "psnr_blind": ".1f", "ssim": ".3f", "lpips": ".3f", "mse": ".2g", "objective": ".2g"}
-    forms |= {"label_correct": ".0%", "recovered": ".0%", "accuracy": ".0%", "seconds": ".2f"}
+    forms |= {"label_correct": ".0%", "recovered": ".0%", "accuracy": ".0%", "seconds": ".2f", "unexplained": ".1e"}
     names = {"psnr": "PSNR dB", "psnr_blind": "blind dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE"}
     names |= {"label_correct": "labels right", "accuracy": "model accuracy"}
     seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []
-    scores = [name for name in (*forms, "labels", "error") if any(row.get(name) is not None for row in rows)]
+    scores = [name for name in (*forms, "labels", "doubts", "error") if any(row.get(name) is not None for row in rows)]
     columns = [*_varying(rows), "attack", "client", "round", *seeds, *scores]
 
     def cell(row: Row, name: str) -> str:
         value = row.get(name)
         if name in forms:
             return f"<td class='number'>{_number(value, forms[name])}</td>"
-        return f"<td class='{name if name in ('attack', 'error') else ''}'>{_breakable(_said(row, name))}</td>"
+        kind = {"attack": "attack", "error": "error", "doubts": "error"}.get(name, "")
+        return f"<td class='{kind}'>{_breakable(_said(row, name))}</td>"
 
     head = "".join(
         f"<th class='{'number' if name in forms else ''}'>{escape(names.get(name, name.replace('_', ' ')))}</th>"

@@ -7,6 +7,7 @@ import math
 import platform
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ from simulator.privacy import mechanism_of
 from simulator.progress import progress
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario, private_data
+from simulator.soundness import doubts, unexplained, warned
 
 PICTURES = 8
 """Victims shown in the strip and on the page."""
@@ -104,6 +106,7 @@ def run(
         if leak is not None:
             for attack in part.attacks:
                 attack.accepts(leak)
+            _warn(leak)
         folder = folder or Folder(out, _about(parts, device), resume)
         if leak is not None:
             folder.leak(unit, leak)
@@ -221,6 +224,11 @@ class Played:
         return Practice.record(folder, about, skeleton, progress(heard, "practice"))
 
     @cached_property
+    def doubts(self) -> list[str | None]:
+        """Of each victim in the leak, what contradicts the protocol."""
+        return _joined(doubts(self.leak)) if self.leak is not None else []
+
+    @cached_property
     def truths(self) -> list[tuple[Tensor, Tensor]]:
         """Images and labels of each victim in the leak."""
         return [self.private.behind(*name) for name in self.private.names() if name in self.heard.leaks]
@@ -266,12 +274,14 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
                 learned.save(folder.path / f"attackers/{_unit(where, learned)}.safetensors")
             ready.accepts(played.leak)
         began = time.perf_counter()
-        guess = ready(played.leak.to(device), seed=played.part.seed).on_cpu()
-        timing["seconds"] = (time.perf_counter() - began) / len(played.leak)
+        leak = played.leak.to(device)
+        guess = ready(leak, seed=played.part.seed)
+        timing["seconds"] = (time.perf_counter() - began) / len(leak)
+        left, guess = _left(leak, guess), guess.on_cpu()
         makers = guess.made_by or [None] * len(played.leak)
         rows += [
-            common | timing | row | {"strongest": made_by}
-            for row, made_by in zip(_scored(played, guess), makers, strict=True)
+            common | timing | row | {"unexplained": share, "doubts": doubt, "strongest": made_by}
+            for row, share, doubt, made_by in zip(_scored(played, guess), left, played.doubts, makers, strict=True)
         ]
         folder.keep(unit, guess)
     if played.part.delta is not None and played.part.success_db is not None:
@@ -335,6 +345,7 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
         "steps": part.steps,
         "seed": part.seed,
         **dict.fromkeys((*SCORES, "psnr_blind", "accuracy", "moved", "objective", "pairs", "fit_seconds", "seconds")),
+        **dict.fromkeys(("unexplained", "doubts")),
         **dict.fromkeys(("overhead", "strongest", "upper_bound_psnr")),
         **promised(part, clients),
         "settings": repr(attack),
@@ -401,6 +412,21 @@ def success_of(part: Scenario, rows: Sequence[Row]) -> Row:
     won = sum(value >= part.success_db for value in decibels)
     low, high = scores.limits(won, len(decibels), DOUBT)
     return {"success": won / len(decibels), "success_low": low, "success_high": high}
+
+
+def _left(leak: Leak, guess: Guess) -> list[float | None]:
+    """Of each victim, the share of its gradient that a guess leaves unexplained; None where it cannot be told."""
+    shares = unexplained(leak, guess.images, guess.labels) if isinstance(guess, Reconstruction) else None
+    return [None] * len(leak) if shares is None else [_finite(share) for share in shares.tolist()]
+
+
+def _warn(leak: Leak) -> None:
+    for line in warned(leak, doubts(leak)):
+        warnings.warn(line, stacklevel=3)
+
+
+def _joined(found: Sequence[Sequence[str]]) -> list[str | None]:
+    return [" ".join(sentences) or None for sentences in found]
 
 
 def _finite(value: float) -> float | None:
@@ -536,6 +562,8 @@ def attack_saved(
                 f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
                 f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --attacker PATH."
             )
+    _warn(leak)
+    doubted = _joined(doubts(leak))
     protocol = leak.protocol
     about = {"name": ATTACK, "scenario": [repr(protocol), *map(repr, attacks)], "question": f"What is in {source}?"}
     folder = Folder(out, {**about, "seed": seed, **environment(device)})
@@ -545,8 +573,9 @@ def attack_saved(
     ]
     for order, attack in enumerate(attacks):
         began = time.perf_counter()
-        guess: Guess = attack(leak.to(device), seed=seed).on_cpu()
+        guess: Guess = attack(there := leak.to(device), seed=seed)
         seconds = (time.perf_counter() - began) / len(leak)
+        left, guess = _left(there, guess), guess.on_cpu()
         unit = _unit(str(order), attack)
         folder.keep(unit, guess)
         if isinstance(guess, Reconstruction):
@@ -561,6 +590,8 @@ def attack_saved(
                     "round": rnd,
                     **guess.told(victim),
                     "objective": _finite(float(guess.objective[victim])),
+                    "unexplained": left[victim],
+                    "doubts": doubted[victim],
                     "seconds": seconds,
                     "settings": repr(attack),
                     "unit": unit,
