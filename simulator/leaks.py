@@ -109,11 +109,15 @@ class Range:
         return Range(low, high)
 
 
+PIXELS = Range((0.0,), (1.0,))
+"""Of a model that takes pixels as they are."""
+
+
 def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
     """The network as a function of pixels: itself, or a copy that scales them first, with the same parameter names."""
     wanted = Range.of(protocol)
     there = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, Range)]
-    if there == [wanted] or (not there and wanted == Range((0.0,), (1.0,))):
+    if (there or [PIXELS]) == [wanted]:
         return network
     copies = _FED.setdefault(network, {})
     if wanted not in copies:
@@ -121,7 +125,8 @@ def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
         for number, hook in list(copied._forward_pre_hooks.items()):
             if isinstance(hook, Range):
                 del copied._forward_pre_hooks[number]
-        copied.register_forward_pre_hook(wanted, prepend=True)
+        if wanted != PIXELS:
+            copied.register_forward_pre_hook(wanted, prepend=True)
         copies[wanted] = copied
     return copies[wanted]
 
@@ -533,7 +538,7 @@ def _sound(protocol: Protocol, resolution: float) -> None:
     low, high = (end * channels if len(end) == 1 else end for end in (ends.low, ends.high))
     if not all(below < above for below, above in zip(low, high, strict=True)):
         raise ValueError("low is below high")
-    if len(protocol.shape) != 3 and ends != Range((0.0,), (1.0,)):
+    if len(protocol.shape) != 3 and ends != PIXELS:
         raise ValueError("low and high are of images, and this shape is of none")
     if not (_number(protocol.momentum) and 0 <= protocol.momentum < 1):
         raise ValueError("momentum is a number from 0 and below 1")
