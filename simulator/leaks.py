@@ -472,8 +472,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
             f"{path} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
             "add all three, int64, one entry a victim, at least one."
         )
-    groups = (*GROUPS[kind.kind], EXAMPLES)
-    if strange := [name for name in tensors if name not in NAMES and not name.startswith(groups)]:
+    known = (*NAMES, EXAMPLES)
+    if strange := [name for name in tensors if name not in known and not name.startswith(GROUPS[kind.kind])]:
         raise FedtapError(f"{path} holds {strange[0]}, which is no part of a {kind.kind} leak: take it out.")
     leak = kind(
         observed=group(f"{kind.kind}/"),
@@ -492,6 +492,18 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
     return leak
 
 
+def check_protocol(protocol: Protocol) -> None:
+    """Refuse a protocol that no client could follow.
+
+    Raises:
+        FedtapError: naming what is out of range and what it may be.
+    """
+    try:
+        _sound(protocol, 0.0)
+    except ValueError as error:
+        raise FedtapError(f"This protocol is none that a client could follow, since {error}: say it so.") from error
+
+
 def told(leak: Leak, **said: Any) -> Leak:
     """The leak under what the caller knows of its protocol better than the file; a gradient of several steps is an
     update, ``-learning_rate x`` what one step would have had as its gradient.
@@ -500,10 +512,7 @@ def told(leak: Leak, **said: Any) -> Leak:
         FedtapError: the protocol has no such value.
     """
     protocol = dataclasses.replace(leak.protocol, **said)
-    try:
-        _sound(protocol, leak.resolution)
-    except ValueError as error:
-        raise FedtapError(f"A protocol cannot be that of this leak: {error}.") from error
+    check_protocol(protocol)
     if not isinstance(leak, GradientLeak) or protocol.steps == 1:
         return dataclasses.replace(leak, protocol=protocol)
     rate = protocol.learning_rate

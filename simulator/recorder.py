@@ -13,7 +13,7 @@ from flwr.app import Message, MessageType
 from torch import nn
 
 from simulator.errors import FedtapError
-from simulator.leaks import Protocol
+from simulator.leaks import Protocol, check_protocol
 from simulator.listeners import hear
 from simulator.wiretap import Ear, partition_of
 
@@ -25,9 +25,14 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module) -> Ear:
 
     Args:
         folder: where the leaks go.
-        protocol: what the server prescribes: model, image shape, classes, batch, local steps, learning rate.
+        protocol: what the server prescribes: model, image shape, classes, batch, local steps, learning rate; and what
+            clients do otherwise than fedtap's: input range, loss, reduction, optimiser, BatchNorm's mode.
         network: the model; its parameters' names are those of the ArrayRecords.
+
+    Raises:
+        FedtapError: the protocol is none that a client could follow.
     """
+    check_protocol(protocol)
 
     def ear(order: Message, answer: Message) -> None:
         if order.metadata.message_type != MessageType.TRAIN or answer.has_error():

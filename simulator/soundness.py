@@ -194,7 +194,8 @@ def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
     name, protocol, found = last_linear(leak.network), leak.protocol, [list[str]() for _ in range(len(leak))]
     gradient, prefix = loss_gradient(leak), f"{name}." if name else ""
     slopes, weight = gradient.get(f"{prefix}bias"), gradient.get(f"{prefix}weight")
-    if name is None or slopes is None or slopes.shape[1] != protocol.classes:
+    decayed = protocol.weight_decay and leak.weights is None  # by weights that are not known
+    if name is None or slopes is None or slopes.shape[1] != protocol.classes or decayed:
         return found
     batch, classes, error = protocol.batch, protocol.classes, _error(leak) / summands(protocol)
     if leak.weights is not None and leak.resolution:  # a difference of float32 is known to an ulp of the weights
@@ -221,7 +222,7 @@ def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
                 "most: more images than the protocol tells of, several or smoothed labels, or another loss."
             )
         most = batch * local_steps(leak)
-        if weight is None or "soteria" in defences or (protocol.weight_decay and leak.weights is None):
+        if weight is None or "soteria" in defences:
             continue
         sizes = torch.linalg.svdvals(torch.cat([weight[victim].double(), d[:, None]], dim=1))
         noise = 2 * error * (math.sqrt(classes) + math.sqrt(weight.shape[2] + 1))

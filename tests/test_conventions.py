@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attackers import parse
 from attackers.parts.gradients import Match, squared_distance
 from attackers.parts.labels import recovered
+from scenarios.__main__ import main
 from simulator.errors import FedtapError
 from simulator.leaks import CONVENTIONS, GradientLeak, Leak, Protocol, UpdateLeak, load, told
 from simulator.models import build
+from simulator.recorder import recorder
 from simulator.replay import answer, targets
 from simulator.soundness import EXPLAINED, doubts, unexplained, warned
 from tests.attack_leaks import pictures
@@ -249,6 +253,47 @@ def test_a_gradient_that_is_said_to_be_of_several_steps_is_their_update() -> Non
     assert isinstance(leak, UpdateLeak)
     assert doubts(leak) == [[]]
     assert unexplained(leak, images, labels).item() < 1e-9  # type: ignore[union-attr]
+
+
+def test_what_a_user_says_on_the_command_line_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = said(model="mlp", low=(-2.1, -2.0, -1.8), high=1.5, batch=1, weight_decay=0.01)
+    leak, images, labels = of(2, said(model="mlp"), **{name: getattr(true, name) for name in ("model", *CONVENTIONS)})
+    leak.save(tmp_path / "leak.safetensors")
+
+    def attack(out: str, *words: str) -> tuple[dict[str, Any], int]:
+        command = ["fedtap", "attack", str(tmp_path / "leak.safetensors"), "--attack", "linear", *words]
+        monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / out)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        if ended.value.code:
+            return {}, int(ended.value.code)
+        return json.loads((tmp_path / out / "rows.jsonl").read_text().splitlines()[0]), 0
+
+    misread, _ = attack("misread")
+    assert misread["unexplained"] > EXPLAINED
+    assert "adds up to" in misread["doubts"]
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "adds up to" in errors
+    assert "(2 of 2 victims)" in errors
+    page = (tmp_path / "misread" / "report.html").read_text()
+    assert "not this model, loss, range, batch or number of steps" in page
+    row, _ = attack("said", "--low", "-2.1,-2.0,-1.8", "--high", "1.5", "--weight-decay", "0.01")
+    assert row["doubts"] is None
+    assert row["unexplained"] < 1e-3
+    assert row["labels"] == labels[0].tolist()
+    found = load_file(next((tmp_path / "said" / "guesses").iterdir()))["images"]
+    torch.testing.assert_close(found, images, atol=2e-2, rtol=0)
+    assert (
+        attack("no", "--low", "dark")[1] == attack("no", "--loss", "hinge")[1] == attack("no", "--steps", "0")[1] == 2
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_recorder_wants_a_protocol_that_can_be_followed(tmp_path: Path) -> None:
+    with pytest.raises(FedtapError, match="cross_entropy or bce or mse"):
+        recorder(tmp_path, said(loss="nll"), nn.Linear(1, 1))
 
 
 def test_the_network_goes_on_taking_pixels() -> None:

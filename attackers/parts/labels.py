@@ -106,7 +106,7 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
 
 
 def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
-    """``mean(p - onehot)`` for each class; one image's label, or one step's, has the lowest entry.
+    """``mean(p - onehot)`` for each class.
 
     That is the bias's gradient. Without a bias that is trained the rows of the weight's gradient show it along the
     embedding, whose length is then taken from the class that is pulled up most: it is not in the batch, and p is about
