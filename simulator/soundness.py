@@ -24,7 +24,7 @@ from simulator.leaks import GradientLeak, Leak, UpdateLeak
 from simulator.models import last_linear
 from simulator.replay import answer, local_steps, loss_gradient, mean_gradient, summands, targets
 
-EXPLAINED = 5e-3
+EXPLAINED = 2.5e-3
 """`unexplained` up to which a guess counts as an explanation. Chosen on training images: see tests/misread.py."""
 
 CAUSES = "not converged, or not this model, loss, range, batch or number of steps"
@@ -44,8 +44,9 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
 
     g is what a client of this protocol would send for them after all its steps. Weight decay does not count in the
     length of G. A clip and a pruning are done to g as well. Noise and rounding leave an error e of known ``E|e|^2``,
-    which is subtracted (down to 0), so that the truth has about 0 under noise too. None where the weights are not
-    known, where a defence or Adam leaves nothing to compare, and of a network that torch.func cannot differentiate.
+    which is subtracted with three of its standard deviations (down to 0), so that the truth has 0 under noise too.
+    None where the weights are not known, where a defence or Adam leaves nothing to compare, and of a network that
+    torch.func cannot differentiate.
     """
     protocol, steps = leak.protocol, local_steps(leak)
     parts = _parts(protocol.defence)
@@ -103,9 +104,13 @@ def _defended(part: Part, sent: dict[str, Tensor], heard: dict[str, Tensor], ste
 
 
 def _noise(leak: Leak, heard: dict[str, Tensor], parts: Sequence[Part]) -> Float[Tensor, "victims"]:
-    """``E|e|^2`` of what is random in each victim's gradient."""
+    """``E|e|^2`` of what is random in each victim's gradient, and three standard deviations of ``|e|^2``.
+
+    A square has the variance ``2 s^4`` under Gaussian noise of variance ``s^2``, and ``5 s^4`` under Laplace's.
+    """
+    first = next(iter(heard.values()))
     entries = sum(tensor[0].numel() for tensor in heard.values())
-    total = heard[next(iter(heard))].new_zeros(len(next(iter(heard.values())))) + entries * _error(leak) ** 2
+    total = first.new_full((len(first),), (entries + 3 * math.sqrt(5 * entries)) * _error(leak) ** 2)
     for part in (part for part in parts if part.name == "quantise"):
         for tensor in heard.values():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
             flat = tensor.flatten(1)
