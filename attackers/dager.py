@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attackers.parts.checks import check_fields
+from attackers.parts.checks import check_fields, check_slopes
 from simulator.attack import Attack, Tokens, generator
 from simulator.errors import FedtapError
 from simulator.language import Block, LanguageModel
@@ -77,6 +77,12 @@ class DAGER(Attack[Tokens]):
             raise FedtapError(
                 f"dager reads texts off two blocks' query projections, and {leak.protocol.model!r} has none: "
                 "use it on a language model, as in `fedtap run text_gradients`."
+            )
+        check_slopes(self, leak)
+        if leak.protocol.weight_decay:
+            raise FedtapError(
+                "Weight decay adds the weights to the gradient, which then spans more than the texts, and dager goes "
+                "by what it spans: ask for clients without it."
             )
         if leak.stacked:
             raise FedtapError("dager goes through the vocabulary once, at one model: give it victims of one round.")

@@ -17,6 +17,7 @@ from attackers.parts.checks import check_fields
 from attackers.parts.gradients import check_match
 from attackers.parts.lbfgs import minimise
 from simulator.attack import Attack, Images, Reconstruction
+from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
 
 
@@ -46,6 +47,10 @@ class DLG(Attack):
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched."""
         super().accepts(leak)
+        if leak.protocol.classes == 1:
+            raise FedtapError(
+                "dlg seeks labels among several classes, and here is one logit: use idlg, which reads it."
+            )
         check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:

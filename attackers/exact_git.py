@@ -25,14 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attackers.parts.announced import NOISY, sigma
 from attackers.parts.checks import check_fields
-from attackers.parts.gradients import trained
 from attackers.parts.layers import Chain, Layer, chain
 from attackers.parts.recursion import along, check_undoable, dtype_of, normal_matrix, slopes_below, undone
+from simulator.announced import NOISY, sigma
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak
+from simulator.replay import trained
 
 JITTER = 1e-13
 """What is added to the normal matrix's diagonal, scaled to ones, so that rounding leaves it positive."""

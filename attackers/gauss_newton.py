@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from attackers.parts.announced import NOISY
-from attackers.parts.checks import check_fields
+from attackers.parts.checks import check_fields, check_slopes
 from attackers.parts.gradients import check_match
 from attackers.parts.labels import last_linear, recovered
 from attackers.parts.newton import fitted, residual
+from simulator.announced import NOISY
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
 
@@ -52,6 +52,7 @@ class GaussNewton(Attack):
     def accepts(self, leak: Leak) -> None:
         """Leaks of networks that can be differentiated twice and whose last layer shows the labels."""
         super().accepts(leak)
+        check_slopes(self, leak)
         last_linear(leak)
         check_match(leak)
 

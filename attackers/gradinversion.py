@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from attackers.parts.checks import check_fields
-from attackers.parts.gradients import BatchStatistics, Match, check_match, squared_distance, stateless
+from attackers.parts.checks import check_fields, check_slopes
+from attackers.parts.gradients import Match, check_match, squared_distance
 from attackers.parts.labels import last_linear, recovered
 from attackers.parts.priors import isotropic_variation, length, statistics_gap
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak
 from simulator.progress import progress
+from simulator.replay import BatchStatistics, stateless
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class GradInversion(Attack):
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched and end in a layer that shows the labels."""
         super().accepts(leak)
+        check_slopes(self, leak)
         last_linear(leak)
         check_match(leak)
 

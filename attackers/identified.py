@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attackers.parts.announced import sigma
 from attackers.parts.checks import check_fields
 from attackers.parts.identify import check_identifiable, identify
+from simulator.announced import sigma
 from simulator.attack import Attack, Images, Learner, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, stack

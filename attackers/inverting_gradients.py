@@ -54,7 +54,8 @@ class InvertingGradients(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)
-        known = informed(leak, cosine_distance, weighed=False) if self.aware else None
+        signs = leak.protocol.optimiser == "adam"
+        known = informed(leak, cosine_distance, weighed=False) if self.aware or signs else None
         match = Match(leak, known.misfit if known else cosine_distance, compiled=self.compiled)
         # |d|^2 / |leak|^2 is 2 (1 - cos) where the lengths are right
         smoothness = self.smoothness + known.weights / 2 if known else self.smoothness

@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attackers.parts.gradients import how_to_write, mean_gradient, zeroed
+from attackers.parts.checks import check_slopes
+from attackers.parts.gradients import how_to_write, zeroed
 from attackers.parts.labels import last_linear, recovered
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak, UpdateLeak
+from simulator.replay import undecayed
 
 Affine = tuple[str, Float[Tensor, "pixels"], Float[Tensor, "pixels"]]
 """Name of the first layer, and its input as ``scale * pixel + shift``."""
@@ -36,12 +38,13 @@ class Linear(Attack):
     def accepts(self, leak: Leak) -> None:
         """Leaks of networks that begin with a linear layer over all pixels and end in one that shows the labels."""
         super().accepts(leak)
+        check_slopes(self, leak)
         first(leak)
         last_linear(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         name, scale, shift = first(leak)
-        gradient = mean_gradient(leak)
+        gradient = undecayed(leak)
         rows, biases = gradient[f"{name}.weight"], gradient[f"{name}.bias"]
         if leak.protocol.batch == 1:
             power = biases.square().sum(1, keepdim=True)

@@ -28,13 +28,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attackers.parts.gradients import trained
 from attackers.parts.labels import recovered
 from attackers.parts.layers import Chain, Layer, chain
 from attackers.parts.recursion import along, check_undoable, normal_matrix, slopes_below, undone
 from simulator.attack import Attack, Images, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak
+from simulator.replay import trained
 
 RIDGE = 1e-13
 """Share of the normal matrix's size that is added to its diagonal, so that rounding leaves it positive."""
@@ -50,7 +50,13 @@ class RGAP(Attack):
         """One image a victim, and a network of layers and activations that can be undone."""
         super().accepts(leak)
         check_undoable(self, leak, _solved)
-        if leak.protocol.classes < 3 and chain(leak).layers[-1].bias not in trained(leak.network):
+        biased = chain(leak).layers[-1].bias in trained(leak.network)
+        if leak.protocol.loss != "cross_entropy" and not biased:
+            raise FedtapError(
+                f"rgap tells the logits of a last layer without a bias by the softmax of cross-entropy, and this "
+                f"client's loss is {leak.protocol.loss}: use idlg, which replays it."
+            )
+        if leak.protocol.classes < 3 and not biased:
             raise FedtapError(
                 f"rgap tells the logits by the ratios of the classes that are not the label, and model "
                 f"{leak.protocol.model!r} has {leak.protocol.classes} classes and no bias in its last layer that is "

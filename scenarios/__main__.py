@@ -36,7 +36,7 @@ from simulator.attack import Attack
 from simulator.attention import architecture
 from simulator.defence import WORDS, usage
 from simulator.errors import FedtapError, Stopped, short, unknown
-from simulator.leaks import KINDS, Leak, load
+from simulator.leaks import KINDS, Leak, load, told
 from simulator.local import LocalGrid
 from simulator.models import MODELS, allow
 from simulator.output import place
@@ -55,6 +55,7 @@ Out = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
 COMMANDS = ("run", "attack", "list")
+SAYS = "This option and those below say what the client did, in place of the leak's JSON."
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -139,11 +140,26 @@ def attack_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
     overwrite: Overwrite = False,
+    batch: Annotated[int | None, typer.Option(help=f"Images in a client's local step. {SAYS}")] = None,
+    steps: Annotated[int | None, typer.Option(help="Local steps, each on the same batch.")] = None,
+    low: Annotated[str, typer.Option(help="What the model is fed for a pixel of 0: a number, or R,G,B.")] = "",
+    high: Annotated[str, typer.Option(help="What the model is fed for a pixel of 1: a number, or R,G,B.")] = "",
+    loss: Annotated[str | None, typer.Option(help="cross_entropy, bce (with logits) or mse (on one-hot).")] = None,
+    reduction: Annotated[str | None, typer.Option(help="Of the loss over the batch: mean or sum.")] = None,
+    optimiser: Annotated[str | None, typer.Option(help="sgd or adam; of adam one step, which leaves signs.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="The optimiser's, from 0 and below 1.")] = None,
+    nesterov: Annotated[bool | None, typer.Option(help="Whether that momentum is Nesterov's.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="The optimiser's, times the weights.")] = None,
+    batchnorm: Annotated[str | None, typer.Option(help="train (the batch's statistics) or eval (running).")] = None,
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
+    said = {"batch": batch, "steps": steps, "low": numbers("low", low), "high": numbers("high", high), "loss": loss}
+    said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
+    said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
     named = parse(with_trained(attack, attacker)) if attack or attacker else ()
     _find_own_code(model, *(name for attack in named for name in models_named(attack)))
-    found = {path.name: _read(path, model) for path in _leaks_in(leaks)}
+    known = {name: value for name, value in said.items() if value is not None}
+    found = {path.name: _read(path, model, known) for path in _leaks_in(leaks)}
 
     def attacks_on(leak: Leak) -> tuple[Attack, ...]:
         return named or parse(suited(leak))
@@ -167,10 +183,10 @@ def _leaks_in(path: Path) -> list[Path]:
     raise FedtapError(f"{path} holds no leaks: name a .safetensors file, or a folder with some, as a run's leaks/ is.")
 
 
-def _read(path: Path, model: str) -> Leak | FedtapError:
-    """The leak, or why it is none."""
+def _read(path: Path, model: str, known: Mapping[str, Any]) -> Leak | FedtapError:
+    """The leak, with what is known of its protocol; or why it is none."""
     try:
-        return load(path, architecture, model or None)
+        return told(load(path, architecture, model or None), **known)
     except FedtapError as error:
         return error
 
@@ -293,6 +309,21 @@ def _studies(
         rows = run_studies(studies, grid, where, device=device, data_root=data_root, overwrite=overwrite)
     console.print(study_report.table(studies[0], rows))
     _files("Page", where)
+
+
+def numbers(name: str, text: str) -> float | tuple[float, ...] | None:
+    """A number, or several with commas between; None of an empty text.
+
+    Raises:
+        FedtapError: it is neither.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise FedtapError(
+            f"--{name} {short(text)} is neither a number nor one a channel: give it as -1 or as -2.1,-2,-1.8."
+        ) from None
+    return values[0] if len(values) == 1 else values or None
 
 
 def _find_own_code(*models: str) -> None:

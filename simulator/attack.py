@@ -30,7 +30,7 @@ from typing_extensions import TypeVar
 from simulator.defence import described
 from simulator.errors import FedtapError, short
 from simulator.files import write_atomically
-from simulator.leaks import GradientLeak, Leak
+from simulator.leaks import CONVENTIONS, GradientLeak, Leak
 from simulator.practice import About, Practice
 
 FORMAT = 1
@@ -305,6 +305,11 @@ class Attack(ABC, Generic[Kind]):
                 f"{self.name} compares gradients at the victim's weights, and {who} does not know them: {remedy}, or "
                 "use an attack that does without (linear)."
             )
+        if leak.weights is None and leak.protocol.weight_decay:
+            raise FedtapError(
+                f"Weight decay adds the weights to the gradient, and the {leak.protocol.listener} does not know them, "
+                f"so {self.name} cannot take them off: use --listener curious_server."
+            )
 
 
 class Learner(Attack):
@@ -471,6 +476,12 @@ def prepared(name: str, about: About, leak: Leak) -> None:
         FedtapError: with what was practised and what the leak is.
     """
     ours, theirs = about.protocol, leak.protocol
+    if other := [name for name in CONVENTIONS if getattr(ours, name) != getattr(theirs, name)]:
+        said = ", ".join(f"{name} {getattr(ours, name)} and not {getattr(theirs, name)}" for name in other)
+        raise FedtapError(
+            f"{name} practised on clients of {said}, which this leak's is: use idlg, which replays what a client does, "
+            "or practise on pairs of the same."
+        )
     for what in ("model", "shape", "classes", "batch"):
         if getattr(ours, what) != getattr(theirs, what):
             size = short("x".join(map(str, theirs.shape)), 20)

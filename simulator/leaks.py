@@ -6,6 +6,7 @@ It never holds private data, and it never names code: a user's own model is hand
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -48,7 +50,7 @@ class Protocol:
     """Examples in a client's local step; behind secure aggregation, in those of all clients of the sum. Where a client
     does not say how many it has, 1."""
     steps: int = 1
-    """Local steps of plain SGD, each on the whole batch."""
+    """Local steps of the optimiser, each on the whole batch."""
     learning_rate: float = 1.0
     defence: str = "none"
     """The defence as announced."""
@@ -57,6 +59,81 @@ class Protocol:
     """Clients whose answers are averaged into one; each has batch / summed of the images."""
     prior: str = "flat"
     """The prior over the parameters, or the regulariser that stands for its negative logarithm, as announced."""
+    low: float | tuple[float, ...] = 0.0
+    """What the model is fed for a pixel of 0: one number, or one a channel."""
+    high: float | tuple[float, ...] = 1.0
+    """What it is fed for a pixel of 1, and ``low + (high - low) pixel`` in between."""
+    loss: str = "cross_entropy"
+    """`cross_entropy`; `bce`, binary cross-entropy with logits; `mse`, squared distance of the logits from one-hot."""
+    reduction: str = "mean"
+    """`mean` or `sum`, over the batch and, of bce and mse, over the logits."""
+    optimiser: str = "sgd"
+    """`sgd` or `adam`, which each client begins with empty state."""
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    """Times the weights, this is added to the gradient before momentum, as in torch.optim."""
+    batchnorm: str = "train"
+    """`train`, by the batch's own statistics, or `eval`, by the running ones."""
+
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> Protocol:
+        """From the form in JSON, where tuples are lists; what is missing has its default.
+
+        Raises:
+            KeyError, TypeError: it is not of that form.
+        """
+        lists = {"shape": tuple(document["shape"])}
+        lists |= {end: tuple(document[end]) for end in ("low", "high") if isinstance(document.get(end), list)}
+        return Protocol(**{**document, **lists})
+
+
+CONVENTIONS = ("low", "high", "loss", "reduction", "optimiser", "momentum", "nesterov", "weight_decay", "batchnorm")
+"""What of the protocol says how a client turns images into a gradient, and a gradient into an update."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A forward pre-hook: pixels in [0, 1] become what the model is fed. One number, or one a channel."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        pixels, *rest = inputs
+        low, high = (pixels.new_tensor(end).view(-1, 1, 1) for end in (self.low, self.high))
+        return (low + (high - low) * pixels, *rest)
+
+    @staticmethod
+    def of(protocol: Protocol) -> Range:
+        """The protocol's."""
+        low, high = (end if isinstance(end, tuple) else (end,) for end in (protocol.low, protocol.high))
+        return Range(low, high)
+
+
+PIXELS = Range((0.0,), (1.0,))
+"""Of a model that takes pixels as they are."""
+
+
+def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
+    """The network as a function of pixels: itself, or a copy that scales them first, with the same parameter names."""
+    wanted = Range.of(protocol)
+    there = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, Range)]
+    if (there or [PIXELS]) == [wanted]:
+        return network
+    copies = _FED.setdefault(network, {})
+    if wanted not in copies:
+        copied = copy.deepcopy(network)
+        for number, hook in list(copied._forward_pre_hooks.items()):
+            if isinstance(hook, Range):
+                del copied._forward_pre_hooks[number]
+        if wanted != PIXELS:
+            copied.register_forward_pre_hook(wanted, prepend=True)
+        copies[wanted] = copied
+    return copies[wanted]
+
+
+_FED: WeakKeyDictionary[nn.Module, dict[Range, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,7 +143,7 @@ class Leak:
     Args:
         observed: what the victims sent, name -> tensor with a leading victims axis.
         protocol: the public terms under which it was sent.
-        network: the architecture, on the meta device: no weights in it.
+        network: the architecture, on the meta device: no weights in it. Pixels in [0, 1] go in, whatever the range.
         weights: the parameters the victims started from, or None where the listener does not know them.
         buffers: likewise, what the network keeps beside parameters (BatchNorm's statistics).
         clients: the partition that each victim answered from.
@@ -74,6 +151,7 @@ class Leak:
         restarts: which restart each entry is; 0 in a leak fresh from the wire.
         stacked: whether weights and buffers carry a victims axis (they do where victims answered different models).
         resolution: standard error of one entry of `observed` from rounding on the wire; 0 if sent as it is.
+        examples: how many examples each victim says it has (`num-examples`); None where that was not heard.
     """
 
     kind: ClassVar[str]
@@ -90,6 +168,10 @@ class Leak:
     restarts: Int[Tensor, "victims"]
     stacked: bool = False
     resolution: float = 0.0
+    examples: Int[Tensor, "victims"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network", fed(self.network, self.protocol))
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -130,6 +212,7 @@ class Leak:
             clients=choose(self.clients),
             rounds=choose(self.rounds),
             restarts=choose(self.restarts),
+            examples=None if self.examples is None else choose(self.examples),
         )
 
     def check(self) -> None:
@@ -177,6 +260,7 @@ class Leak:
         tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
         tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
         tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
+        tensors |= {} if self.examples is None else {EXAMPLES: self.examples}
         return dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     def save(self, path: Path) -> None:
@@ -193,7 +277,7 @@ class Leak:
 
 
 class GradientLeak(Leak):
-    """One gradient a victim: the mean over its batch of the cross-entropy's gradient, shape of each parameter."""
+    """One gradient a victim, of the protocol's loss over its batch: what one step moved, over the learning rate."""
 
     kind = "gradient"
 
@@ -270,6 +354,8 @@ KINDS: dict[str, type[Leak]] = {
 
 
 NAMES = ("clients", "rounds", "restarts")
+EXAMPLES = "examples"
+"""A tensor that a saved leak may have beside these."""
 GROUPS = {kind: (f"{kind}/", "weights/", "buffers/") for kind in KINDS}
 NO_VICTIMS = {(), (0,)}
 
@@ -308,6 +394,7 @@ def stack(leaks: Sequence[Leak]) -> Leak:
         restarts=torch.cat([leak.restarts for leak in leaks]),
         stacked=not shared,
         resolution=max(leak.resolution for leak in leaks),
+        examples=_joined([leak.examples for leak in leaks]),
     )
 
 
@@ -381,7 +468,7 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         as_is = (torch.float32, torch.float64) if kind.precise else (torch.float32,)
         return _each(found, lambda t: t.float() if t.is_floating_point() and t.dtype not in as_is else t)
 
-    names = [tensors.get(name) for name in NAMES]
+    names = [tensors.get(name) for name in NAMES] + [tensors[name] for name in (EXAMPLES,) if name in tensors]
     shapes = {tuple(tensor.shape) for tensor in names if tensor is not None and tensor.dtype == torch.int64}
     if (
         any(tensor is None or tensor.dtype != torch.int64 for tensor in names)
@@ -392,7 +479,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
             f"{short(path, 100)} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
             "add all three, int64, one entry a victim, at least one."
         )
-    if strange := [name for name in tensors if name not in NAMES and not name.startswith(GROUPS[kind.kind])]:
+    known = (*NAMES, EXAMPLES)
+    if strange := [name for name in tensors if name not in known and not name.startswith(GROUPS[kind.kind])]:
         raise FedtapError(
             f"{short(path, 100)} holds {short(strange[0])}, which is no part of a {kind.kind} leak: take it out."
         )
@@ -407,6 +495,7 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         restarts=tensors["restarts"],
         stacked=stacked,
         resolution=resolution,
+        examples=tensors.get(EXAMPLES),
     )
     leak = dataclasses.replace(
         leak,
@@ -447,6 +536,35 @@ def own_names(tensors: Tensors, network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def check_protocol(protocol: Protocol) -> None:
+    """Refuse a protocol that no client could follow.
+
+    Raises:
+        FedtapError: naming what is out of range and what it may be.
+    """
+    try:
+        sound(protocol)
+    except (TypeError, ValueError) as error:
+        raise FedtapError(f"This protocol is none that a client could follow, since {error}: say it so.") from error
+
+
+def told(leak: Leak, **said: Any) -> Leak:
+    """The leak under what the caller knows of its protocol better than the file; a gradient of several steps is an
+    update, ``-learning_rate x`` what one step would have had as its gradient.
+
+    Raises:
+        FedtapError: the protocol has no such value.
+    """
+    protocol = dataclasses.replace(leak.protocol, **said)
+    check_protocol(protocol)
+    if not isinstance(leak, GradientLeak) or protocol.steps == 1:
+        return dataclasses.replace(leak, protocol=protocol)
+    rate = protocol.learning_rate
+    fields = {field.name: getattr(leak, field.name) for field in dataclasses.fields(leak)}
+    observed = _each(leak.observed, lambda tensor: -rate * tensor)
+    return UpdateLeak(**{**fields, "observed": observed, "protocol": protocol, "resolution": rate * leak.resolution})
+
+
 def float_buffers(network: nn.Module) -> dict[str, Tensor]:
     """The buffers that travel: floating point ones (BatchNorm's step counter stays at home)."""
     return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
@@ -468,7 +586,7 @@ def protocol_of(document: Any) -> Protocol:
     """
     if not isinstance(document, dict) or not isinstance(document["shape"], list):
         raise TypeError("a protocol is an object, and its shape a list")
-    return Protocol(**{**document, "shape": tuple(document["shape"])})
+    return Protocol.of(document)
 
 
 def sound(protocol: Protocol, resolution: float = 0.0) -> None:
@@ -498,6 +616,43 @@ def _sound(protocol: Protocol, resolution: float) -> None:
         raise ValueError("resolution is a number from 0")
     if not all(isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.listener, protocol.prior)):
         raise ValueError("model, defence, listener and prior are text")
+    for name, known in CHOICES.items():
+        if getattr(protocol, name) not in known:
+            raise ValueError(f"{name} is {' or '.join(known)}")
+    ends, channels = Range.of(protocol), protocol.shape[0]
+    if any(len(end) not in (1, channels) or not all(map(_number, end)) for end in (ends.low, ends.high)):
+        raise ValueError("low and high are numbers, one or one a channel")
+    low, high = (end * channels if len(end) == 1 else end for end in (ends.low, ends.high))
+    if not all(below < above for below, above in zip(low, high, strict=True)):
+        raise ValueError("low is below high")
+    if len(protocol.shape) != 3 and ends != PIXELS:
+        raise ValueError("low and high are of images, and this shape is of none")
+    if not (_number(protocol.momentum) and 0 <= protocol.momentum < 1):
+        raise ValueError("momentum is a number from 0 and below 1")
+    if not (_number(protocol.weight_decay) and protocol.weight_decay >= 0):
+        raise ValueError("weight_decay is a number from 0")
+    if type(protocol.nesterov) is not bool or (protocol.nesterov and not protocol.momentum):
+        raise ValueError("nesterov is true or false, and true only beside momentum")
+    if protocol.optimiser == "adam" and protocol.momentum:
+        raise ValueError("momentum is sgd's, and adam has its own: leave it 0")
+
+
+CHOICES = {
+    "loss": ("cross_entropy", "bce", "mse"),
+    "reduction": ("mean", "sum"),
+    "optimiser": ("sgd", "adam"),
+    "batchnorm": ("train", "eval"),
+}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """One after the other; None where one is."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(known) if len(known) == len(tensors) else None
 
 
 def _each(tensors: Tensors, change: Any) -> Tensors:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
@@ -97,7 +98,12 @@ def isolated(answers: Mapping[int, Masked], clients: int, others: str) -> Leak:
         for client, tensors in told.items():
             left -= tensors[name].double() * answers[client].examples
         observed[name] = (left / sum(rest)).float()
-    return dataclasses.replace(some, observed=observed, resolution=some.resolution * math.hypot(*rest) / sum(rest))
+    return dataclasses.replace(
+        some,
+        observed=observed,
+        resolution=some.resolution * math.hypot(*rest) / sum(rest),
+        examples=torch.tensor([round(sum(rest))]),
+    )
 
 
 def _all_answered(answers: Mapping[int, Masked], clients: int) -> None:
@@ -145,14 +151,26 @@ def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.
             "send exactly one MetricRecord with that key."
         )
     before, after = weights_in(order, "message"), weights_in(answer, "reply")
-    return exchanged(before, after, protocol, network, client, rnd)
+    return exchanged(before, after, protocol, network, client, rnd, round(_examples(answer)))
 
 
-def exchanged(before: Tensors, after: Tensors, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
+def exchanged(
+    before: Tensors,
+    after: Tensors,
+    protocol: Protocol,
+    network: nn.Module,
+    client: int,
+    rnd: int,
+    examples: int | None = None,
+) -> Leak:
     """What the weights that a client was sent and those that it sent back give away.
 
-    One prescribed step of plain SGD gives away the gradient, (before - after) / learning rate; several give away their
-    sum, after - before. Rounding on the wire is that of the coarser of the two.
+    One prescribed step of SGD gives away the gradient, (before - after) / learning rate; several give away their
+    sum, after - before. What else the protocol says of loss and optimiser is left to whoever reads the leak. Rounding
+    on the wire is that of the coarser of the two.
+
+    Args:
+        examples: how many the client says that it has; None where it does not say.
 
     Raises:
         FedtapError: they are not weights of this model, or not finite.
@@ -183,6 +201,7 @@ def exchanged(before: Tensors, after: Tensors, protocol: Protocol, network: nn.M
         rounds=torch.tensor([rnd]),
         restarts=torch.tensor([0]),
         resolution=max(_rounding(tensors[name]) for tensors in (before, after) for name in parameters) * abs(scale),
+        examples=None if examples is None else torch.tensor([examples]),
     )
 
 
@@ -218,8 +237,12 @@ def weights_in(content: RecordDict, what: str) -> dict[str, Tensor]:
 
 
 def _counts(answer: RecordDict) -> bool:
-    count = next(iter(answer.metric_records.values())).get("num-examples")
+    count = _examples(answer)
     return isinstance(count, int | float) and 0 < count < 2**53
+
+
+def _examples(answer: RecordDict) -> Any:
+    return next(iter(answer.metric_records.values())).get("num-examples")
 
 
 def _whole(found: Tensors, wanted: list[str], what: str, client: int) -> None:

@@ -393,8 +393,9 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             z = functional_call(copied, {**weights, **buffers, **whole}, (torch.rand(1, *shape, generator=draw),))
-            label = torch.zeros(1, dtype=torch.long)
-            slopes = torch.autograd.grad(F.cross_entropy(z, label), [*weights.values()], allow_unused=True)
+            label, single = torch.zeros(1, dtype=torch.long), z.shape[1] == 1  # of one logit the softmax is constant
+            loss = z.sum() if single else F.cross_entropy(z, label)
+            slopes = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     except Exception as error:  # a user's code may raise anything
         raise FedtapError(
             f"The model cannot be run on one input with made-up weights ({short(error, 120)}), by which the layer that "
@@ -402,8 +403,8 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
         ) from error
     gradient = {name: slope for name, slope in zip(weights, slopes, strict=True) if slope is not None}
     names = {id(weight): name for name, weight in copied.named_parameters()}
-    softmax = z.detach().softmax(1)[0]
-    d = softmax - F.one_hot(label, z.shape[1])[0]
+    ends = z.detach()[0] if single else z.detach().softmax(1)[0]
+    d = torch.ones(1) if single else ends - F.one_hot(label, z.shape[1])[0]
 
     def yields(layer: nn.Linear) -> bool:
         weight, bias = (names.get(id(tensor)) for tensor in (layer.weight, layer.bias))  # a norm's weight has no name
@@ -418,9 +419,9 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
         e = d @ gradient[weight] / d.square().sum()
         off = gradient[weight] - torch.outer(d, e)
         there = weights[weight] @ e + (0 if bias is None else weights[bias])
-        return bool(off.norm() <= 1e-3 * gradient[weight].norm()) and torch.allclose(
-            there.softmax(0), softmax, rtol=1e-3, atol=1e-5
-        )
+        found = there if single else there.softmax(0)
+        near = torch.allclose(found, ends, rtol=1e-3, atol=1e-5)
+        return near and bool(off.norm() <= 1e-3 * gradient[weight].norm())
 
     linear = [(name, layer) for name, layer in copied.named_modules() if isinstance(layer, nn.Linear)]
     return next((name for name, layer in reversed(linear) if yields(layer)), None)

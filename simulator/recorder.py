@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from simulator.errors import FedtapError, short
 from simulator.files import write_atomically
-from simulator.leaks import Protocol, Tensors
+from simulator.leaks import Protocol, Tensors, check_protocol
 from simulator.listeners import exchanged, weights_in
+from simulator.soundness import doubts
 from simulator.wiretap import Ear
 
 EXAMPLES = ("num-examples", "num_examples")
@@ -37,10 +38,15 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
 
     Args:
         folder: where the leaks go.
-        protocol: what the server prescribes: model, image shape, classes, batch, local steps, learning rate.
+        protocol: what the server prescribes: model, image shape, classes, batch, local steps, learning rate; and what
+            clients do otherwise than fedtap's: input range, loss, reduction, optimiser, BatchNorm's mode.
         network: the model that the app trains.
         weighted_by_key: the metric that holds a client's number of examples, where the app has a name of its own.
+
+    Raises:
+        FedtapError: the protocol is none that a client could follow.
     """
+    check_protocol(protocol)
     counts: Counter[str] = Counter()
     rounds: Counter[int] = Counter()
 
@@ -66,9 +72,11 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
                 for content, what in ((order.content, "message"), (answer.content, "reply"))
             )
             after = _as_weights(before, sent, network, client)
-            leak = exchanged(before, after, protocol, network, client, rnd)
+            examples = _examples(answer.content, weighted_by_key)
+            leak = exchanged(before, after, protocol, network, client, rnd, examples)
             leak.save(folder / f"round_{rnd}-client_{client}.safetensors")
-            _check_examples(answer.content, protocol, client, weighted_by_key)
+            for doubt in doubts(leak)[0]:
+                _warn(f"Client {client}: {doubt}")
         except Exception as error:  # the bytes are a client's, and may raise whatever they like
             _warn(f"fedtap recorded nothing of client {client}: {short(error, 300)}")
 
@@ -132,18 +140,13 @@ def _as_weights(before: Tensors, after: Tensors, network: nn.Module, client: int
     return dict(before) | {name: tensor.to(torch.float64) for name, tensor in apart.items()}
 
 
-def _check_examples(answer: RecordDict, protocol: Protocol, client: int, key: str) -> None:
-    """Warn where the client reports another number of examples than one step is said to see."""
+def _examples(answer: RecordDict, key: str) -> int | None:
+    """How many examples the client says that it has; None where it says none that could be a count."""
     metrics: Mapping[str, Any] = {
         name: value for record in answer.metric_records.values() for name, value in record.items()
     }
     found = next((metrics[name] for name in (key, *EXAMPLES) if name in metrics), None)
-    if found is None or found == protocol.batch:
-        return
-    _warn(
-        f"Client {client} reports {short(found)} examples, and the protocol says {protocol.steps} local step(s) on the "
-        f"same {protocol.batch}: an attack on another batch or number of steps finds nothing, which is no privacy."
-    )
+    return round(found) if isinstance(found, int | float) and 0 < found < 2**53 else None
 
 
 def _contents(content: RecordDict) -> str:

@@ -29,6 +29,7 @@ from simulator.curves import Curve, svg
 from simulator.files import write_atomically
 from simulator.outcomes import MEASURE, Outcome, median, outcome, psnrs, ranged
 from simulator.scores import LEVELLED, LEVELS, mse, psnr
+from simulator.soundness import CAUSES, EXPLAINED
 
 Row: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = Float[Tensor, "batch channel height width"]
@@ -58,6 +59,9 @@ ASIDE = (
     *(*IMAGES, *DOUBTS, *NOTES, *PROMISED, *SUCCESS, *KNOWING),
 )
 """What else a row may hold that is not a knob."""
+
+SOUND = ("unexplained", "doubts")
+"""Whether the leak was read as it was meant."""
 
 WHO = ("scenario", "attack", "client", "round", "seed")
 """Whose row it is; seeds are repetitions, so they are summarised over."""
@@ -120,6 +124,8 @@ class Summary:
     """Median over images."""
     seconds: float | None
     """Mean for each victim."""
+    unexplained: float | None
+    """Median share of a victim's gradient that the guess does not cause."""
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
@@ -133,7 +139,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO, *ASIDE))
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*SCORES, *WHO, *ASIDE, *SOUND))
     if "epsilon" in names:  # σ follows from it
         names.pop("sigma", None)
     told = {(_said(row, "epsilon"), _text(row.get("defence"))) for row in rows if "success" in row}
@@ -166,15 +172,20 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
         label_correct=over("label_correct", statistics.mean),
         psnr_blind=median(psnrs(rows, "psnr_blind")),
         seconds=over("seconds", statistics.mean),
+        unexplained=over("unexplained", statistics.median),
     )
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """Why scores are empty, each reason once."""
+    """Why scores are empty, what is doubted of the leak, and whose guess does not explain it, each reason once."""
     notes = dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note))
     notes |= dict.fromkeys(f"{row['attack']} {row['adapted_note']}" for row in rows if row.get("adapted_note"))
     failed = dict.fromkeys(f"{row.get('attack')} failed: {row['error']}" for row in rows if row.get("error"))
-    return [*notes, *list(failed)[:FAILURES]]
+    doubted = dict.fromkeys(f"Client {row.get('client')}: {row['doubts']}" for row in rows if row.get("doubts"))
+    told = [row["unexplained"] for row in rows if row.get("unexplained") is not None]
+    many = sum(share > EXPLAINED for share in told)
+    left = [f"{many} of {len(told)} guesses leave over {EXPLAINED:g} of the gradient unexplained: {CAUSES}."]
+    return [*notes, *left[: bool(many)], *list(doubted)[:FAILURES], *list(failed)[:FAILURES]]
 
 
 def _values(rows: Iterable[Row], column: str) -> list[float]:
@@ -281,7 +292,7 @@ def table(rows: Sequence[Row]) -> Table:
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
     shown.add_column("attack", overflow="fold")
-    for name in ("n", _measure(summaries), "identical", "PSNR dB", "blind", "MSE", "label", "s"):
+    for name in ("n", _measure(summaries), "identical", "PSNR dB", "blind", "MSE", "label", "left", "s"):
         shown.add_column(plain(name), justify="right", no_wrap=True)
     for entry in summaries:
         words = map(plain, (*(entry.knobs[name] for name in knobs), entry.attack, *_cells(entry, "ssim", "lpips")))
@@ -319,6 +330,7 @@ def _cells(entry: Summary, *but: str) -> list[str]:
         "ssim": _number(entry.ssim, ".3f"),
         "lpips": _number(entry.lpips, ".3f"),
         "label": _number(entry.label_correct, ".0%"),
+        "unexplained": _number(entry.unexplained, ".0e"),
         "seconds": _number(entry.seconds, ".2f"),
     }
     return [cell for name, cell in cells.items() if name not in but]
@@ -655,7 +667,7 @@ def _summaries(rows: Sequence[Row]) -> str:
     right = max([60.0, *(value for entry in summaries for value in entry.psnrs)])
     names = [name.replace("_", " ") for name in summaries[0].knobs]
     back = (f"{_measure(summaries)} [95 %]", "identical", "PSNR dB [95 %]", "blind dB")
-    numbers = ("victims", *back, "MSE", "SSIM", "LPIPS", "labels", "s/victim")
+    numbers = ("victims", *back, "MSE", "SSIM", "LPIPS", "labels", "unexplained", "s/victim")
     head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "attack", "PSNR of each image"))
     head += "".join(f"<th class='number'>{name}</th>" for name in numbers)
     body = []
@@ -669,8 +681,9 @@ def _summaries(rows: Sequence[Row]) -> str:
         body.append(f"<tr>{words}<td>{_dots(entry, right)}</td>{figures}</tr>")
     return (
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f"<p class='pale'>{escape(LEGEND)}. {escape(LEVELLED)} Dots: the line is the blind guess. An attack that fails "
-        "shows that this attack fails here: it does not show that the data are private.</p>"
+        f"<p class='pale'>{escape(LEGEND)}. {escape(LEVELLED)} Dots: the line is the blind guess. "
+        f"Unexplained is the share of the gradient that a guess does not cause; over {EXPLAINED:g} it is {CAUSES}. "
+        "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
         + "".join(f"<p class='pale'>{escape(note)}</p>" for note in _notes(rows))
     )
 
@@ -709,7 +722,7 @@ def _rows(rows: Sequence[Row]) -> str:
         "mse": ".2g",
         "objective": ".2g",
     }
-    forms |= {"label_correct": ".0%", "accuracy": ".0%", "unexplained": ".1%", "seconds": ".2f"}
+    forms |= {"label_correct": ".0%", "accuracy": ".0%", "unexplained": ".1e", "seconds": ".2f"}
     names = {"psnr": "PSNR dB", "psnr_blind": "blind dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE"}
     names |= {"label_correct": "labels right", "accuracy": "model accuracy", "back": outcome(rows).measure}
     seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []
@@ -721,7 +734,8 @@ def _rows(rows: Sequence[Row]) -> str:
         value = row.get(name)
         if name in forms:
             return f"<td class='number'>{_number(value, forms[name])}</td>"
-        return f"<td class='{name if name in ('attack', 'error') else ''}'>{_breakable(_said(row, name))}</td>"
+        kind = {"attack": "attack", "error": "error", "doubts": "error"}.get(name, "")
+        return f"<td class='{kind}'>{_breakable(_said(row, name))}</td>"
 
     head = "".join(
         f"<th class='{'number' if name in forms else ''}'>{escape(names.get(name, name.replace('_', ' ')))}</th>"

@@ -37,6 +37,7 @@ from simulator.privacy import mechanism_of
 from simulator.progress import progress
 from simulator.records import tensors_of
 from simulator.scenario import PrivateData, Scenario, private_data
+from simulator.soundness import doubts, unexplained, warned
 
 PICTURES = 8
 """Victims shown in the strip and on the page."""
@@ -119,6 +120,7 @@ def run(
         if leak is not None:
             for attack in part.attacks:
                 attack.accepts(leak)
+            _warn(leak)
         folder = folder or Folder(out, about, resume, overwrite)
         if leak is not None:
             folder.leak(unit, leak)
@@ -237,6 +239,11 @@ class Played:
         return Practice.record(folder, about, skeleton, progress(heard, "practice"))
 
     @cached_property
+    def doubts(self) -> list[str | None]:
+        """Of each victim in the leak, what contradicts the protocol."""
+        return _joined(doubts(self.leak)) if self.leak is not None else []
+
+    @cached_property
     def truths(self) -> list[tuple[Tensor, Tensor]]:
         """Images and labels of each victim in the leak."""
         return [self.private.behind(*name) for name in self.private.names() if name in self.heard.leaks]
@@ -291,12 +298,14 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
                 learned.save(folder.path / f"attackers/{_unit(where, learned)}.safetensors")
             ready.accepts(played.leak)
         began = time.perf_counter()
-        guess = ready(played.leak.to(device), seed=played.part.seed).on_cpu()
-        timing["seconds"] = (time.perf_counter() - began) / len(played.leak)
+        leak = played.leak.to(device)
+        guess = ready(leak, seed=played.part.seed)
+        timing["seconds"] = (time.perf_counter() - began) / len(leak)
+        left, guess = _left(leak, guess), guess.on_cpu()
         makers = guess.made_by or [None] * len(played.leak)
         rows += [
-            common | timing | row | {"strongest": made_by}
-            for row, made_by in zip(_scored(played, guess), makers, strict=True)
+            common | timing | row | {"unexplained": share, "doubts": doubt, "strongest": made_by}
+            for row, share, doubt, made_by in zip(_scored(played, guess), left, played.doubts, makers, strict=True)
         ]
         folder.keep(unit, guess)
     if played.part.delta is not None and played.part.success_db is not None:
@@ -374,7 +383,8 @@ SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 IMAGES = ("recognisable", "identical", "levels", "psnr_images")
 NOTES = ("ssim_note", "lpips_note")
 TIMED = ("pairs", "fit_seconds", "seconds")
-MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "moved", "objective", *TIMED)
+JUDGED = ("unexplained", "doubts")
+MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "moved", "objective", *JUDGED, *TIMED)
 
 
 def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
@@ -468,6 +478,21 @@ def success_of(rows: Sequence[Row]) -> Row:
         return {}
     low, high = found.interval
     return {"success": found.share, "success_low": low, "success_high": high}
+
+
+def _left(leak: Leak, guess: Guess) -> list[float | None]:
+    """Of each victim, the share of its gradient that a guess leaves unexplained; None where it cannot be told."""
+    shares = unexplained(leak, guess.images, guess.labels) if isinstance(guess, Reconstruction) else None
+    return [None] * len(leak) if shares is None else [_finite(share) for share in shares.tolist()]
+
+
+def _warn(leak: Leak) -> None:
+    for line in warned(leak, doubts(leak)):
+        warnings.warn(line, stacklevel=3)
+
+
+def _joined(found: Sequence[Sequence[str]]) -> list[str | None]:
+    return [" ".join(sentences) or None for sentences in found]
 
 
 def _finite(value: float) -> float | None:
@@ -661,6 +686,8 @@ def attack_saved(
     folder = Folder(out, about, overwrite=overwrite)
     pictures: dict[Any, report.Picture] = {}
     folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
+    for leak, _ in tried.values():
+        _warn(leak)
     for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
         many = {"leak": name} if len(leaks) > 1 else {}
         common: Row = {**many, "attack": _label(attack, panel), "model": leak.protocol.model}
@@ -670,17 +697,19 @@ def attack_saved(
         try:
             if why_not:
                 raise why_not
-            guess: Guess = attack(leak.to(device), seed=seed).on_cpu()
+            guess: Guess = attack(there := leak.to(device), seed=seed)
         except FedtapError as error:
             told = {"error": str(error), **last}
             folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
             continue
+        left, guess, doubted = _left(there, guess), guess.on_cpu(), _joined(doubts(leak))
         last = {"seconds": (time.perf_counter() - began) / len(leak), **last}
         folder.keep(str(last["unit"]), guess)
         rows = []
         for victim, (client, rnd) in enumerate(victims):
             objective = _finite(float(guess.objective[victim]))
             row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
+            row |= {"unexplained": left[victim], "doubts": doubted[victim]}
             if isinstance(guess, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"
                 folder.write(file, report.png(guess.images[victim]))

@@ -17,7 +17,6 @@ from attackers.dlg import DLG
 from attackers.idlg import IDLG
 from attackers.inverting_gradients import InvertingGradients
 from attackers.panel import Panel, implausible
-from attackers.parts.announced import sigma
 from attackers.parts.aware import KINK, ROUGHNESS, SOFTNESS, Objective, informed
 from attackers.parts.gradients import Match, mean_gradient, relative_distance, squared_distance
 from attackers.parts.priors import smooth_variation, total_variation
@@ -26,6 +25,7 @@ from attackers.ridge import Ridge
 from clients.app import client_app
 from clients.defences import parse
 from scenarios.plan import plan
+from simulator.announced import sigma
 from simulator.attack import Attack
 from simulator.defence import WORDS, described
 from simulator.leaks import Leak

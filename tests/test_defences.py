@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from attackers.exact_git import ExactGIT
 from attackers.idlg import IDLG
-from attackers.parts.announced import sigma
 from clients.defences import DEFENCES, Defences, parse
 from clients.defences.hooks import Chain, StepDefence, UpdateDefence
 from clients.defences.mod import mod_of
 from clients.defences.steps import DPSGD, Soteria, effects
 from clients.defences.updates import Clip, Laplace, LocalDP, Noise, Prune, Quantise, Sign
+from simulator.announced import sigma
 from simulator.defence import WORDS, described, written
 from simulator.errors import FedtapError
 from simulator.federation import play, practice

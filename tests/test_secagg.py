@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attackers.lti import LTI
-from attackers.parts.announced import sigma
 from clients.app import client_app
 from clients.training import sgd
 from scenarios.plan import plan
+from simulator.announced import sigma
 from simulator.errors import FedtapError
 from simulator.federation import play
 from simulator.leaks import GradientLeak, Protocol

@@ -18,22 +18,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attackers.parts.announced import sigma
 from attackers.parts.gradients import (
     Labels,
     Match,
     Misfit,
-    mean_gradient,
     relative_distance,
     squared_distance,
-    trained,
 )
 from attackers.parts.priors import smooth_variation
+from simulator.announced import sigma
 from simulator.attack import Images
 from simulator.defence import Part, described
 from simulator.errors import FedtapError
 from simulator.leaks import Leak, UpdateLeak
 from simulator.models import logits_layer
+from simulator.replay import mean_gradient, trained
 
 MODELLED = frozenset({"soteria", "dp_sgd", "clip", "noise", "laplace", "prune", "sign", "quantise", "local_dp"})
 """Defences that an aware attack models. Not `precode`: its draw is the client's own, and no part of what is sent shows
@@ -157,12 +156,14 @@ class Informed:
 def informed(leak: Leak, misfit: Misfit, weighed: bool = True, softness: float = SOFTNESS) -> Informed | None:
     """What is to be minimised; None where the protocol announces nothing that changes what a guess would send.
 
-    Neither does a defence that is not fedtap's.
+    Neither does a defence that is not fedtap's. After a step of Adam there are signs.
     """
+    signs = described("sign()") if leak.protocol.optimiser == "adam" else ()
     try:
         parts = tuple(part for part in described(leak.protocol.defence) if part.kind.hook in ("step", "update"))
     except FedtapError:
-        return None
+        parts = ()
+    parts = signs + parts  # one step of Adam is g / (|g| + ε), which a defence of the update comes after
     if not parts:
         return None
     steps = leak.protocol.steps if isinstance(leak, UpdateLeak) else 1
@@ -178,10 +179,13 @@ def informed(leak: Leak, misfit: Misfit, weighed: bool = True, softness: float =
 
 
 class Objective:
-    """The squared distance of `Match`; where the attack is aware of a defence, relative, defended and with a prior."""
+    """The squared distance of `Match`; where the attack is aware of a defence, relative, defended and with a prior.
+
+    Signs that Adam left are matched as signs.
+    """
 
     def __init__(self, leak: Leak, aware: bool, compiled: bool = False) -> None:
-        self.known = informed(leak, relative_distance) if aware else None
+        self.known = informed(leak, relative_distance) if aware or leak.protocol.optimiser == "adam" else None
         self.match = Match(leak, self.known.misfit if self.known else squared_distance, compiled=compiled)
         self.floor = 0.0 if self.known else self.match.floor
 

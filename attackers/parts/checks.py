@@ -1,4 +1,4 @@
-"""Hyper-parameters are of the type they say and in range, or the error says which is not."""
+"""What an attack refuses: hyper-parameters that are not of their type or range, and a leak of signs alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from simulator.attack import Attack
 from simulator.errors import FedtapError, short
+from simulator.leaks import Leak
 
 LARGEST = 2**63
 """What no number of a hyper-parameter reaches."""
@@ -36,3 +37,16 @@ def check_fields(attack: Attack[Any], **least: float) -> None:
             fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not (fits and low <= value < LARGEST):  # nor NaN
                 raise FedtapError(f"{where} a {'whole number' if whole else 'number'} from {low:g}: give such a one.")
+
+
+def check_slopes(attack: Attack[Any], leak: Leak) -> None:
+    """Refuse an update by Adam.
+
+    Raises:
+        FedtapError: naming the attack, and those that go by signs.
+    """
+    if leak.protocol.optimiser == "adam":
+        raise FedtapError(
+            f"{attack.name} needs how large the gradient's entries are, and after a step of Adam only their signs are "
+            "left: use idlg, dlg or inverting_gradients, which match signs."
+        )

@@ -16,16 +16,16 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attackers.parts.convolutions import COMPILED_TABLE, TABLE
 from simulator.attack import Images
 from simulator.errors import FedtapError, short
-from simulator.leaks import Leak, Tensors, UpdateLeak, float_buffers
+from simulator.leaks import Leak, Protocol, Tensors, UpdateLeak, float_buffers
+from simulator.replay import answer, mean_gradient, targets, trained
 
 Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
 """Hard labels, or what each image's label is thought to be: a distribution over the classes."""
@@ -67,49 +67,6 @@ def cosine_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) 
     return 1 - product / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
 
 
-def trained(network: nn.Module) -> list[str]:
-    """Names of the parameters that training moves: of frozen ones (`requires_grad=False`) the wire shows only zeros."""
-    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-
-
-def mean_gradient(leak: Leak) -> dict[str, Tensor]:
-    """The leaked gradient of what is trained; of an update, its mean along the local steps:
-    ``-update / (learning rate x steps)``.
-    """
-    observed = {name: leak.observed[name] for name in trained(leak.network)}
-    if not isinstance(leak, UpdateLeak):
-        return observed
-    protocol = leak.protocol
-    return {name: -tensor / (protocol.learning_rate * protocol.steps) for name, tensor in observed.items()}
-
-
-def answer(leak: Leak) -> Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]:
-    """What one victim would send, in the units of `mean_gradient`.
-
-    Returns:
-        A function of (weights, buffers, images `batch channel height width`, distribution `batch classes`).
-    """
-    network, protocol, several = stateless(leak.network), leak.protocol, isinstance(leak, UpdateLeak)
-    names = trained(leak.network)
-
-    def loss(moving: Tensors, fixed: Tensors, images: Tensor, distribution: Tensor) -> Tensor:
-        logits = functional_call(network, {**fixed, **moving}, (images,))
-        each: Tensor = -(distribution * logits.log_softmax(dim=-1)).sum(dim=-1)
-        return each.mean()
-
-    def respond(weights: Tensors, buffers: Tensors, images: Tensor, distribution: Tensor) -> dict[str, Tensor]:
-        here, fixed = {name: weights[name] for name in names}, {**weights, **buffers}
-        slopes: dict[str, Tensor] = grad(loss)(here, fixed, images, distribution)
-        total = slopes
-        for _ in range(protocol.steps - 1 if several else 0):
-            here = {name: here[name] - protocol.learning_rate * slopes[name] for name in names}
-            slopes = grad(loss)(here, fixed, images, distribution)
-            total = {name: total[name] + slopes[name] for name in names}
-        return {name: tensor / protocol.steps for name, tensor in total.items()} if several else total
-
-    return respond
-
-
 class Match:
     """How far each lane's answer is from its leak: `match(images, labels)` -> one value a lane, differentiable.
 
@@ -148,12 +105,12 @@ class Match:
             lanes: which of the leak's entries these are; all where not given.
         """
         soft = labels.is_floating_point()
-        target = labels if soft else F.one_hot(labels, self.leak.protocol.classes).to(images.dtype)
+        target = labels if soft else targets(labels, self.leak.protocol.classes).to(images.dtype)
         return _Ready.apply(images, target, *self._evaluate(images, target, lanes, soft))  # type: ignore[no-any-return,no-untyped-call]
 
     def with_slope(self, images: Images, labels: Labels, lanes: Tensor | None = None) -> tuple[Tensor, Images]:
         """The misfit of each lane and its slope towards the images, without autograd: for hard labels and no prior."""
-        target = F.one_hot(labels, self.leak.protocol.classes).to(images.dtype)
+        target = targets(labels, self.leak.protocol.classes).to(images.dtype)
         values, slope, _ = self._evaluate(images, target, lanes, soft=False)
         return values, slope
 
@@ -252,8 +209,14 @@ def check_match(leak: Leak) -> None:
             f"Model {short(leak.protocol.model)!r} keeps {short(lost[0])}, a buffer of whole numbers whose values are "
             "not known here: make it in forward (torch.arange), or register it as floating point numbers."
         )
+    if leak.protocol.optimiser == "adam" and leak.protocol.steps > 1:
+        raise FedtapError(
+            f"Adam divides each step by the gradient's own size, so of {leak.protocol.steps} steps nothing is left to "
+            "be matched: attack clients of one step, whose gradient's signs are."
+        )
     steps, batch = min(leak.protocol.steps, 2), min(leak.protocol.batch, 2)
-    if (leak.kind, steps, batch) in _TRIED.setdefault(network, set()):
+    tried = (leak.kind, dataclasses.replace(leak.protocol, steps=steps, batch=batch))
+    if tried in _TRIED.setdefault(network, set()):
         return
     draw = torch.Generator().manual_seed(0)
 
@@ -274,10 +237,10 @@ def check_match(leak: Leak) -> None:
     )
     images = torch.rand(1, batch, *leak.protocol.shape, generator=draw)
     Match(one, squared_distance)(images, torch.zeros(1, batch, dtype=torch.long))
-    _TRIED[network].add((leak.kind, steps, batch))
+    _TRIED[network].add(tried)
 
 
-_TRIED: WeakKeyDictionary[nn.Module, set[tuple[str, int, int]]] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[nn.Module, set[tuple[str, Protocol]]] = WeakKeyDictionary()
 
 
 def zeroed(network: nn.Module) -> nn.Module:
@@ -325,45 +288,6 @@ class _Ready(torch.autograd.Function):
             None,
             None,
         )
-
-
-class BatchStatistics(nn.Module):
-    """BatchNorm by the batch's own mean and variance, as in training, written out: it keeps no statistics."""
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, getattr(norm, name))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        over = [0, *range(2, hidden.ndim)]
-        centred = hidden - hidden.mean(over, keepdim=True)
-        scaled = centred * (centred.square().mean(over, keepdim=True) + self.eps).rsqrt()
-        if self.weight is None:
-            return scaled
-        shape = (-1, *(1 for _ in range(hidden.ndim - 2)))
-        return scaled * self.weight.reshape(shape) + self.bias.reshape(shape)
-
-
-def stateless(network: nn.Module) -> nn.Module:
-    """The network with BatchNorm made functional and dropout left out: nobody knows which units a victim dropped."""
-    if network in _STATELESS:
-        return _STATELESS[network]
-    copied = copy.deepcopy(network)
-    for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
-                setattr(parent, name, BatchStatistics(child))
-            elif isinstance(child, nn.modules.dropout._DropoutNd):
-                child.eval()
-            elif isinstance(child, nn.MultiheadAttention):
-                child.dropout = 0.0
-    _STATELESS[network] = copied
-    return copied
-
-
-_STATELESS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def _without_repeats(trace: GraphModule) -> GraphModule:

@@ -23,11 +23,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from attackers.parts.gradients import trained
 from attackers.parts.layers import Layer, chain
 from simulator.attack import Images, Labels
 from simulator.errors import FedtapError
 from simulator.leaks import GradientLeak, Leak
+from simulator.replay import trained
 
 ROUNDS = 20
 """Times that the equations are gone through, at most."""

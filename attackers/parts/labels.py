@@ -3,21 +3,25 @@
 With z the logits and p = softmax(z), the bias gradient is ``mean(p - onehot)`` and the weight gradient
 ``mean((p - onehot) embedding^T)``: a class that is there pulls its entry down by its share of the batch.
 Sign of one label's row: Zhao et al. 2020, https://arxiv.org/abs/2001.02610. Counts from the mean embedding and the
-mean softmax are in the manner of Ma et al. 2023 (iLRG), https://arxiv.org/abs/2301.05928.
+mean softmax are in the manner of Ma et al. 2023 (iLRG), https://arxiv.org/abs/2301.05928. Of the other losses it is the
+same with p the sigmoid (bce) or the logits themselves (mse), and a factor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attackers.parts.announced import sigma
-from attackers.parts.gradients import Match, check_match, mean_gradient, squared_distance, trained
+from attackers.parts.gradients import Match, check_match, squared_distance
+from simulator.announced import sigma
 from simulator.attack import Images
 from simulator.errors import FedtapError
-from simulator.leaks import Leak, UpdateLeak
+from simulator.leaks import Leak, Protocol, UpdateLeak
 from simulator.models import logits_layer
+from simulator.replay import local_steps, loss_gradient, summands, trained
 
 ALIKE = 30
 """Rounds in which what all rows of one image's gradient have in common is told apart from noise."""
@@ -31,10 +35,13 @@ def recovered(leak: Leak) -> Int[Tensor, "victims batch"]:
 
     ``class slope = mean softmax - share of the batch``, so the counts are what is missing, rounded to add up.
     """
-    slopes = class_slopes(leak)
-    if leak.protocol.batch == 1:
+    slopes, protocol = class_slopes(leak), leak.protocol
+    if protocol.classes == 1:
+        ones = (protocol.batch * (mean_softmax(leak) - slopes)).round() if protocol.batch > 1 else (slopes < 0).float()
+        return (torch.arange(protocol.batch, device=slopes.device) >= protocol.batch - ones).long()
+    if protocol.batch == 1 and protocol.loss != "mse":
         return slopes.argmin(dim=1, keepdim=True)
-    owed = leak.protocol.batch * (mean_softmax(leak) - slopes)
+    owed = protocol.batch * (mean_softmax(leak) - slopes)
     labels = []
     for _ in range(leak.protocol.batch):
         labels.append(owed.argmax(dim=1))
@@ -87,7 +94,13 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
         )
     layer = leak.network.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    if not {f"{name}.{part}".removeprefix(".") for part in ("weight", "bias")} & {*trained(leak.network)}:
+    sent = {f"{name}.{part}".removeprefix(".") for part in ("weight", "bias")} & {*trained(leak.network)}
+    if leak.protocol.loss == "mse" and (leak.weights is None or f"{name}.bias".removeprefix(".") not in sent):
+        raise FedtapError(
+            "Under mse the label is what is missing from the logits, which are known where the weights and the last "
+            f"bias's gradient are, and of {leak.protocol.model!r} they are not: use dlg, which finds labels too."
+        )
+    if not sent:
         raise FedtapError(
             f"Labels cannot be read off model {leak.protocol.model!r}: neither weight nor bias of the layer that "
             f"yields its logits, {name or 'itself'}, is trained; use dlg, which finds the labels along with the images."
@@ -103,11 +116,13 @@ def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
     taken from the class that is pulled up most: it is not in the batch, and p is about 1 / classes.
     """
     name, _ = last_linear(leak)
-    gradient, prefix = mean_gradient(leak), f"{name}." if name else ""
+    gradient, prefix = loss_gradient(leak), f"{name}." if name else ""
     if f"{prefix}bias" in gradient:
-        noise = sigma(leak.protocol) / (leak.protocol.steps if isinstance(leak, UpdateLeak) else 1)
-        heard = gradient[f"{prefix}bias"], gradient.get(f"{prefix}weight")
-        return heard[0] if heard[1] is None or not noise else _denoised(heard[0], heard[1], noise, leak.protocol.batch)
+        noise = sigma(leak.protocol) / local_steps(leak) / summands(leak.protocol)  # in units of one mean loss
+        slopes, rows = gradient[f"{prefix}bias"], gradient.get(f"{prefix}weight")
+        if noise and rows is not None:
+            slopes = _denoised(slopes, rows, noise, leak.protocol.batch)
+        return slopes * _factor(leak.protocol)
     rows = gradient[f"{prefix}weight"]
     steepest = rows.norm(dim=2).argmax(dim=1)  # its class is there, so its row points against the embedding
     against = rows[torch.arange(len(rows), device=rows.device), steepest]
@@ -138,31 +153,45 @@ def _denoised(
 
 
 def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
-    """What the network thinks of the batch on average.
+    """What the network thinks of the batch on average: p, which is the softmax but for other losses.
 
     Where its weights are not known, or half of the layer is frozen: a class pushed down is thought absent, which makes
     its slope its mean softmax; those that are pulled up share the rest alike.
     """
     name, _ = last_linear(leak)
-    gradient, slopes, prefix = mean_gradient(leak), class_slopes(leak), f"{name}." if name else ""
+    gradient, slopes, prefix = loss_gradient(leak), class_slopes(leak), f"{name}." if name else ""
     if leak.weights is None or not {f"{prefix}weight", f"{prefix}bias"} <= gradient.keys():
         absent, present = slopes.clamp_min(0), slopes < 0
         return torch.where(present, (1 - absent.sum(1, keepdim=True)) / present.sum(1, keepdim=True), absent)
-    rows = gradient[f"{prefix}weight"]
+    rows = gradient[f"{prefix}weight"] * _factor(leak.protocol)
+    respond = OUTPUT[leak.protocol.loss]
     embedding = torch.einsum("vc,vcf->vf", slopes, rows) / slopes.square().sum(1, keepdim=True).clamp_min(1e-30)
     weight, bias = leak.weights[f"{prefix}weight"], leak.weights[f"{prefix}bias"]
     logits = (torch.einsum("vcf,vf->vc", weight, embedding) if leak.stacked else embedding @ weight.T) + bias
-    believed = logits.softmax(dim=1)
+    believed = respond(logits)
     if isinstance(leak, UpdateLeak):  # local steps move the logits, by as much as the labels that are sought ask
-        pull = leak.protocol.learning_rate * (1 + embedding.square().sum(1, keepdim=True))
+        rate = leak.protocol.learning_rate * summands(leak.protocol) / _factor(leak.protocol)
+        pull = rate * (1 + embedding.square().sum(1, keepdim=True))
         for _ in range(SETTLE):
-            shares = _proper(believed - slopes)
+            shares = _proper(believed - slopes) if leak.protocol.loss == "cross_entropy" else believed - slopes
             moved, total = logits, torch.zeros_like(logits)
             for _ in range(leak.protocol.steps):
-                total = total + moved.softmax(dim=1)
-                moved = moved - pull * (moved.softmax(dim=1) - shares)
+                total = total + respond(moved)
+                moved = moved - pull * (respond(moved) - shares)
             believed = (believed + total / leak.protocol.steps) / 2
     return believed
+
+
+OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda logits: logits.softmax(dim=1),
+    "bce": torch.sigmoid,
+    "mse": lambda logits: logits,
+}
+"""Loss -> p, with which its slope by the logits is ``(p - onehot) / factor``."""
+
+
+def _factor(protocol: Protocol) -> float:
+    return {"cross_entropy": 1.0, "bce": protocol.classes, "mse": protocol.classes / 2}[protocol.loss]
 
 
 def _proper(shares: Tensor) -> Tensor:

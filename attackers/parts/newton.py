@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
-from torch.nn import functional as F
 
-from attackers.parts.announced import sigma
-from attackers.parts.gradients import answer, mean_gradient
+from simulator.announced import sigma
 from simulator.attack import Labels
 from simulator.leaks import Leak, Tensors
+from simulator.replay import answer, mean_gradient, targets
 
 Rows = Float[Tensor, "lanes pixels"]
 Product = Callable[[Rows], Rows]
@@ -48,7 +47,7 @@ def residual(leak: Leak, labels: Labels) -> Callable[[Rows], Float[Tensor, "lane
     """``(g(x) - G) / s`` of each lane, in float64, as a function of its pixels."""
     respond, leaked, errors = answer(leak), mean_gradient(leak), standard_errors(leak)
     shape = (leak.protocol.batch, *leak.protocol.shape)
-    target = F.one_hot(labels, leak.protocol.classes).double()
+    target = targets(labels, leak.protocol.classes).double()
 
     def lane(weights: Tensors, buffers: Tensors, leaked: Tensors, errors: Tensors, x: Tensor, target: Tensor) -> Tensor:
         found = respond(weights, buffers, x.reshape(shape), target)

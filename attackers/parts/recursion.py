@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,12 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attackers.parts.checks import check_slopes
 from attackers.parts.gradients import Match, check_match, squared_distance
 from attackers.parts.labels import last_linear, recovered
 from attackers.parts.layers import Chain, Layer, chain
 from simulator.attack import Attack, Reconstruction
 from simulator.errors import FedtapError
 from simulator.leaks import Leak
+from simulator.replay import undecayed
 
 LARGEST = 2**14
 """Inputs of a layer: a matrix of their squares takes 2 GiB."""
@@ -42,19 +45,21 @@ def check_undoable(attack: Attack, leak: Leak, solved: Solved) -> None:
             f"{attack.name} solves for all inputs of a layer at once, and model {leak.protocol.model!r} has one with "
             f"{largest:,}, where memory ends at {LARGEST:,}: use smaller images, or idlg."
         )
+    check_slopes(attack, leak)
     last_linear(leak)
     check_match(leak)
 
 
 def undone(leak: Leak, solved: Solved, undo: Callable[[Leak, Chain], Tensor]) -> Reconstruction:
     """What `undo` makes of as many victims at once as there is room for: the input of the first layer, flat."""
-    network, dtype = chain(leak), dtype_of(leak)
+    network, dtype, heard = chain(leak), dtype_of(leak), leak
+    leak = dataclasses.replace(leak, observed={**leak.observed, **undecayed(leak)})
     room = max([sum(tensor[0].numel() for tensor in leak.observed.values()), *map(_room, solved(network))])
     at_once = max(1, ROOM // room)
     fed = torch.cat([undo(leak[first : first + at_once], network) for first in range(0, len(leak), at_once)])
     pixels = (fed - network.shift) / network.scale
-    images, labels = pixels.reshape(len(leak), 1, *leak.protocol.shape).to(dtype).clamp(0, 1), recovered(leak)
-    return Reconstruction(images, labels, Match(leak, squared_distance)(images, labels))
+    images, labels = pixels.reshape(len(leak), 1, *leak.protocol.shape).to(dtype).clamp(0, 1), recovered(heard)
+    return Reconstruction(images, labels, Match(heard, squared_distance)(images, labels))
 
 
 def along(
