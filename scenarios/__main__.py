@@ -171,6 +171,7 @@ def main() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     try:
+        _check_here()
         if words and words[0] in catalogue():
             words = ["run", *words]
         elif words and words[0] not in COMMANDS and not words[0].startswith("-"):
@@ -216,6 +217,15 @@ def _usable_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # σ in an ASCII locale
+
+
+def _check_here() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise FedtapError(
+            "The current folder has been removed, so nothing can be found from it: cd to another."
+        ) from None
 
 
 def _discard(stream: TextIO | None) -> None:
