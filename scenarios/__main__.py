@@ -240,6 +240,8 @@ def _stoppable(where: Path, resumable: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not where.exists():
+            raise Stopped("stopped before anything was finished.") from None
         again = "the same command with --resume goes on" if resumable else "the same command begins anew"
         raise Stopped(f"stopped: what was finished is in {short(where)}, and {again}.") from None
 
