@@ -215,6 +215,7 @@ def main() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     try:
+        _check_here()
         if words and words[0] in catalogue():
             words = ["run", *words]
         elif words and words[0] not in COMMANDS and not words[0].startswith("-"):
@@ -262,6 +263,15 @@ def _usable_streams() -> None:
             stream.reconfigure(errors="replace")  # σ in an ASCII locale
 
 
+def _check_here() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise FedtapError(
+            "The current folder has been removed, so nothing can be found from it: cd to another."
+        ) from None
+
+
 def _discard(stream: TextIO | None) -> None:
     """Throw away what is still to be printed, which Python would try again as it ends."""
     with contextlib.suppress(OSError, AttributeError):  # it is closed, or none of the system's
@@ -274,6 +284,8 @@ def _stoppable(where: Path, resumable: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not where.exists():
+            raise Stopped("stopped before anything was finished.") from None
         again = "the same command with --resume goes on" if resumable else "the same command begins anew"
         raise Stopped(f"stopped: what was finished is in {short(where)}, and {again}.") from None
 

@@ -550,7 +550,7 @@ def page(about: About, sections: Iterable[str], answer: Sequence[str] = (), warn
         "<h2>Settings</h2>" + _definitions(about.settings),
         "<h2>Environment</h2>" + _definitions(about.environment),
     ]
-    return (
+    whole = (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>fedtap: {escape(about.scenario)}</title><style>{STYLE}</style></head><body><main>"
@@ -558,6 +558,7 @@ def page(about: About, sections: Iterable[str], answer: Sequence[str] = (), warn
         + "\n".join(filter(None, framed))
         + "</main></body></html>\n"
     )
+    return whole.encode(errors="replace").decode()  # the name of a file need not be text
 
 
 def write(folder: Path, about: About, rows: Sequence[Row], pictures: Sequence[Picture]) -> None:

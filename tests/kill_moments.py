@@ -3,7 +3,8 @@
 Each moment starts a small run in a process of its own, kills it (SIGKILL) after a random part of its time or at one of
 its writes, and then resumes it, or runs it again. It passes if rows and saved tensors are those of a run that
 nobody disturbed, timings aside. Processes are forked from this one, which has imported everything: an import would
-otherwise be most of a run. Prints `N of 100`, and exits 1 if N is less.
+otherwise be most of a run; it has played each run once, so that its data are open. Prints `N of 100`, and exits 1 if N
+is less.
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ def start(words: tuple[str, ...], out: Path, *more: str) -> int:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         os._exit(1)
+
+
+def here(words: tuple[str, ...], out: Path) -> None:
+    """Run this command in this process, in silence."""
+    sys.argv = ["fedtap", *words, "--out", str(out)]
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(SystemExit):
+        main()
 
 
 def ended(child: int) -> bool:
@@ -130,6 +138,7 @@ def all_moments(moments: int, seed: int) -> int:
     with tempfile.TemporaryDirectory(prefix="fedtap-") as folder:
         whole: dict[str, tuple[dict[str, Any], float, int]] = {}
         for name, words in RUNS.items():
+            here(words, Path(folder) / f"{name}_here")
             out, began = Path(folder) / name, time.monotonic()
             writes = writes_of(start(words, out), out)
             whole[name] = left(out), time.monotonic() - began, writes

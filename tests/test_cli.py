@@ -123,7 +123,7 @@ def test_a_new_run_leaves_nothing_of_the_old(tmp_path: Path, monkeypatch: pytest
     out = ["--out", str(tmp_path)]
     words = ["run", "first_leak", "--victims", "1", "--model", "mlp"]
     assert run(monkeypatch, *words, "--attack", "linear,idlg(steps=1)", *out) == 0
-    assert run(monkeypatch, *words, "--attack", "linear", *out) == 0
+    assert run(monkeypatch, *words, "--attack", "linear", *out, "--overwrite") == 0
     assert [path.name for path in (tmp_path / "guesses").iterdir()] == ["part_0-0-linear.safetensors"]
     assert len(rows(tmp_path)) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from attackers import parse
 from clients.app import client_app
-from simulator import files
+from simulator import files, report
 from simulator.errors import FedtapError
 from simulator.local import LocalGrid
 from simulator.output import Folder, judged, place, read_rows
@@ -282,14 +283,16 @@ class Writes:
 
 
 TINY = Scenario(
-    attacks=parse("linear,training_mean,panel(ridge,grey)"),
-    name="tiny",
-    question="?",
-    model="mlp",
-    victims=2,
-    size=8,
-    pairs=4,
+    attacks=parse("linear,training_mean"), name="tiny", question="?", model="mlp", victims=2, size=8, pairs=2
 )
+
+
+@pytest.fixture(autouse=True)
+def plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its drawing would take most of the time; it is written all the same."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    monkeypatch.setattr(report, "html", lambda *_: "a page")
+    monkeypatch.setattr(report, "strip", lambda *_: b"a strip")
 
 
 def play(parts: list[Scenario], out: Path, **flags: bool) -> list[dict[str, Any]]:

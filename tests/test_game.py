@@ -130,6 +130,8 @@ def test_a_run_leaves_rows_and_a_page_and_ends_in_an_error_where_it_is_sabotaged
     assert json.loads((tmp_path / "out/run.json").read_text())["finished"]
     capsys.readouterr()
     assert run(monkeypatch, *few, "--sabotage", "no_clip") == 2
+    assert "would replace" in capsys.readouterr().err
+    assert run(monkeypatch, *few, "--sabotage", "no_clip", "--overwrite") == 2
     assert "theory allows" in capsys.readouterr().err
     assert len((tmp_path / "out/rows.jsonl").read_text().splitlines()) == 4
 
