@@ -130,7 +130,7 @@ class Part:
         for number, value in zip(wanted, self.values, strict=True):
             if not number.fits(value):
                 raise FedtapError(
-                    f"{number.name} of {self.name} is {short(value)}, and it is {number}: give such a one."
+                    f"{number.name} of {self.name} is {short(repr(value))}, and it is {number}: give such a one."
                 )
         numbers = (value if number.whole else float(value) for number, value in zip(wanted, self.values, strict=True))
         object.__setattr__(self, "values", tuple(numbers))

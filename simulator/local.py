@@ -10,7 +10,6 @@ from uuid import uuid4
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # Flower offers no public way to be a server in one's own process
@@ -137,8 +136,7 @@ def _arrived(content: RecordDict) -> RecordDict:
     }
     # Flower checks values as they are put into a record, and a client may have put them there by another way
     others: dict[str, Any] = {name: record for name, record in content.items() if name not in arrays}
-    checked = RecordDict({name: type(record)(dict(record)) for name, record in others.items()})
-    rest = recorddict_from_proto(recorddict_to_proto(checked))
+    rest = {name: type(record).inflate(type(record)(dict(record)).deflate()) for name, record in others.items()}
     return RecordDict({name: arrays[name] if name in arrays else rest[name] for name in content})
 
 

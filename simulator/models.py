@@ -310,7 +310,7 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     except (Exception, SystemExit) as error:  # a user's code may raise anything
         size = short("x".join(map(str, shape)), 30)
         raise FedtapError(
-            f"Model {short(name)} cannot be built for {size} images and {classes} classes ({short(error)}): "
+            f"Model {short(name)} cannot be built for {size} images and {classes} classes ({short(error, 100)}): "
             "a model is a function of (shape, classes) that returns an nn.Module from images to logits."
         ) from error
 

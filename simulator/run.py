@@ -332,7 +332,7 @@ def _complete(played: Played, told: Row, rows: Sequence[Row]) -> bool:
         heard, error = (row["client"], row["round"]) in played.heard.leaks, row["error"]
         if (heard and error and row["pairs"] is None) or (not heard and not error):  # if heard, only to learn may fail
             return False
-        if any(not isinstance(row[name], int | float | None) for name in MEASURED) or (
+        if any(not isinstance(row[name], int | float | None) for name in MEASURED if name not in TOLD) or (
             not error and any(row[name] is None for name in ("recovered", "psnr_blind"))
         ):
             return False
@@ -384,6 +384,8 @@ IMAGES = ("recognisable", "identical", "levels", "psnr_images")
 NOTES = ("ssim_note", "lpips_note")
 TIMED = ("pairs", "fit_seconds", "seconds")
 JUDGED = ("unexplained", "doubts")
+TOLD = ("levels", "psnr_images", "psnr_blind_images", "doubts")
+"""Those of the columns below that hold lists or text."""
 MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "moved", "objective", *JUDGED, *TIMED)
 
 

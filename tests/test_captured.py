@@ -265,7 +265,7 @@ def test_a_folder_of_leaks_is_attacked_in_one_table(
         ("broken.safetensors", None),
         *((f"{number}.safetensors", attack) for number in range(2) for attack in ("linear", "idlg")),
     ]
-    assert "cannot be read" in found[0]["error"]
+    assert "is no leak's description" in found[0]["error"]
     for row, number in zip(found[1::2], range(2), strict=True):
         assert row["labels"] == labels[number].tolist()
         assert row.get("error") is None

@@ -220,7 +220,7 @@ def play(out: Path, **change: object) -> list[dict[str, object]]:
     def grid(part: Scenario) -> LocalGrid:
         return LocalGrid(client_app(lambda config: (part,)), part.victims + 1)
 
-    return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"))
+    return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"), overwrite=True)
 
 
 def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

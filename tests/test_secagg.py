@@ -201,7 +201,7 @@ def test_a_round_that_lacks_answers_is_refused(left: tuple[int, ...], others: st
         isolated({client: answer(1.0, 1) for client in left}, 3, others)
 
 
-@pytest.mark.parametrize(("who", "why"), [("leaves", "battery"), ("lies", "a client answered as number 7")])
+@pytest.mark.parametrize(("who", "why"), [("leaves", "battery"), ("lies", "Client 1 answered in the name of client 7")])
 def test_a_client_that_drops_out_is_named_in_its_rounds(who: str, why: str) -> None:
     sound, app = client_app(lambda config: (BASE,)), ClientApp()
 

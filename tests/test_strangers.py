@@ -247,7 +247,7 @@ def test_worlds_draws_weights_and_run_folders_run_nothing(tmp_path: Path, marker
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps(about))
     (tmp_path / "run/rows.jsonl").write_text('{"unit": "evil:net", "settings": "Assuming(\'evil:net\')"}\n')
-    assert Folder(tmp_path / "run", dict(about), resume=True).rows[0]["unit"] == "evil:net"
+    assert Folder(tmp_path / "run", dict(about), resume=True).before["evil:net"][0]["unit"] == "evil:net"
 
 
 # Small files that take everything.
