@@ -63,7 +63,8 @@ NAMES = [name for name in EVERY if CANDIDATES[name].guesses is Reconstruction]
 """Those that bring back images; attacks on other leaks have tests of their own."""
 
 KINDS = ("gradient", "update")
-MODELS = ("lenet", "mlp", "convnet", "vit", "resnet20")
+SMALL = "lenet(width=4)"
+MODELS = (SMALL, "mlp", "convnet", "vit", "resnet20")
 
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="fedtap-tests-"))
@@ -74,7 +75,7 @@ atexit.register(shutil.rmtree, SCRATCH)
 def trained() -> str:
     """Path of a trained attack on a small LeNet."""
     path = SCRATCH / "trained.safetensors"
-    leak = leak_of(*pictures(1, 1), build("lenet", (3, 16, 16), 10, seed=1234), "lenet")
+    leak = leak_of(*pictures(1, 1), build(SMALL, (3, 16, 16), 10, seed=1234), SMALL)
     LTI(width=8, epochs=1).fit(practice_for(leak, SCRATCH)).save(path)
     return str(path)
 
@@ -89,7 +90,7 @@ def ready(attack: Attack, leak: Leak, network: nn.Module | None = None, anew: bo
     key = repr(attack), repr(leak.protocol), digest({**(leak.weights or {}), **leak.buffers})
     if anew or key not in FITTED:
         _learned.cache_clear()  # which remembers the last few
-        pairs = 300 if attack.name.startswith("identified") else 40  # as many as a last layer has inputs, and more
+        pairs = 120 if attack.name.startswith("identified") else 40  # as many as a last layer has inputs, and more
         FITTED[key] = attack.fit(practice_for(leak, SCRATCH, pairs, network=network))
     return FITTED[key]
 
@@ -100,7 +101,7 @@ def quick(name: str) -> Attack:
     fields = {field.name: str(field.type) for field in every if field.default_factory is dataclasses.MISSING}
     given: dict[str, object] = {field: IDLG(steps=4) for field, kind in fields.items() if kind == "Attack"}
     small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8, "inner": 4}
-    given |= {"path": trained()} if "path" in fields else {"model": "lenet"} if "model" in fields else {}
+    given |= {"path": trained()} if "path" in fields else {"model": SMALL} if "model" in fields else {}
     return CANDIDATES[name](**given, **{field: value for field, value in small.items() if field in fields})
 
 
