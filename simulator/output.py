@@ -53,7 +53,7 @@ class Folder:
         overwrite: take the place of another run.
 
     Raises:
-        FedtapError: see `judged`; or the rows of the run to resume are damaged.
+        FedtapError: see `judged`.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
@@ -157,11 +157,13 @@ def judged(
     Nothing is lost there: it is the run to resume, a run with the same settings, or one that may be overwritten.
 
     Raises:
-        FedtapError: the folder cannot be written, holds something else, or another run.
+        FedtapError: the folder cannot be written, holds something else or another run, or rows to resume are damaged.
     """
     before = left_by_us(path)
     if before is not None:
         _compare(path, before, about, resume, overwrite)
+    if resume:
+        read_rows(path / "rows.jsonl")  # damage is told before anything is played
     check_writable(path)
     return before
 

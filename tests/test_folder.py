@@ -209,7 +209,7 @@ def test_damaged_rows_are_told_in_a_sentence(content: bytes, tmp_path: Path) -> 
     left(tmp_path)
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(FedtapError, match=r"rows.jsonl is damaged \(line \d: .*run again without --resume") as error:
-        Folder(tmp_path, dict(ABOUT), resume=True)
+        judged(tmp_path, ABOUT, resume=True)
     sentence(error)
     Folder(tmp_path, dict(ABOUT))  # as it says
 
