@@ -48,9 +48,9 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
 
     g is what a client of this protocol would send for them after all its steps. Weight decay does not count in the
     length of G. A clip and a pruning are done to g as well. Noise and rounding leave an error e of known ``E|e|^2``,
-    which is subtracted with three of its standard deviations (down to 0), so that the truth has 0 under noise too.
-    None where the weights are not known, where a defence or Adam leaves nothing to compare, and of a network that
-    torch.func cannot differentiate.
+    which is subtracted with three of its standard deviations (down to 0), so that the truth has 0 under noise too;
+    NaN where it is over half of ``|G|^2``, since then next to any guess would have 0. None where the weights are not
+    known, where a defence or Adam leaves nothing to compare, and of a network that torch.func cannot differentiate.
     """
     protocol, steps = leak.protocol, local_steps(leak)
     parts = _parts(protocol.defence)
@@ -76,7 +76,7 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
             sent = _defended(part, sent, heard, steps)
         apart = _squares({name: sent[name] - heard[name] for name in heard})
         noise = _noise(leak, heard, parts)
-        values.append((apart - noise).clamp_min(0))
+        values.append(torch.where(noise > _squares(heard) / 2, torch.nan, (apart - noise).clamp_min(0)))
     length = _squares(plain) * (summands(protocol) ** 2)
     return (torch.cat(values) / length).to(images.dtype)
 

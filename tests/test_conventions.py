@@ -155,7 +155,7 @@ def test_examples_that_are_not_the_batch_are_doubted(tmp_path: Path) -> None:
     assert doubts(load(tmp_path / "leak.safetensors", build)) == doubts(leak)
 
 
-@pytest.mark.parametrize("defence", ["noise(0.01)", "clip(0.5)+noise(0.01)", "laplace(0.01)", "clip(0.5)"])
+@pytest.mark.parametrize("defence", ["noise(0.01)", "clip(0.5)+noise(0.001)", "laplace(0.01)", "clip(0.5)"])
 def test_noise_that_is_announced_is_neither_doubted_nor_unexplained(defence: str) -> None:
     from clients.defences import parse as defences
     from clients.defences.mod import defended
@@ -177,6 +177,14 @@ def test_noise_that_is_announced_is_neither_doubted_nor_unexplained(defence: str
     other = unexplained(silent, images, labels)
     assert other is not None
     assert other > EXPLAINED
+
+
+def test_noise_that_drowns_the_gradient_explains_nothing() -> None:
+    leak, images, labels = of(2, said(defence="noise(1.0)"))
+    leak = blank(leak, **{name: tensor + torch.randn_like(tensor) for name, tensor in leak.observed.items()})
+    share = unexplained(leak, 1 - images, labels)
+    assert share is not None
+    assert share.isnan().all()
 
 
 @pytest.mark.parametrize("defence", ["sign()", "soteria(0.5)", "dp_sgd(1.0, 1.0)", "of_our_own"])
