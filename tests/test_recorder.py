@@ -16,9 +16,12 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from torch.nn import functional as F
 
+from attackers.idlg import IDLG
 from simulator.leaks import GradientLeak, Protocol, load
 from simulator.local import LocalGrid
+from simulator.models import build
 from simulator.recorder import recorder
+from simulator.soundness import CAUSES, EXPLAINED, unexplained
 from simulator.wiretap import Ear, Wiretap
 
 
@@ -194,3 +197,35 @@ def test_replies_of_other_types_are_counted_and_named_once(tmp_path: Path) -> No
         assert told(ear, rows, rows, kind=kind, accuracy=0.5) == []
     told(ear, ArrayRecord(before), ArrayRecord(after))
     assert json.loads((tmp_path / "messages.json").read_text()) == {"query.cohort": 2, "evaluate": 2, "train": 1}
+
+
+def test_a_quickstart_app_that_is_misread_is_told_so_before_and_after_the_attack(tmp_path: Path) -> None:
+    """Forty normalised images in batches of eight, SGD with momentum; recorded as a step of plain SGD on one image."""
+    draw = torch.Generator().manual_seed(0)
+    app, model, shape = ClientApp(), "lenet(width=4)", (3, 8, 8)
+    images, labels = torch.rand(40, *shape, generator=draw), torch.randint(3, (40,), generator=draw)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        network = build(model, shape, 3, seed=1)
+        network.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        for pixels, truth in zip(images.split(8), labels.split(8), strict=True):
+            optimiser.zero_grad()
+            F.cross_entropy(network((pixels - 0.5) / 0.5), truth).backward()
+            optimiser.step()
+        content = {"arrays": ArrayRecord(network.state_dict()), "metrics": MetricRecord({"num-examples": 40})}
+        return Message(RecordDict(content), reply_to=message)
+
+    protocol = Protocol(model, shape, 3, batch=1, learning_rate=0.1)
+    tap = Wiretap(LocalGrid(app, 2), recorder(tmp_path / "leaks", protocol, build(model, shape, 3)))
+    arrays = ArrayRecord(build(model, shape, 3, seed=1).state_dict())
+    with pytest.warns(UserWarning, match="reports 40 examples and the protocol a batch of 1") as told:
+        FedAvg(fraction_evaluate=0.0).start(tap, arrays, num_rounds=1)
+    assert any("momentum" in str(one.message) for one in told)
+    leak = load(next((tmp_path / "leaks").glob("*.safetensors")), build)
+    found = IDLG(steps=50)(leak)
+    left = unexplained(leak, found.images, found.labels)
+    assert left is not None
+    assert left[0] > EXPLAINED
+    assert "range" in CAUSES
