@@ -60,6 +60,7 @@ def test_the_app_bundle_is_whole_and_small() -> None:
     assert any(name.startswith("simulator/lpips_alexnet_features") for name in names)
 
 
+@pytest.mark.slow
 def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

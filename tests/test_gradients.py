@@ -155,7 +155,9 @@ def test_a_model_that_is_frozen_throughout_is_refused() -> None:
         check_match(leak)
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet", "convnet", "resnet20", "vit", "in place"])
+@pytest.mark.parametrize(
+    "model", ["mlp", "lenet", "convnet", "resnet20", pytest.param("vit", marks=pytest.mark.slow), "in place"]
+)
 def test_a_trace_agrees(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "WARM_UP", 1)
     images, labels = pictures(2, 1)
