@@ -279,23 +279,25 @@ def alarms(rows: Sequence[Row], finished: bool = True) -> list[str]:
 
 LEGEND = (
     "n: victims (× images of each); shares are of images, PSNR is the median over images, both with 95 % intervals "
-    "(Clopper-Pearson; order statistics, of few the least and the largest); MSE: mean over victims, whose PSNR is "
-    "-10 log10(MSE); s: each victim"
+    "(Clopper-Pearson; order statistics, of few the least and the largest)"
 )
+WIDER = "MSE: mean over victims, whose PSNR is -10 log10(MSE); s/victim: seconds"
+LEFT = "left: share of the gradient that the guess does not cause"
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The summaries, for a terminal of 80 columns: SSIM and LPIPS are left to the page."""
+    """The summaries, for a terminal of 80 columns: MSE, SSIM, LPIPS and seconds are left to the page."""
     summaries = summarise(rows)
-    shown = Table(caption=plain("\n".join([LEGEND, *_notes(rows)])), box=None, padding=(0, 1, 0, 0))
+    shown = Table(caption=plain("\n".join([f"{LEGEND}; {LEFT}", *_notes(rows)])), box=None, padding=(0, 1, 0, 0))
     knobs = _untold(summaries)
     for name in knobs:
         shown.add_column(plain(name.replace("_", " ")))
     shown.add_column("attack", overflow="fold")
-    for name in ("n", _measure(summaries), "identical", "PSNR dB", "blind", "MSE", "label", "left", "s"):
+    for name in ("n", _measure(summaries), "identical", "PSNR dB", "blind", "label", "left"):
         shown.add_column(plain(name), justify="right", no_wrap=True)
     for entry in summaries:
-        words = map(plain, (*(entry.knobs[name] for name in knobs), entry.attack, *_cells(entry, "ssim", "lpips")))
+        cells = _cells(entry, "mse", "ssim", "lpips", "seconds")
+        words = map(plain, (*(entry.knobs[name] for name in knobs), entry.attack, *cells))
         shown.add_row(*words, style="red" if entry.back.won else None)
     return shown
 
@@ -682,7 +684,7 @@ def _summaries(rows: Sequence[Row]) -> str:
         body.append(f"<tr>{words}<td>{_dots(entry, right)}</td>{figures}</tr>")
     return (
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f"<p class='pale'>{escape(LEGEND)}. {escape(LEVELLED)} Dots: the line is the blind guess. "
+        f"<p class='pale'>{escape(LEGEND)}; {escape(WIDER)}. {escape(LEVELLED)} Dots: the line is the blind guess. "
         f"Unexplained is the share of the gradient that a guess does not cause; over {EXPLAINED:g} it is {CAUSES}. "
         "An attack that fails shows that this attack fails here: it does not show that the data are private.</p>"
         + "".join(f"<p class='pale'>{escape(note)}</p>" for note in _notes(rows))
