@@ -158,6 +158,7 @@ def test_a_full_disk_behind_standard_output_is_told(
 def test_a_reader_that_leaves_is_no_error_of_ours(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(command.console, "quiet", False)  # rich's console falls silent for good, and others test on
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe:  # noqa: PTH123
