@@ -729,7 +729,8 @@ def attack_saved(
     kinds = " or ".join(dict.fromkeys(leak.kind for leak, _ in tried.values()))
     page = report.About(
         scenario=f"What is in {source}?",
-        question=f"Which data have this {kinds}? There is no truth to score against: look, and read the objective.",
+        question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
+        "gradients how much a guess leaves unexplained.",
         threat="\n".join(dict.fromkeys(THREATS.get(p.listener, f"Its listener was: {p.listener}.") for p in protocols)),
         settings={
             field.name: " or ".join(dict.fromkeys(str(getattr(protocol, field.name)) for protocol in protocols))
