@@ -215,6 +215,13 @@ def test_a_layer_that_cannot_be_read_is_named(make: type[nn.Module], said: str) 
         stages(make(), SHAPE)
 
 
+def test_a_network_that_cannot_be_read_is_refused_before_practice() -> None:
+    leak = heard()
+    same = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(1024, 10)).to("meta")
+    with pytest.raises(FedtapError, match=r"0 \(Conv2d\) is not one whose gradient can be read"):
+        CoarseGIT().accepts(dataclasses.replace(leak, network=same))
+
+
 def test_batches_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match="the mean over 2"):
         CoarseGIT().accepts(heard(batch=2))
