@@ -177,6 +177,16 @@ def test_the_smooth_variation_is_nearly_the_variation_and_has_a_slope() -> None:
     assert not flat.grad.any()
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("gradient", 1), ("update", 4)])
+def test_of_several_steps_the_mean_gradients_noise_is_that_much_less(kind: str, steps: int) -> None:
+    network = build("lenet", (3, 16, 16), 10, seed=1)
+    leak = leak_of(*pictures(1, 1), network, "lenet", kind=kind, steps=steps)
+    noisy = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, defence="noise(0.1)"))
+    known = informed(noisy, squared_distance)
+    assert known is not None
+    assert known.misfit.error == pytest.approx(0.1 / steps)
+
+
 @pytest.mark.parametrize("aware", [IDLG(steps=3, aware=True), DLG(steps=3, aware=True)], ids=repr)
 def test_the_slope_is_that_of_the_value(aware: Attack) -> None:
     leak, images, labels = defended("noise(0.02)+quantise(6)")

@@ -51,6 +51,8 @@ def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     about = json.loads((tmp_path / "run.json").read_text())
     assert about["finished"]
     assert about["scenario"][0].startswith("Scenario(")
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"alt='linear on mlp, client {client}'" in page for client in (0, 1))
     assert {"seed", "device", "versions", "question"} <= about.keys()
     columns = (
         "scenario attack defence world model client round seed mse psnr ssim lpips label_correct recovered psnr_blind"

@@ -28,6 +28,12 @@ def test_frequent_words_are_whole_and_others_are_spelled() -> None:
     assert small.decode(small.encode("the tho")) == "the tho"
 
 
+def test_where_there_is_room_for_some_words_the_most_frequent_have_it() -> None:
+    texts = ["ab ab ab ba ba", "aab"]
+    letters = len(WordPieces.learned(["a b"], 99).pieces)
+    assert WordPieces.learned(texts, letters + 2).pieces[letters:] == ("ab", "ba")
+
+
 def test_words_are_berts() -> None:
     assert list(words("Café  isn't $5—北京ok\x00")) == ["cafe", "isn", "'", "t", "$", "5", "—", "北", "京", "ok"]
 
