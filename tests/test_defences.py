@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
@@ -573,3 +574,15 @@ def test_a_mod_that_cannot_tell_what_to_defend_sends_nothing() -> None:
         assert said in reply.error.reason
     untouched = own_app(Sign(), both, learning_rate=7)  # a message of another kind
     assert torch.equal(tensors_of(untouched.content.array_records["arrays"])["weight"], RECEIVED["weight"])
+
+
+def test_flowers_mod_is_quiet_in_a_simulation(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        LocalDP(1.0, 2.0, 1.0, 1e-5).stacked({"w": torch.ones(1, 3)}, [torch.Generator().manual_seed(0)])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["lenet(depht=2)", "lenet(width=0)", "lenet()", "lenet(3)"])
+def test_a_size_that_a_model_does_not_have_is_named(name: str) -> None:
+    with pytest.raises(FedtapError, match="no size of lenet that can be built"):
+        build(name, (3, 8, 8), 3)

@@ -98,6 +98,15 @@ def test_swept_knobs_make_groups_and_seeds_do_not() -> None:
     ]
 
 
+def test_epsilon_stands_for_the_defence_only_where_it_is_what_is_asked() -> None:
+    plain = [row(epsilon=float(number), defence=f"noise({number})") for number in (1, 2)]
+    assert [entry.knobs.keys() for entry in summarise(plain)] == [{"defence"}] * 2
+    asked = [{**one, "success": 0.5} for one in plain]
+    assert [entry.knobs.keys() for entry in summarise(asked)] == [{"epsilon"}] * 2
+    alike = [{**one, "epsilon": 1.0} for one in asked]
+    assert [entry.knobs.keys() for entry in summarise(alike)] == [{"defence"}] * 2
+
+
 def test_a_failed_client_is_counted_and_spoils_no_median() -> None:
     (entry,) = summarise([row(psnr=40.0), failed(client=1), row(client=2, psnr=50.0)])
     assert (entry.victims, entry.failed, entry.psnr, entry.back.share) == (3, 1, 45.0, 1.0)
