@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from clients.defences import parse
+from clients.defences.mod import defended
 from clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, seeded, sgd
 from simulator.attack import generator
 from simulator.practice import digest, gradients
@@ -53,8 +54,7 @@ def practise(order: Message, private: PrivateData) -> Message:
             parts.append(after)
         sent = parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in before}
         if defences.update:
-            change = defences.update.stacked({name: (before[name] - sent[name]) / rate for name in before}, draws)
-            sent = {name: before[name] - rate * change[name] for name in before}
+            sent = defended(defences.update.stacked, before, sent, rate, draws)
     content = RecordDict(
         {"weights": ArrayRecord(sent), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
     )

@@ -74,11 +74,13 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
             after = _as_weights(before, sent, network, client)
             examples = _examples(answer.content, weighted_by_key)
             leak = exchanged(before, after, protocol, network, client, rnd, examples)
+            found = doubts(leak)[0]
             leak.save(folder / f"round_{rnd}-client_{client}.safetensors")
-            for doubt in doubts(leak)[0]:
-                _warn(f"Client {client}: {doubt}")
         except Exception as error:  # the bytes are a client's, and may raise whatever they like
             _warn(f"fedtap recorded nothing of client {client}: {short(error, 300)}")
+            return
+        for doubt in found:
+            _warn(f"Client {client}: {doubt}")
 
     return ear
 

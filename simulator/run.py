@@ -488,9 +488,12 @@ def _left(leak: Leak, guess: Guess) -> list[float | None]:
     return [None] * len(leak) if shares is None else [_finite(share) for share in shares.tolist()]
 
 
-def _warn(leak: Leak) -> None:
-    for line in warned(leak, doubts(leak)):
+def _warn(leak: Leak) -> list[list[str]]:
+    """Say what is doubted of a leak, and return it."""
+    found = doubts(leak)
+    for line in warned(leak, found):
         warnings.warn(line, stacklevel=3)
+    return found
 
 
 def _joined(found: Sequence[Sequence[str]]) -> list[str | None]:
@@ -688,8 +691,7 @@ def attack_saved(
     folder = Folder(out, about, overwrite=overwrite)
     pictures: dict[Any, report.Picture] = {}
     folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
-    for leak, _ in tried.values():
-        _warn(leak)
+    doubted = {name: _joined(_warn(leak)) for name, (leak, _) in tried.items()}
     for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
         many = {"leak": name} if len(leaks) > 1 else {}
         common: Row = {**many, "attack": _label(attack, panel), "model": leak.protocol.model}
@@ -704,14 +706,14 @@ def attack_saved(
             told = {"error": str(error), **last}
             folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
             continue
-        left, guess, doubted = _left(there, guess), guess.on_cpu(), _joined(doubts(leak))
         last = {"seconds": (time.perf_counter() - began) / len(leak), **last}
+        left, guess = _left(there, guess), guess.on_cpu()
         folder.keep(str(last["unit"]), guess)
         rows = []
         for victim, (client, rnd) in enumerate(victims):
             objective = _finite(float(guess.objective[victim]))
             row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
-            row |= {"unexplained": left[victim], "doubts": doubted[victim]}
+            row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
             if isinstance(guess, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"
                 folder.write(file, report.png(guess.images[victim]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
@@ -13,6 +14,8 @@ from clients.defences.source import Source
 from simulator.errors import FedtapError
 from simulator.leaks import Tensors
 from simulator.records import tensors_of
+
+Drawing = TypeVar("Drawing")
 
 
 def mod_of(
@@ -70,8 +73,16 @@ def _arrays(message: Message, what: str) -> tuple[str, ArrayRecord]:
 
 
 def defended(
-    defence: UpdateDefence, before: Tensors, after: Tensors, learning_rate: float, draw: Source
+    defence: Callable[[Tensors, Drawing], dict[str, Tensor]],
+    before: Tensors,
+    after: Tensors,
+    learning_rate: float,
+    draw: Drawing,
 ) -> dict[str, Tensor]:
-    """The weights to send in the place of `after`, where `before` were received."""
+    """The weights to send in the place of `after`, where `before` were received: a client's, or a stack of exchanges'.
+
+    Args:
+        defence: an `UpdateDefence`, or for a stack its `stacked`, with a source for each exchange.
+    """
     gradient = defence({name: (before[name] - after[name]) / learning_rate for name in after}, draw)
     return {name: before[name] - learning_rate * gradient[name] for name in after}
