@@ -9,26 +9,21 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
-from simulator.attack import Attack, Reconstruction
-from simulator.errors import FedtapError, short, unknown
-from simulator.language import LanguageModel
-from simulator.leaks import Leak
+from fedtap.simulator.attack import Attack, Reconstruction
+from fedtap.simulator.errors import FedtapError, short, unknown
+from fedtap.simulator.leaks import Leak
+from fedtap.simulator.models.language import LanguageModel
 
 
 def _scan() -> dict[str, type[Attack[Any]]]:
     """Every attack in this folder by the name of its file, which defines one public attack."""
     found: dict[str, type[Attack[Any]]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.ispkg or module.name == "bench":
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        if module.ispkg:
             continue
-        contents = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        for thing in contents.values():
-            if (
-                isinstance(thing, type)
-                and issubclass(thing, Attack)
-                and thing.__module__ == f"{__name__}.{module.name}"
-            ):
-                found[module.name] = thing
+        for thing in vars(importlib.import_module(module.name)).values():
+            if isinstance(thing, type) and issubclass(thing, Attack) and thing.__module__ == module.name:
+                found[module.name.rpartition(".")[2]] = thing
     return found
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, UserConfig
 from flwr.clientapp import ClientApp
 
-from clients import compromised, honest
-from clients.training import one_thread
-from simulator import roll
-from simulator.scenario import PrivateData, Scenario, private_data
-from simulator.study import Study
+from fedtap.clients import compromised, honest
+from fedtap.clients.training import one_thread
+from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
+from fedtap.simulator.study import Study
+from fedtap.simulator.wire import roll
 
 Plan = Callable[[UserConfig], Sequence[Scenario | Study]]
 

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad_and_value, hessian, vmap
 
-from simulator.attack import generator
-from simulator.errors import FedtapError
-from simulator.likelihoods import Likelihood, LinearRegression
+from fedtap.simulator.attack import generator
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.models.likelihoods import Likelihood, LinearRegression
 
 SAMPLERS = ("exact", "hmc", "laplace")
 """Exact draws of a linear regression; Hamiltonian Monte Carlo; or mean and covariance, after Laplace."""

@@ -13,13 +13,13 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from clients.defences import parse
-from clients.defences.mod import defended
-from clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, seeded, sgd
-from simulator.attack import generator
-from simulator.practice import digest, gradients
-from simulator.records import tensors_of
-from simulator.scenario import PrivateData
+from fedtap.clients.mod import defended
+from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, seeded, sgd
+from fedtap.simulator.attack import generator
+from fedtap.simulator.auxiliary import digest, gradients
+from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.federation.settings import PrivateData
+from fedtap.simulator.wire.records import tensors_of
 
 
 def practise(order: Message, private: PrivateData) -> Message:

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clients.defences import parse
-from clients.defences.mod import defended
-from clients.training import network, one_thread, plain_backward, seeded, sgd
-from simulator.attack import generator
-from simulator.defence import described
-from simulator.models import Shape
-from simulator.scenario import PrivateData, Scenario
+from fedtap.clients.mod import defended
+from fedtap.clients.training import network, one_thread, plain_backward, seeded, sgd
+from fedtap.simulator.attack import generator
+from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.federation.settings import PrivateData, Scenario
+from fedtap.simulator.models.registry import Shape
 
 TURNS = 7
 """Times that each of the two is timed, one after the other, so that both see the same machine."""

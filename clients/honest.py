@@ -8,11 +8,11 @@ from functools import partial
 from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor
 
-from clients.defences import parse
-from clients.defences.mod import defended
-from clients.training import Backward, answer, drifted, network, plain_backward, receive, seeded, sgd
-from simulator.attack import generator
-from simulator.scenario import PrivateData
+from fedtap.clients.mod import defended
+from fedtap.clients.training import Backward, answer, drifted, network, plain_backward, receive, seeded, sgd
+from fedtap.simulator.attack import generator
+from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.federation.settings import PrivateData
 
 
 def train(order: Message, context: Context, private: PrivateData) -> Message:

@@ -6,8 +6,8 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from simulator.attack import generator
-from simulator.records import tensors_of
+from fedtap.simulator.attack import generator
+from fedtap.simulator.wire.records import tensors_of
 
 
 def answer(order: Message, half: nn.Module, private: Tensor, client: int, noise: float = 0.0, seed: int = 0) -> Message:

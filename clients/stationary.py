@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from simulator.errors import FedtapError
-from simulator.leaks import Tensors
-from simulator.records import tensors_of
-from simulator.regulariser import Regulariser
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Tensors
+from fedtap.simulator.models.regulariser import Regulariser
+from fedtap.simulator.wire.records import tensors_of
 
 TRAININGS = ("lbfgs", "adam")
 """To the end, or 300 steps of Adam at 0.01, after which few trainings are there."""

@@ -7,12 +7,12 @@ from flwr.app import Message
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from clients.defences import parse
-from clients.defences.mod import defended
-from clients.training import answer, receive, sgd
-from simulator.defence import described
-from simulator.errors import FedtapError
-from simulator.language import LanguageModel
+from fedtap.clients.mod import defended
+from fedtap.clients.training import answer, receive, sgd
+from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.models.language import LanguageModel
 
 
 def train(

@@ -10,13 +10,13 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from simulator.attack import generator
-from simulator.leaks import float_buffers
-from simulator.models import Shape, build
-from simulator.practice import digest
-from simulator.precode import bottlenecks, training_loss
-from simulator.records import tensors_of
-from simulator.scenario import PrivateData
+from fedtap.simulator.attack import generator
+from fedtap.simulator.auxiliary import digest
+from fedtap.simulator.defences.precode import bottlenecks, training_loss
+from fedtap.simulator.federation.settings import PrivateData
+from fedtap.simulator.leaks import float_buffers
+from fedtap.simulator.models.registry import Shape, build
+from fedtap.simulator.wire.records import tensors_of
 
 
 @lru_cache(maxsize=4)

@@ -8,14 +8,14 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from clients.app import client_app
-from clients.cost import overhead
-from scenarios.game import Game
-from scenarios.plan import plan_of, sorted_out
-from simulator.errors import FedtapError, short
-from simulator.output import place
-from simulator.run import described_run, device_named, run
-from simulator.study import run_studies
+from fedtap.clients.app import client_app
+from fedtap.clients.cost import overhead
+from fedtap.scenarios.command.plan import plan_of, sorted_out
+from fedtap.scenarios.gradients.game import Game
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.report.folder import place
+from fedtap.simulator.run import described_run, device_named, run
+from fedtap.simulator.study import run_studies
 
 client = client_app(plan_of)
 server = ServerApp()

@@ -1,7 +1,7 @@
 """Play a scenario on Flower's own engines, on this machine's loopback.
 
-`python -m scenarios.deploy NAME --nodes 5 --knob value …` starts a SuperLink and five SuperNodes (the last one is the
-compromised client; a study such as `attention` has none, and as many nodes as clients), submits the scenario with `flwr
+`python -m fedtap.scenarios.deploy NAME --nodes 5 --knob value …` starts a SuperLink and five SuperNodes (the last one
+is the compromised client; a study such as `attention` has none, and as many nodes as clients), submits the scenario with `flwr
 run`, waits, and stops what it started. With `--engine simulation` the SuperLink plays all nodes itself, on Ray. On real
 hosts, start the same two programs with TLS instead of --insecure; the README shows how.
 """
@@ -24,16 +24,16 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from scenarios.game import Game
-from scenarios.knobs import pairs
-from scenarios.plan import Part, models_of, plan
-from simulator.errors import FedtapError
-from simulator.files import exists
-from simulator.models import OWN_MODELS, plain_name
-from simulator.output import left_by_us, place
-from simulator.run import described_run, device_named
-from simulator.scenario import Scenario
-from simulator.study import Study
+from fedtap.scenarios.command.options import pairs
+from fedtap.scenarios.command.plan import Part, models_of, plan
+from fedtap.scenarios.gradients.game import Game
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.settings import Scenario
+from fedtap.simulator.files import exists
+from fedtap.simulator.models.registry import OWN_MODELS, plain_name
+from fedtap.simulator.report.folder import left_by_us, place
+from fedtap.simulator.run import described_run, device_named
+from fedtap.simulator.study import Study
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

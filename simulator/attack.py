@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
-from simulator.defence import described
-from simulator.errors import FedtapError, short
-from simulator.files import write_atomically
-from simulator.leaks import CONVENTIONS, GradientLeak, Leak
-from simulator.practice import About, Practice
+from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.files import write_atomically
+from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak
 
 FORMAT = 1
 """Version of the saved form of a trained attack; a reader refuses any other."""

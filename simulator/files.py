@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from simulator.errors import FedtapError, short
+from fedtap.simulator.errors import FedtapError, short
 
 LARGEST_JSON = 16 << 20
 """Bytes of a JSON file that describes something; draws and data of posteriordb may be larger."""

@@ -21,9 +21,9 @@ from jaxtyping import Int
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from simulator.defence import averaged
-from simulator.errors import FedtapError, short
-from simulator.files import is_file, read_json, read_tensors, write_atomically
+from fedtap.simulator.defences.notation import averaged
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 
 Tensors = Mapping[str, Tensor]
 Kind = TypeVar("Kind", bound="Leak")
@@ -228,7 +228,8 @@ class Leak:
             if tuple(self.observed[name].shape) == shape:
                 raise FedtapError(
                     f"{self.kind}/{short(name)} of the leak has the shape of one victim's, {shape}, and a leak is a "
-                    "stack of victims: give each tensor a leading axis (tensor[None]), as simulator.captured.leak does."
+                    "stack of victims: give each tensor a leading axis (tensor[None]), as "
+                    "fedtap.simulator.wire.captured.leak does."
                 )
             _shaped(self.observed[name], (len(self), *shape), f"{self.kind}/{name}", self.protocol.model)
         victims = len(self)

@@ -21,23 +21,25 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from simulator import report, scores, study_report
-from simulator.attack import Attack, Guess, Reconstruction, answered, generator
-from simulator.defence import described
-from simulator.equal_loss import nearest, strengths_of, undefended
-from simulator.errors import ClientError, DamagedError, FedtapError, short
-from simulator.federation import Heard, clients_on, play, practice
-from simulator.leaks import Leak, Protocol, float_buffers, stack
-from simulator.listeners import SECURE
-from simulator.models import build
-from simulator.outcomes import outcome
-from simulator.output import Folder, Row, judged
-from simulator.practice import About, Practice, digest, digest_of
-from simulator.privacy import mechanism_of
-from simulator.progress import progress
-from simulator.records import tensors_of
-from simulator.scenario import PrivateData, Scenario, private_data
-from simulator.soundness import doubts, unexplained, warned
+from fedtap.simulator import scores
+from fedtap.simulator.attack import Attack, Guess, Reconstruction, answered, generator
+from fedtap.simulator.auxiliary import About, Practice, digest, digest_of
+from fedtap.simulator.defences.accountant import mechanism_of
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
+from fedtap.simulator.federation.equal_loss import nearest, strengths_of, undefended
+from fedtap.simulator.federation.rounds import Heard, clients_on, play, practice
+from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
+from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
+from fedtap.simulator.models.registry import build
+from fedtap.simulator.progress import progress
+from fedtap.simulator.report import page as report
+from fedtap.simulator.report import study_report
+from fedtap.simulator.report.folder import Folder, Row, judged
+from fedtap.simulator.report.outcomes import outcome
+from fedtap.simulator.wire.records import tensors_of
+from fedtap.simulator.wire.soundness import doubts, unexplained, warned
+from fedtap.simulator.wire.threat_models import SECURE
 
 PICTURES = 8
 """Victims shown in the strip and on the page."""

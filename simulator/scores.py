@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom, binomtest, spearmanr
 from torch import Tensor
 
-from simulator.errors import FedtapError
+from fedtap.simulator.errors import FedtapError
 
 RECOVERED_DB = 30.0
 """A PSNR from which a row's column `recovered` counts an image; levels say more."""
@@ -28,8 +28,8 @@ LEVELS = ("nothing", "recognisable", "identical")
 
 RECOGNISABLE_LPIPS, RECOGNISABLE_SSIM, RECOGNISABLE_PSNR = 0.08, 0.6, 17.0
 """An image is recognisable up to this LPIPS; where LPIPS has no value, from this SSIM; where neither has, from this
-PSNR in dB. `python -m scenarios.levels` chose them on training images by an identification test, and says how often
-they agree with it."""
+PSNR in dB. `python -m fedtap.scenarios.bench.levels` chose them on training images by an identification test, and says
+how often they agree with it."""
 
 LEAST_SSIM, LEAST_CORRELATION = 0.35, 0.5
 """And from these, whatever LPIPS says: two pictures of the same kind may be near in LPIPS and not in SSIM, and an image
@@ -37,7 +37,7 @@ of one colour, near in all other scores to a picture that is nearly of one colou
 
 IDENTICAL_PSNR, IDENTICAL_SSIM = 30.0, 0.95
 """A recognisable image is identical from this PSNR in dB and this SSIM, where that has a value: closer than a JPEG copy
-(`python -m scenarios.levels` says at which quality)."""
+(`python -m fedtap.scenarios.bench.levels` says at which quality)."""
 
 FAINT = 0.1
 """Weight, in examples, below which a pseudo-point stands for none."""
@@ -122,7 +122,7 @@ def lpips(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     Raises:
         FedtapError: the images are too small for AlexNet, or its weights cannot be loaded.
     """
-    from simulator.vision import lpips_alex
+    from fedtap.simulator.data.vision import lpips_alex
 
     if min(truth.shape[-2:]) < LPIPS_PIXELS:
         raise FedtapError(f"LPIPS needs {LPIPS_PIXELS} pixels a side and these have {_size(truth)}: use larger images.")

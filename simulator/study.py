@@ -18,16 +18,16 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from simulator import study_report
-from simulator.errors import ClientError, FedtapError, short
-from simulator.leaks import Leak
-from simulator.output import Folder, Row, judged
-from simulator.progress import progress
-from simulator.records import reading, tensors_of
-from simulator.report import Picture
-from simulator.roll import call, check_name
-from simulator.run import described_run
-from simulator.wiretap import PATIENCE, Wiretap
+from fedtap.simulator.errors import ClientError, FedtapError, short
+from fedtap.simulator.leaks import Leak
+from fedtap.simulator.progress import progress
+from fedtap.simulator.report import study_report
+from fedtap.simulator.report.folder import Folder, Row, judged
+from fedtap.simulator.report.page import Picture
+from fedtap.simulator.run import described_run
+from fedtap.simulator.wire.records import reading, tensors_of
+from fedtap.simulator.wire.roll import call, check_name
+from fedtap.simulator.wire.wiretap import PATIENCE, Wiretap
 
 Made = TypeVar("Made")
 

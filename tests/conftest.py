@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.shapes import check_shapes
+from tests.support.shapes import check_shapes
 
 torch.set_num_threads(1)
 check_shapes()

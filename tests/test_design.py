@@ -61,8 +61,8 @@ def test_no_room_touches_flowers_legacy_api() -> None:
 
 
 def test_flwr_run_knows_every_knob() -> None:
-    from scenarios.knobs import knobs_of
-    from scenarios.plan import RUN_OPTIONS, catalogue
+    from fedtap.scenarios.command.options import knobs_of
+    from fedtap.scenarios.command.plan import RUN_OPTIONS, catalogue
 
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     knobs = {knob for function in catalogue().values() for knob in knobs_of(function)}
@@ -70,7 +70,7 @@ def test_flwr_run_knows_every_knob() -> None:
 
 
 def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
-    from scenarios.plan import catalogue, question
+    from fedtap.scenarios.command.plan import catalogue, question
 
     for name in catalogue():
         assert question(name).splitlines()[0].endswith("?")

@@ -18,21 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attackers.parts.gradients import (
-    Labels,
-    Match,
-    Misfit,
-    relative_distance,
-    squared_distance,
-)
-from attackers.parts.priors import smooth_variation
-from simulator.announced import sigma
-from simulator.attack import Images
-from simulator.defence import Part, described
-from simulator.errors import FedtapError
-from simulator.leaks import Leak, UpdateLeak
-from simulator.models import logits_layer
-from simulator.replay import mean_gradient, trained
+from fedtap.attackers.parts.gradients import Labels, Match, Misfit, relative_distance, squared_distance
+from fedtap.attackers.parts.priors import smooth_variation
+from fedtap.simulator.attack import Images
+from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak, UpdateLeak
+from fedtap.simulator.models.registry import logits_layer
+from fedtap.simulator.wire.replay import mean_gradient, trained
 
 MODELLED = frozenset({"soteria", "dp_sgd", "clip", "noise", "laplace", "prune", "sign", "quantise", "local_dp"})
 """Defences that an aware attack models. Not `precode`: its draw is the client's own, and no part of what is sent shows

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from simulator.attack import Attack
-from simulator.errors import FedtapError, short
-from simulator.leaks import Leak
+from fedtap.simulator.attack import Attack
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.leaks import Leak
 
 LARGEST = 2**63
 """What no number of a hyper-parameter reaches."""

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attackers.parts.teaching import HELD_OUT
-from simulator.attack import generator as seeded
-from simulator.errors import FedtapError
-from simulator.progress import progress
+from fedtap.attackers.parts.teaching import HELD_OUT
+from fedtap.simulator.attack import generator as seeded
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.progress import progress
 
 Gradients = Mapping[str, Tensor]
 """By name of the parameter: `victims *shape`."""

@@ -21,11 +21,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attackers.parts.convolutions import COMPILED_TABLE, TABLE
-from simulator.attack import Images
-from simulator.errors import FedtapError, short
-from simulator.leaks import Leak, Protocol, Tensors, UpdateLeak, float_buffers
-from simulator.replay import answer, mean_gradient, targets, trained
+from fedtap.attackers.parts.convolutions import COMPILED_TABLE, TABLE
+from fedtap.simulator.attack import Images
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak, float_buffers
+from fedtap.simulator.wire.replay import answer, mean_gradient, targets, trained
 
 Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
 """Hard labels, or what each image's label is thought to be: a distribution over the classes."""

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attackers.parts.gradients import Match, check_match, squared_distance
-from simulator.announced import sigma
-from simulator.attack import Images
-from simulator.errors import FedtapError
-from simulator.leaks import Leak, Protocol, UpdateLeak
-from simulator.models import logits_layer
-from simulator.replay import local_steps, loss_gradient, summands, trained
+from fedtap.attackers.parts.gradients import Match, check_match, squared_distance
+from fedtap.simulator.attack import Images
+from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak, Protocol, UpdateLeak
+from fedtap.simulator.models.registry import logits_layer
+from fedtap.simulator.wire.replay import local_steps, loss_gradient, summands, trained
 
 ALIKE = 30
 """Rounds in which what all rows of one image's gradient have in common is told apart from noise."""

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from attackers.parts.gradients import how_to_write, zeroed
-from simulator.errors import FedtapError
-from simulator.leaks import Leak, Tensors
+from fedtap.attackers.parts.gradients import how_to_write, zeroed
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak, Tensors
 
 EDGE = 1e-9
 """How close to the ends of its range an activation is let, so that it can be undone."""

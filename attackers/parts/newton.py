@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from simulator.announced import sigma
-from simulator.attack import Labels
-from simulator.leaks import Leak, Tensors
-from simulator.replay import answer, mean_gradient, targets
+from fedtap.simulator.attack import Labels
+from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.leaks import Leak, Tensors
+from fedtap.simulator.wire.replay import answer, mean_gradient, targets
 
 Rows = Float[Tensor, "lanes pixels"]
 Product = Callable[[Rows], Rows]

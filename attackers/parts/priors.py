@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from simulator.attack import Images
-from simulator.leaks import Tensors
-from simulator.replay import BatchStatistics, stateless
+from fedtap.simulator.attack import Images
+from fedtap.simulator.leaks import Tensors
+from fedtap.simulator.wire.replay import BatchStatistics, stateless
 
 PerLane = Float[Tensor, "lanes"]
 

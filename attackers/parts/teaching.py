@@ -11,11 +11,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simulator.attack import Reconstruction, generator
-from simulator.errors import FedtapError
-from simulator.leaks import Leak, Tensors
-from simulator.practice import Practice
-from simulator.progress import progress
+from fedtap.simulator.attack import Reconstruction, generator
+from fedtap.simulator.auxiliary import Practice
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak, Tensors
+from fedtap.simulator.progress import progress
 
 MEMORY = Path("/proc/meminfo")
 

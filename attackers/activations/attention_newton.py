@@ -1,0 +1,114 @@
+"""Newton's method on attention: the input of an attention block from its output, its weights known.
+
+Deng, Song, Xie and Yang 2023, https://arxiv.org/abs/2310.12462. The loss is the paper's, ``|F(X) - B|^2 + gamma |X|^2``
+with ``F = softmax(X W X^T) X V`` and W = Q K^T (K Q^T in the paper's letters, whose X has tokens as columns).
+Departs from the paper, which has no experiments, in four ways: blocks may have several heads, a residual branch, scaled
+scores, LayerNorm, biases, and an affine embedding before them; gamma is 0 unless said, since it moves the minimum away
+from the input; the Hessian is Gauss and Newton's ``J^T J``, which at zero residual is the Hessian; and each step is
+damped, d = -(J^T J + gamma + damping)^-1 (J^T r + gamma x), where the paper counts on a start close enough for
+whole steps. The damping falls with the residual, so that convergence stays quadratic (Fan and Yuan 2005,
+https://doi.org/10.1007/s00607-004-0083-1, who scale it by |r|).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fedtap.attackers.activations.block import Answered, Block, Dense, Given, Products, begun, lowest, prepared
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.simulator.attack import Attack, Inputs
+from fedtap.simulator.leaks import AttentionLeak, Leak
+
+FIRST, GIVE, TAKE, MOST = 0.1, 0.1, 4.0, 1e8
+"""The damping at first, in units of the curvature along the slope; its change after a step that is kept, and after one
+that is not; and where a lane stops, stuck."""
+
+ENTRIES = 2**24
+"""Of the Jacobians in memory at once."""
+
+DENSE = 1536
+"""Unknowns up to which a step is solved by Cholesky's factors; more, by conjugate gradients in products with J."""
+
+TINY = 1e-300
+
+SMALL, ROUNDING = 1e-12, 1e-13
+"""A lane has converged where the residual is this share of the output, or where a step that is hardly damped promises
+to lower the loss by this share of it."""
+
+
+@dataclass(frozen=True)
+class AttentionNewton(Attack[Inputs]):
+    """Damped Newton steps with the Jacobian in closed form; of several starts the lowest loss.
+
+    Args:
+        steps: at most; whoever has converged drops out.
+        gamma: the paper's regulariser.
+        damped: False takes whole Gauss-Newton steps, wherever they lead.
+        restarts: starting points for each victim.
+    """
+
+    leaks = (AttentionLeak,)
+    guesses = Inputs
+
+    steps: int = 150
+    gamma: float = 0.0
+    damped: bool = True
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1, restarts=1)
+
+    @property
+    def starts(self) -> int:
+        """As many as the restarts."""
+        return self.restarts
+
+    def begin(self, leak: Leak, seed: int) -> Tensor:
+        return begun(leak, seed)
+
+    def reconstruct(self, leak: Leak, start: Tensor) -> Inputs:
+        block, target, x = prepared(leak, start, self.starts)
+        dense = x[0].numel() <= DENSE
+        at_once = max(1, ENTRIES // (target[0].numel() * x[0].numel())) if dense else 1
+        parts = zip(target.split(at_once), x.split(at_once), strict=True)  # type: ignore[no-untyped-call]
+        found = [self._lowered(block, *some, Dense if dense else Products) for some in parts]
+        return lowest(self.starts, *(torch.cat(each) for each in zip(*found, strict=True)))
+
+    def _lowered(
+        self, block: Block, target: Float[Tensor, "lanes n m"], x: Given, jacobian: type[Dense | Products]
+    ) -> tuple[Given, Float[Tensor, "lanes"], Int[Tensor, "lanes"], Bool[Tensor, "lanes"]]:
+        """Input, loss, steps and whether it converged, of each lane."""
+        x, lanes, size = x.clone(), len(x), target.flatten(1).norm(dim=1)
+        damping, loss = x.new_full((lanes,), FIRST), self._loss(block(x), target, x)
+        steps = torch.zeros(lanes, dtype=torch.long, device=x.device)
+        converged, going = torch.zeros_like(steps, dtype=torch.bool), torch.arange(lanes, device=x.device)
+        for _ in range(self.steps):
+            here, wanted = x[going], target[going]
+            slope = jacobian(block, here)
+            r, flat = (slope.out - wanted).flatten(1), here.flatten(1)
+            down = -(slope.pull(r) + self.gamma * flat)  # -(J^T r + gamma x)
+            far = r.norm(dim=1) / size[going]
+            # in units of the curvature along the slope, and falling with the residual
+            added = damping[going] * far * slope.push(down).square().sum(1) / down.square().sum(1).clamp_min(TINY)
+            move = slope.solve(down, self.gamma + (added if self.damped else 0 * added))
+            there = here + move.reshape(here.shape)
+            gain, whole = (move * down).sum(1), damping[going] * far <= FIRST
+            after = self._loss(block(there), wanted, there)
+            kept = after < loss[going] if self.damped else after.isfinite()
+            x[going], loss[going] = torch.where(kept[:, None, None], there, here), torch.where(kept, after, loss[going])
+            steps[going] += 1
+            met = (far <= SMALL) | (whole & (gain <= ROUNDING * loss[going]))
+            damping[going] *= torch.where(kept, GIVE, TAKE if self.damped else torch.inf)
+            converged[going[met]] = True
+            going = going[~met & (damping[going] < MOST)]
+            if not len(going):
+                break
+        return x, loss, steps, converged
+
+    def _loss(self, out: Answered, target: Answered, x: Given) -> Float[Tensor, "lanes"]:
+        """``|F(X) - B|^2 + gamma |X|^2``."""
+        return (out - target).flatten(1).square().sum(1) + self.gamma * x.flatten(1).square().sum(1)

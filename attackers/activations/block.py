@@ -1,0 +1,274 @@
+"""One attention block as a function of its input, with its Jacobian in closed form, for many inputs at once.
+
+With tokens x_i, normalised or not to u_i, the score of i on j in a head is ``s_ij = u_i^T W u_j + w^T u_j``, and
+
+    P = softmax(s),  y_j = V^T u_j,  F_i = sum_j P_ij y_j
+    dF_i/du_j = P_ij [ (y_j - F_i)(W^T u_i + w)^T + V^T ] + [i = j] sum_k P_ik (y_k - F_i)(W u_k)^T
+
+(W = Q K^T, scaled where the scores are; w is what a bias of the queries leaves; one of the keys cancels in softmax.)
+Heads stand side by side, or go through one linear layer; a residual branch adds x; LayerNorm is per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import jvp, vjp
+
+from fedtap.attackers.parts.newton import conjugate_gradients
+from fedtap.simulator.attack import Inputs, generator
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak
+from fedtap.simulator.models.attention import Attention, Patches
+
+INNER = 300
+"""Conjugate gradients of a step, at most."""
+
+Given = Float[Tensor, "lanes n d"]
+Answered = Float[Tensor, "lanes n m"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm of a token; its Jacobian is ``diag(gain) (I - 1 1^T / d - z z^T / d) / std``, z standardised."""
+
+    gain: Float[Tensor, "d"]
+    shift: Float[Tensor, "d"]
+    eps: float
+
+    def __call__(self, x: Float[Tensor, "*lanes d"]) -> Float[Tensor, "*lanes d"]:
+        return self.standard(x)[0] * self.gain + self.shift
+
+    def standard(self, x: Float[Tensor, "*lanes d"]) -> tuple[Float[Tensor, "*lanes d"], Float[Tensor, "*lanes 1"]]:
+        """Tokens of mean 0 and variance 1, and the standard deviations that they had."""
+        centred = x - x.mean(-1, keepdim=True)
+        std = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return centred / std, std
+
+    def jacobian(self, x: Given) -> Float[Tensor, "lanes n d d"]:
+        """Of each token by itself."""
+        z, std = self.standard(x)
+        flat = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) - 1 / x.shape[-1]
+        inner = flat - z[..., :, None] * z[..., None, :] / x.shape[-1]
+        return self.gain[:, None] * inner / std[..., None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the owner of an attention block's weights knows of it, in float64."""
+
+    bilinear: Float[Tensor, "heads d d"]
+    """W of each head."""
+    offset: Float[Tensor, "heads d"]
+    """w of each head."""
+    value: Float[Tensor, "heads d columns"]
+    project: Float[Tensor, "both m"] | None
+    """Takes the heads side by side (heads times columns) to the output; None leaves them side by side."""
+    bias: Float[Tensor, "m"]
+    residual: bool
+    before: Norm | None
+    """LayerNorm of what attends; the residual branch goes around it."""
+    after: Norm | None
+    """LayerNorm of the sum."""
+    embed: tuple[Float[Tensor, "p d"], Float[Tensor, "n d"]] | None = None
+    """What takes an input of p numbers a token to width d: a matrix, and what is added, by token. None: nothing."""
+
+    def __call__(self, x: Given) -> Answered:
+        """The output."""
+        x = self._embedded(x)
+        return self._whole(x, self._heads(self.before(x) if self.before else x)[0])
+
+    def _embedded(self, x: Float[Tensor, "lanes n p"]) -> Float[Tensor, "lanes n d"]:
+        return x if self.embed is None else x @ self.embed[0] + self.embed[1]
+
+    def _heads(self, u: Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The heads' outputs side by side; and of each head P, y and F."""
+        scores = torch.einsum("lic,hcd,ljd->lhij", u, self.bilinear, u)
+        attends = (scores + torch.einsum("hc,ljc->lhj", self.offset, u)[:, :, None]).softmax(-1)
+        values = torch.einsum("ljc,hcm->lhjm", u, self.value)
+        mixed = attends @ values
+        return mixed.transpose(1, 2).flatten(2), attends, values, mixed
+
+    def _whole(self, x: Float[Tensor, "lanes n d"], heads: Float[Tensor, "lanes n both"]) -> Answered:
+        out = self._sum(x, heads)
+        return self.after(out) if self.after else out
+
+    def _sum(self, x: Float[Tensor, "lanes n d"], heads: Float[Tensor, "lanes n both"]) -> Answered:
+        out = (heads if self.project is None else heads @ self.project) + self.bias
+        return out + x if self.residual else out
+
+    def linearised(self, x: Given) -> tuple[Answered, Float[Tensor, "lanes outputs inputs"]]:
+        """The output and its Jacobian, by the equations above; both sides are flattened token by token."""
+        given, x = x, self._embedded(x)
+        u = self.before(x) if self.before else x
+        inner = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[None, None]  # of u_j on the input's token j
+        whole = inner if self.embed is None else self.embed[0].mT[None, None]  # of x_j
+        inner = self.before.jacobian(x) @ whole if self.before else whole
+        heads, attends, values, mixed = self._heads(u)
+        spread = attends[..., None] * (values[:, :, None] - mixed[:, :, :, None])  # P_ij (y_j - F_i)
+        asks = torch.einsum("lic,hcd->lhid", u, self.bilinear) + self.offset[:, None]  # W^T u_i + w
+        keys = torch.einsum("hcd,ljd->lhjc", self.bilinear, u)  # W u_k
+        own = torch.einsum("lhikm,lhkc->lhimc", spread, keys) @ inner[:, None]
+        asked = (asks[:, :, None] @ inner[:, None]).transpose(2, 3)  # lanes heads i j q, or one j for all
+        slope = spread.transpose(-1, -2)[..., None] * asked[:, :, :, None]  # lanes heads i m j q
+        told = (self.value.mT[:, None] @ inner[:, None]).transpose(2, 3)  # lanes heads m j q, or one for all
+        slope.addcmul_(attends[:, :, :, None, :, None], told[:, :, None])
+        slope.diagonal(dim1=2, dim2=4).add_(own.permute(0, 1, 3, 4, 2))
+        slope = slope.transpose(1, 2).flatten(2, 3)  # lanes i (heads m) j q
+        if self.project is not None:
+            slope = torch.einsum("lipjq,pm->limjq", slope, self.project)
+        if self.residual:
+            slope.diagonal(dim1=1, dim2=3).add_(whole[0, 0, :, :, None])
+        if self.after:
+            slope = torch.einsum("lipm,limjq->lipjq", self.after.jacobian(self._sum(x, heads)), slope)
+        return self._whole(x, heads), slope.reshape(len(x), -1, given[0].numel())
+
+
+def block_of(leak: Leak) -> Block:
+    """The block behind an attention leak, with the weights that were broadcast.
+
+    Raises:
+        FedtapError: the network is no attention block of `fedtap.simulator.models.attention`.
+    """
+    network, weights = leak.network, {name: tensor.double() for name, tensor in (leak.weights or {}).items()}
+    attention = network if isinstance(network, Attention) else getattr(network, "attention", None)
+    if not isinstance(attention, Attention):
+        raise FedtapError(
+            f"{leak.protocol.model} is no block of fedtap.simulator.models.attention, so its Jacobian is not "
+            "known in closed form: attack the output of one that is."
+        )
+    prefix = "" if network is attention else "attention."
+
+    def matrix(name: str) -> tuple[Tensor, Tensor | None]:
+        return weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias")
+
+    def norm(name: str, layer: nn.LayerNorm | None) -> Norm | None:
+        return None if layer is None else Norm(*matrix(name), layer.eps)  # type: ignore[arg-type]
+
+    (query, asked), (key, _), (value, shown) = (matrix(name) for name in ("query", "key", "value"))
+    heads = attention.heads
+    keys = key.unflatten(0, (heads, -1))  # type: ignore[no-untyped-call]
+    project, bias = matrix("project") if attention.project is not None else (None, None)
+    # rows of attention sum to 1, so that a bias of the values comes through as it is
+    added = value.new_zeros(()) if shown is None else shown
+    added = added if project is None else (added @ project.mT if added.ndim else added)
+    added = added if bias is None else added + bias
+    return Block(
+        bilinear=attention.scale * torch.einsum("hkc,hkd->hcd", query.unflatten(0, (heads, -1)), keys),  # type: ignore[no-untyped-call]
+        offset=attention.scale * torch.einsum("hk,hkd->hd", _rows(asked, heads, keys), keys),
+        value=value.unflatten(0, (heads, -1)).mT,  # type: ignore[no-untyped-call]
+        project=None if project is None else project.mT,
+        bias=added.expand(attention.width),
+        residual=attention.residual,
+        before=norm("before", attention.before),
+        after=norm("after", attention.after),
+        embed=(weights["embed.weight"].mT, weights["embed.bias"] + weights["position"])
+        if isinstance(network, Patches)
+        else None,
+    )
+
+
+def _rows(bias: Tensor | None, heads: int, like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape[:2]) if bias is None else bias.unflatten(0, (heads, -1))  # type: ignore[no-untyped-call]
+
+
+def nearest(block: Block, x: Given, table: Float[Tensor, "vocabulary d"]) -> Int[Tensor, "lanes n"]:
+    """Of each token's vector, the number of the nearest embedding, among what the block can tell apart."""
+    table = table.to(x.dtype)
+    if block.before and not block.residual:
+        x, table = block.before.standard(x)[0], block.before.standard(table)[0]
+    return torch.cdist(x, table).argmin(-1)
+
+
+def begun(leak: Leak, seed: int) -> Given:
+    """A starting point for each entry, without knowing more than the leak.
+
+    Where the input was added to the output, that output; before an embedding of pixels, grey; else normal numbers.
+    Restarts after a victim's first add normal numbers to either, of standard deviation 1, and 0.25 for pixels.
+    """
+    names = zip(leak.clients.tolist(), leak.rounds.tolist(), leak.restarts.tolist(), strict=True)
+    draws = [generator(seed, *name) for name in names]
+    drawn = torch.stack([torch.randn(leak.protocol.shape, generator=draw, dtype=torch.float64) for draw in draws])
+    drawn = drawn.to(leak.device)
+    block, output = block_of(leak), leak.observed["output"].double()
+    again = (leak.restarts > 0).to(drawn)[:, None, None]
+    if block.embed is not None:
+        return 0.5 + 0.25 * again * drawn
+    return output + again * drawn if block.residual else drawn
+
+
+def prepared(leak: Leak, start: Tensor, starts: int) -> tuple[Block, Answered, Given]:
+    """The block, what was heard from it and where to begin, in float64, an entry a start.
+
+    Raises:
+        FedtapError: the start is not finite, or of another shape.
+    """
+    wanted = (len(leak) * starts, *leak.protocol.shape)
+    if tuple(start.shape) != wanted:
+        raise FedtapError(f"The start has shape {tuple(start.shape)}, and this leak needs {wanted}: give such a one.")
+    if not bool(start.isfinite().all()):
+        raise FedtapError("The start holds NaN or infinity, from where no step leads anywhere: give finite numbers.")
+    return block_of(leak), leak.observed["output"].double().repeat_interleave(starts, dim=0), start.double()
+
+
+def lowest(
+    starts: int,
+    x: Given,
+    loss: Float[Tensor, "lanes"],
+    steps: Int[Tensor, "lanes"],
+    converged: Bool[Tensor, "lanes"],
+) -> Inputs:
+    """Of each victim's starts, which stand in a row, the one that ended at the lowest loss."""
+    which = loss.nan_to_num(nan=float("inf")).reshape(-1, starts).argmin(1)
+    rows = torch.arange(len(which), device=x.device) * starts + which
+    return Inputs(x[rows], loss[rows], steps[rows], converged[rows])
+
+
+class Dense:
+    """A block at some inputs, its Jacobian written out; steps by Cholesky's factors."""
+
+    def __init__(self, block: Block, x: Given) -> None:
+        self.out, self.slope = block.linearised(x)
+
+    def push(self, v: Float[Tensor, "lanes inputs"]) -> Float[Tensor, "lanes outputs"]:
+        """J v."""
+        return (self.slope @ v[..., None])[..., 0]
+
+    def pull(self, r: Float[Tensor, "lanes outputs"]) -> Float[Tensor, "lanes inputs"]:
+        """J^T r."""
+        return (self.slope.mT @ r[..., None])[..., 0]
+
+    def solve(
+        self, right: Float[Tensor, "lanes inputs"], added: Float[Tensor, "lanes"]
+    ) -> Float[Tensor, "lanes inputs"]:
+        """d of ``(J^T J + added) d = right``; NaN in lanes where the matrix is singular."""
+        normal = self.slope.mT @ self.slope
+        normal.diagonal(dim1=1, dim2=2).add_(added[:, None])
+        factor, failed = torch.linalg.cholesky_ex(normal)
+        found = torch.cholesky_solve(right[..., None], factor)[..., 0]
+        return torch.where(failed[:, None] == 0, found, torch.nan)
+
+
+class Products:
+    """A block at some inputs, its Jacobian in products alone; steps by conjugate gradients."""
+
+    def __init__(self, block: Block, x: Given) -> None:
+        self.block, self.x = block, x
+        self.out, self._pull = vjp(block, x)  # type: ignore[misc]
+
+    def push(self, v: Float[Tensor, "lanes inputs"]) -> Float[Tensor, "lanes outputs"]:
+        """J v."""
+        return jvp(self.block, (self.x,), (v.reshape(self.x.shape),))[1].flatten(1)  # type: ignore[no-any-return]
+
+    def pull(self, r: Float[Tensor, "lanes outputs"]) -> Float[Tensor, "lanes inputs"]:
+        """J^T r."""
+        return self._pull(r.reshape(self.out.shape))[0].flatten(1)  # type: ignore[no-any-return]
+
+    def solve(
+        self, right: Float[Tensor, "lanes inputs"], added: Float[Tensor, "lanes"]
+    ) -> Float[Tensor, "lanes inputs"]:
+        """d of ``(J^T J + added) d = right``, nearly."""
+        return conjugate_gradients(lambda v: self.pull(self.push(v)) + added[:, None] * v, right, INNER)

@@ -1,0 +1,62 @@
+"""Flat MLP: what Coarse GIT would be without the victim's structure; an ablation and floor without a paper.
+
+One hidden layer over all that Coarse GIT is given (rows in closed form, every other layer's gradient, the ridge
+regression's start), with as many parameters as its stages have.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtap.attackers.gradients.coarse_git import FEWEST, CoarseGIT, Estimate, one_image
+from fedtap.attackers.parts.generator import Generator, Gradients, Map, Newsroom, Stage, stages
+from fedtap.simulator.auxiliary import About
+
+
+@dataclass(frozen=True)
+class FlatMLP(CoarseGIT):
+    """Fields and recipe are Coarse GIT's, so that two of equal fields differ in structure alone."""
+
+    rate: float = 1e-3
+
+    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+        one_image(self, about.protocol.batch)
+        shape = about.protocol.shape
+        sizes = (self.width, self.hidden, self.hints)
+        return Estimate(Flat(stages(network, shape), shape, *sizes, drifted=about.drifts >= FEWEST))
+
+
+class Flat(Generator):
+    """A generator whose stages gave their parameters to one hidden layer."""
+
+    def __init__(
+        self, found: tuple[Stage, ...], shape: Map, width: int, hidden: int, hints: int, drifted: bool = False
+    ) -> None:
+        super().__init__(found, shape, width, hidden, hints, drifted)
+        budget = sum(parameter.numel() for parameter in self.parameters())
+        rooms = [room for room in self.modules() if isinstance(room, Newsroom)]
+        first = self.bootstrap[0]
+        assert isinstance(first, nn.Linear)
+        inputs = first.in_features + sum(room.entries for room in rooms)
+        units = max(1, budget // (inputs + math.prod(shape)))
+        self.bootstrap = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Linear(units, math.prod(shape)))
+        for parameter in self.bootstrap[-1].parameters():
+            nn.init.zeros_(parameter)
+        self.stages = nn.ModuleList(rooms)
+        if rooms:
+            del self.last
+
+    def images(
+        self, gradients: Gradients, starts: Tensor | None = None, truth: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        known, length, direction = self._closed_form(gradients)
+        features, clues = self._standardised(known, length, direction)
+        start, shares = self.start(features, clues, starts)
+        news = [each for room in self.stages for each in room(gradients, clues, length)]
+        image = start + self.bootstrap(torch.cat([features, clues, *news], 1))
+        image, start = (rows.reshape(-1, *self.shape) for rows in (image, start))
+        return self.trusted(image, start, shares), image.new_zeros(())

@@ -1,0 +1,60 @@
+"""Nearest: the practice images whose gradient lies nearest to the leaked one; a floor without a paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.attackers.parts.teaching import Flat, guessed, rows
+from fedtap.simulator.attack import Images, Learner, Reconstruction
+from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.leaks import Leak
+
+
+@dataclass(frozen=True)
+class Nearest(Learner):
+    """Look the gradient up: no more than the pairs themselves can come back.
+
+    Args:
+        features: gradients are compared by so many hashed numbers, which keep distances on average.
+    """
+
+    features: int = 4096
+
+    def __post_init__(self) -> None:
+        check_fields(self, features=1)
+
+    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+        return Album(about, Flat(network, self.features))
+
+    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+        assert isinstance(inverter, Album)
+        seen, images = rows(practice, inverter.flat)
+        inverter.labels.copy_(torch.cat([pairs.labels for pairs in practice]))
+        inverter.seen.copy_(seen)
+        inverter.images.copy_((images * 255).round())
+
+    def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
+        assert isinstance(inverter, Album)
+        distance, which = torch.cdist(inverter.flat(leak.observed), inverter.seen).min(1)
+        return guessed(inverter.images[which].to(start) / 255, inverter.labels[which], distance, leak)
+
+
+class Album(nn.Module):
+    """All pairs: hashed gradients, labels, and images in bytes."""
+
+    seen: Tensor
+    labels: Tensor
+    images: Tensor
+
+    def __init__(self, about: About, flat: Flat) -> None:
+        super().__init__()
+        self.flat = flat
+        pixels = math.prod(about.protocol.shape)
+        self.register_buffer("seen", torch.zeros(about.pairs, flat.length))
+        self.register_buffer("labels", torch.zeros(about.pairs, about.protocol.batch, dtype=torch.long))
+        self.register_buffer("images", torch.zeros(about.pairs, about.protocol.batch, pixels, dtype=torch.uint8))

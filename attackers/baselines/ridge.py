@@ -1,0 +1,91 @@
+"""Ridge: linear regression from the gradient to the pixels, in closed form; a floor without a paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.attackers.parts.labels import last_linear, recovered
+from fedtap.attackers.parts.teaching import HELD_OUT, Flat, guessed, rows
+from fedtap.simulator.attack import Images, Learner, Reconstruction
+from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.leaks import Leak, Tensors
+
+STRENGTHS = tuple(10.0**power for power in range(-6, 2))
+"""Ridges that are tried, as shares of the Gram matrix's mean diagonal."""
+
+
+@dataclass(frozen=True)
+class Ridge(Learner):
+    """The best linear guess; the ridge is the one that is best on pairs that were held out.
+
+    Args:
+        features: a longer gradient is hashed to so many numbers.
+    """
+
+    features: int = 16384
+
+    def __post_init__(self) -> None:
+        check_fields(self, features=1)
+
+    def accepts(self, leak: Leak) -> None:
+        """Leaks of networks whose last layer shows the labels."""
+        super().accepts(leak)
+        last_linear(leak)
+
+    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+        return Affine(about, Flat(network, self.features))
+
+    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+        """By the kernel form ``slope = X' (X X' + ridge)^-1 Y``, since there are fewer pairs than features."""
+        assert isinstance(inverter, Affine)
+        seen, images = rows(practice, inverter.flat)
+        images = images.flatten(1)
+        kept = len(seen) - max(1, len(seen) // HELD_OUT)
+        mean, grey = seen[:kept].mean(0), images[:kept].mean(0)
+        x, y = seen[:kept] - mean, images[:kept] - grey
+        gram = x @ x.T
+        beside = (seen[kept:] - mean) @ x.T
+        unit = float(gram.diagonal().mean())
+        best, chosen = float("inf"), torch.zeros_like(y)
+        for strength in STRENGTHS:
+            ridged = gram.clone()
+            ridged.diagonal().add_(max(strength * unit, 1e-30))
+            factor, failed = torch.linalg.cholesky_ex(ridged)
+            if failed:
+                continue
+            dual = torch.cholesky_solve(y, factor)
+            error = float((grey + beside @ dual).clamp(0, 1).sub(images[kept:]).square().mean())
+            if error < best:
+                best, chosen = error, dual
+        inverter.slope.copy_(x.T @ chosen)
+        inverter.offset.copy_(grey - mean @ inverter.slope)
+        inverter.error.fill_(best)
+
+    def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
+        assert isinstance(inverter, Affine)
+        return guessed(inverter(leak.observed), recovered(leak), inverter.error, leak)
+
+
+class Affine(nn.Module):
+    """``slope . gradient + offset`` for all pixels of the batch."""
+
+    slope: Tensor
+    offset: Tensor
+    error: Tensor
+
+    def __init__(self, about: About, flat: Flat) -> None:
+        super().__init__()
+        self.flat = flat
+        pixels = about.protocol.batch * math.prod(about.protocol.shape)
+        self.register_buffer("slope", torch.zeros(flat.length, pixels))
+        self.register_buffer("offset", torch.zeros(pixels))
+        self.register_buffer("error", torch.tensor(0.0))
+
+    def forward(self, gradient: Tensors) -> Tensor:
+        seen: Tensor = self.flat(gradient)
+        return seen @ self.slope + self.offset

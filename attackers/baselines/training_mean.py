@@ -1,0 +1,48 @@
+"""Training mean: the mean of the practice images, whatever was sent; a floor without a paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtap.attackers.parts.teaching import guessed
+from fedtap.simulator.attack import Images, Learner, Reconstruction
+from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.leaks import Leak
+
+
+@dataclass(frozen=True)
+class TrainingMean(Learner):
+    """The best guess, in mean squared error, of one who knows the data and not the leak; label 0."""
+
+    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+        return Mean(about)
+
+    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+        assert isinstance(inverter, Mean)
+        total, square = torch.zeros_like(inverter.image, dtype=torch.float64), 0.0
+        for pairs in practice:
+            total += pairs.images.double().mean(1).sum(0)
+            square += float(pairs.images.double().square().mean((1, 2, 3, 4)).sum())
+        mean = total / len(practice)
+        inverter.image.copy_(mean)
+        inverter.error.fill_(square / len(practice) - float(mean.square().mean()))
+
+    def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
+        assert isinstance(inverter, Mean)
+        nothing = torch.zeros(start.shape[:2], dtype=torch.long, device=start.device)
+        return guessed(inverter.image.expand_as(start), nothing, inverter.error, leak)
+
+
+class Mean(nn.Module):
+    """One image, and the mean squared distance of the practice images from it."""
+
+    image: Tensor
+    error: Tensor
+
+    def __init__(self, about: About) -> None:
+        super().__init__()
+        self.register_buffer("image", torch.zeros(about.protocol.shape))
+        self.register_buffer("error", torch.tensor(0.0))

@@ -1,0 +1,121 @@
+"""Assuming: an attack that takes the victim's model for another one.
+
+A wrapper without a paper. Numbers on the wire stand in a row; whoever is wrong about the model's width or depth cuts
+that row into layers at the wrong places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.simulator.attack import Attack, Images, Reconstruction
+from fedtap.simulator.auxiliary import Pairs, Practice
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak, float_buffers
+from fedtap.simulator.models.registry import build
+
+Kind = TypeVar("Kind", bound=Leak)
+
+
+@dataclass(frozen=True)
+class Assuming(Attack):
+    """`attack` on what the leak, and the practice, would be if the model were `model`: `assuming('mlp', idlg)`."""
+
+    leaks = (GradientLeak, UpdateLeak)
+    needs_weights = False
+
+    model: str
+    attack: Attack
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        """The attack's, marked."""
+        return f"misled {self.attack.name}"
+
+    def fit(self, practice: Practice, seed: int = 0) -> Attack:
+        """Its attack learns from pairs that are cut as its leaks will be."""
+        protocol = dataclasses.replace(practice.about.protocol, model=self.model)
+        wrong = Wrong(
+            practice.folder,
+            dataclasses.replace(practice.about, protocol=protocol),
+            build(self.model, protocol.shape, protocol.classes),
+            practice.device,
+            practice,
+        )
+        return dataclasses.replace(self, attack=self.attack.fit(wrong, seed))
+
+    def accepts(self, leak: Leak) -> None:
+        """What its attack accepts of the model that it assumes."""
+        super().accepts(leak)
+        self.attack.accepts(taken_for(self.model, leak))
+
+    def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
+        return self.attack.reconstruct(taken_for(self.model, leak), start)
+
+
+@dataclass(frozen=True)
+class Wrong(Practice):
+    """Pairs of another model, cut as if they were of `network`."""
+
+    heard: Practice | None = None
+
+    def __iter__(self) -> Iterator[Pairs]:
+        assert self.heard is not None
+        for pairs in self.heard:
+            yield dataclasses.replace(pairs, leak=taken_for(self.about.protocol.model, pairs.leak))
+
+    def first(self, pairs: int) -> Practice:
+        assert self.heard is not None
+        about = dataclasses.replace(self.about, pairs=min(pairs, len(self)))
+        return dataclasses.replace(self, about=about, heard=self.heard.first(pairs))
+
+
+def taken_for(model: str, leak: Kind) -> Kind:
+    """The leak as it looks to someone who takes its model for another.
+
+    Raises:
+        FedtapError: there is no such model, or it has buffers (BatchNorm's), which the leak cannot be cut into.
+    """
+    network = build(model, leak.protocol.shape, leak.protocol.classes)
+    if float_buffers(network):
+        raise FedtapError(
+            f"{model} keeps statistics beside its parameters, and there are none in a gradient that could be taken "
+            "for them: assume a model without BatchNorm."
+        )
+    names = [name for name, _ in leak.network.named_parameters()]
+    return dataclasses.replace(
+        leak,
+        observed=_cut([leak.observed[name] for name in names], network, 1),
+        protocol=dataclasses.replace(leak.protocol, model=model),
+        network=network,
+        weights=leak.weights and _cut([leak.weights[name] for name in names], network, int(leak.stacked)),
+        buffers={},
+    )
+
+
+def _cut(tensors: list[torch.Tensor], network: nn.Module, lead: int) -> Tensors:
+    """One row of all numbers, cut into the network's parameters; its end is the last layer's, where attacks begin.
+
+    Numbers that lack are zeros at the beginning, and numbers too many are dropped there.
+
+    Args:
+        lead: leading axes that stay.
+    """
+    row = torch.cat([tensor.flatten(lead) for tensor in tensors], dim=-1)
+    sizes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    row = F.pad(row, (sum(shape.numel() for shape in sizes.values()) - row.shape[-1], 0))
+    parts = torch.split(row, [shape.numel() for shape in sizes.values()], dim=-1)
+    return {
+        name: part.reshape(*part.shape[:-1], *shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)
+    }

@@ -1,0 +1,159 @@
+"""What fedtap's own machinery costs, as ratios of two things timed in one run: `make bench`."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from torch.nn import functional as F
+
+from fedtap.clients.app import client_app
+from fedtap.clients.cost import exchange, seconds, times_as_long
+from fedtap.scenarios.bench.attacks import main as attack_ratios
+from fedtap.simulator.federation.rounds import Heard, play, practice
+from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
+from fedtap.simulator.models.registry import build
+from fedtap.simulator.wire.grid import LocalGrid
+
+CLIENTS, STEPS, BATCH, ROUNDS, PAIRS = 20, 10, 32, 5, 2048
+
+
+def main() -> None:
+    """A round of the federation, and practice, over bare loops that do the same; defences; the attacks' own ratios."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        scenario = _scenario(Path(folder) / "noise.npz")
+        private = private_data(scenario, Path("data"), CLIENTS - 1)
+    federation, bare = [], []
+    for _ in range(5):  # in turns, so that both see the same machine
+        federation.append(seconds(lambda: _federation(scenario, private)))
+        bare.append(seconds(lambda: _bare(private)))
+    ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
+    print(f"{ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
+    print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
+    fed, plain = [], []
+    for _ in range(5):
+        fed.append(seconds(lambda: _practice(scenario, private)))
+        plain.append(seconds(lambda: _one_by_one(private)))
+    ratio = statistics.median(a / b for a, b in zip(plain, fed, strict=True))
+    print(f"{PAIRS} LeNet practice pairs through the federation, 1 thread: {1e6 * min(fed) / PAIRS:.0f} µs a pair")
+    print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
+    _defences(private)
+    attack_ratios()
+
+
+DEFENCES = (
+    "clip(1.0)",
+    "noise(0.01)",
+    "laplace(0.01)",
+    "prune(0.9)",
+    "sign()",
+    "quantise(4)",
+    "local_dp(1.0, 2.0, 8.0, 1e-5)",
+    "clip(1.0)+noise(0.01)",
+    "soteria(0.4)",
+    "dp_sgd(1.0, 1.0)",
+    "precode(256)",
+)
+
+SOTERIA_BATCH = 4
+"""In the place of 32: each feature of each image costs Soteria a backward pass, and that takes minutes."""
+
+
+def _defences(private: PrivateData) -> None:
+    """A client's step, from weights to weights, with each defence and without, in turns."""
+    shape, classes = private.world.shape, len(private.world.classes)
+    for batch in (1, 32):
+        images, labels = private.world.train.batch(slice(batch))
+        plain = exchange("lenet", "none", shape, classes, images, labels)
+        plain()
+        print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * seconds(plain):.2f} ms undefended")
+        for defence in DEFENCES:
+            few = SOTERIA_BATCH if "soteria" in defence and batch > 1 else batch
+            model = Scenario((), defence=defence).architecture
+            done, bare = (
+                exchange(*which, shape, classes, images[:few], labels[:few])
+                for which in ((model, defence), ("lenet", "none"))
+            )
+            where = "" if few == batch else f", batch {few}"
+            print(f"  {defence} / none{where}: {times_as_long(done, bare):.2f} times the time")
+
+
+def _scenario(path: Path) -> Scenario:
+    """Training on images of noise: what is timed does not depend on what is seen."""
+    noise = np.random.default_rng(0)
+    images, held = 1.5 * CLIENTS * STEPS * BATCH, BATCH
+    np.savez(
+        path,
+        x_train=noise.integers(0, 256, (int(images), 32, 32, 3), np.uint8),
+        y_train=noise.integers(0, 10, int(images), np.uint8),
+        x_test=noise.integers(0, 256, (held, 32, 32, 3), np.uint8),
+        y_test=np.arange(held, dtype=np.uint8) % 10,
+    )
+    return Scenario(
+        attacks=(),
+        name="bench",
+        world=str(path),
+        rounds=ROUNDS,
+        victims=1,
+        clients=CLIENTS - 1,
+        steps=STEPS,
+        batch=BATCH,
+    )
+
+
+def _federation(scenario: Scenario, private: PrivateData) -> None:
+    play(scenario, LocalGrid(client_app(lambda config: (scenario,)), CLIENTS), private)
+
+
+def _practice(scenario: Scenario, private: PrivateData) -> None:
+    """Pairs fed to the compromised client and heard, after the round in which it shows itself."""
+    grid = LocalGrid(client_app(lambda config: (scenario,)), CLIENTS)
+    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    arrays = ArrayRecord({name: weight.detach() for name, weight in net.named_parameters()})
+    heard = Heard(arrays=arrays, nodes={private.clients: list(grid.get_node_ids())[private.clients]})
+    images, labels = private.world.train.batch(slice(PAIRS))
+    assert sum(map(len, practice(grid, scenario, private, heard, images[:, None], labels[:, None]))) == PAIRS
+
+
+def _one_by_one(private: PrivateData) -> None:
+    """The same gradients with nothing around them."""
+    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    weights = list(net.parameters())
+    images, labels = private.world.train.batch(slice(PAIRS))
+    found = [
+        torch.autograd.grad(F.cross_entropy(net(x[None]), y[None]), weights)
+        for x, y in zip(images, labels, strict=True)
+    ]
+    assert len([torch.stack(each) for each in zip(*found, strict=True)]) == len(weights)
+
+
+def _bare(private: PrivateData) -> None:
+    """The same training and averaging with nothing around it."""
+    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    shared = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    for rnd in range(1, ROUNDS + 2):
+        total = {name: torch.zeros_like(weight) for name, weight in shared.items()}
+        for client in range(CLIENTS):
+            images, labels = private(client, rnd)
+            net.load_state_dict(shared)
+            optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+            for step in range(STEPS):
+                at = step * BATCH % len(images)
+                optimiser.zero_grad()
+                F.cross_entropy(net(images[at : at + BATCH]), labels[at : at + BATCH]).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            for name, weight in net.named_parameters():
+                total[name] += weight.detach() / CLIENTS
+        shared = total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Do a client's trained weights show its data, when FedProx's pull holds them near the weights it was sent?
+
+Expect: yes, where the model has more weights than the data have numbers. At the end of the training the pull
+μ (θ - θ_global) is, to the sign, the sum of the examples' gradients, and the server knows it. Plain restarts find half
+of ten examples at widths 64 and 128, and next to none at 16; restarts that are recombined find all there, and half at
+16. Weights that travel as float32 show as much, and as float16 still most. Weight decay to zero hides the data: it
+brings the first layer to rank 1, in which all data on a line look alike, and the points that explain the weights are
+not the private ones. So do trainings that stop early; the rows say where the weights are no stationary point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+from flwr.serverapp import Grid
+
+from fedtap.attackers import parse
+from fedtap.attackers.checkpoints.stationary_mmd import StationaryMMD
+from fedtap.clients.stationary import PRECISIONS, TRAININGS
+from fedtap.scenarios.checkpoints.stationary import Case, Trained
+from fedtap.scenarios.checkpoints.stationary_report import recovery_svg
+from fedtap.scenarios.command.options import Knob
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.models.registry import ACTIVATIONS
+from fedtap.simulator.models.regulariser import Regulariser
+from fedtap.simulator.report.folder import Row
+from fedtap.simulator.study import Outcome, rows_of_failed
+
+
+@dataclass(frozen=True)
+class FedProx(Trained):
+    """One case, one attack."""
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "client",
+        "recovered",
+        "distance",
+        "blind_distance",
+        "residual",
+        "explained",
+        "left",
+        "unexplainable",
+        "layer_rank",
+        "error",
+    )
+    legend: ClassVar[str] = (
+        "recovered: share of examples with a point within 1 % of their length, 0 for random points; distance: median, "
+        "relative; residual: share of the regulariser's slope that points leave, explained below 0.001 %; left: the "
+        "client's gradient, as it says; unexplainable: what no points could explain; layer rank: of the first weights"
+    )
+
+    case: Case = Case()  # noqa: RUF009 - frozen
+    attack: StationaryMMD = StationaryMMD()  # noqa: RUF009 - frozen
+
+    @property
+    def cases(self) -> Sequence[Case]:
+        """The one."""
+        return (self.case,)
+
+    def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
+        """One exchange, attacked."""
+        failed: dict[int, str] = {}
+        heard = self.hear(grid, part, 0, failed)
+        guess = self.attack(heard.leak.to(device), seed=self.seed).on_cpu()
+        told = {"width": self.case.width, "attack": self.attack.written(), "regulariser": self.case.regulariser}
+        rows = [told | row for row in self.judged(self.case, heard, guess)]
+        return Outcome(rows + rows_of_failed(failed, told), heard.leak)
+
+    def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
+        """Recovery against width, where that is swept."""
+        if len({row["width"] for row in rows}) < 2:
+            return {}
+        return {"Recovery against width": recovery_svg(rows)}
+
+
+def scenario(
+    *,
+    width: Annotated[int, Knob("hidden units of a layer", 1, 4096)] = (8, 16, 32, 64, 128),  # type: ignore[assignment]
+    depth: Annotated[int, Knob("hidden layers", 1, 8)] = 1,
+    activation: Annotated[str, Knob("of the hidden units", choices=tuple(ACTIVATIONS))] = "tanh",
+    examples: Annotated[int, Knob("private examples of a client", 1, 1000)] = 10,
+    features: Annotated[int, Knob("numbers in an example", 1, 1000)] = 10,
+    regulariser: Annotated[str, Knob("fedprox(μ) or weight_decay(μ), beside the sum of the losses")] = "fedprox(0.05)",
+    training: Annotated[str, Knob("how clients train: to the end, or 300 steps", choices=TRAININGS)] = "lbfgs",
+    precision: Annotated[str, Knob("in which weights travel back", choices=PRECISIONS)] = "float64",
+    attack: Annotated[str, Knob("stationary_mmd, with its settings")] = ("stationary_mmd(rounds=1)", "stationary_mmd"),  # type: ignore[assignment]
+    victims: Annotated[int, Knob("clients, each attacked", 1, 1000)] = 4,
+    seed: Annotated[int, Knob("seed of all that is drawn", 0, 2**31)] = 0,
+) -> FedProx:
+    """Clients train once, to the end, from the same weights; the server looks at each."""
+    regular = Regulariser.parse(regulariser)
+    if regular.name == "max_margin":
+        raise FedtapError("No client trains to max_margin in finite time: write weight_decay(1e-4), which comes near.")
+    (found, *others) = parse(attack)
+    if others or not isinstance(found, StationaryMMD):
+        raise FedtapError(f"--attack {attack} is none on a trained model's weights: write stationary_mmd.")
+    case = Case(width, depth, activation, examples, features, str(regular), training, precision)
+    found.check_size(victims, case.protocol, case.entries)  # before anyone trains
+    return FedProx(case=case, attack=found, victims=victims, seed=seed)

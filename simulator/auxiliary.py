@@ -1,0 +1,301 @@
+"""Practice: public examples that the attacker chose, each with the gradient that it caused.
+
+A set of pairs is a folder: `practice.json`, and chunks of pairs as safetensors, which are read one at a time, so that a
+set need not fit into memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedtap.simulator.defences.precode import training_loss
+from fedtap.simulator.errors import DamagedError, FedtapError, short
+from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
+from fedtap.simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors, protocol_of, sound
+
+FORMAT = 2
+"""Version of the saved form; a reader refuses any other. In 1, pairs were gradients before they crossed the wire."""
+
+CHUNK = 2**24
+"""Numbers in a chunk's gradients: 64 MiB of float32."""
+
+MOST_PAIRS = 10**9
+"""Of a set, and trainings behind it, at most."""
+
+Build = Callable[[str, tuple[int, ...], int], nn.Module]
+"""`(model name, shape, classes) -> network on the meta device`."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a practice was, in words: it goes with the pairs, and with whatever learned from them."""
+
+    protocol: Protocol
+    """The public terms of an exchange; in practice a single step, whose batch is the pair's."""
+    world: str
+    """Where the examples are from."""
+    pairs: int
+    source: str = "compromised_client"
+    """Who computed the gradients."""
+    drifts: int = 0
+    """Trainings of the compromised client, along which pairs were met; 0 means all at the weights in force."""
+    labels: str = "own"
+    """The examples' own labels, or `random` ones."""
+    digest: str = ""
+    """Of the weights in force and of the examples: it tells sets apart, and tells nothing else of them."""
+
+    def __str__(self) -> str:
+        p = self.protocol
+        return (
+            f"{self.pairs:,} pairs of {p.model} on {'x'.join(map(str, p.shape))} images of {self.world} "
+            f"in {p.classes} classes, batch {p.batch}, defence {p.defence}, {p.listener}, from the {self.source}"
+            + (f", along {self.drifts} trainings" if self.drifts else "")
+            + (f", with {self.labels} labels" if self.labels != "own" else "")
+        )
+
+    @staticmethod
+    def of(document: dict[str, object]) -> About:
+        """From the form in JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not of that form, or too large.
+        """
+        protocol = protocol_of(document["protocol"])
+        made = About(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
+        sound(protocol)
+        if any(type(count) is not int or not 0 <= count <= MOST_PAIRS for count in (made.pairs, made.drifts)):
+            raise ValueError(f"pairs and drifts are whole numbers from 0 to {MOST_PAIRS:,}")
+        texts = (made.world, made.source, made.labels, made.digest)
+        if not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
+            raise ValueError("world, source, labels and digest are text")
+        return made
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some pairs: a leak whose entries are theirs, and the examples that caused it.
+
+    Args:
+        images: in [0, 1].
+    """
+
+    leak: GradientLeak
+    images: Float[Tensor, "pairs batch channel height width"]
+    labels: Int[Tensor, "pairs batch"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: str) -> Pairs:
+        """The same pairs on another device."""
+        return Pairs(self.leak.to(device), self.images.to(device), self.labels.to(device))
+
+    def __getitem__(self, which: slice | Tensor) -> Pairs:
+        return Pairs(self.leak[which], self.images[which], self.labels[which])
+
+
+@dataclass(frozen=True)
+class Practice:
+    """The pairs in a folder, iterated over in chunks, always in the same order.
+
+    Args:
+        folder: where `record` left them.
+        about: what they are; `pairs` may be less than the folder holds: the first so many.
+        network: the architecture, on the meta device.
+        device: where pairs are put as they are read, and where an attack learns from them.
+    """
+
+    folder: Path
+    about: About
+    network: nn.Module = dataclasses.field(repr=False, compare=False)
+    device: str = "cpu"
+
+    def __len__(self) -> int:
+        return self.about.pairs
+
+    def __iter__(self) -> Iterator[Pairs]:
+        left = len(self)
+        for number in range(len(self)):  # a chunk has a pair at least
+            if left <= 0:
+                return
+            pairs = self._read(number)[:left]
+            left -= len(pairs)
+            yield pairs.to(self.device)
+
+    def _read(self, number: int) -> Pairs:
+        path = self.folder / _chunk(number)
+        try:
+            tensors = read_tensors(path)
+            images, labels, clients = tensors["images"], tensors["labels"], tensors["clients"]
+            self._check(images, labels, clients)
+        except (FedtapError, KeyError, ValueError) as error:
+            raise _not_whole(path, error) from error
+        groups: dict[str, dict[str, Tensor]] = {"gradient": {}, "weights": {}, "buffers": {}}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition("/")
+            if group in groups:
+                groups[group][key] = tensor
+        leak = GradientLeak(
+            observed=groups["gradient"],
+            protocol=self.about.protocol,
+            network=self.network,
+            weights=groups["weights"] or None,
+            buffers=groups["buffers"],
+            clients=clients,
+            rounds=torch.zeros(len(labels), dtype=torch.long),
+            restarts=torch.zeros(len(labels), dtype=torch.long),
+            resolution=ROUNDING / self.about.protocol.learning_rate,
+        )
+        try:
+            leak.check()
+        except FedtapError as error:
+            raise _not_whole(path, error) from error
+        kinds = {name: parameter.dtype for name, parameter in self.network.named_parameters()}
+        if strange := [name for name, kind in kinds.items() if leak.observed[name].dtype != kind]:
+            raise _not_whole(path, ValueError(f"{strange[0]} is {leak.observed[strange[0]].dtype}"))
+        return Pairs(leak, images, labels)
+
+    def _check(self, images: Tensor, labels: Tensor, clients: Tensor) -> None:
+        """Raise ValueError of examples that are none of these pairs."""
+        protocol, pairs = self.about.protocol, len(clients) if clients.ndim == 1 else 0
+        wanted = {
+            "images": (images, torch.float32, (pairs, protocol.batch, *protocol.shape)),
+            "labels": (labels, torch.int64, (pairs, protocol.batch)),
+            "clients": (clients, torch.int64, (pairs,)),
+        }
+        for name, (tensor, kind, shape) in wanted.items():
+            if tensor.dtype != kind or tuple(tensor.shape) != shape or not pairs:
+                raise ValueError(f"{name} are {tensor.dtype} of shape {short(tuple(tensor.shape), 30)}")
+        if not bool(((images >= 0) & (images <= 1)).all()):  # nor NaN
+            raise ValueError("pixels are outside [0, 1]")
+        if not bool(((labels >= 0) & (labels < protocol.classes)).all()):
+            raise ValueError("labels are outside the classes")
+
+    def first(self, pairs: int) -> Practice:
+        """The first so many of these pairs."""
+        return dataclasses.replace(self, about=dataclasses.replace(self.about, pairs=min(pairs, len(self))))
+
+    @staticmethod
+    def record(folder: Path, about: About, network: nn.Module, chunks: Iterable[Pairs]) -> Practice:
+        """Write pairs as they come; the description last, so that a folder with one is whole.
+
+        Raises:
+            FedtapError: the folder cannot be written.
+        """
+        heard = 0
+        for number, pairs in enumerate(chunks):
+            tensors = {f"gradient/{name}": tensor for name, tensor in pairs.leak.observed.items()}
+            tensors |= {f"weights/{name}": tensor for name, tensor in (pairs.leak.weights or {}).items()}
+            tensors |= {f"buffers/{name}": tensor for name, tensor in pairs.leak.buffers.items()}
+            tensors |= {"images": pairs.images, "labels": pairs.labels, "clients": pairs.leak.clients}
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            write_atomically(folder / _chunk(number), save(whole))
+            heard += len(pairs)
+        if heard != about.pairs:
+            raise AssertionError(f"{heard} pairs came, and {about.pairs} were announced")
+        document = {"format": FORMAT, **dataclasses.asdict(about)}
+        write_atomically(folder / "practice.json", json.dumps(document, indent=2).encode() + b"\n")
+        return Practice(folder, about, network)
+
+    @staticmethod
+    def saved(folder: Path, build: Build, wanted: About | None = None) -> Practice | None:
+        """The set that a folder holds; None where there is none, or one that was not finished.
+
+        Args:
+            wanted: what it has to be, but for the number of pairs; nothing is built of what is another. Where it is
+                None, a folder that names code to import is refused.
+
+        Raises:
+            FedtapError: its description is damaged, or of other pairs.
+        """
+        file = folder / "practice.json"
+        if not is_file(file):
+            return None
+        try:
+            document = read_json(file)
+            if document.pop("format") != FORMAT:
+                raise ValueError(f"a format other than {FORMAT}")
+            about = About.of(document)
+            if wanted is None and ":" in about.protocol.model:
+                raise ValueError("its model names code to import, which a file may not")
+            if wanted is not None and dataclasses.replace(about, pairs=wanted.pairs) != wanted:
+                raise ValueError("it is of other pairs than this run asks for")
+        except (FedtapError, ValueError, KeyError, TypeError) as error:
+            raise DamagedError(
+                f"{short(file, 90)} does not describe a practice ({type(error).__name__}: {short(error, 90)}): "
+                "delete its folder and run again."
+            ) from error
+        return Practice(folder, about, build(about.protocol.model, about.protocol.shape, about.protocol.classes))
+
+
+def _not_whole(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(
+        f"{short(path, 90)} cannot be used ({short(error, 90)}), so the practice is not whole: delete its folder and "
+        "run again."
+    )
+
+
+def _chunk(number: int) -> str:
+    return f"pairs_{number:05d}.safetensors"
+
+
+def digest(tensors: Tensors) -> str:
+    """A name for these values, the same wherever they are the same to the bit."""
+    whole = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def digest_of(about: About) -> str:
+    """A name for this practice."""
+    return hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
+
+
+def trainings(pairs: int, drifts: int) -> tuple[Int[Tensor, " pairs"], ...]:
+    """Which pairs belong to which training of the compromised client, in order; all to one where it did not train."""
+    return torch.arange(pairs).tensor_split(max(1, drifts))
+
+
+def chunk_size(network: nn.Module) -> int:
+    """Pairs in a chunk."""
+    return max(1, CHUNK // sum(parameter.numel() for parameter in network.parameters()))
+
+
+def gradients(
+    network: nn.Module,
+    images: Float[Tensor, "pairs batch channel height width"],
+    labels: Int[Tensor, "pairs batch"],
+) -> dict[str, Float[Tensor, "pairs *parameter"]]:
+    """The gradient of each pair's loss, as a client's training step computes it, for all pairs at once.
+
+    BatchNorm uses the batch's own statistics, and keeps none of them. A frozen parameter's gradient is zero.
+    """
+    stateless = replace_all_batch_norm_modules_(copy.deepcopy(network).train())
+
+    def loss(trained: dict[str, Tensor], some: Tensor, named: Tensor) -> Tensor:
+        return training_loss(stateless, some, named, lambda images: functional_call(stateless, trained, (images,)))
+
+    trained = {name: weight.detach() for name, weight in stateless.named_parameters() if weight.requires_grad}
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be batched
+        found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=128, randomness="different")(
+            trained, images, labels
+        )
+    return {
+        name: found[name].contiguous() if name in found else weight.new_zeros(len(images), *weight.shape)
+        for name, weight in stateless.named_parameters()
+    }

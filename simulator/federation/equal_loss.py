@@ -1,0 +1,64 @@
+"""Defences at equal cost: of each the strength at which the trained model loses an agreed share of its accuracy.
+
+The stronger a defence, the more it costs, so the strength is found by bisection, each step of it a training. Chosen by
+public images, on which nobody has trained: neither the victims' images nor what an attack got have a say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.settings import Scenario
+
+
+def undefended(parts: Sequence[Scenario], part: Scenario) -> int:
+    """Number of the part that is like this one but for its defence, and has none: what is lost is lost to it.
+
+    Raises:
+        FedtapError: there is none.
+    """
+    wanted = dataclasses.replace(part, defence="none", swept=())
+    found = [number for number, other in enumerate(parts) if dataclasses.replace(other, swept=()) == wanted]
+    if not found:
+        raise FedtapError(
+            "What a defence costs in accuracy is held against a training without one, and this run has none: add none "
+            f"to them, --defence 'none,{part.defence}'."
+        )
+    return found[0]
+
+
+def strengths_of(parts: Sequence[Scenario], part: Scenario) -> list[int]:
+    """Numbers of the parts that differ from this one in the defence's strength alone, as they are ordered."""
+    mine = _but_for_strength(part)
+    return [number for number, other in enumerate(parts) if _but_for_strength(other) == mine]
+
+
+def _but_for_strength(part: Scenario) -> tuple[Scenario, tuple[Part, ...], str, dict[str, float]]:
+    parts, same = described(part.defence), dataclasses.replace(part, defence="none", swept=())
+    if not parts:
+        return same, (), "none", {}
+    last = parts[-1]
+    values = {number.name: last[number.name] for number in last.kind.arguments if number.name != last.kind.strength}
+    return same, parts[:-1], last.name, values
+
+
+def nearest(candidates: Sequence[int], lost: Callable[[int], float], wanted: float) -> int:
+    """The candidate that loses what comes nearest to `wanted`, of those that a bisection tries.
+
+    Args:
+        candidates: the more they lose, the later.
+        lost: the share that one of them loses; asked of few.
+    """
+    tried: dict[int, float] = {}
+    under, over = -1, len(candidates)
+    while over - under > 1:
+        middle = (under + over) // 2
+        tried[middle] = lost(candidates[middle])
+        if tried[middle] <= wanted:
+            under = middle
+        else:
+            over = middle
+    return candidates[min(tried, key=lambda place: abs(tried[place] - wanted))]

@@ -1,0 +1,435 @@
+"""Play a scenario's rounds over a Flower Grid, with a tap on it: a stock strategy on one side, leaks on the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Strategy
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from fedtap.simulator.attack import generator, numpy_seeded
+from fedtap.simulator.auxiliary import Pairs, chunk_size, gradients, trainings
+from fedtap.simulator.data.images import Side
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.defences.suited import check_model, check_summed
+from fedtap.simulator.errors import ClientError, FedtapError, short
+from fedtap.simulator.federation.settings import PrivateData, Scenario
+from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
+from fedtap.simulator.models.registry import build, with_weights
+from fedtap.simulator.wire.records import reading, tensors_of
+from fedtap.simulator.wire.roll import call, check_name
+from fedtap.simulator.wire.threat_models import SECURE, Masked, difference, hear, isolated, listener
+from fedtap.simulator.wire.wiretap import PATIENCE, Wiretap
+
+METRICS = ("num-examples", "partition")
+"""What fedtap's clients report beside their update; where victims drift, `moved` too."""
+
+DRIFT_SHARE = 3
+"""The compromised client trains on one public image in so many, drawn anew each time. Trainings on all of them end at
+nearly the same weights; on a third they stray from there about as far as a client does with as many of its own."""
+
+DRIFT_STEPS, DRIFT_STOPS = 6500, 40
+"""Steps of such a training, a little more than the twenty epochs on 10,000 images after which GIT's paper looks, and
+how often it stops for examples on the way: half the times log-uniform over it, half uniform."""
+
+HELD_OUT = 2000
+"""Public images by which the strength of a defence is chosen, at most."""
+
+PRACTICE = "query.practice"
+"""Message type under which the compromised client is fed public examples."""
+
+LONGEST = 260
+"""Characters of the reason that a row gives for a leak that is missing."""
+
+CENTRAL = "central_dp"
+"""Name of the defence by which the server clips what it hears."""
+
+TINY = 1e-18
+"""Change of the weights whose square float32 rounds to zero, so that a clip of it divides by zero; its reciprocal
+squared is nearly the largest number of float32."""
+
+
+@dataclass
+class Heard:
+    """What the tap brought in: leaks and failures by (client, round), and each client's node."""
+
+    leaks: dict[tuple[int, int], Leak] = field(default_factory=dict)
+    failures: dict[tuple[int, int], str] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=dict)
+    lost: dict[int, list[str]] = field(default_factory=dict)
+    """Round -> why nodes were refused that are no client."""
+    start: ArrayRecord = field(default_factory=ArrayRecord)
+    """The weights before any training."""
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    """The weights of the last attacked round, before it."""
+    moved: dict[tuple[int, int], float] = field(default_factory=dict)
+    """How far victims say that their weights had drifted, as a share of their length."""
+    dropped: int = 0
+    """Answers that nobody had asked for."""
+
+    def practised_at(self, when: str) -> ArrayRecord:
+        """The weights at which the adversary practises."""
+        return self.start if when == "start" else self.arrays
+
+    accuracy: float | None = None
+    """Test accuracy, 0 to 1, of the weights that the first victims were sent; None where nothing was trained."""
+    held_out: float | None = None
+    """The same on public images, by which a defence's strength is chosen; None where none is."""
+
+    def why_missing(self, client: int, rnd: int) -> str:
+        """The reason there is no leak of this client in this round."""
+        if (client, rnd) in self.failures:
+            return self.failures[client, rnd]
+        lost = " ".join(dict.fromkeys(self.lost.get(rnd, [])))
+        if not lost and self.dropped:
+            lost = f"Of what came, {self.dropped} answers were dropped, since nobody had asked for them."
+        return f"client {client} did not answer{f': {short(lost, LONGEST)}' if lost else ''}"
+
+
+def clients_on(grid: Grid, scenario: Scenario) -> int:
+    """How many honest clients this grid has for the scenario: all nodes but the compromised one.
+
+    Raises:
+        FedtapError: the scenario names another number.
+    """
+    nodes = len(list(grid.get_node_ids()))
+    clients = scenario.clients or nodes - 1
+    if clients < 1 or nodes != clients + 1:
+        raise FedtapError(
+            f"The federation has {nodes} nodes, and {scenario.name} needs {max(clients, 1) + 1} of them "
+            "(its honest clients and the compromised one): start as many SuperNodes, or name --clients."
+        )
+    return clients
+
+
+def play(
+    scenario: Scenario, grid: Grid, private: PrivateData, part: int = 0, strategy: Strategy | None = None
+) -> Heard:
+    """Train and listen: `rounds` of training, then as many attacked rounds as the victims need.
+
+    Args:
+        part: the scenario's place in the run's plan, by which clients know what is played.
+        strategy: a Flower strategy; FedAvg over all clients where none is given.
+    """
+    world, clients = private.world, private.clients
+    protocol = scenario.protocol(world)
+    skeleton = build(scenario.architecture, world.shape, len(world.classes))
+    net = build(scenario.architecture, world.shape, len(world.classes), seed=scenario.weights_seed)
+    check_model(described(scenario.defence), net, world.shape)
+    if scenario.summed > 1:
+        check_summed(net)
+    if scenario.weights:
+        with_weights(net, Path(scenario.weights))
+    hearing = listener(scenario.listener)
+    clipped = any(part.name == CENTRAL for part in described(scenario.defence))
+    who = call(grid)
+    heard = Heard(nodes=who.nodes)
+    masked: dict[int, dict[int, Masked]] = {}
+
+    def ear(order: Message, answer: Message) -> None:
+        if order.metadata.message_type != MessageType.TRAIN:
+            return
+        rnd = int(order.content["config"]["server-round"])  # type: ignore[arg-type]
+        try:
+            client = who.client(order)
+        except FedtapError as error:
+            heard.lost.setdefault(rnd, []).append(str(error))
+            raise
+        if answer.has_error():
+            heard.failures[client, rnd] = f"client {client} failed: {short(answer.error.reason, LONGEST)}"
+            return
+        try:
+            with reading(client):
+                as_expected(order.content, answer.content, client, skeleton, metrics_of(scenario), clipped)
+                leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
+        except FedtapError as error:
+            heard.failures[client, rnd] = f"the client answered nonsense: {short(error, LONGEST)}"
+            raise
+        metrics = answer.content.metric_records["metrics"]
+        if private.victim(client, rnd) is not None:
+            heard.moved[client, rnd] = float(metrics.get("moved", 0.0))  # type: ignore[arg-type]
+        if scenario.listener == SECURE:
+            if rnd > scenario.rounds:
+                masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
+        elif private.victim(client, rnd) is not None:
+            heard.leaks[client, rnd] = hearing(leak)
+
+    def unmask(rnd: int) -> None:
+        failed = [why for (_, at), why in heard.failures.items() if at == rnd] + heard.lost.get(rnd, [])
+        answers = dict(sorted(masked.pop(rnd, {}).items()))  # a sum should not depend on who answers first
+        try:
+            heard.leaks[0, rnd] = hearing(isolated(answers, clients, scenario.others))
+        except FedtapError as error:
+            why = f"{short(' '.join(failed), LONGEST)}; so: " if failed else ""
+            heard.failures[0, rnd] = f"{why}{error}"
+
+    def evaluate(rnd: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if scenario.listener == SECURE and rnd > scenario.rounds:
+            unmask(rnd)
+        if rnd == 0:
+            heard.start = arrays
+        if rnd < scenario.rounds + scenario.attacked_rounds(clients):
+            heard.arrays = arrays
+        foreign = bool(scenario.victims_world)  # the victims' labels are then another world's
+        if scenario.rounds and rnd == scenario.rounds and not foreign:
+            heard.accuracy = accuracy(net, arrays, world.victims)
+            if scenario.accuracy_loss:
+                heard.held_out = accuracy(net, arrays, world.public, HELD_OUT)
+            return MetricRecord({"accuracy": heard.accuracy})
+        return None
+
+    if strategy is None:
+        still = scenario.rounds if scenario.repeats > 1 else None
+        # all nodes that are there: a strategy that waits for one that went away waits for ever
+        strategy = Still(still, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    strategy = _with_central_dp(strategy, scenario, clients + 1)
+    tensors = dict(net.named_parameters()) | float_buffers(net)
+    tap = Wiretap(grid, ear)
+    with numpy_seeded(generator(scenario.seed, "central_dp").initial_seed()):
+        strategy.start(
+            tap,
+            ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()}),
+            num_rounds=scenario.rounds + scenario.attacked_rounds(clients),
+            train_config=ConfigRecord({"part": part}),
+            evaluate_fn=evaluate,
+        )
+    heard.dropped = tap.dropped
+    if scenario.repeats > 1:
+        _means(heard, private)
+    return heard
+
+
+class Still(FedAvg):
+    """FedAvg that from round `last` on sends the same weights again; None for never."""
+
+    def __init__(self, last: int | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.last = last
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        return (None if self.last is not None and server_round > self.last else arrays), metrics
+
+
+def _means(heard: Heard, private: PrivateData) -> None:
+    """Each victim's mean over the rounds in which it was heard, under the name of the first it was to answer in."""
+    means = {}
+    for client, first in private.names():
+        rounds = range(first, first + private.scenario.repeats)
+        if names := [(client, rnd) for rnd in rounds if (client, rnd) in heard.leaks]:
+            kept = mean([heard.leaks[name] for name in names])
+            means[client, first] = dataclasses.replace(kept, rounds=torch.tensor([first]))
+            heard.moved[client, first] = heard.moved[names[0]]
+    heard.leaks = means
+
+
+def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Strategy:
+    """The strategy in Flower's wrapper, if the server is to clip what it hears and to add noise to the average.
+
+    McMahan, Ramage, Talwar and Zhang 2018, https://arxiv.org/abs/1710.06963. The noise on an entry of the average has
+    ``noise_multiplier clip / nodes``; `clip` is in the gradient's units, as the clients' are. It protects the model
+    from those who are sent it, and nobody from the server, which hears what it clips. Where one client fails, Flower's
+    wrapper leaves the weights as they are.
+    """
+    for part in described(scenario.defence):
+        if part.name == CENTRAL:
+            clip = part["clip"] * scenario.learning_rate
+            return DifferentialPrivacyServerSideFixedClipping(strategy, part["noise_multiplier"], clip, nodes)
+    return strategy
+
+
+def metrics_of(scenario: Scenario) -> tuple[str, ...]:
+    """Names of the numbers that clients report: of all the same, as FedAvg demands."""
+    return (*METRICS, "moved") if scenario.local_samples else METRICS
+
+
+def as_expected(
+    order: RecordDict,
+    answer: RecordDict,
+    client: int,
+    network: nn.Module,
+    reported: Sequence[str] = METRICS,
+    clipped: bool = False,
+) -> None:
+    """Refuse what a strategy could not average with the others' answers: it would end the run for all of them.
+
+    Arrays are those of the network: the same names, shapes and dtypes, in the same order, by which Flower's wrappers
+    pair them. Metrics are finite numbers.
+
+    Args:
+        reported: names of the metrics.
+        clipped: the server clips the change of the weights, and divides by its length.
+    """
+    wanted = dict(network.named_parameters()) | float_buffers(network)
+    for kind, mine, theirs in (
+        ("arrays", answer.array_records, {"arrays": list(wanted)}),
+        ("metrics", answer.metric_records, {"metrics": sorted(reported)}),
+    ):
+        arrange = sorted if kind == "metrics" else list
+        if {name: arrange(record) for name, record in mine.items()} != theirs:
+            raise FedtapError(
+                f"Client {client} sent other {kind} than the rest, so they cannot be averaged: "
+                f"send one record named {kind!r} with the keys that fedtap's clients send, in their order."
+            )
+    check_name(answer, client)
+    metrics = answer.metric_records["metrics"]
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type]
+            raise FedtapError(f"Client {client} sent {short(value)} as its {name}: send a finite number.")
+    if type(metrics["num-examples"]) is not int or metrics["num-examples"] < 1:
+        raise FedtapError(f"Client {client} says that it has {metrics['num-examples']} examples: send a count from 1.")
+    got = tensors_of(answer.array_records["arrays"])
+    for name, tensor in got.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise FedtapError(
+                f"Client {client} answered {short(name)} as {_said(tensor)} in the place of {_said(wanted[name])}: "
+                "client and server must name the same --model."
+            )
+    sent = tensors_of(order["arrays"]) if clipped else {}  # type: ignore[arg-type]
+    if clipped and all(bool(((got[name] - sent[name]).abs() < TINY).all()) for name in got):
+        raise FedtapError(
+            f"Client {client} sent back the weights that it was sent, and {CENTRAL} cannot clip a change of length 0: "
+            "raise --learning-rate."
+        )
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {short(tuple(tensor.shape))}"
+
+
+def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> float:
+    """Share of a side's images, or of its first `most`, that these weights classify right; BatchNorm in eval mode."""
+    net.load_state_dict(tensors_of(arrays), strict=False)
+    net.eval()
+    count, right = min(len(side), most or len(side)), 0
+    with torch.no_grad():
+        for chunk in torch.split(torch.arange(count), 256):
+            images, labels = side.batch(chunk)
+            right += int((net(images).argmax(1) == labels).sum())
+    return right / count
+
+
+def practice(
+    grid: Grid, scenario: Scenario, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
+) -> Iterator[Pairs]:
+    """Feed public examples to the compromised client, and hear the weights it sends back, one chunk at a time.
+
+    The gradient is in their difference to the weights it was sent, rounded as a victim's is. Where the scenario's
+    source is the server, it computes those weights itself.
+    Pairs carry the weights that it sent, also where the client has trained since: so does a drifted victim's leak, and
+    an attack that takes them for the client's own is as wrong of the one as of the other.
+
+    Args:
+        heard: what `play` returned: it names the compromised client's node and the weights in force.
+        images: `pairs batch channel height width`, in [0, 1]; labels: `pairs batch`.
+
+    Raises:
+        FedtapError: the compromised client's node is not known.
+        ClientError: it does not answer, or with something else than gradients.
+    """
+    skeleton = build(scenario.architecture, private.world.shape, len(private.world.classes))
+    chunk, arrays = chunk_size(skeleton), tensors_of(heard.practised_at(scenario.practised))
+    chunks = [
+        (number, which)
+        for number, rows in enumerate(trainings(len(images), scenario.drifts))
+        for which in torch.split(rows, chunk)
+    ]
+    for number, which in chunks:
+        some, named = images[which], labels[which]
+        if scenario.source == "server":
+            network = build(scenario.architecture, private.world.shape, len(private.world.classes), seed=0)
+            network.load_state_dict(arrays, strict=False)
+            found = gradients(network, some, named)
+            sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
+        else:
+            sent = _fed(grid, private, heard, some, named, part, number)
+            _as_fed(sent, skeleton, len(some), private.clients)
+        scale = -1 / scenario.learning_rate
+        leak = GradientLeak(
+            observed={name: difference(arrays[name], after, scale) for name, after in sent.items()},
+            protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
+            network=skeleton,
+            weights={name: arrays[name] for name, _ in skeleton.named_parameters()},
+            buffers={name: arrays[name] for name in float_buffers(skeleton)},
+            clients=torch.full((len(some),), private.clients),
+            rounds=torch.zeros(len(some), dtype=torch.long),
+            restarts=which,
+            resolution=ROUNDING * -scale,
+        )
+        yield Pairs(listener(scenario.listener)(leak), some, named)  # type: ignore[arg-type]
+
+
+def _fed(
+    grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int, number: int
+) -> dict[str, Tensor]:
+    """The weights with which the compromised client answers each of these examples; it may be told to train first."""
+    if private.clients not in heard.nodes:
+        raise FedtapError(
+            "The compromised client has not answered a round yet, so its node is unknown: play one first."
+        )
+    content = RecordDict(
+        {
+            "arrays": heard.practised_at(private.scenario.practised),
+            "examples": ArrayRecord({"images": images, "labels": labels}),
+            "config": ConfigRecord({"part": part}),
+        }
+    )
+    if private.scenario.drifts:
+        draw, public = generator(private.scenario.seed, "drift", number), private.world.public
+        which = torch.randperm(len(public), generator=draw)[: -(-len(public) // DRIFT_SHARE)]
+        steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
+        content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})
+    order = Message(content, heard.nodes[private.clients], PRACTICE)
+    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=PATIENCE)
+    if not answers or answers[0].has_error():
+        why = short(answers[0].error.reason, LONGEST // 2) if answers else "no answer"
+        raise ClientError(
+            f"The compromised client, number {private.clients}, did not practise ({why}): check that its ClientApp is "
+            "fedtap's."
+        )
+    try:
+        return tensors_of(answers[0].content.array_records["weights"])
+    except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
+        raise ClientError(
+            f"The compromised client, number {private.clients}, practised, and sent what cannot be read "
+            f"({type(error).__name__}): check that its ClientApp is fedtap's."
+        ) from error
+
+
+def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: int) -> None:
+    """Refuse what is not a float32 tensor of weights for each pair, of finite length.
+
+    Raises:
+        ClientError: with the first parameter that is not, or the first tensor of no parameter.
+    """
+    wanted = {name: (pairs, *parameter.shape) for name, parameter in skeleton.named_parameters()}
+    for name in dict.fromkeys([*wanted, *found]):
+        tensor, shape = found.get(name), wanted.get(name)
+        if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
+            got = "nothing" if tensor is None else _said(tensor)
+        elif not bool((tensor.abs() < 1 / TINY).all()):
+            got = "NaN, infinity, or numbers without a square,"
+        else:
+            continue
+        raise ClientError(
+            f"The compromised client, number {client}, practised, and sent {got} in the place of the weights of "
+            f"{short(name)}: check that its ClientApp is fedtap's."
+        )
+
+
+def stops(draw: torch.Generator) -> Int[Tensor, " stops"]:
+    """After how many steps a training stops for examples, shuffled."""
+    drawn = torch.rand(DRIFT_STOPS, generator=draw)
+    half = DRIFT_STOPS // 2
+    steps = torch.cat([DRIFT_STEPS ** drawn[:half], DRIFT_STEPS * drawn[half:]]).round().long()
+    return steps[torch.randperm(DRIFT_STOPS, generator=draw)]

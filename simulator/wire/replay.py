@@ -1,0 +1,174 @@
+"""What a client of this protocol would have sent for given images: its loss, its optimiser, its steps.
+
+The frame asks it how much of a leak a guess explains, and attacks that match gradients ask it thousands of times.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn import functional as F
+
+from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak
+
+Answer = Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]
+"""Of (weights, buffers, images `batch channel height width`, targets `batch classes`): a tensor a trained parameter."""
+
+
+def trained(network: nn.Module) -> list[str]:
+    """Names of the parameters that training moves: of frozen ones (`requires_grad=False`) the wire shows only zeros."""
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def local_steps(leak: Leak) -> int:
+    """Steps behind what was sent: a gradient is of one."""
+    return leak.protocol.steps if isinstance(leak, UpdateLeak) else 1
+
+
+def mean_gradient(leak: Leak) -> dict[str, Tensor]:
+    """The leaked gradient of what is trained, as it was sent; of an update, its mean along the local steps:
+    ``-update / (learning rate x steps)``.
+    """
+    observed = {name: leak.observed[name] for name in trained(leak.network)}
+    if not isinstance(leak, UpdateLeak):
+        return observed
+    protocol = leak.protocol
+    return {name: -tensor / (protocol.learning_rate * protocol.steps) for name, tensor in observed.items()}
+
+
+def undecayed(leak: Leak) -> dict[str, Tensor]:
+    """`mean_gradient` less what weight decay alone would have moved, but for Adam's signs and unknown weights.
+
+    What is left is a sum of the loss's own gradients, also of several steps with momentum: the optimiser is linear.
+    """
+    gradient, protocol = mean_gradient(leak), leak.protocol
+    if not protocol.weight_decay or leak.weights is None or protocol.optimiser == "adam":
+        return gradient
+    decay = _moved(leak, slope=0.0, start=1.0)
+    return {name: tensor - decay * leak.weights[name] for name, tensor in gradient.items()}
+
+
+def loss_gradient(leak: Leak) -> dict[str, Tensor]:
+    """`undecayed` in units of one gradient of the mean loss; of several steps, a mean along them."""
+    gain = 1.0 if leak.protocol.optimiser == "adam" else _moved(leak, slope=1.0, start=0.0) * summands(leak.protocol)
+    return undecayed(leak) if gain == 1 else {name: tensor / gain for name, tensor in undecayed(leak).items()}
+
+
+def _moved(leak: Leak, slope: float, start: float) -> float:
+    """What the optimiser makes of one weight, which begins at `start`, under an even slope."""
+    fixed, begun = ({"": torch.tensor(value, dtype=torch.float64)} for value in (slope, start))
+    return float(descended(leak.protocol, local_steps(leak), begun, lambda here: fixed)[""])
+
+
+def summands(protocol: Protocol) -> int:
+    """How many times the mean loss a client's loss is: 1, or where it is a sum, the terms of that."""
+    if protocol.reduction == "mean":
+        return 1
+    own = max(1, protocol.batch // protocol.summed)
+    return own if protocol.loss == "cross_entropy" else own * protocol.classes
+
+
+def targets(labels: Int[Tensor, "*batch"], classes: int) -> Float[Tensor, "*batch classes"]:
+    """One-hot labels; of a single logit the label itself, 0 or 1."""
+    return labels[..., None].float() if classes == 1 else F.one_hot(labels, classes).float()
+
+
+def mean_loss(protocol: Protocol, logits: Tensor, target: Tensor) -> Tensor:
+    """The protocol's loss, as a mean; a target may be any distribution over the classes."""
+    if protocol.loss == "bce":  # -y log s(z) - (1 - y) log (1 - s(z))
+        return (F.softplus(logits) - target * logits).mean()
+    if protocol.loss == "mse":
+        return (logits - target).square().mean()
+    each: Tensor = -(target * logits.log_softmax(dim=-1)).sum(dim=-1)
+    return each.mean()
+
+
+def descended(
+    protocol: Protocol, steps: int, start: dict[str, Tensor], slopes: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """``(start - end) / (learning rate x steps)`` of torch.optim.SGD from empty state, with g the slope at w.
+
+    ``g + decay w`` moves it; with momentum m ``v <- m v + g + decay w``, or ``g + decay w + m v``, nesterov.
+    """
+    here, velocity, total = start, dict[str, Tensor](), dict[str, Tensor]()
+    for step in range(steps):
+        move = slopes(here)
+        if protocol.weight_decay:
+            move = {name: tensor + protocol.weight_decay * here[name] for name, tensor in move.items()}
+        if protocol.momentum:
+            m = protocol.momentum
+            velocity = {name: m * velocity[name] + tensor if velocity else tensor for name, tensor in move.items()}
+            move = {name: move[name] + m * velocity[name] for name in move} if protocol.nesterov else velocity
+        total = {name: total[name] + tensor if total else tensor for name, tensor in move.items()}
+        if step < steps - 1:
+            here = {name: here[name] - protocol.learning_rate * tensor for name, tensor in move.items()}
+    return {name: tensor / steps for name, tensor in total.items()} if steps > 1 else total
+
+
+def answer(leak: Leak) -> Answer:
+    """What one victim would send, in the units of `mean_gradient`; of Adam the gradient whose signs it sends."""
+    protocol, steps = leak.protocol, local_steps(leak)
+    network, names, times = stateless(leak.network, protocol.batchnorm), trained(leak.network), summands(protocol)
+
+    def respond(weights: Tensors, buffers: Tensors, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        fixed = {**weights, **buffers}
+
+        def loss(moving: Tensors) -> Tensor:
+            value = mean_loss(protocol, functional_call(network, {**fixed, **moving}, (images,)), target)
+            return value if times == 1 else times * value
+
+        start = {name: weights[name] for name in names}
+        return descended(protocol, steps, start, grad(loss))
+
+    return respond
+
+
+class BatchStatistics(nn.Module):
+    """BatchNorm by the batch's own mean and variance, as in training, written out: it keeps no statistics."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        over = [0, *range(2, hidden.ndim)]
+        centred = hidden - hidden.mean(over, keepdim=True)
+        scaled = centred * (centred.square().mean(over, keepdim=True) + self.eps).rsqrt()
+        if self.weight is None:
+            return scaled
+        shape = (-1, *(1 for _ in range(hidden.ndim - 2)))
+        return scaled * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
+def stateless(network: nn.Module, batchnorm: str = "train") -> nn.Module:
+    """The network with BatchNorm made functional and dropout left out: nobody knows which units a victim dropped.
+
+    Args:
+        batchnorm: as in the protocol.
+    """
+    if batchnorm in _STATELESS.setdefault(network, {}):
+        return _STATELESS[network][batchnorm]
+    copied = copy.deepcopy(network)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                child.train(child.training and batchnorm == "train")
+                if child.training or child.running_mean is None:
+                    setattr(parent, name, BatchStatistics(child))
+            elif isinstance(child, nn.modules.dropout._DropoutNd):
+                child.eval()
+            elif isinstance(child, nn.MultiheadAttention):
+                child.dropout = 0.0
+    _STATELESS[network][batchnorm] = copied
+    return copied
+
+
+_STATELESS: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()

@@ -1,0 +1,253 @@
+"""The threat models: what a listener makes of one exchange between server and client.
+
+`curious_server` knows the weights it sent. `eavesdropper` sits on the clients' uplink: it sees what each client sends
+(as a difference to what the client was sent) and knows the architecture, but not the weights; GIT's threat model
+(https://arxiv.org/abs/2505.20026). `secure_aggregation` is a curious server to which the clients' answers come masked,
+so that it hears of each round their sum alone (Bonawitz et al., CCS 2017, https://eprint.iacr.org/2017/281).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor, nn
+
+from fedtap.simulator.errors import FedtapError, short, unknown
+from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
+from fedtap.simulator.wire.records import tensors_of
+
+Listener = Callable[[Leak], Leak]
+
+
+def curious_server(leak: Leak) -> Leak:
+    """Knows everything that was exchanged, the weights included."""
+    return leak
+
+
+def eavesdropper(leak: Leak) -> Leak:
+    """Knows architecture and answers; neither weights nor buffers."""
+    return dataclasses.replace(leak, weights=None, buffers={}, stacked=False)
+
+
+def secure_aggregation(leak: Leak) -> Leak:
+    """Knows the weights; what it is told by its own client, outside the sum, is not masked. See `isolated`."""
+    return leak
+
+
+SECURE = secure_aggregation.__name__
+
+LISTENERS: dict[str, Listener] = {
+    "curious_server": curious_server,
+    "eavesdropper": eavesdropper,
+    SECURE: secure_aggregation,
+}
+
+
+def listener(name: str) -> Listener:
+    """The named threat model.
+
+    Raises:
+        FedtapError: there is none of this name.
+    """
+    if name not in LISTENERS:
+        raise unknown("listener", name, LISTENERS)
+    return LISTENERS[name]
+
+
+OTHERS = ("honest", "silent", "identical", "colluding")
+"""What a round's other clients do beside the victim: as it does; send zero; send what the compromised client sends; or
+tell the server what they send."""
+
+FEWEST = 2
+"""Answers of which a sum is unmasked, at least: as in Flower's SecAgg+."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """One answer that goes into a sum, and the number of examples by which it is weighted there."""
+
+    leak: Leak
+    examples: float
+
+
+def isolated(answers: Mapping[int, Masked], clients: int, others: str) -> Leak:
+    """What a server behind secure aggregation learns of one round: the sum, less what it is told of it.
+
+    It reads the channel of the compromised client (number `clients`), and it knows whether the `others`, clients 1 to
+    `clients` - 1, send zero, send what the compromised client sends, or collude and tell it what they send. What is
+    left is the mean of the rest, weighted by examples as in FedAvg: after one local step, the gradient of the mean loss
+    over all their images.
+
+    Raises:
+        FedtapError: an answer is missing, so that the sum is not unmasked, or is of fewer clients than announced.
+    """
+    _all_answered(answers, clients)
+    told = _told(answers, clients, others)
+    some, rest = answers[0].leak, [answer.examples for client, answer in answers.items() if client not in told]
+    observed = {}
+    for name in some.observed:
+        left = torch.zeros_like(some.observed[name], dtype=torch.float64)
+        for answer in answers.values():  # the server is given this sum
+            left += answer.leak.observed[name].double() * answer.examples
+        for client, tensors in told.items():
+            left -= tensors[name].double() * answers[client].examples
+        observed[name] = (left / sum(rest)).float()
+    return dataclasses.replace(
+        some,
+        observed=observed,
+        resolution=some.resolution * math.hypot(*rest) / sum(rest),
+        examples=torch.tensor([round(sum(rest))]),
+    )
+
+
+def _all_answered(answers: Mapping[int, Masked], clients: int) -> None:
+    absent = [client for client in range(clients) if client not in answers]
+    if clients - len(absent) < FEWEST:
+        raise FedtapError(
+            f"Of the {clients} clients to be summed {clients - len(absent)} answered, and secure aggregation unmasks "
+            f"no sum of fewer than {FEWEST}, as it would be one client's: play another round, or raise --clients."
+        )
+    if absent:
+        raise FedtapError(
+            f"Of the {clients} clients to be summed these dropped out: {', '.join(map(str, absent))}; the sum is of "
+            "fewer images than an attack is told of: play another round, or lower --clients."
+        )
+
+
+def _told(answers: Mapping[int, Masked], clients: int, others: str) -> dict[int, Tensors]:
+    """What the server knows of single answers: the compromised client's, and what it knows of the others'."""
+    told = {clients: answers[clients].leak.observed} if clients in answers else {}
+    if others == "identical" and not told:
+        raise FedtapError(
+            "The compromised client did not answer, and only from it would the server know what the identical others "
+            "sent: play another round."
+        )
+    for client in range(1, clients):
+        its_own = answers[client].leak.observed
+        if others == "silent":
+            told[client] = {name: torch.zeros_like(tensor) for name, tensor in its_own.items()}
+        elif others == "identical":
+            told[client] = told[clients]
+        elif others == "colluding":
+            told[client] = its_own
+    return told
+
+
+def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
+    """The leak of one exchange with a client of fedtap's own, which FedAvg averages: weights out, weights back.
+
+    Raises:
+        FedtapError: the answer is not what a client of this protocol sends.
+    """
+    if len(answer.metric_records) != 1 or not _counts(answer):
+        raise FedtapError(
+            f"Client {client} reported no positive num-examples, without which its answer cannot be averaged: "
+            "send exactly one MetricRecord with that key."
+        )
+    before, after = weights_in(order, "message"), weights_in(answer, "reply")
+    return exchanged(before, after, protocol, network, client, rnd, round(_examples(answer)))
+
+
+def exchanged(
+    before: Tensors,
+    after: Tensors,
+    protocol: Protocol,
+    network: nn.Module,
+    client: int,
+    rnd: int,
+    examples: int | None = None,
+) -> Leak:
+    """What the weights that a client was sent and those that it sent back give away.
+
+    One prescribed step of SGD gives away the gradient, (before - after) / learning rate; several give away their
+    sum, after - before. What else the protocol says of loss and optimiser is left to whoever reads the leak. Rounding
+    on the wire is that of the coarser of the two.
+
+    Args:
+        examples: how many the client says that it has; None where it does not say.
+
+    Raises:
+        FedtapError: they are not weights of this model, or not finite.
+    """
+    parameters = [name for name, _ in network.named_parameters()]
+    buffers = float_buffers(network)
+    _whole(before, [*parameters, *buffers], "message to", client)
+    _whole(after, [*parameters, *buffers], "reply of", client)
+    single = protocol.steps == 1
+    scale = -1 / protocol.learning_rate if single else 1.0
+    differences = {}
+    for name in (*parameters, *buffers):
+        if after[name].shape != before[name].shape:
+            raise FedtapError(
+                f"Client {client} answered {name} of shape {tuple(after[name].shape)} to one of "
+                f"{tuple(before[name].shape)}, so there is no difference to take: it trains another model."
+            )
+        differences[name] = difference(before[name], after[name], scale)
+        if not bool(after[name].float().isfinite().all() and differences[name].isfinite().all()):
+            raise FedtapError(f"Client {client} answered NaN or infinity in {name}: its training diverged or it lies.")
+    return (GradientLeak if single else UpdateLeak)(
+        observed={name: differences[name][None] for name in parameters},
+        protocol=protocol,
+        network=network,
+        weights={name: before[name].float() for name in parameters},
+        buffers={name: before[name].float() for name in buffers},
+        clients=torch.tensor([client]),
+        rounds=torch.tensor([rnd]),
+        restarts=torch.tensor([0]),
+        resolution=max(_rounding(tensors[name]) for tensors in (before, after) for name in parameters) * abs(scale),
+        examples=None if examples is None else torch.tensor([examples]),
+    )
+
+
+def _rounding(weights: Tensor) -> float:
+    """Standard error of a difference of two weights near 0.1 in this precision; ROUNDING in float32."""
+    return ROUNDING * torch.finfo(weights.dtype).eps / torch.finfo(torch.float32).eps
+
+
+def difference(before: Tensor, after: Tensor, scale: float) -> Tensor:
+    """``(after - before) scale``, as a listener takes it from weights on the wire; of one client, or of a stack."""
+    return ((after.double() - before.double()) * scale).float()
+
+
+def weights_in(content: RecordDict, what: str) -> dict[str, Tensor]:
+    """The arrays of a message as tensors, name -> tensor.
+
+    Args:
+        what: the message, in the sentence of an error.
+
+    Raises:
+        FedtapError: it holds no or several ArrayRecords, or arrays that are no tensors.
+    """
+    if len(content.array_records) != 1:
+        raise FedtapError(
+            f"The {what} holds {len(content.array_records)} ArrayRecords and FedAvg exchanges exactly one: "
+            "send other leaks under a message action of their own."
+        )
+    record: ArrayRecord = next(iter(content.array_records.values()))
+    try:
+        return tensors_of(record)
+    except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
+        raise FedtapError(f"The {what} holds arrays that are no tensors ({short(error)}): send float32.") from error
+
+
+def _counts(answer: RecordDict) -> bool:
+    count = _examples(answer)
+    return isinstance(count, int | float) and 0 < count < 2**53
+
+
+def _examples(answer: RecordDict) -> Any:
+    return next(iter(answer.metric_records.values())).get("num-examples")
+
+
+def _whole(found: Tensors, wanted: list[str], what: str, client: int) -> None:
+    if missing := [name for name in wanted if name not in found or not found[name].is_floating_point()]:
+        raise FedtapError(
+            f"The {what} client {client} lacks {short(', '.join(missing[:3]))}, which this model has: "
+            "client, server and tap must have the same model."
+        )

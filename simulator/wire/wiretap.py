@@ -1,0 +1,189 @@
+"""The leak hook: a Flower Grid that wraps a Grid and overhears each order and its answer.
+
+Any strategy runs over it unchanged. Answers that no honest client could have sent are handed on as errors, so that
+the strategy counts a failure and the round goes on. Answers that nobody asked for (to no order, from another node than
+the order's, or a second one to the same order) reach neither the tap nor the strategy.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedtap.simulator.errors import FedtapError, short
+
+Ear = Callable[[Message, Message], None]
+"""What is done with an order and its answer. Raises FedtapError where the answer is nonsense."""
+
+NONSENSE = 1001
+"""Flower error code of an answer that the tap found unusable."""
+
+PATIENCE = 3600.0
+"""Seconds that answers are waited for, where nobody names a limit: Flower's own default for a round."""
+
+PAUSE = 0.25
+"""Seconds between two looks for answers on a grid whose nodes are elsewhere."""
+
+UNPULLED = 8
+"""Messages to a node that are remembered until somebody pulls their answers."""
+
+
+class Unpulled(dict[str, Message]):
+    """Messages by id that wait to be pulled: the latest `UNPULLED` of each node, none beyond its time to live."""
+
+    def put(self, messages: dict[str, Message], node: Callable[[Message], int]) -> None:
+        """Add messages, and forget those that nobody will pull any more."""
+        now, of_node = time.time(), [node(message) for message in messages.values()]
+        for name, message in reversed(list(self.items())):
+            of_node.append(node(message))
+            if of_node.count(of_node[-1]) > UNPULLED or message.metadata.created_at + message.metadata.ttl < now:
+                del self[name]
+        self.update(messages)
+
+
+class Wiretap(Grid):
+    """`grid`, with every exchange told to `ear` before the server sees the answer.
+
+    Attributes:
+        dropped: answers that nobody had asked for.
+    """
+
+    def __init__(self, grid: Grid, ear: Ear) -> None:
+        self._grid = grid
+        self._ear = ear
+        self._orders = Unpulled()
+        self._seen = time.monotonic()
+        self.dropped = 0
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """The wrapped grid's answers, overheard as they come, and in the order of the clients' partitions.
+
+        Args:
+            timeout: seconds after which answers are no longer waited for; None means PATIENCE.
+        """
+        orders = list(messages)
+        kept = {id(order): _keep(order) for order in orders}  # a grid may empty a message as it sends it
+        limit = PATIENCE if timeout is None else timeout
+        if getattr(self._grid, "instant", False):
+            answers = list(self._grid.send_and_receive(orders, timeout=limit))
+            return _sorted(self._overhear(answers, {_id(order): kept[id(order)] for order in orders}))
+        waiting = dict(zip(self._grid.push_messages(orders), (kept[id(order)] for order in orders), strict=False))
+        waiting.pop(None, None)  # type: ignore[call-overload]  # Flower's word for a message that was not sent
+        passed_on: list[Message] = []
+        until = time.monotonic() + limit
+        while waiting:
+            passed_on += self._overhear(list(self._grid.pull_messages(list(waiting))), waiting)
+            if not waiting or time.monotonic() >= until:
+                break
+            time.sleep(min(PAUSE, limit))
+        return _sorted(passed_on)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Push through the wrapped grid, remembering each order until its answer comes, or as `Unpulled` says."""
+        orders = list(messages)
+        kept = {id(order): _keep(order) for order in orders}
+        ids = list(self._grid.push_messages(orders))
+        self._orders.put({_id(order): kept[id(order)] for order in orders}, lambda order: order.metadata.dst_node_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Pull from the wrapped grid, overhearing each answer."""
+        return _sorted(self._overhear(list(self._grid.pull_messages(message_ids)), self._orders))
+
+    def _overhear(self, answers: list[Message], orders: dict[str, Message]) -> list[Message]:
+        """Those of the answers that were asked for, told to the ear; their orders are taken out of `orders`."""
+        passed_on = []
+        for answer in answers:
+            order = orders.get(answer.metadata.reply_to_message_id)
+            if order is None or not _from_there(order, answer):
+                self._drop()
+                continue
+            del orders[answer.metadata.reply_to_message_id]
+            try:
+                if not answer.has_error() and answer.metadata.message_type != order.metadata.message_type:
+                    other, asked = short(answer.metadata.message_type), order.metadata.message_type
+                    answer = _refused(order, answer, f"It answered {other!r} when it was asked {asked!r}.")
+                self._ear(order, answer)
+            except FedtapError as error:
+                answer = _refused(order, answer, str(error))
+            passed_on.append(answer)
+        return passed_on
+
+    def _drop(self) -> None:
+        if not self.dropped:
+            warnings.warn("A node sent an answer that nobody had asked it for, and fedtap dropped it.", stacklevel=4)
+        self.dropped += 1
+
+    def set_run(self, run: Run) -> None:
+        """As the wrapped grid does."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The wrapped grid's run."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """As the wrapped grid does."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The wrapped grid's nodes.
+
+        Raises:
+            FedtapError: there has been none for PATIENCE; a strategy would wait for ever.
+        """
+        nodes = list(self._grid.get_node_ids())
+        if nodes:
+            self._seen = time.monotonic()
+        elif time.monotonic() - self._seen > PATIENCE:
+            raise FedtapError(f"No node has been connected for {PATIENCE:g} s: start the SuperNodes, and run again.")
+        return nodes
+
+
+def partition_of(answer: Message) -> int:
+    """The partition an answer reports; its node's id where it reports none (an unmodified client, an error).
+
+    It is the client's word, for any node can report any number: see `fedtap.simulator.wire.roll` for who is who.
+    """
+    if answer.has_content():
+        for record in answer.content.metric_records.values():
+            partition = record.get("partition")
+            if type(partition) is int and 0 <= partition < 2**31:
+                return partition
+    return answer.metadata.src_node_id
+
+
+def _from_there(order: Message, answer: Message) -> bool:
+    """Whether an answer is the asked node's, or the engine's own word that there will be none."""
+    source = answer.metadata.src_node_id
+    return source == order.metadata.dst_node_id or (answer.has_error() and source == order.metadata.src_node_id)
+
+
+def _sorted(answers: list[Message]) -> list[Message]:
+    """Engines answer in any order, and an average should not depend on it to the last bit."""
+    return sorted(answers, key=lambda answer: (partition_of(answer), answer.metadata.src_node_id))
+
+
+def _refused(order: Message, answer: Message, why: str) -> Message:
+    """The answer's place taken by an error."""
+    error = Message(Error(NONSENSE, why), reply_to=order)
+    error.__dict__["_metadata"] = answer.metadata
+    return error
+
+
+def _id(order: Message) -> str:
+    return order.metadata.message_id
+
+
+def _keep(order: Message) -> Message:
+    kept = Message(content=RecordDict(dict(order.content)), dst_node_id=0, message_type=order.metadata.message_type)
+    kept.__dict__["_metadata"] = order.metadata
+    return kept

@@ -1,0 +1,221 @@
+"""Label recovery: exact where it can be, counts that add up always."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedtap.attackers.gradients.idlg import IDLG
+from fedtap.attackers.parts import labels as labels_module
+from fedtap.attackers.parts.labels import class_slopes, last_linear, paired, recovered
+from fedtap.simulator.defences.steps import Soteria
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak
+from fedtap.simulator.models.registry import Shape, build, logits_layer
+from tests.support.attack_leaks import conv_head, leak_of, pictures
+
+NETWORK = build("lenet", (3, 16, 16), 10, seed=1234)
+
+
+def share_right(found: torch.Tensor, true: torch.Tensor) -> float:
+    pairs = zip(found.tolist(), true.tolist(), strict=True)
+    return sum(sum((Counter(a) & Counter(b)).values()) for a, b in pairs) / true.numel()
+
+
+@given(labels=st.lists(st.integers(0, 9), min_size=1, max_size=10), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_labels_are_sorted_classes_as_many_as_the_batch(labels: list[int], seed: int) -> None:
+    images, _ = pictures(1, len(labels), seed=seed)
+    truth = torch.tensor([labels])
+    leak = leak_of(images, truth, NETWORK, "lenet")
+    found = recovered(leak)
+    assert found.shape == truth.shape
+    assert torch.equal(found, found.sort(1).values)
+    assert bool(((found >= 0) & (found <= 9)).all())
+    if len(labels) == 1:
+        assert torch.equal(found, truth)
+    assert share_right(found, truth) >= 0.7
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet", "convnet", "resnet20", "vit"])
+@pytest.mark.parametrize("kind", ["gradient", "update"])
+def test_one_label_is_exact_with_and_without_the_weights(model: str, kind: str) -> None:
+    images, labels = pictures(6, 1)
+    leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=3), model, kind=kind, learning_rate=0.001)
+    assert torch.equal(recovered(leak), labels)
+    assert torch.equal(recovered(dataclasses.replace(leak, weights=None, buffers={})), labels)
+
+
+def test_batches_with_repeats() -> None:
+    images, labels = pictures(12, 8)
+    leak = leak_of(images, labels, NETWORK, "lenet")
+    assert share_right(recovered(leak), labels) >= 0.95
+    assert share_right(recovered(dataclasses.replace(leak, weights=None)), labels) >= 0.7
+
+
+@pytest.mark.parametrize(("batch", "steps", "learning_rate"), [(8, 3, 0.01), (8, 5, 0.05), (4, 5, 0.1)])
+def test_local_steps_are_allowed_for(
+    batch: int, steps: int, learning_rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = pictures(24, batch)
+    leak = leak_of(images, labels, NETWORK, "lenet", kind="update", steps=steps, learning_rate=learning_rate)
+    allowed = share_right(recovered(leak), labels)
+    assert allowed >= 0.85
+    monkeypatch.setattr(labels_module, "SETTLE", 0)
+    if learning_rate > 0.01:
+        assert share_right(recovered(leak), labels) < allowed - 0.1
+
+
+def test_a_last_layer_without_bias_still_tells() -> None:
+    def unbiased() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32), nn.Tanh(), nn.Linear(32, 10, bias=False))
+
+    torch.manual_seed(0)
+    network = unbiased()
+    images, labels = pictures(20, 1)
+    assert torch.equal(recovered(leak_of(images, labels, network, "own", meta=unbiased)), labels)
+    images, labels = pictures(10, 4)
+    assert share_right(recovered(leak_of(images, labels, network, "own", meta=unbiased)), labels) >= 0.7
+
+
+def test_a_network_that_does_not_end_in_a_linear_layer_is_refused() -> None:
+    images, labels = pictures(1, 1)
+    with pytest.raises(FedtapError, match=r"no nn\.Linear of it yields its 10 logits"):
+        last_linear(leak_of(images, labels, conv_head(), "own", meta=conv_head))
+
+
+class Decoy(nn.Module):
+    """A head that is registered first, and another one that nothing uses."""
+
+    def __init__(self, tail: nn.Module | None = None) -> None:
+        super().__init__()
+        self.head, self.hidden, self.unused = nn.Linear(12, 10), nn.Linear(3 * 16 * 16, 12), nn.Linear(12, 10)
+        self.tail = tail or nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.head(torch.sigmoid(self.hidden(images.flatten(1)))))  # type: ignore[no-any-return]
+
+
+def test_a_head_that_nothing_uses_tells_nothing() -> None:
+    torch.manual_seed(0)
+    network = Decoy()
+    images, labels = pictures(16, 1)
+    leak = leak_of(images, labels, network, "own", meta=Decoy)
+    assert last_linear(leak) == ("head", leak.network.get_submodule("head"))
+    assert torch.equal(recovered(leak), labels)
+    assert torch.equal(IDLG(steps=1)(leak[:2]).labels, labels[:2])
+    drawn = torch.Generator()
+    network.zero_grad()
+    Soteria(0.5).backward(network, images[0], labels[0], drawn)
+    assert int((network.head.weight.grad == 0).all(0).sum()) == 6
+    assert network.unused.weight.grad is None
+    assert int((Soteria(0.5).stacked(network, images, labels, [drawn])["head.weight"] == 0).all(1).sum()) == 16 * 6
+
+
+class ByHand(nn.Module):
+    """Linear layers that their own forward never runs: one weight is tied to another layer, one layer is a function."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(10, 10), nn.Linear(10, 10)
+        if tied:
+            self.second.weight = self.first.weight
+        self.tied = tied
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(rows)) if self.tied else rows
+        return nn.functional.linear(hidden, self.second.weight, self.second.bias)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "name"),
+    [
+        (Decoy(nn.LogSoftmax(1)), (3, 16, 16), "head"),
+        (Decoy(nn.Sequential(nn.Dropout(0.5), nn.Unflatten(1, (10, 1)), nn.Flatten())), (3, 16, 16), "head"),
+        (Decoy(nn.Softmax(1)), (3, 16, 16), None),
+        (Decoy(nn.ReLU()), (3, 16, 16), None),
+        (Decoy(nn.BatchNorm1d(10)), (3, 16, 16), None),
+        (Decoy(nn.Linear(10, 10, bias=False)), (3, 16, 16), "tail"),
+        (Decoy(nn.utils.parametrizations.spectral_norm(nn.Linear(10, 10))), (3, 16, 16), "tail"),
+        (
+            nn.Sequential(nn.Linear(10, 10), nn.Unflatten(1, (1, 10)), nn.AdaptiveAvgPool2d((1, 10)), nn.Flatten()),
+            (10,),
+            "0",
+        ),
+        (nn.Linear(10, 4), (10,), ""),
+        (ByHand(tied=False), (10,), "second"),
+        (ByHand(tied=True), (10,), None),
+        (conv_head(), (3, 16, 16), None),
+    ],
+)
+def test_the_layer_of_the_logits_is_found_by_what_it_does(network: nn.Module, shape: Shape, name: str | None) -> None:
+    before = torch.random.get_rng_state()
+    assert logits_layer(network, shape) == logits_layer(network, shape) == name
+    assert logits_layer(copy.deepcopy(network).to("meta"), shape) == name or "tied" in vars(network)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("mlp", "5"), ("lenet", "fc"), ("convnet", "10"), ("lenet+precode(4)", "fc.1")]
+)
+def test_own_models_logits_come_from_their_last_layer(model: str, name: str) -> None:
+    assert logits_layer(build(model, (3, 16, 16), 10), (3, 16, 16)) == name
+
+
+def test_a_network_that_cannot_be_run_is_named_before_its_labels_are_sought() -> None:
+    with pytest.raises(FedtapError, match="cannot be run on one input"):
+        logits_layer(nn.Linear(3, 2).to("meta"), (4,))
+
+
+def right(leak: Leak, labels: torch.Tensor) -> int:
+    return round(share_right(recovered(leak), labels) * labels.numel())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_under_noise_the_weights_rows_tell_labels_beside_the_bias(batch: int) -> None:
+    images, labels = pictures(96 // batch, batch)
+    clear = leak_of(images, labels, NETWORK, "lenet")
+    draw = torch.Generator().manual_seed(0)
+    noisy = {name: tensor + 0.2 * torch.randn(tensor.shape, generator=draw) for name, tensor in clear.observed.items()}
+    unaware = dataclasses.replace(clear, observed=noisy)
+    told = dataclasses.replace(unaware, protocol=dataclasses.replace(clear.protocol, defence="noise(0.2)"))
+    assert right(told, labels) > right(unaware, labels)
+    slopes = class_slopes(clear)
+    assert (class_slopes(told) - slopes).norm() < (class_slopes(unaware) - slopes).norm()
+    silent = dataclasses.replace(told, observed={name: torch.zeros_like(tensor) for name, tensor in noisy.items()})
+    assert bool(class_slopes(silent).isfinite().all())
+
+
+def test_a_last_layer_that_is_frozen_is_refused_and_half_of_one_tells() -> None:
+    images, labels = pictures(12, 1)
+    for frozen in (["fc.weight"], ["fc.bias"], ["fc.weight", "fc.bias"]):
+        network = build("lenet", (3, 16, 16), 10, seed=1234)
+        for name in frozen:
+            network.get_parameter(name).requires_grad_(False)
+        leak = leak_of(images, labels, network, "lenet")
+        if len(frozen) == 1:
+            assert torch.equal(recovered(leak), labels)
+        else:
+            with pytest.raises(FedtapError, match="logits, fc, is trained"):
+                last_linear(leak)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6])
+def test_images_are_put_into_the_order_of_the_labels(batch: int) -> None:
+    images, labels = pictures(3, batch)
+    labels = torch.arange(batch).expand(3, -1)
+    leak = leak_of(images, labels, NETWORK, "lenet")
+    assert torch.equal(recovered(leak), labels)
+    shuffled = images[:, torch.randperm(batch, generator=torch.Generator().manual_seed(1))]
+    assert torch.equal(paired(leak, shuffled), images)
+    assert torch.equal(paired(leak[2], shuffled[2:]), images[2:])
+    assert torch.equal(paired(dataclasses.replace(leak, weights=None, buffers={}), shuffled), shuffled)
+    mute = leak_of(images, labels, conv_head(), "own", meta=conv_head)
+    assert torch.equal(paired(mute, shuffled), shuffled)

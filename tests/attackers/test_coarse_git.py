@@ -1,0 +1,288 @@
+"""Coarse GIT: its stages are the network's, its closed forms autograd's, and what it learns is kept where it helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedtap.attackers.baselines.flat_mlp import Flat, FlatMLP
+from fedtap.attackers.baselines.training_mean import TrainingMean
+from fedtap.attackers.gradients.coarse_git import CoarseGIT, compact
+from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
+from fedtap.attackers.wrappers.saved import Saved
+from fedtap.simulator.attack import _learned
+from fedtap.simulator.auxiliary import Practice, gradients
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak, Tensors
+from fedtap.simulator.models.registry import MODELS, Normalise, build
+from tests.support.attack_leaks import leak_of, pictures, practice_for
+
+SHAPE = (3, 16, 16)
+
+
+def heard(model: str = "lenet", victims: int = 4, batch: int = 1, seed: int = 0) -> Leak:
+    return leak_of(*pictures(victims, batch, seed=seed), build(model, SHAPE, 10, seed=1234), model)
+
+
+def names(network: nn.Module) -> list[list[str]]:
+    with torch.device("meta"):
+        return [[leaf.weight for leaf in stage.leaves] for stage in stages(network, SHAPE)]
+
+
+def test_one_stage_a_layer_or_block_in_the_networks_order() -> None:
+    assert names(build("lenet", SHAPE, 10)) == [[f"conv{n}.weight"] for n in (1, 2, 3)] + [["fc.weight"]]
+    assert [len(stage) for stage in names(build("mlp", SHAPE, 10))] == [1, 1, 1]
+    residual = stages(build("resnet20", SHAPE, 10), SHAPE)
+    assert len(residual) == 11  # a stem, nine blocks, the last layer
+    assert [len(stage.leaves) for stage in residual][1:4] == [2, 2, 2]
+    blocks = stages(build("vit", SHAPE, 10), SHAPE)
+    assert len({stage.name for stage in blocks}) == len(blocks) > 3
+    for model in MODELS:
+        network = build(model, SHAPE, 10)
+        found = stages(network, SHAPE)
+        read = [leaf.weight for stage in found for leaf in stage.leaves] + [n for s in found for n, _ in s.others]
+        biases = {leaf.bias for stage in found for leaf in stage.leaves if leaf.bias}
+        assert {name for name, _ in network.named_parameters()} == set(read) | biases
+        assert len(read) == len(set(read))
+
+
+def test_an_activation_before_a_layer_is_known_by_name() -> None:
+    kinds = [stage.leaves[0].activation for stage in stages(build("lenet", SHAPE, 10), SHAPE)]
+    assert kinds == ["", "sigmoid", "sigmoid", "sigmoid"]
+    assert all(not stage.leaves[0].activation for stage in stages(build("convnet", SHAPE, 10), SHAPE))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 3), st.integers(1, 2), st.integers(0, 2), st.integers(1, 2), st.integers(5, 9), st.integers(0, 10**6)
+)
+def test_a_convolutions_products_are_autograds(
+    kernel: int, stride: int, padding: int, dilation: int, size: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(2, 3, kernel, stride, padding, dilation).double()
+    x = torch.randn(4, 2, size, size + 1, dtype=torch.float64, requires_grad=True)
+    z = conv(x)
+    error = torch.randn_like(z)
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    leaf = Leaf("w", None, tuple(conv.weight.shape), tuple(x.shape[1:]), tuple(z.shape[1:]), **geometry)
+    down, whole = torch.autograd.grad(z, (x, conv.weight), error, retain_graph=True)
+    torch.testing.assert_close(leaf.back(error, conv.weight), down)
+    each = leaf.gradient(error, x)
+    torch.testing.assert_close(each.sum(0), whole)
+    kernels = torch.randn(4, *conv.weight.shape, dtype=torch.float64)
+    for victim in range(4):  # the adjoint is back() under the victim's own gradient as the weight
+        torch.testing.assert_close(
+            leaf.adjoint(error, kernels)[victim], leaf.back(error[victim : victim + 1], kernels[victim])[0]
+        )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rows_input_is_read_in_closed_form(bias: bool) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 20), nn.Tanh(), nn.Linear(20, 10, bias=bias))
+    images, labels = pictures(3, 1)
+    found = gradients(network, images, labels)
+    leaf = stages(network, SHAPE)[-1].leaves[0]
+    hidden = torch.tanh(network[1](images.flatten(1)))
+    row = leaf.row(found)
+    if bias:
+        torch.testing.assert_close(row, hidden, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(leaf.features(row, 1e-6)[:, :20], torch.atanh(hidden), rtol=1e-2, atol=1e-3)
+    else:  # up to its length
+        assert bool((F.cosine_similarity(row, hidden) > 0.999).all())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_learned_and_comes_back_from_its_files(model: str, tmp_path: Path) -> None:
+    leak = heard(model)
+    made = CoarseGIT(width=4, hidden=4, hints=4, epochs=1, batch=16).fit(practice_for(leak, tmp_path, 60))
+    guess = made(dataclasses.replace(leak, weights=None, buffers={}))
+    assert guess.images.shape == (4, 1, *SHAPE)
+    made.save(tmp_path / "git.safetensors")
+    assert torch.equal(Saved(str(tmp_path / "git.safetensors"))(leak).images, guess.images)
+
+
+def error(guess: Tensor, truth: Tensor) -> float:
+    return float((guess - truth).square().mean())
+
+
+def test_it_sees_far_more_than_the_mean_and_never_less_than_its_closed_form(tmp_path: Path) -> None:
+    leak = heard(victims=32)
+    truth, practice = pictures(32, 1)[0], practice_for(leak, tmp_path, 800)
+    blind = error(TrainingMean().fit(practice)(leak).images, truth)
+    started = CoarseGIT(epochs=0).fit(practice)
+    learned = CoarseGIT(width=16, epochs=6, batch=40).fit(practice)
+    begun, ended = (error(attack(leak).images, truth) for attack in (started, learned))
+    assert ended <= begun < 0.3 * blind
+    assert abs(float(learned(leak).objective[0]) / ended - 1) < 0.5  # its own estimate
+    stranger = learned(heard(victims=32, seed=77)).images
+    assert error(stranger, truth) > 1.5 * blind
+
+
+def test_learning_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    practice, leak = practice_for(heard(), tmp_path, 60), heard()
+    attack = CoarseGIT(width=4, epochs=1, batch=16)
+    same, other = dataclasses.replace(practice), dataclasses.replace(practice, folder=practice.folder.resolve())
+    one, two = attack.fit(same, 5), _learned.__wrapped__(attack, other, 5)  # the second is not the remembered first
+    assert torch.equal(one(leak).images, two(leak).images)
+    first = next(iter(one.inverter.parameters()))
+    assert not torch.equal(first, next(iter(attack.fit(practice, 6).inverter.parameters())))
+
+
+def test_the_stages_learn_what_no_regression_starts_them_with(tmp_path: Path) -> None:
+    practice = practice_for(heard(), tmp_path, 400)
+    found = stages(build("lenet", SHAPE, 10), SHAPE)
+    torch.manual_seed(0)
+    generator = Generator(found, SHAPE, 16)
+    read, images = compact(generator, practice)
+    generator.fit_statistics(read, images)
+    generator.ridge.zero_()
+    adam, losses = torch.optim.Adam(generator.parameters(), 4e-3), []
+    for some in torch.arange(400).repeat(8).split(40):
+        guess, _ = generator.images({name: tensor[some] for name, tensor in read.items()}, truth=images[some])
+        losses.append(F.mse_loss(guess, images[some]))
+        adam.zero_grad()
+        losses[-1].backward()
+        adam.step()
+    assert sum(loss.item() for loss in losses[-10:]) < 0.6 * sum(loss.item() for loss in losses[:10])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_flat_mlp_has_as_many_parameters(model: str) -> None:
+    found = stages(build(model, SHAPE, 10), SHAPE)
+    sizes = [
+        sum(parameter.numel() for parameter in kind(found, SHAPE, 32, 64, 32).parameters())
+        for kind in (Generator, Flat)
+    ]
+    unit = sizes[0] / max(1, sizes[0] // 10_000)
+    assert abs(sizes[0] - sizes[1]) < unit + 0.5 * sizes[0]
+    assert FlatMLP().width == CoarseGIT().width
+    assert not any(parameter.any() for parameter in Flat(found, SHAPE, 32, 64, 32).bootstrap[-1].parameters())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(48, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(x.flatten(2).transpose(1, 2).reshape(len(x), -1, 48))[0][:, -1])  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(768, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(self.conv(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+class Loose(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.fc = nn.Module(), nn.Linear(768, 10)
+        self.part.scale = nn.Parameter(torch.ones(768))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1) * self.part.scale)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Recurrent, r"rnn \(GRU\)"),
+        (Twice, r"conv \(Conv2d\) runs more than once"),
+        (Loose, "part"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 10, 16), nn.Flatten()), "does not end in a linear layer"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(1024, 10)),
+            r"0 \(Conv2d\) is not one whose gradient can be read",
+        ),
+    ],
+)
+def test_a_layer_that_cannot_be_read_is_named(make: type[nn.Module], said: str) -> None:
+    with pytest.raises(FedtapError, match=said):
+        stages(make(), SHAPE)
+
+
+def test_a_network_that_cannot_be_read_is_refused_before_practice() -> None:
+    leak = heard()
+    same = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(1024, 10)).to("meta")
+    with pytest.raises(FedtapError, match=r"0 \(Conv2d\) is not one whose gradient can be read"):
+        CoarseGIT().accepts(dataclasses.replace(leak, network=same))
+
+
+def test_batches_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedtapError, match="the mean over 2"):
+        CoarseGIT().accepts(heard(batch=2))
+    with pytest.raises(FedtapError, match=r"at least 40 practice pairs.*and has 20"):
+        CoarseGIT().fit(practice_for(heard(), tmp_path, 20))
+
+
+def test_pixels_may_be_normalised_in_the_network(tmp_path: Path) -> None:
+    network = nn.Sequential(Normalise(), nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.Sigmoid(), nn.Flatten())
+    network.append(nn.Linear(6 * 64, 10))
+    images, labels = pictures(4, 1)
+    leak = leak_of(images, labels, network, "own", meta=lambda: network)
+    practice = practice_for(leak, tmp_path, 200, network=network)
+    assert math.isfinite(error(CoarseGIT(epochs=2).fit(practice)(leak).images, images))
+
+
+def moved(weights: Tensors, seed: int) -> dict[str, Tensor]:
+    """The same weights under other biases."""
+    draw = torch.Generator().manual_seed(seed)
+    return {n: t + (t.ndim == 1) * 0.1 * torch.randn(t.shape, generator=draw) for n, t in weights.items()}
+
+
+def practice_along(folder: Path, trainings: int, each: int) -> Practice:
+    """Pairs at as many different weights as there were trainings."""
+    leak = heard()
+    assert leak.weights is not None
+    sets = [
+        practice_for(dataclasses.replace(leak, weights=moved(leak.weights, k)), folder, each, seed=100 + k)
+        for k in range(trainings)
+    ]
+    about = dataclasses.replace(sets[0].about, pairs=trainings * each, drifts=trainings, digest="along")
+    return Practice.record(folder / "along", about, sets[0].network, (pairs for one in sets for pairs in one))
+
+
+def test_practice_at_drifted_weights_carries_over_to_others(tmp_path: Path) -> None:
+    images, labels = pictures(16, 1, seed=7)
+    network = build("lenet", SHAPE, 10, seed=1234)
+    network.load_state_dict(moved(heard().weights or {}, 99), strict=False)
+    leak = leak_of(images, labels, network, "lenet")
+    attack = CoarseGIT(width=4, epochs=1, batch=16)
+    along, fixed = attack.fit(practice_along(tmp_path, 16, 24)), attack.fit(practice_for(heard(), tmp_path, 384))
+    found = along(leak).images
+    assert error(found, images) < 0.6 * error(fixed(leak).images, images)
+    assert error(found, images) < 0.6 * error(images.mean(0, keepdim=True), images)
+    along.save(tmp_path / "along.safetensors")
+    assert torch.equal(Saved(str(tmp_path / "along.safetensors"))(leak).images, found)
+
+
+def test_a_fold_is_answered_by_the_others() -> None:
+    draw = torch.Generator().manual_seed(0)
+    given, wanted = torch.randn(60, 5, generator=draw), torch.randn(60, 2, generator=draw)
+    folds = torch.arange(60) // 12  # as after drift: a training's pairs stay together
+    matrices, others = _ridge(given, wanted, folds, (1e-2, 1.0))
+    for which, strength in enumerate((1e-2, 1.0)):
+        for k in [*range(5), None]:
+            rest = given[folds != k].double() if k is not None else given.double()
+            answer = wanted[folds != k].double() if k is not None else wanted.double()
+            normal = rest.T @ rest
+            normal = normal + strength * normal.diagonal().mean() * torch.eye(5)
+            plain = torch.linalg.solve(normal, rest.T @ answer).float()
+            if k is None:
+                torch.testing.assert_close(matrices[which], plain)
+            else:
+                torch.testing.assert_close(others[folds == k, which], given[folds == k] @ plain)

@@ -1,0 +1,372 @@
+"""The command line as a user meets it: what a run leaves, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import fedtap.simulator.data.vision
+import fedtap.simulator.federation.settings
+from fedtap.attackers import ATTACKS, parse
+from fedtap.scenarios.command.main import main
+from fedtap.scenarios.command.options import knobs_of, settings
+from fedtap.scenarios.command.plan import catalogue, plan, plan_of
+from fedtap.scenarios.gradients.game import Game
+from fedtap.simulator.errors import FedtapError
+
+QUICK = ["--victims", "2", "--attack", "linear", "--model", "mlp"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The command in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["fedtap", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.json",
+        "rows.jsonl",
+        "leaks",
+        "guesses",
+        "strip.png",
+        "report.html",
+    }
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["finished"]
+    assert about["scenario"][0].startswith("Scenario(")
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"alt='linear on mlp, client {client}'" in page for client in (0, 1))
+    assert {"seed", "device", "versions", "question"} <= about.keys()
+    columns = (
+        "scenario attack defence world model client round seed mse psnr ssim lpips label_correct recovered psnr_blind"
+    )
+    for row in rows(tmp_path):
+        assert {*columns.split(), "seconds"} <= row.keys()
+        assert row["psnr"] > 40 > 20 > row["psnr_blind"]  # type: ignore[operator]
+        assert row["recovered"] == 1
+        assert row["error"] is None
+    page = (tmp_path / "report.html").read_text()
+    assert "curious server" in page
+    assert "Does a photograph come back" in page
+    assert Image.open(tmp_path / "strip.png").size[0] > 300
+
+
+def test_a_sweep_plays_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["batch_size", *QUICK, "--batch", "1,2", "--size", "16", "--out", str(tmp_path)]
+    assert run(monkeypatch, *words) == 0  # `run` may be left out
+    assert [(row["batch"], row["client"]) for row in rows(tmp_path)] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(row["lpips"] is None and "31" in str(row["lpips_note"]) for row in rows(tmp_path))
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", "first_leak", "--victims", "2", "--attack", "linear,idlg(steps=5)", "--model", "mlp"]
+    calls: list[str] = []
+
+    def stops(*_: object) -> object:
+        calls.append("idlg")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ATTACKS["idlg"], "reconstruct", stops)
+        assert run(patch, *words, "--out", str(tmp_path)) != 0
+    assert calls
+    assert [row["attack"] for row in rows(tmp_path)] == ["linear"] * 2
+    assert not json.loads((tmp_path / "run.json").read_text())["finished"]
+    finished = rows(tmp_path)
+
+    assert run(monkeypatch, *words, "--victims=2", "--out", str(tmp_path), "--resume") == 2  # given twice
+    with monkeypatch.context() as patch:
+        patch.setattr(ATTACKS["linear"], "reconstruct", stops)  # what is finished is not played again
+        assert run(patch, *words, "--out", str(tmp_path), "--resume") == 0
+    assert rows(tmp_path)[:2] == finished
+    assert [row["attack"] for row in rows(tmp_path)] == ["linear"] * 2 + ["idlg"] * 2
+    assert run(monkeypatch, *words, "--seed", "3", "--out", str(tmp_path), "--resume") == 2  # another run
+
+
+def test_a_resumed_run_must_hear_what_it_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def world(seed: int) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 8, 8, 3), np.uint8)
+        labels = np.arange(40) % 3
+        np.savez(tmp_path / "w.npz", x_train=pixels[:30], y_train=labels[:30], x_test=pixels[30:], y_test=labels[30:])
+
+    words = ["run", "first_leak", *QUICK, "--world", str(tmp_path / "w.npz"), "--out", str(tmp_path / "out")]
+    world(seed=0)
+    assert run(monkeypatch, *words) == 0
+    assert run(monkeypatch, *words, "--resume") == 0
+    world(seed=1)
+    fedtap.simulator.federation.settings.world_of.cache_clear()
+    fedtap.simulator.federation.settings.private_data.cache_clear()
+    before = rows(tmp_path / "out")
+    assert run(monkeypatch, *words, "--resume") == 2
+    assert "data or the clients have changed" in capsys.readouterr().err
+    assert rows(tmp_path / "out") == before
+
+
+def test_a_new_run_leaves_nothing_of_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ["--out", str(tmp_path)]
+    words = ["run", "first_leak", "--victims", "1", "--model", "mlp"]
+    assert run(monkeypatch, *words, "--attack", "linear,idlg(steps=1)", *out) == 0
+    assert run(monkeypatch, *words, "--attack", "linear", *out, "--overwrite") == 0
+    assert [path.name for path in (tmp_path / "guesses").iterdir()] == ["part_0-0-linear.safetensors"]
+    assert len(rows(tmp_path)) == 1
+
+
+def test_results_are_not_replaced_by_another_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    assert run(monkeypatch, "run", "first_leak", *QUICK, *out) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    leak = str(tmp_path / "leaks/part_0.safetensors")
+    assert run(monkeypatch, "attack", leak, "--attack", "linear", *out) == 2
+    assert "would replace" in capsys.readouterr().err
+    assert run(monkeypatch, "run", "batch_size", *QUICK, "--batch", "1", *out) == 2
+    assert run(monkeypatch, "run", "first_leak", "--attack", "linear", "--model", "lenet", *out) == 2
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_sweep_does_not_repeat_what_it_does_not_touch() -> None:
+    parts = plan("first_leak", {"model": "lenet,convnet", "victims": "1"})
+    assert [part.model for part in parts] == ["lenet", "mlp", "convnet"]
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "a")) == 0
+    leak = str(tmp_path / "a/leaks/part_0.safetensors")
+    assert run(monkeypatch, "attack", leak, "--attack", "linear", "--out", str(tmp_path / "b")) == 0
+    (first, _) = rows(tmp_path / "b")
+    assert "psnr" not in first
+    assert first["objective"] is not None
+    assert (tmp_path / "b/strip.png").is_file()
+    same = (tmp_path / "a/guesses/part_0-0-linear.safetensors").read_bytes()
+    assert (tmp_path / "b/guesses/0-linear.safetensors").read_bytes() == same
+
+
+def test_ones_own_model_is_named_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
+    )
+    words = ["run", "first_leak", "--victims", "2", "--attack", "linear", "--model", "mine:net", "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedtap.scenarios", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(row["psnr"] > 40 for row in rows(tmp_path / "out"))  # type: ignore[operator]
+    leak = str(tmp_path / "out/leaks/part_0.safetensors")
+    assert run(monkeypatch, "attack", leak, "--attack", "linear", "--out", str(tmp_path / "no")) == 2
+    assert "may not name code" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_list_names_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "list") == 0
+    shown = capsys.readouterr().out
+    for name in ("first_leak", "batch_size", "local_steps", *ATTACKS, "photos", "cifar10", "resnet20", "vit", "mlp"):
+        assert name in shown
+
+
+def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "run", "batch_size", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "1,2,4,8,16" in shown
+    assert "--learning-rate" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "first_lek"], "did you mean first_leak?"),
+        (["run", "first_leak", "--attack", "idgl"], "did you mean idlg?"),
+        (["run", "first_leak", "--attack", "idlg(step=3)"], "did you mean steps?"),
+        (["run", "first_leak", "--attack", "idlg(steps=0)"], "steps"),
+        (["run", "first_leak", "--attack", "__import__('os')"], "attack"),
+        (["run", "first_leak", "--victim", "3"], "did you mean --victims?"),
+        (["run", "first_leak", "--victims", "three"], "is not a whole number"),
+        (["run", "first_leak", "--batch", "0"], "at least 1"),
+        (["run", "first_leak", "--learning-rate", "-1"], "out of range"),
+        (["run", "first_leak", "--learning-rate", "nan"], "out of range"),
+        (["run", "first_leak", "--victims", "1,,2"], "empty value"),
+        (["run", "first_leak", "--victims"], "has no value"),
+        (["run", "first_leak", "stray"], "belongs to no knob"),
+        (["run", "--victims", "2", "first_leak"], "comes before its knobs"),
+        (["atack", "leak.safetensors"], "did you mean attack?"),
+        (["first_lek"], "did you mean first_leak?"),
+        (["run", "first_leak", "--alpha", "0.1"], "add --rounds"),
+        (["run", "first_leak", "--seed", ",".join(map(str, range(99))), "--victims", "0"], "out of range"),
+        (["run", "first_leak", "--world", "a" * 300], "no world named"),
+        (["run", "first_leak", "--listener", "eavesdroper"], "did you mean eavesdropper?"),
+        (["run", "first_leak", "--listener", "eavesdropper"], "does not know them"),
+        (["run", "first_leak", "--model", "lenett"], "did you mean lenet?"),
+        (["run", "first_leak", "--model", "no.such:thing"], "cannot be imported"),
+        (["run", "first_leak", "--world", "photo"], "did you mean photos?"),
+        (["run", "first_leak", "--world", "no/such/folder"], "no/such/folder"),
+        (["run", "first_leak", "--victims", "100000"], "victims' side of photos holds"),
+        (["run", "first_leak", "--clients", "5000"], "lower --clients"),
+        (["run", "first_leak", "--device", "tpu7"], "use --device cpu"),
+        (["run", "first_leak", "--model", "lenet", "--attack", "linear"], "linear"),
+        (["attack", "no.safetensors"], "does not exist"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fedtap: ")
+    assert said in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_cifar10_that_is_nowhere_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def no_network(data_root: Path) -> None:
+        raise FedtapError("CIFAR-10 is not here and could not be downloaded: put a cifar10.npz there.")
+
+    monkeypatch.setattr(fedtap.simulator.data.vision, "cifar10", no_network)
+    words = [
+        "run",
+        "first_leak",
+        "--world",
+        "cifar10",
+        "--data-root",
+        str(tmp_path / "d"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert run(monkeypatch, *words) == 2
+    assert "npz" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path)) == 2
+    assert "no fedtap run left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "out")) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "own.npz", x_train=pixels[:40], y_train=labels[:40], x_test=pixels[40:], y_test=labels[40:])
+    out = tmp_path / "out"
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--world", str(tmp_path / "own.npz"), "--out", str(out)) == 0
+    assert all(row["psnr"] > 40 for row in rows(out))  # type: ignore[operator]
+
+
+IMAGE_SCENARIOS = sorted(
+    name for name, function in catalogue().items() if {"size", "batch"} <= knobs_of(function).keys()
+)
+
+
+@given(name=st.sampled_from(IMAGE_SCENARIOS), batch=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True))
+def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
+    parts = plan(name, {"batch": ",".join(map(str, batch)), "steps": "1", "attack": "linear", "model": "mlp"})
+    parts = tuple(part for part in parts if part.attacks)  # the others are games of canaries
+    assert list(dict.fromkeys(part.batch for part in parts)) == batch  # a scenario may sweep more by itself
+    assert all(part.name == name and part.question for part in parts)
+
+
+@pytest.mark.parametrize("name", IMAGE_SCENARIOS)
+def test_every_scenario_can_be_planned_as_it_is(name: str) -> None:
+    parts = plan(name, {})
+    assert parts[0].attacks
+    assert all(part.attacks or isinstance(part, Game) for part in parts)
+    for part in parts:
+        for attack in part.attacks:
+            assert parse(attack.written()) == (attack,)
+
+
+def test_a_listener_that_is_named_is_the_one_that_listens() -> None:
+    for words, listeners in (
+        ({}, {"eavesdropper", "curious_server"}),
+        ({"listener": "curious_server"}, {"curious_server"}),
+        ({"attack": "ridge"}, {"eavesdropper"}),
+        ({"attack": "idlg", "listener": "curious_server"}, {"curious_server"}),
+    ):
+        assert {part.listener for part in plan("git", words)} == listeners
+    with pytest.raises(FedtapError, match="no attacks of its own for the curious_server"):
+        plan("drift", {"listener": "curious_server"})
+    with pytest.raises(FedtapError, match="--sigma is the defence"):
+        plan("noise", {"defence": "noise(0.5)"})
+    assert plan("noise", {"sigma": "0.10"})[0].defence == "noise(0.1)"
+    assert plan("first_leak", {"defence": " noise ( 1e-1 ) "})[0].defence == "noise(0.1)"
+    swept = plan("first_leak", {"defence": "local_dp(1, 1,1,0.5),clip(1)+sign", "attack": "idlg"})
+    assert [part.defence for part in swept] == ["local_dp(1.0, 1.0, 1.0, 0.5)", "clip(1.0)+sign()"]
+    for text in ("clip(1", "clip(1,sign()", "clip)1(,sign()"):
+        with pytest.raises(FedtapError, match="--defence"):
+            plan("first_leak", {"defence": text})
+
+
+@given(word=st.text(max_size=12), knob=st.sampled_from(["victims", "learning_rate", "batch", "alpha", "listener"]))
+def test_any_word_is_a_value_or_a_clear_error(word: str, knob: str) -> None:
+    try:
+        found = settings(catalogue()["first_leak"], {knob: word})
+    except FedtapError as error:
+        assert knob.replace("_", "-") in str(error)  # noqa: PT017
+    else:
+        assert len(found) == word.count(",") + 1
+
+
+def test_run_config_means_the_same_as_the_command_line() -> None:
+    config = {"scenario": "batch_size", "victims": 3, "batch": "2,4", "data-root": "/data", "out": "", "seed": ""}
+    assert plan_of(config) == plan("batch_size", {"victims": "3", "batch": "2,4"})  # type: ignore[arg-type]
+    with pytest.raises(FedtapError, match="names no scenario"):
+        plan_of({"scenario": ""})

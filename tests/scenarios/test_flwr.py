@@ -1,0 +1,71 @@
+"""The same scenario through a real `flwr run` on Flower's simulation engine: the same rows as in process."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.cli.build import build_fab_from_disk
+from safetensors.torch import load_file
+
+from fedtap.scenarios.deploy import APP, flower
+from fedtap.simulator.errors import FedtapError
+from tests.scenarios.test_cli import run
+
+
+def test_flwr_run_leaves_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaks to 1e-6, scores to 0.5 dB: what DESIGN.md allows between engines."""
+    knobs = {"attack": "linear", "model": "mlp", "victims": "3", "seed": "7"}
+    words = [word for knob, value in knobs.items() for word in (f"--{knob}", value)]
+    assert run(monkeypatch, "run", "first_leak", *words, "--out", str(tmp_path / "local")) == 0
+    flower("first_leak", knobs, tmp_path / "flower", tmp_path, nodes=4, engine="simulation")
+
+    here, there = (load_file(tmp_path / engine / "leaks/part_0.safetensors") for engine in ("local", "flower"))
+    assert here.keys() == there.keys()
+    for name in here:
+        torch.testing.assert_close(here[name], there[name], rtol=0, atol=1e-6)
+    for row, other in zip(*(rows(tmp_path / engine) for engine in ("local", "flower")), strict=True):
+        assert row.keys() == other.keys()
+        same = (
+            "scenario",
+            "attack",
+            "model",
+            "world",
+            "client",
+            "round",
+            "seed",
+            "label_correct",
+            "recovered",
+            "error",
+        )
+        assert [row[name] for name in same] == [other[name] for name in same]
+        assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
+        assert row["lpips"] == pytest.approx(other["lpips"], abs=0.01)
+        assert row["lpips"] is not None
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_the_app_bundle_holds_no_code() -> None:
+    bundle = build_fab_from_disk(APP)
+    assert len(bundle) < 100_000
+    names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
+    assert not [name for name in names if name.endswith(".py")], "the bundle's code would hide the installed package"
+
+
+@pytest.mark.slow
+def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ServerApp fails (too many victims for the world); `flwr run` itself says that all is well."""
+    out = tmp_path / "out"
+    words = ["run", "first_leak", "--victims", "1", "--attack", "linear", "--model", "mlp", "--out", str(out)]
+    assert run(monkeypatch, *words) == 0
+    with pytest.raises(FedtapError, match=r"did not finish the scenario: .*victims' side of photos holds"):
+        flower("first_leak", {"victims": "9999", "model": "mlp"}, out, tmp_path, 2, "simulation", overwrite=True)

@@ -1,0 +1,467 @@
+"""The report: medians that are right, pixels that are the images', and a page that is whole and harmless."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from scipy.stats import binom
+from torch import Tensor
+
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.report import page as report
+from fedtap.simulator.report.outcomes import outcome
+from fedtap.simulator.report.page import About, Picture, summarise
+from fedtap.simulator.scores import median_interval
+
+EVIL = "<script>alert('x')</script> & [bold]"
+
+
+def row(attack: str = "dlg", client: int = 0, **changes: Any) -> dict[str, Any]:
+    settings = {"scenario": "first_leak", "attack": attack, "defence": "none", "world": "photos", "model": "lenet"}
+    who = {"client": client, "round": 1, "seed": 0, "batch": 1, "steps": 1, "listener": "curious_server"}
+    scores = {"mse": 1e-4, "psnr": 40.0, "ssim": 0.9, "lpips": 0.1, "label_correct": 1.0, "recovered": 1.0}
+    scores |= {"levels": ["identical"], "recognisable": 1.0, "identical": 1.0}
+    return settings | who | scores | {"psnr_blind": 12.0, "seconds": 2.0, "objective": 1e-9, "error": None} | changes
+
+
+def failed(**changes: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "seconds", "objective"))
+    empty |= dict.fromkeys(("levels", "recognisable", "identical"))
+    return row(**empty, **({"error": "client 3 did not answer"} | changes))
+
+
+def picture(batch: int = 1, size: int = 32, channels: int = 3, **changes: Any) -> Picture:
+    original = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
+    fields = {
+        "title": "cat\nclient 0",
+        "original": original,
+        "guesses": {"dlg": (original.flip(3), 41.0), "idlg": (original.flip(2), None)},
+        "blind": torch.full((channels, size, size), 0.5),
+    }
+    return Picture(**(fields | changes))
+
+
+def about(**changes: Any) -> About:
+    fields = {
+        "scenario": "first_leak",
+        "question": "Does a gradient give away the photograph behind it?",
+        "threat": "A curious server.",
+        "settings": {"model": "lenet"},
+        "environment": {"torch": "2"},
+    }
+    return About(**(fields | changes))
+
+
+def opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))
+
+
+# Summaries.
+
+
+def test_a_summary_is_of_medians_over_victims() -> None:
+    values = [10.0, 20.0, 31.0, 50.0, 60.0]
+    levels = ["nothing", "nothing", "recognisable", "identical", "identical"]
+    rows = [
+        row(client=n, psnr=value, levels=[level]) for n, (value, level) in enumerate(zip(values, levels, strict=True))
+    ]
+    (entry,) = summarise(rows)
+    assert (entry.victims, entry.failed, entry.psnr, entry.psnr_blind) == (5, 0, 31.0, 12.0)
+    assert entry.spread == (20.0, 50.0)
+    assert (entry.back.images, entry.back.won, entry.back.identical, entry.back.share) == (5, 3, 2, 0.6)
+    assert entry.seconds == statistics.mean([2.0] * 5)
+
+
+def test_swept_knobs_make_groups_and_seeds_do_not() -> None:
+    rows = [
+        row(attack, client, sigma=sigma, seed=seed)
+        for sigma in (0.0, 0.01)
+        for attack in ("dlg", "idlg")
+        for client in range(2)
+        for seed in range(3)
+    ]
+    entries = summarise(rows)
+    assert [(entry.knobs, entry.attack, entry.victims) for entry in entries] == [
+        ({"sigma": sigma}, attack, 6) for sigma in ("0", "0.01") for attack in ("dlg", "idlg")
+    ]
+
+
+def test_epsilon_stands_for_the_defence_only_where_it_is_what_is_asked() -> None:
+    plain = [row(epsilon=float(number), defence=f"noise({number})") for number in (1, 2)]
+    assert [entry.knobs.keys() for entry in summarise(plain)] == [{"defence"}] * 2
+    asked = [{**one, "success": 0.5} for one in plain]
+    assert [entry.knobs.keys() for entry in summarise(asked)] == [{"epsilon"}] * 2
+    alike = [{**one, "epsilon": 1.0} for one in asked]
+    assert [entry.knobs.keys() for entry in summarise(alike)] == [{"defence"}] * 2
+
+
+def test_a_failed_client_is_counted_and_spoils_no_median() -> None:
+    (entry,) = summarise([row(psnr=40.0), failed(client=1), row(client=2, psnr=50.0)])
+    assert (entry.victims, entry.failed, entry.psnr, entry.back.share) == (3, 1, 45.0, 1.0)
+    (entry,) = summarise([failed()])
+    assert (entry.psnr, entry.spread, entry.back.share) == (None, None, None)
+    (entry,) = summarise([row(psnr=40.0)])
+    assert entry.spread == (40.0, 40.0)
+
+
+def test_a_guess_with_nan_counts_as_not_recovered() -> None:
+    (entry,) = summarise([row(), row(client=1, psnr=None, psnr_images=None, mse=None, levels=["nothing"])])
+    assert (entry.psnr, entry.back.share) == (40.0, 0.5)
+
+
+# Batches: image by image.
+
+HALF_LOST = {
+    "batch": 2,
+    "mse": 0.026,  # 15.9 dB
+    "psnr": 55.9,  # the mean of 100, where PSNR is capped, and 11.8
+    "psnr_images": [100.0, 11.8],
+    "levels": ["identical", "nothing"],
+    "psnr_blind_images": [12.0, 13.0],
+}
+
+
+def test_a_batch_of_which_half_is_lost_is_not_a_batch_at_56_decibels() -> None:
+    rows = [row(client=n, **HALF_LOST) for n in range(3)]
+    (entry,) = summarise(rows)
+    assert (entry.victims, entry.back.images, entry.back.won, entry.back.identical) == (3, 6, 3, 3)
+    assert (entry.psnr, entry.psnr_blind) == (55.9, 12.5)  # of six images the median lies between the two kinds
+    assert entry.spread == (11.8, 100.0)
+    text = shown(rows)
+    assert "3×2" in text
+    assert "50% [12–88]" in text
+    assert "55.9 [12–100]" in text  # and its interval says that it stands for no image
+    page = report.html(about(), rows, [])
+    assert "3 of 6 images recognisable (95 % interval 12–88 %), 3 of them identical" in page
+
+
+def test_an_interval_holds_its_median_and_of_few_values_is_their_range() -> None:
+    for count in range(1, 40):
+        low, high = median_interval([float(value) for value in range(count)])
+        rank = int(low)
+        assert low + high == count - 1  # as many order statistics are left out on either side
+        assert rank == 0 or 2 * binom.cdf(rank, count, 0.5) <= 0.05  # how often the median lies outside
+        assert rank == (count - 1) // 2 or 2 * binom.cdf(rank + 1, count, 0.5) > 0.05  # it could not be narrower
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_every_share_has_clopper_and_pearsons_interval(won: int, more: int) -> None:
+    rows = [row(levels=["recognisable"] * won + ["nothing"] * more)]
+    low, high = outcome(rows).interval
+    assert low <= won / (won + more) <= high
+    assert binom.sf(won - 1, won + more, low) == pytest.approx(0.025, abs=1e-6) or won == 0
+    assert binom.cdf(won, won + more, high) == pytest.approx(0.025, abs=1e-6)
+
+
+def test_a_psnr_that_the_user_names_is_the_only_measure_of_its_page() -> None:
+    rows = [row(success_db=20.0, psnr_images=[25.0, 19.0], levels=["nothing", "recognisable"])]
+    assert (outcome(rows).won, outcome(rows).identical) == (1, None)
+    page = report.html(about(), rows, [])
+    assert "1 of 2 images ≥20 dB" in page
+    assert "recognisable" not in page.partition("What each attack got")[0]
+    assert re.findall(r"<th [^>]*>(≥20 dB|recognisable|identical)</th>", page.split("Every victim")[1]) == ["≥20 dB"]
+
+
+# The answer and the banner.
+
+
+def test_the_answer_is_what_the_rows_say_whatever_was_expected() -> None:
+    question = "Does it leak?\n\nExpect: nothing comes back."
+    page = Page(report.html(about(question=question), [row(client=n) for n in range(8)], [])).text
+    answer = "dlg: 8 of 8 images recognisable (95 % interval 63–100 %), 8 of them identical; "
+    answer += "median 40.0 dB (blind guess 12.0 dB)."
+    assert page.index("Does it leak?") < page.index(answer) < page.index("Expect: nothing comes back.")
+    assert "Read this first" not in page
+    lost = [row(client=n, psnr=9.0, levels=["nothing"]) for n in range(8)]
+    assert report.answers(lost)[0].startswith("dlg: 0 of 8 images recognisable (95 % interval 0–37 %)")
+
+
+def test_a_sweeps_answer_names_each_setting_or_the_two_ends() -> None:
+    def swept(count: int) -> list[dict[str, Any]]:
+        return [row(sigma=n / 10, levels=["nothing" if n else "identical"], psnr=40.0 - n) for n in range(count)]
+
+    (few,), (many,) = report.answers(swept(2)), report.answers(swept(9))
+    assert few == (
+        "dlg, images recognisable (blind guess 12.0 dB): "
+        "sigma 0: 1 of 1 image, 40.0 dB; sigma 0.1: 0 of 1 image, 39.0 dB."
+    )
+    assert many.startswith("dlg: over 9 settings from 0 of 1 image (sigma 0.8) to 1 of 1 image (sigma 0) recognisable")
+
+
+def test_a_failed_attack_is_no_answer_about_privacy() -> None:
+    (said,) = report.answers([failed(), failed(client=1)])
+    assert said == "dlg: no result; 2 victims without a result."
+    (said,) = report.answers([row(), failed(client=1)])
+    assert said.endswith("; 1 victim without a result.")
+
+
+@pytest.mark.parametrize(
+    ("rows", "finished", "said"),
+    [
+        ([row(), failed(client=1)], True, "1 of 2 rows hold no result, so shares are of the others: client 3 did not"),
+        ([row()], False, "This run is not finished"),
+        ([row(unexplained=0.4), row(client=1, unexplained=0.02)], True, "dlg did not converge on 1 victim:"),
+        ([row(doubts="all gradients are zero")], True, "The gradient is doubted: all gradients are zero"),
+        ([row(unexplained=0.4, defence="noise(0.1)"), row(client=1, unexplained=None, doubts=None)], True, ""),
+        ([row()], True, ""),
+    ],
+)
+def test_what_is_wrong_with_a_run_stands_above_its_answer(
+    rows: list[dict[str, Any]], finished: bool, said: str
+) -> None:
+    page = Page(report.html(about(finished=finished), rows, [])).text
+    if not said:
+        assert "Read this first" not in page
+        return
+    assert page.index("Read this first") < page.index(said) < page.index("Answer")
+    assert summarise(rows)[0].knobs in ({}, {"defence": "none"})  # doubts are no settings
+
+
+def test_a_leak_is_said_in_words_and_in_the_colour_of_alarm() -> None:
+    found = report.html(about(), [row()], [picture(levels={"dlg": ["identical"], "idlg": ["nothing"]})])
+    assert re.findall(r"<span class='(\w+)'>([^<]+)</span>", found)[0] == ("leak", "identical, 41.0 dB")
+    assert "green" not in shown([row()])
+    batch = picture(batch=3, levels={"dlg": ["identical", "nothing", "recognisable"]})
+    assert "2 of 3 recognisable, 41.0 dB" in report.html(about(), [], [batch])
+    none = picture(levels={"dlg": ["nothing"]})
+    assert "<span class='pale'>nothing, 41.0 dB" in report.html(about(), [], [none])
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(report.table(rows))
+    return console.export_text()
+
+
+def test_the_terminals_table_leaves_out_what_another_knob_tells() -> None:
+    """One client is heard alone and more in sums, so clients tell the listener; others do not tell clients."""
+    settings = [
+        ("1", "honest", "curious_server"),
+        ("5", "honest", "sums"),
+        ("9", "honest", "sums"),
+        ("9", "silent", "sums"),
+    ]
+    rows = [row(clients=clients, others=others, listener=listener) for clients, others, listener in settings]
+    headings = [str(column.header) for column in report.table(rows).columns]
+    assert headings[:3] == ["clients", "others", "attack"]
+    assert "listener" in summarise(rows)[0].knobs
+
+
+def test_the_table_shows_figures_knobs_and_failures() -> None:
+    text = shown([row(sigma=0.0), row(client=1, sigma=0.0, psnr=50.0), failed(sigma=0.01, attack="idlg [bold]")])
+    assert "45.0 [40–50]" in text
+    assert "1 (1 failed)" in text
+    assert re.search(r"sigma\s.*attack\s.*PSNR dB", text)
+    assert "idlg [bold]" in text
+    assert "0.01" in text
+
+
+def test_a_table_of_nothing_is_empty() -> None:
+    assert "PSNR" in shown([])
+
+
+def test_what_is_no_knob_makes_no_groups_and_reasons_are_said_once() -> None:
+    reason = "LPIPS needs 31 pixels a side [here]."
+    rows = [
+        row(
+            client=n,
+            unit=f"part_0-{n}",
+            settings=f"DLG({n})",
+            accuracy=n / 4,
+            labels=[n],
+            lpips=None,
+            lpips_note=reason,
+        )
+        for n in range(4)
+    ]
+    (entry,) = summarise(rows)
+    assert (entry.knobs, entry.victims, entry.lpips) == ({}, 4, None)
+    assert shown(rows).count(reason) == 1
+    assert report.html(about(), rows, []).count(reason) == 1
+
+
+# The strip.
+
+
+def test_the_strip_holds_the_originals_pixels_enlarged_to_whole_squares() -> None:
+    image = picture()
+    page = opened(report.strip([image])).convert("RGB")
+    assert image.original is not None
+    expected = (image.original[0] * 255).round().byte().permute(1, 2, 0)
+    found = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(page.height, page.width, 3)
+    enlarged = expected.repeat_interleave(6, 0).repeat_interleave(6, 1)
+    x, y = report.MARGIN + 150, report.MARGIN + 24 + 12
+    assert torch.equal(found[y : y + 192, x : x + 192], enlarged)
+
+
+def test_the_strip_has_a_row_for_each_victim_up_to_eight() -> None:
+    heights = [opened(report.strip([picture()] * count)).height for count in (1, 2, 8, 20)]
+    assert heights[1] - heights[0] == report.CELL + report.CAPTION
+    assert heights[2] == heights[3]
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [],
+        [picture(batch=5), picture(batch=1)],
+        [picture(channels=1)],
+        [picture(size=300)],
+        [picture(size=1)],
+        [picture(original=None)],
+        [picture(original=None, blind=None, guesses={})],
+        [picture(blind=None, title="")],
+        [
+            picture(
+                title=EVIL * 4,
+                guesses={
+                    "Refine(CoarseGIT(), InvertingGradients(steps=2000, σ=0.1))" * 3: (
+                        picture().blind.expand(1, -1, -1, -1),
+                        1.0,
+                    )
+                },
+            )
+        ],
+        [picture(guesses={"dlg": (torch.full((1, 3, 32, 32), float("nan")), None)}), picture(guesses={})],
+    ],
+)
+def test_pictures_of_every_kind_are_shown(pictures: list[Picture]) -> None:
+    assert opened(report.strip(pictures)).format == "PNG"
+    assert report.html(about(), [row()], pictures).endswith("</html>\n")
+
+
+def test_originals_have_no_column_where_none_is_known() -> None:
+    assert report._columns([picture(original=None)]) == ["dlg", "idlg", "blind guess"]
+    assert report._columns([picture(), picture(original=None, guesses={"linear": (torch.zeros(1, 3, 2, 2), 1.0)})]) == [
+        "original",
+        "dlg",
+        "idlg",
+        "linear",
+        "blind guess",
+    ]
+
+
+def test_the_blind_guess_is_captioned_with_its_own_psnr() -> None:
+    truth = torch.full((2, 3, 8, 8), 0.6)
+    _, decibels = report._cell(picture(guesses={}, original=truth, blind=torch.full((3, 8, 8), 0.5)), "blind guess")
+    assert decibels == pytest.approx(20.0, abs=1e-4)
+
+
+# The page.
+
+
+class Page(HTMLParser):
+    """Every tag and attribute of a page; that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img", "wbr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_self_contained() -> None:
+    text = report.html(about(), [row(client=n) for n in range(3)], [picture(), picture(batch=4)])
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "//" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+    for words in ("Does a gradient give away", "A curious server.", "lenet", "40.0", "Every victim", "Environment"):
+        assert words in page.text
+
+
+def test_the_pages_pictures_are_the_images_pixel_for_pixel() -> None:
+    image = picture()
+    (first, *_) = re.findall(r"base64,([A-Za-z0-9+/=]+)", report.html(about(), [], [image]))
+    found = pixels(opened(base64.b64decode(first)).convert("RGB"))
+    assert image.original is not None
+    assert torch.equal(found, (image.original[0] * 255).round().byte().permute(1, 2, 0))
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def test_nothing_in_a_run_becomes_markup() -> None:
+    named = about(scenario=EVIL, question=EVIL, threat=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
+    rows = [row(attack=EVIL, defence=EVIL), failed(error=EVIL, client=EVIL)]
+    page = Page(report.html(named, rows, [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 32, 32), 2.0)})]))
+    assert "script" not in page.tags
+    assert "bold" not in page.tags
+    assert page.text.count("alert('x')") >= 8
+
+
+def test_settings_that_do_not_vary_are_left_out_of_the_rows() -> None:
+    text = report.html(about(), [row(sigma=0.0), row(client=1, sigma=0.5)], [])
+    headings = re.findall(r"<th [^>]*>(.*?)</th>", text.split("Every victim")[1])
+    assert headings[:4] == ["sigma", "attack", "client", "round"]
+    assert "listener" not in headings
+    assert "error" not in headings
+
+
+def test_a_leak_attacked_without_the_truth_has_a_page_too() -> None:
+    unknown = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind", "levels"))
+    page = Page(report.html(about(), [row(**unknown)], [picture(original=None)]))
+    assert "–" in page.text
+    assert "Answer" not in page.text
+
+
+def test_write_leaves_a_strip_and_a_page_and_nothing_half_done(tmp_path: Path) -> None:
+    report.write(tmp_path / "out", about(), [row()], [picture()])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "strip.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedtapError, match="could not be written"):
+        report.write(tmp_path / "file", about(), [row()], [picture()])
+
+
+def test_a_swept_number_is_drawn_as_a_curve() -> None:
+    rows = [
+        row(attack, client, sigma=sigma, psnr=30.0 - 20 * sigma)
+        for sigma in (0.0, 0.01, 0.5)
+        for attack in ("dlg", "lti <b>")
+        for client in range(3)
+    ]
+    page = report.html(about(), rows, [])
+    chart = page[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    assert "PSNR and MSE against sigma" in chart
+    assert "lti &lt;b&gt;" in chart
+    assert "<b>" not in chart
+    assert chart == report.html(about(), rows, [])[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    follows = [
+        each | {"defence": f"noise({each['sigma']})", "pairs": 10 if "lti" in each["attack"] else None} for each in rows
+    ]
+    legend = report.html(about(), follows, [])
+    assert "defence noise" not in legend.partition("<h2>What")[0].partition("<h2>Curves</h2>")[2]
+    for flat in ([row(sigma=0.0), row(client=1, sigma=0.0)], [row(model="lenet"), row(model="vit")], [failed()]):
+        assert "<h2>Curves</h2>" not in report.html(about(), flat, [])
