@@ -48,13 +48,13 @@ def client_app(plan: Plan) -> ClientApp:
         with one_thread():
             return honest.train(order, context, private(order, context))
 
-    @app.query("practice")
-    def practice(order: Message, context: Context) -> Message:
+    @app.query("auxiliary")
+    def auxiliary(order: Message, context: Context) -> Message:
         data = private(order, context)
         if int(context.node_config["partition-id"]) != data.clients:
             raise PermissionError("an honest client takes no examples from the server")
         with one_thread():
-            return compromised.practise(order, data)
+            return compromised.compute_auxiliary(order, data)
 
     return app
 

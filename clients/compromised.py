@@ -1,6 +1,6 @@
 """The compromised client: an honest one whose channel the adversary can feed with examples of its own.
 
-It answers `query.practice` with the weights that one step on each example it is fed would have it send, in the
+It answers `query.auxiliary` with the weights that one step on each example it is fed would have it send, in the
 precision of an honest client's; where the adversary also feeds it images to train on, at the weights that it passes on
 the way.
 """
@@ -22,19 +22,19 @@ from fedtap.simulator.federation.settings import PrivateData
 from fedtap.simulator.wire.records import tensors_of
 
 
-def practise(order: Message, private: PrivateData) -> Message:
+def compute_auxiliary(order: Message, private: PrivateData) -> Message:
     """Public examples in (`pairs batch channel height width`, in [0, 1]), weights out (`pairs *parameter`).
 
     The weights are what an honest client would send after one local step on each example: on the wire, pairs are
     rounded as victims' answers are.
     """
-    world, rate = private.world, private.scenario.learning_rate
-    net = network(private.scenario.architecture, world.shape, len(world.classes))
+    dataset, rate = private.dataset, private.scenario.learning_rate
+    net = network(private.scenario.architecture, dataset.shape, len(dataset.classes))
     received = receive(net, order.content.array_records["arrays"])
     before = {name: received[name] for name, _ in net.named_parameters()}
     examples = tensors_of(order.content.array_records["examples"])
     seed, fed = private.scenario.seed, digest(examples)
-    with seeded(seed, "practice", fed):
+    with seeded(seed, "auxiliary", fed):
         images, labels, defences = examples["images"], examples["labels"], parse(private.scenario.defence)
         guarded = defences.step is not None or bool(defences.update)
         pairs = range(len(images) if guarded else 0)  # each is an exchange, and draws for itself

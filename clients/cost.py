@@ -35,12 +35,12 @@ def overhead(scenario: Scenario, private: PrivateData) -> float | None:
     """
     if not any(part.kind.hook != "server" for part in described(scenario.defence)):
         return None
-    world = private.world
-    indices = torch.arange(scenario.batch * scenario.steps) % len(world.train)
-    images, labels = world.train.batch(indices)
+    dataset = private.dataset
+    indices = torch.arange(scenario.batch * scenario.local_steps) % len(dataset.train)
+    images, labels = dataset.train.batch(indices)
     with one_thread(), seeded(scenario.seed, "cost"):
         done, plain = (
-            exchange(model, defence, world.shape, len(world.classes), images, labels, scenario.steps)
+            exchange(model, defence, dataset.shape, len(dataset.classes), images, labels, scenario.local_steps)
             for model, defence in ((scenario.architecture, scenario.defence), (scenario.model, "none"))
         )
         return times_as_long(done, plain)

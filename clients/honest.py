@@ -21,28 +21,28 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
     Raises:
         KeyError, RuntimeError: the order carries another model's weights.
     """
-    scenario, world = private.scenario, private.world
+    scenario, dataset = private.scenario, private.dataset
     client = int(context.node_config["partition-id"])
     config: ConfigRecord = order.content.config_records["config"]
     rnd = int(config["server-round"])  # type: ignore[arg-type]
     images, labels = private(client, rnd)
     defences = parse(scenario.defence)
-    net = network(scenario.architecture, world.shape, len(world.classes))
+    net = network(scenario.architecture, dataset.shape, len(dataset.classes))
     before = receive(net, order.content.array_records["arrays"])
-    moved = 0.0 if scenario.local_samples else None
+    drift_norm = 0.0 if scenario.local_samples else None
     if private.conduct(client, rnd) == "silent":  # it takes part, and sends the weights that it was sent
-        return answer(order, net, len(images), client, moved)
+        return answer(order, net, len(images), client, drift_norm)
     here = before
     if scenario.local_samples and private.victim(client, rnd) is not None:
         here = drifted(before, private)
         net.load_state_dict(here, strict=False)
-        moved = _distance(here, before)
+        drift_norm = _distance(here, before)
     batch = min(scenario.batch_in(rnd), len(images))
     backward: Backward = plain_backward
     if defences.step is not None:
         backward = partial(defences.step.backward, draw=generator(scenario.seed, "step", client, rnd))
     with seeded(scenario.seed, "training", client, rnd):
-        sgd(net, images, labels, scenario.steps, batch, scenario.learning_rate, backward)
+        sgd(net, images, labels, scenario.local_steps, batch, scenario.learning_rate, backward)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     if here is not before:  # what is sent is the server's weights, and the change on top of them
         after = {name: before[name] - (here[name] - after[name]) for name in after}
@@ -51,7 +51,7 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
         after = defended(defences.update, before, after, scenario.learning_rate, draw)
     if defences.update or here is not before:
         net.load_state_dict(after, strict=False)
-    return answer(order, net, len(images), client, moved)
+    return answer(order, net, len(images), client, drift_norm)
 
 
 def _distance(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:

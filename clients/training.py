@@ -110,10 +110,10 @@ UNSHARED_RATE, UNSHARED_BATCH = 0.01, 32
 
 def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor]:
     """The weights after a victim's own, unshared training from these; remembered, since it is the same for all."""
-    key = (digest(before), private.scenario, private.world.name)
+    key = (digest(before), private.scenario, private.dataset.name)
     if key not in _DRIFTED:
-        scenario, world = private.scenario, private.world
-        net = network(scenario.architecture, world.shape, len(world.classes))
+        scenario, dataset = private.scenario, private.dataset
+        net = network(scenario.architecture, dataset.shape, len(dataset.classes))
         net.load_state_dict(before, strict=False)
         images, labels = private.unshared()
         draw = generator(scenario.seed, "unshared")
@@ -130,7 +130,7 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
 _DRIFTED: dict[object, dict[str, Tensor]] = {}
 
 
-def answer(order: Message, net: nn.Module, examples: int, partition: int, moved: float | None = None) -> Message:
+def answer(order: Message, net: nn.Module, examples: int, partition: int, drift_norm: float | None = None) -> Message:
     """The reply FedAvg expects: one ArrayRecord, one MetricRecord, with no more than the server needs.
 
     Args:
@@ -138,6 +138,6 @@ def answer(order: Message, net: nn.Module, examples: int, partition: int, moved:
             length: for the scorer alone. None is not sent.
     """
     metrics = MetricRecord({"num-examples": examples, "partition": partition})
-    if moved is not None:
-        metrics["moved"] = moved
+    if drift_norm is not None:
+        metrics["drift_norm"] = drift_norm
     return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=order)

@@ -1,9 +1,9 @@
 """Play a scenario on Flower's own engines, on this machine's loopback.
 
 `python -m fedtap.scenarios.deploy NAME --nodes 5 --knob value …` starts a SuperLink and five SuperNodes (the last one
-is the compromised client; a study such as `attention` has none, and as many nodes as clients), submits the scenario with `flwr
-run`, waits, and stops what it started. With `--engine simulation` the SuperLink plays all nodes itself, on Ray. On real
-hosts, start the same two programs with TLS instead of --insecure; the README shows how.
+is the compromised client; a study such as `attention` has none, and as many nodes as clients), submits the scenario
+with `flwr run`, waits, and stops what it started. With `--engine simulation` the SuperLink plays all nodes itself, on
+Ray. On real hosts, start the same two programs with TLS instead of --insecure; the README shows how.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ QUIET = {
 APP = Path(__file__).parents[1]
 """The Flower app: the folder with pyproject.toml."""
 
-FILES = ("world", "data", "draws", "weights")
+FILES = ("dataset", "data", "draws", "weights")
 """Knobs that may name a file, which an engine's processes would look for in folders of their own."""
 
 Engine = Literal["deployment", "simulation"]

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak
 
-FORMAT = 1
+FORMAT = 2
 """Version of the saved form of a trained attack; a reader refuses any other."""
 
 Images = Float[Tensor, "victims batch channel height width"]
@@ -203,22 +203,22 @@ class Attack(ABC, Generic[Kind]):
         return f"{name}({', '.join(said)})" if said else name
 
     @property
-    def practises(self) -> bool:
+    def needs_auxiliary(self) -> bool:
         """Whether it, or an attack that it wraps, has to practise before it can be called."""
-        return any(part.practises for part in self._parts().values())
+        return any(part.needs_auxiliary for part in self._parts().values())
 
-    def fit(self, practice: Practice, seed: int = 0) -> Attack[Kind]:
+    def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Attack[Kind]:
         """The same attack with each of its parts that learns having learned from this practice."""
-        return dataclasses.replace(self, **{name: part.fit(practice, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
+        return dataclasses.replace(self, **{name: part.fit(auxiliary, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
 
-    def check_practice(self, drifts: int) -> None:
+    def check_auxiliary(self, auxiliary_trainings: int) -> None:
         """Refuse practice along so many trainings, from which it or an attack that it wraps could not learn.
 
         Raises:
             FedtapError: with the reason and what to use instead.
         """
         for part in self._parts().values():
-            part.check_practice(drifts)
+            part.check_auxiliary(auxiliary_trainings)
 
     def learned(self) -> list[Learned]:
         """Those of its parts that have learned, itself among them."""
@@ -228,13 +228,13 @@ class Attack(ABC, Generic[Kind]):
         return {name: part for name, part in vars(self).items() if isinstance(part, Attack)}
 
     @property
-    def adapted(self) -> bool:
+    def adapts(self) -> bool:
         """Whether it, or an attack that it wraps, sets out to adapt to a defence: by what is announced (its field
-        `aware`), or by practice, whose pairs are defended as the leak is. `unknown` says whether it can."""
+        `adaptive`), or by practice, whose pairs are defended as the leak is. `unknown` says whether it can."""
         return (
-            bool(getattr(self, "aware", False))
-            or self.practises
-            or any(part.adapted for part in self._parts().values())
+            bool(getattr(self, "adaptive", False))
+            or self.needs_auxiliary
+            or any(part.adapts for part in self._parts().values())
         )
 
     @property
@@ -245,10 +245,10 @@ class Attack(ABC, Generic[Kind]):
     def unknown(self, defence: str) -> tuple[str, ...]:
         """The parts of an announced defence that neither it nor an attack that it wraps takes into account.
 
-        Practice pairs are defended as the leak is, so whoever practises lacks nothing; and what the server does to its
+        Auxiliary pairs are defended as the leak is, so whoever practises lacks nothing; and what the server does to its
         average is done after the answer was heard, so there is nothing to know of it.
         """
-        if self.practises:
+        if self.needs_auxiliary:
             return ()
         known = [wrapped.unknown(defence) for wrapped in self._parts().values()]
         return tuple(
@@ -298,8 +298,8 @@ class Attack(ABC, Generic[Kind]):
                 "with nn.Sequential(nn.Flatten(), model)."
             )
         if self.needs_weights and leak.weights is None:
-            curious = leak.protocol.listener == "curious_server"
-            who = "whoever has this leak alone" if curious else f"the {leak.protocol.listener}"
+            curious = leak.protocol.threat_model == "curious_server"
+            who = "whoever has this leak alone" if curious else f"the {leak.protocol.threat_model}"
             remedy = "put them into its file as weights/NAME" if curious else "attack what a curious_server heard"
             raise FedtapError(
                 f"{self.name} compares gradients at the victim's weights, and {who} does not know them: {remedy}, or "
@@ -307,8 +307,9 @@ class Attack(ABC, Generic[Kind]):
             )
         if leak.weights is None and leak.protocol.weight_decay:
             raise FedtapError(
-                f"Weight decay adds the weights to the gradient, and the {leak.protocol.listener} does not know them, "
-                f"so {self.name} cannot take them off: use --listener curious_server."
+                f"Weight decay adds the weights to the gradient, and the {leak.protocol.threat_model} does not know "
+                f"them, "
+                f"so {self.name} cannot take them off: use --threat-model curious_server."
             )
 
 
@@ -323,7 +324,7 @@ class Learner(Attack):
     needs_weights = False
 
     @property
-    def practises(self) -> bool:
+    def needs_auxiliary(self) -> bool:
         """It does."""
         return True
 
@@ -341,7 +342,7 @@ class Learner(Attack):
         """
 
     @abstractmethod
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         """Teach the module, in place. What is random comes from `seed`."""
 
     @abstractmethod
@@ -349,18 +350,19 @@ class Learner(Attack):
         """Rebuild the images behind `leak` with the module that has learned."""
 
     @final
-    def fit(self, practice: Practice, seed: int = 0) -> Learned:
+    def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Learned:
         """Learn from this practice; the same again is remembered.
 
         Raises:
             FedtapError: there are too few pairs, or the architecture is none that this attack can learn to invert.
         """
-        if len(practice) < self.least:
+        if len(auxiliary) < self.least:
             raise FedtapError(
-                f"{self.name} needs at least {self.least:,} practice pairs for {practice.about.protocol.model} and has "
-                f"{len(practice):,}, from which it could not tell anything: raise --pairs."
+                f"{self.name} needs at least {self.least:,} auxiliary pairs for {auxiliary.about.protocol.model} and "
+                f"has "
+                f"{len(auxiliary):,}, from which it could not tell anything: raise --pairs."
             )
-        return _learned(self, practice, seed)
+        return _learned(self, auxiliary, seed)
 
     @final
     def restored(self, about: About, network: nn.Module, tensors: dict[str, Tensor]) -> Learned:
@@ -384,17 +386,17 @@ class Learner(Attack):
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         raise FedtapError(
             f"{self.name} has learned nothing yet, and without practice it cannot guess: run it in a scenario, where "
-            "the compromised client gives it pairs, or name a trained one, --attacker PATH."
+            "the compromised client gives it pairs, or name a trained one, --trained-attack PATH."
         )
 
 
 @lru_cache(maxsize=4)
-def _learned(learner: Learner, practice: Practice, seed: int) -> Learned:
+def _learned(learner: Learner, auxiliary: Auxiliary, seed: int) -> Learned:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inverter = learner.inverter(practice.about, practice.network).to(practice.device)
-        learner.learn(inverter, practice, seed)
-    return Learned(learner, practice.about, inverter.eval().requires_grad_(False))
+        inverter = learner.inverter(auxiliary.about, auxiliary.network).to(auxiliary.device)
+        learner.learn(inverter, auxiliary, seed)
+    return Learned(learner, auxiliary.about, inverter.eval().requires_grad_(False))
 
 
 @dataclass(frozen=True)
@@ -419,11 +421,11 @@ class Learned(Attack):
         return self.learner.name
 
     @property
-    def practises(self) -> bool:
+    def needs_auxiliary(self) -> bool:
         """It has done so."""
         return False
 
-    def fit(self, practice: Practice, seed: int = 0) -> Learned:
+    def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Learned:
         """It learns once."""
         return self
 

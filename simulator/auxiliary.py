@@ -26,7 +26,7 @@ from fedtap.simulator.errors import DamagedError, FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors, protocol_of, sound
 
-FORMAT = 2
+FORMAT = 3
 """Version of the saved form; a reader refuses any other. In 1, pairs were gradients before they crossed the wire."""
 
 CHUNK = 2**24
@@ -45,12 +45,12 @@ class About:
 
     protocol: Protocol
     """The public terms of an exchange; in practice a single step, whose batch is the pair's."""
-    world: str
+    dataset: str
     """Where the examples are from."""
     pairs: int
-    source: str = "compromised_client"
+    auxiliary_source: str = "compromised_client"
     """Who computed the gradients."""
-    drifts: int = 0
+    auxiliary_trainings: int = 0
     """Trainings of the compromised client, along which pairs were met; 0 means all at the weights in force."""
     labels: str = "own"
     """The examples' own labels, or `random` ones."""
@@ -60,9 +60,10 @@ class About:
     def __str__(self) -> str:
         p = self.protocol
         return (
-            f"{self.pairs:,} pairs of {p.model} on {'x'.join(map(str, p.shape))} images of {self.world} "
-            f"in {p.classes} classes, batch {p.batch}, defence {p.defence}, {p.listener}, from the {self.source}"
-            + (f", along {self.drifts} trainings" if self.drifts else "")
+            f"{self.pairs:,} pairs of {p.model} on {'x'.join(map(str, p.shape))} images of {self.dataset} "
+            f"in {p.classes} classes, batch {p.batch}, defence {p.defence}, {p.threat_model}, from the "
+            f"{self.auxiliary_source}"
+            + (f", along {self.auxiliary_trainings} trainings" if self.auxiliary_trainings else "")
             + (f", with {self.labels} labels" if self.labels != "own" else "")
         )
 
@@ -76,11 +77,13 @@ class About:
         protocol = protocol_of(document["protocol"])
         made = About(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
         sound(protocol)
-        if any(type(count) is not int or not 0 <= count <= MOST_PAIRS for count in (made.pairs, made.drifts)):
+        if any(
+            type(count) is not int or not 0 <= count <= MOST_PAIRS for count in (made.pairs, made.auxiliary_trainings)
+        ):
             raise ValueError(f"pairs and drifts are whole numbers from 0 to {MOST_PAIRS:,}")
-        texts = (made.world, made.source, made.labels, made.digest)
+        texts = (made.dataset, made.auxiliary_source, made.labels, made.digest)
         if not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
-            raise ValueError("world, source, labels and digest are text")
+            raise ValueError("dataset, auxiliary_source, labels and digest are text")
         return made
 
 
@@ -108,7 +111,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Practice:
+class Auxiliary:
     """The pairs in a folder, iterated over in chunks, always in the same order.
 
     Args:
@@ -184,12 +187,12 @@ class Practice:
         if not bool(((labels >= 0) & (labels < protocol.classes)).all()):
             raise ValueError("labels are outside the classes")
 
-    def first(self, pairs: int) -> Practice:
+    def first(self, pairs: int) -> Auxiliary:
         """The first so many of these pairs."""
         return dataclasses.replace(self, about=dataclasses.replace(self.about, pairs=min(pairs, len(self))))
 
     @staticmethod
-    def record(folder: Path, about: About, network: nn.Module, chunks: Iterable[Pairs]) -> Practice:
+    def record(folder: Path, about: About, network: nn.Module, chunks: Iterable[Pairs]) -> Auxiliary:
         """Write pairs as they come; the description last, so that a folder with one is whole.
 
         Raises:
@@ -208,10 +211,10 @@ class Practice:
             raise AssertionError(f"{heard} pairs came, and {about.pairs} were announced")
         document = {"format": FORMAT, **dataclasses.asdict(about)}
         write_atomically(folder / "practice.json", json.dumps(document, indent=2).encode() + b"\n")
-        return Practice(folder, about, network)
+        return Auxiliary(folder, about, network)
 
     @staticmethod
-    def saved(folder: Path, build: Build, wanted: About | None = None) -> Practice | None:
+    def saved(folder: Path, build: Build, wanted: About | None = None) -> Auxiliary | None:
         """The set that a folder holds; None where there is none, or one that was not finished.
 
         Args:
@@ -238,7 +241,7 @@ class Practice:
                 f"{short(file, 90)} does not describe a practice ({type(error).__name__}: {short(error, 90)}): "
                 "delete its folder and run again."
             ) from error
-        return Practice(folder, about, build(about.protocol.model, about.protocol.shape, about.protocol.classes))
+        return Auxiliary(folder, about, build(about.protocol.model, about.protocol.shape, about.protocol.classes))
 
 
 def _not_whole(path: Path, error: Exception) -> DamagedError:
@@ -266,9 +269,9 @@ def digest_of(about: About) -> str:
     return hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
 
 
-def trainings(pairs: int, drifts: int) -> tuple[Int[Tensor, " pairs"], ...]:
+def trainings(pairs: int, many: int) -> tuple[Int[Tensor, " pairs"], ...]:
     """Which pairs belong to which training of the compromised client, in order; all to one where it did not train."""
-    return torch.arange(pairs).tensor_split(max(1, drifts))
+    return torch.arange(pairs).tensor_split(max(1, many))
 
 
 def chunk_size(network: nn.Module) -> int:

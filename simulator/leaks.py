@@ -28,8 +28,11 @@ from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomi
 Tensors = Mapping[str, Tensor]
 Kind = TypeVar("Kind", bound="Leak")
 
-FORMAT = 1
-"""Version of the saved form; a reader refuses any other."""
+FORMAT = 2
+"""Version of the saved form; a reader takes this one and the one before it."""
+
+FORMER = {"steps": "local_steps", "listener": "threat_model"}
+"""Terms of the protocol that had other names in format 1."""
 
 
 ROUNDING = 6.5e-9
@@ -49,12 +52,12 @@ class Protocol:
     batch: int
     """Examples in a client's local step; behind secure aggregation, in those of all clients of the sum. Where a client
     does not say how many it has, 1."""
-    steps: int = 1
+    local_steps: int = 1
     """Local steps of the optimiser, each on the whole batch."""
     learning_rate: float = 1.0
     defence: str = "none"
     """The defence as announced."""
-    listener: str = "curious_server"
+    threat_model: str = "curious_server"
     summed: int = 1
     """Clients whose answers are averaged into one; each has batch / summed of the images."""
     prior: str = "flat"
@@ -437,7 +440,9 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
             )
     about = read_json(beside)
     try:
-        if about["format"] != FORMAT:
+        if about["format"] == 1:  # of fedtap 0.1, which had other names for two of the terms
+            about["protocol"] = {FORMER.get(name, name): value for name, value in about["protocol"].items()}
+        elif about["format"] != FORMAT:
             raise FedtapError(
                 f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT}: save it "
                 "again."
@@ -448,8 +453,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         if type(stacked) is not bool:
             raise TypeError("stacked is true or false")
         sound(protocol, resolution)
-        if kind is GradientLeak and protocol.steps != 1:
-            raise ValueError(f"a gradient of {protocol.steps} steps: several steps give an update")
+        if kind is GradientLeak and protocol.local_steps != 1:
+            raise ValueError(f"a gradient of {protocol.local_steps} steps: several steps give an update")
     except (ValueError, KeyError, TypeError) as error:
         raise FedtapError(
             f"{short(beside)} is no leak's description ({type(error).__name__}: {short(error, 100)}): "
@@ -558,7 +563,7 @@ def told(leak: Leak, **said: Any) -> Leak:
     """
     protocol = dataclasses.replace(leak.protocol, **said)
     check_protocol(protocol)
-    if not isinstance(leak, GradientLeak) or protocol.steps == 1:
+    if not isinstance(leak, GradientLeak) or protocol.local_steps == 1:
         return dataclasses.replace(leak, protocol=protocol)
     rate = protocol.learning_rate
     fields = {field.name: getattr(leak, field.name) for field in dataclasses.fields(leak)}
@@ -597,25 +602,29 @@ def sound(protocol: Protocol, resolution: float = 0.0) -> None:
         TypeError, ValueError: with what is wrong.
     """
     _sound(protocol, resolution)
-    if max(protocol.steps, protocol.summed) > MOST or protocol.classes > MOST_CLASSES:
-        raise ValueError(f"steps and summed are at most {MOST:,}, classes {MOST_CLASSES:,}")
+    if max(protocol.local_steps, protocol.summed) > MOST or protocol.classes > MOST_CLASSES:
+        raise ValueError(f"local_steps and summed are at most {MOST:,}, classes {MOST_CLASSES:,}")
     if protocol.batch * math.prod(protocol.shape) > MOST_NUMBERS:
         raise ValueError(f"a batch has at most {MOST_NUMBERS:,} numbers")
-    if any(len(text) > LONGEST for text in (protocol.model, protocol.defence, protocol.listener, protocol.prior)):
+    if any(len(text) > LONGEST for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)):
         raise ValueError(f"model, defence, listener and prior have {LONGEST} letters at most")
 
 
 def _sound(protocol: Protocol, resolution: float) -> None:
-    counts = (*protocol.shape, protocol.classes, protocol.batch, protocol.steps, protocol.summed)
+    counts = (*protocol.shape, protocol.classes, protocol.batch, protocol.local_steps, protocol.summed)
     if not 1 <= len(protocol.shape) <= 3 or any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError("shape, classes, batch, steps and summed are whole numbers from 1, one to three in shape")
+        raise ValueError(
+            "shape, classes, batch, local_steps and summed are whole numbers from 1, one to three in shape"
+        )
     if protocol.batch % protocol.summed:
         raise ValueError("batch is a multiple of summed: so many images are each client's")
     if not (math.isfinite(protocol.learning_rate) and protocol.learning_rate > 0):
         raise ValueError("learning_rate is a number over 0")
     if not (math.isfinite(resolution) and resolution >= 0):
         raise ValueError("resolution is a number from 0")
-    if not all(isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.listener, protocol.prior)):
+    if not all(
+        isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
+    ):
         raise ValueError("model, defence, listener and prior are text")
     for name, known in CHOICES.items():
         if getattr(protocol, name) not in known:

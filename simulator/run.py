@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from fedtap.simulator import scores
 from fedtap.simulator.attack import Attack, Guess, Reconstruction, answered, generator
-from fedtap.simulator.auxiliary import About, Practice, digest, digest_of
+from fedtap.simulator.auxiliary import About, Auxiliary, digest, digest_of
 from fedtap.simulator.defences.accountant import mechanism_of
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
 from fedtap.simulator.federation.equal_loss import nearest, strengths_of, undefended
-from fedtap.simulator.federation.rounds import Heard, clients_on, play, practice
+from fedtap.simulator.federation.rounds import Heard, auxiliary, clients_on, play
 from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
 from fedtap.simulator.models.registry import build
@@ -45,7 +45,7 @@ PICTURES = 8
 """Victims shown in the strip and on the page."""
 
 PAIRS = 10_000
-"""Practice pairs where the scenario names no number and the world has as many, mirror images included."""
+"""Auxiliary pairs where the scenario names no number and the dataset has as many, mirror images included."""
 
 
 def device_named(name: str) -> torch.device:
@@ -93,7 +93,7 @@ def run(
     for part in parts:
         promised(part)
         for attack in part.attacks:
-            attack.check_practice(part.drifts)
+            attack.check_auxiliary(part.auxiliary_trainings)
         if part.accuracy_loss:
             undefended(parts, part)
     folder: Folder | None = None
@@ -115,9 +115,9 @@ def run(
         grid, private, heard = trainings.played(number)
         fewer = ""
         if private.scenario.victims < part.victims:
-            fewer = f"{part.world} has images for {private.scenario.victims} victims and not for {part.victims}."
+            fewer = f"{part.dataset} has images for {private.scenario.victims} victims and not for {part.victims}."
             warnings.warn(fewer, stacklevel=2)
-        notes |= dict.fromkeys(filter(None, (private.world.note, fewer)))
+        notes |= dict.fromkeys(filter(None, (private.dataset.note, fewer)))
         leak = stack([heard.leaks[name] for name in private.names() if name in heard.leaks]) if heard.leaks else None
         if leak is not None:
             for attack in part.attacks:
@@ -170,7 +170,7 @@ class Trainings:
         if number not in self._kept:
             return []
         part, heard = self.parts[number], self._kept[number][2]
-        told = {"defence": part.defence, "world": part.world, "model": part.model, "seed": part.seed}
+        told = {"defence": part.defence, "dataset": part.dataset, "model": part.model, "seed": part.seed}
         return [{"scenario": part.name, **told, "accuracy": heard.accuracy, **self.lost(number)}]
 
     def lost(self, number: int) -> Row:
@@ -207,38 +207,44 @@ class Played:
         return self.measure(self.part, self.private)
 
     @cached_property
-    def practice(self) -> Practice:
-        """The part's practice pairs: those of its folder, or heard now and kept there."""
-        part, world = self.part, self.private.world
+    def auxiliary(self) -> Auxiliary:
+        """The part's auxiliary pairs: those of its folder, or heard now and kept there."""
+        part, dataset = self.part, self.private.dataset
         wanted, batch = part.pairs or min(self.private.most_pairs, PAIRS), part.batch * part.summed
-        images, labels = world.public.batch(torch.arange(wanted * batch) % len(world.public))
-        mirrored = torch.arange(len(images)) >= len(world.public)
+        images, labels = dataset.public.batch(torch.arange(wanted * batch) % len(dataset.public))
+        mirrored = torch.arange(len(images)) >= len(dataset.public)
         images[mirrored] = images[mirrored].flip(3)
-        if part.practice_labels == "random":  # of all classes, also of those whose images the adversary lacks
+        if part.auxiliary_labels == "random":  # of all classes, also of those whose images the adversary lacks
             draw = generator(part.seed, "practice labels")
-            labels = torch.randint(len(world.classes), labels.shape, generator=draw)
-        protocol = dataclasses.replace(part.protocol(world), steps=1)
+            labels = torch.randint(len(dataset.classes), labels.shape, generator=draw)
+        protocol = dataclasses.replace(part.protocol(dataset), local_steps=1)
         known = {
-            **tensors_of(self.heard.practised_at(part.practised)),
-            "examples": world.public.images,
-            "classes": world.public.labels,
+            **tensors_of(self.heard.auxiliary_weights(part.auxiliary_at)),
+            "examples": dataset.public.images,
+            "classes": dataset.public.labels,
         }
-        plain = not part.drifts and part.practice_labels == "own"
+        plain = not part.auxiliary_trainings and part.auxiliary_labels == "own"
         if part.defence != "none" or not plain:  # then what is drawn depends on the seed
             known["seed"] = torch.tensor(part.seed)
         about = About(
-            protocol, part.world, wanted, part.source, part.drifts, digest=digest(known), labels=part.practice_labels
+            protocol,
+            part.dataset,
+            wanted,
+            part.auxiliary_source,
+            part.auxiliary_trainings,
+            digest=digest(known),
+            labels=part.auxiliary_labels,
         )
         same = dataclasses.replace(about, pairs=0) if plain else about  # of plain pairs the first ones will do
-        root = Path(part.practice) if part.practice else self.out / "practice"
+        root = Path(part.auxiliary) if part.auxiliary else self.out / "auxiliary"
         folder = root / digest_of(same)
-        found = Practice.saved(folder, build, about)
+        found = Auxiliary.saved(folder, build, about)
         if found is not None and len(found) >= wanted:
             return found.first(wanted)
-        batches = (images.view(wanted, batch, *world.shape), labels.view(wanted, batch))
-        heard = practice(self.grid, part, self.private, self.heard, *batches, part=self.number)
-        skeleton = build(part.architecture, world.shape, len(world.classes))
-        return Practice.record(folder, about, skeleton, progress(heard, "practice"))
+        batches = (images.view(wanted, batch, *dataset.shape), labels.view(wanted, batch))
+        heard = auxiliary(self.grid, part, self.private, self.heard, *batches, part=self.number)
+        skeleton = build(part.architecture, dataset.shape, len(dataset.classes))
+        return Auxiliary.record(folder, about, skeleton, progress(heard, "auxiliary"))
 
     @cached_property
     def doubts(self) -> list[str | None]:
@@ -253,7 +259,7 @@ class Played:
     @cached_property
     def floor(self) -> Tensor:
         """The blind guess: one image."""
-        public = self.private.world.public
+        public = self.private.dataset.public
         return scores.blind(public.batch(torch.arange(len(public)))[0])
 
 
@@ -278,10 +284,10 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
     guess = None
     if played.leak is not None:
         ready, timing = attack, {}
-        if attack.practises:
+        if attack.needs_auxiliary:
             told: Row = {}
             try:
-                pairs = dataclasses.replace(played.practice, device=str(device))
+                pairs = dataclasses.replace(played.auxiliary, device=str(device))
                 began, told = time.perf_counter(), {"pairs": len(pairs)}
                 ready = attack.fit(pairs, played.part.seed)
             except DamagedError:
@@ -297,7 +303,7 @@ def _attack(played: Played, order: int, attack: Attack, folder: Folder, device: 
             timing = {"pairs": len(pairs), "fit_seconds": time.perf_counter() - began}
             for number, learned in enumerate(ready.learned()):
                 where = f"part_{played.number}-{order}" + (f"-{number}" if number else "")
-                learned.save(folder.path / f"attackers/{_unit(where, learned)}.safetensors")
+                learned.save(folder.path / f"trained_attacks/{_unit(where, learned)}.safetensors")
             ready.accepts(played.leak)
         began = time.perf_counter()
         leak = played.leak.to(device)
@@ -356,7 +362,7 @@ def _scored(played: Played, guess: Reconstruction) -> list[Row]:
             **{name: score[name] for name in IMAGES},  # type: ignore[literal-required]
             **_blind(played.floor, truth),
             "accuracy": played.heard.accuracy,
-            "moved": played.heard.moved[client, rnd],
+            "drift_norm": played.heard.drift_norm[client, rnd],
             "objective": _finite(float(objective)),
             "error": None,
         }
@@ -378,7 +384,7 @@ def _best(candidates: Sequence[Tensor], truth: Tensor) -> float | None:
     return max((float(scores.psnr(scores.mse(found, truth)).mean()) for found in ordered), default=None)
 
 
-SHIFTS = ("practice_classes", "practice_labels", "victims_world", "victims_classes", "others")
+SHIFTS = ("auxiliary_classes", "auxiliary_labels", "target_dataset", "target_classes", "others")
 """Settings by which practice, victims and those beside them may differ; a row has those that are not as usual."""
 
 SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
@@ -388,7 +394,7 @@ TIMED = ("pairs", "fit_seconds", "seconds")
 JUDGED = ("unexplained", "doubts")
 TOLD = ("levels", "psnr_images", "psnr_blind_images", "doubts")
 """Those of the columns below that hold lists or text."""
-MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "moved", "objective", *JUDGED, *TIMED)
+MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "drift_norm", "objective", *JUDGED, *TIMED)
 
 
 def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
@@ -398,13 +404,13 @@ def _common(part: Scenario, unit: str, attack: Attack, clients: int) -> Row:
         "attack": _label(attack, part.attacks),
         **adaptation(attack, part.defence),
         "defence": part.defence,
-        "world": part.world,
+        "dataset": part.dataset,
         **{knob: getattr(part, knob) for knob in SHIFTS if getattr(part, knob) != getattr(Scenario, knob)},
         "model": part.model,
-        "listener": part.listener,
-        **({"clients": part.clients, "others": part.others} if part.listener == SECURE else {}),
+        "threat_model": part.threat_model,
+        **({"clients": part.clients, "others": part.others} if part.threat_model == SECURE else {}),
         "batch": part.batch,
-        "steps": part.steps,
+        "local_steps": part.local_steps,
         "seed": part.seed,
         **dict.fromkeys(MEASURED),
         **dict.fromkeys(("overhead", "strongest", "upper_bound_psnr")),
@@ -420,8 +426,8 @@ def adaptation(attack: Attack, defence: str) -> Row:
     Where there is nothing to know, an attack counts as adapted that would be if there were.
     """
     missing = attack.unknown(defence)
-    note = {"adapted_note": f"does not know {'+'.join(missing)}"} if missing and attack.adapted else {}
-    return {"adapted": not missing and (attack.adapted or bool(answered(defence))), **note}
+    note = {"adaptive_note": f"does not know {'+'.join(missing)}"} if missing and attack.adapts else {}
+    return {"adaptive": not missing and (attack.adapts or bool(answered(defence))), **note}
 
 
 ADJACENCY = "add/remove"
@@ -449,7 +455,9 @@ def promised(part: Scenario, clients: int = 0) -> Row:
     )  # a client answers in all of them
     defences = described(part.defence)
     try:
-        once, ever = (mechanism_of(defences, ADJACENCY, releases, part.steps) for releases in (part.repeats, rounds))
+        once, ever = (
+            mechanism_of(defences, ADJACENCY, releases, part.local_steps) for releases in (part.repeats, rounds)
+        )
     except FedtapError as error:
         if part.success_db is not None:
             raise
@@ -521,7 +529,7 @@ def _show(
         truth = played.truths[victim][0]
         found = guess.images[victim].nan_to_num()
         found = found[scores.match(found, truth)]
-        key = (part.world, part.batch, part.steps, swept, shifts, client, rnd)
+        key = (part.dataset, part.batch, part.local_steps, swept, shifts, client, rnd)
         if key not in pictures and len(pictures) < 2 * PICTURES:
             who = "sum" if part.summed > 1 else f"client {client}"
             title = who + (f", round {rnd}" if rnd > 1 else "") + said
@@ -591,10 +599,10 @@ SIMULATED = (
 
 
 def _threat(parts: Sequence[Scenario], network: nn.Module | None) -> str:
-    batches, steps = ({getattr(part, knob) for part in parts} for knob in ("batch", "steps"))
+    batches, steps = ({getattr(part, knob) for part in parts} for knob in ("batch", "local_steps"))
     images, local = (" or ".join(map(str, sorted(values))) for values in (batches, steps))
     said = [
-        *dict.fromkeys(THREATS[part.listener] for part in parts),
+        *dict.fromkeys(THREATS[part.threat_model] for part in parts),
         f"Each honest client trains on {images} private image(s) for {local} local step(s) and sends its weights; "
         "their difference to the weights it was sent is its gradient, or the sum of several. "
         f"Defence: {' or '.join(dict.fromkeys(part.defence for part in parts))}. "
@@ -735,7 +743,9 @@ def attack_saved(
         scenario=f"What is in {source}?",
         question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
         "gradients how much a guess leaves unexplained.",
-        threat="\n".join(dict.fromkeys(THREATS.get(p.listener, f"Its listener was: {p.listener}.") for p in protocols)),
+        threat="\n".join(
+            dict.fromkeys(THREATS.get(p.threat_model, f"Its listener was: {p.threat_model}.") for p in protocols)
+        ),
         settings={
             field.name: " or ".join(dict.fromkeys(str(getattr(protocol, field.name)) for protocol in protocols))
             for field in dataclasses.fields(Protocol)
@@ -757,9 +767,9 @@ def _refusal(leak: Leak, attack: Attack) -> FedtapError | None:
         attack.accepts(leak)
     except FedtapError as error:
         return error
-    if not attack.practises:
+    if not attack.needs_auxiliary:
         return None
     return FedtapError(
         f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
-        f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --attacker PATH."
+        f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --trained-attack PATH."
     )

@@ -27,7 +27,7 @@ class FlatMLP(CoarseGIT):
         one_image(self, about.protocol.batch)
         shape = about.protocol.shape
         sizes = (self.width, self.hidden, self.hints)
-        return Estimate(Flat(stages(network, shape), shape, *sizes, drifted=about.drifts >= FEWEST))
+        return Estimate(Flat(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST))
 
 
 class Flat(Generator):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.teaching import Flat, guessed, rows
 from fedtap.simulator.attack import Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.leaks import Leak
 
 
@@ -31,10 +31,10 @@ class Nearest(Learner):
     def inverter(self, about: About, network: nn.Module) -> nn.Module:
         return Album(about, Flat(network, self.features))
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         assert isinstance(inverter, Album)
-        seen, images = rows(practice, inverter.flat)
-        inverter.labels.copy_(torch.cat([pairs.labels for pairs in practice]))
+        seen, images = rows(auxiliary, inverter.flat)
+        inverter.labels.copy_(torch.cat([pairs.labels for pairs in auxiliary]))
         inverter.seen.copy_(seen)
         inverter.images.copy_((images * 255).round())
 

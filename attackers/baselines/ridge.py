@@ -12,7 +12,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.teaching import HELD_OUT, Flat, guessed, rows
 from fedtap.simulator.attack import Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.leaks import Leak, Tensors
 
 STRENGTHS = tuple(10.0**power for power in range(-6, 2))
@@ -40,10 +40,10 @@ class Ridge(Learner):
     def inverter(self, about: About, network: nn.Module) -> nn.Module:
         return Affine(about, Flat(network, self.features))
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         """By the kernel form ``slope = X' (X X' + ridge)^-1 Y``, since there are fewer pairs than features."""
         assert isinstance(inverter, Affine)
-        seen, images = rows(practice, inverter.flat)
+        seen, images = rows(auxiliary, inverter.flat)
         images = images.flatten(1)
         kept = len(seen) - max(1, len(seen) // HELD_OUT)
         mean, grey = seen[:kept].mean(0), images[:kept].mean(0)

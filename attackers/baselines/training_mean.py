@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedtap.attackers.parts.teaching import guessed
 from fedtap.simulator.attack import Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.leaks import Leak
 
 
@@ -20,15 +20,15 @@ class TrainingMean(Learner):
     def inverter(self, about: About, network: nn.Module) -> nn.Module:
         return Mean(about)
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         assert isinstance(inverter, Mean)
         total, square = torch.zeros_like(inverter.image, dtype=torch.float64), 0.0
-        for pairs in practice:
+        for pairs in auxiliary:
             total += pairs.images.double().mean(1).sum(0)
             square += float(pairs.images.double().square().mean((1, 2, 3, 4)).sum())
-        mean = total / len(practice)
+        mean = total / len(auxiliary)
         inverter.image.copy_(mean)
-        inverter.error.fill_(square / len(practice) - float(mean.square().mean()))
+        inverter.error.fill_(square / len(auxiliary) - float(mean.square().mean()))
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, Mean)

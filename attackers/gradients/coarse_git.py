@@ -18,7 +18,7 @@ from fedtap.attackers.parts.generator import Generator, fit, stages
 from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.teaching import check_room, guessed
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice, trainings
+from fedtap.simulator.auxiliary import About, Auxiliary, trainings
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
@@ -66,15 +66,15 @@ class CoarseGIT(Learner):
         one_image(self, about.protocol.batch)
         shape = about.protocol.shape
         sizes = (self.width, self.hidden, self.hints)
-        return Estimate(Generator(stages(network, shape), shape, *sizes, drifted=about.drifts >= FEWEST))
+        return Estimate(Generator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST))
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         assert isinstance(inverter, Estimate)
-        read, images = compact(inverter.generator, practice)
+        read, images = compact(inverter.generator, auxiliary)
         how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
         met = None
-        if practice.about.drifts >= FEWEST:
-            parts = trainings(len(practice), practice.about.drifts)
+        if auxiliary.about.auxiliary_trainings >= FEWEST:
+            parts = trainings(len(auxiliary), auxiliary.about.auxiliary_trainings)
             met = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(images.device)
         inverter.error.copy_(fit(inverter.generator, read, images, met, rate=self.rate, **how))
 
@@ -109,12 +109,12 @@ def one_image(attack: Attack, batch: int) -> None:
         )
 
 
-def compact(generator: Generator, practice: Practice) -> tuple[dict[str, Tensor], Tensor]:
+def compact(generator: Generator, auxiliary: Auxiliary) -> tuple[dict[str, Tensor], Tensor]:
     """All pairs as the generator reads them, and the images behind them, `pairs channel height width`."""
     read, images = [], []
-    for pairs in progress(practice, "reading pairs"):
+    for pairs in progress(auxiliary, "reading pairs"):
         read.append(generator.read(pairs.leak.observed))
         images.append(pairs.images[:, 0])
         if len(read) == 1:
-            check_room(len(practice), sum(t[0].numel() for t in read[0].values()) + images[0][0].numel())
+            check_room(len(auxiliary), sum(t[0].numel() for t in read[0].values()) + images[0][0].numel())
     return {name: torch.cat([part[name] for part in read]) for name in read[0]}, torch.cat(images)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtap.attackers.gradients.lbfgs import minimise
-from fedtap.attackers.parts.aware import MODELLED, Objective
+from fedtap.attackers.parts.adaptive import MODELLED, Objective
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import check_match
 from fedtap.simulator.attack import Attack, Images, Reconstruction
@@ -34,7 +34,7 @@ class DLG(Attack):
     steps: int = 2400
     history: int = 80
     compiled: bool = False
-    aware: bool = False
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
@@ -42,7 +42,7 @@ class DLG(Attack):
     @property
     def models(self) -> frozenset[str]:
         """What an aware attack models."""
-        return MODELLED if self.aware else frozenset()
+        return MODELLED if self.adaptive else frozenset()
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched."""
@@ -54,7 +54,7 @@ class DLG(Attack):
         check_match(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
-        match = Objective(leak, self.aware, self.compiled)
+        match = Objective(leak, self.adaptive, self.compiled)
         batch, classes = leak.protocol.batch, leak.protocol.classes
 
         def split(points: Tensor) -> tuple[Images, Tensor]:

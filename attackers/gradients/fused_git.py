@@ -25,7 +25,7 @@ from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.newton import Product, fitted, residual
 from fedtap.attackers.parts.teaching import HELD_OUT
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 
@@ -70,14 +70,14 @@ class FusedGIT(Learner):
         assert isinstance(self.prior, Learner)
         return Prior(about, self.prior.inverter(about, network))
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         """Learn, and keep the errors on the pairs that learners hold out: the last ones."""
         assert isinstance(inverter, Prior)
-        learned = self.prior.fit(practice, seed)
+        learned = self.prior.fit(auxiliary, seed)
         inverter.guess.load_state_dict(learned.learned()[0].inverter.state_dict())
-        kept = len(practice) - len(inverter.errors)
+        kept = len(auxiliary) - len(inverter.errors)
         seen, row = 0, 0
-        for pairs in practice:
+        for pairs in auxiliary:
             fresh = pairs[torch.arange(min(max(0, kept - seen), len(pairs)), len(pairs))]
             if len(fresh):
                 guess = learned.reconstruct(fresh.leak, fresh.images).images.clamp(0, 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedtap.attackers.gradients.lbfgs import minimise
-from fedtap.attackers.parts.aware import MODELLED, Objective
+from fedtap.attackers.parts.adaptive import MODELLED, Objective
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import check_match
 from fedtap.attackers.parts.labels import last_linear, recovered
@@ -33,7 +33,7 @@ class IDLG(Attack):
     steps: int = 2400
     history: int = 80
     compiled: bool = False
-    aware: bool = False
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
@@ -41,7 +41,7 @@ class IDLG(Attack):
     @property
     def models(self) -> frozenset[str]:
         """What an aware attack models."""
-        return MODELLED if self.aware else frozenset()
+        return MODELLED if self.adaptive else frozenset()
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched and end in a layer that shows the labels."""
@@ -51,7 +51,7 @@ class IDLG(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)
-        match = Objective(leak, self.aware, self.compiled)
+        match = Objective(leak, self.adaptive, self.compiled)
 
         def objective(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
             misfit, slope = match.with_slope(points.reshape(-1, *start.shape[1:]), labels[lanes], lanes)

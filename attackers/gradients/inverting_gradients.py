@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from fedtap.attackers.parts.aware import MODELLED, informed
+from fedtap.attackers.parts.adaptive import MODELLED, informed
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import Match, check_match, cosine_distance
 from fedtap.attackers.parts.labels import last_linear, recovered
@@ -36,7 +36,7 @@ class InvertingGradients(Attack):
     step_size: float = 0.03
     smoothness: float = 0.01
     compiled: bool = False
-    aware: bool = False
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1)
@@ -44,7 +44,7 @@ class InvertingGradients(Attack):
     @property
     def models(self) -> frozenset[str]:
         """What an aware attack models."""
-        return MODELLED if self.aware else frozenset()
+        return MODELLED if self.adaptive else frozenset()
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched and end in a layer that shows the labels."""
@@ -55,7 +55,7 @@ class InvertingGradients(Attack):
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)
         signs = leak.protocol.optimiser == "adam"
-        known = informed(leak, cosine_distance, weighed=False) if self.aware or signs else None
+        known = informed(leak, cosine_distance, weighed=False) if self.adaptive or signs else None
         match = Match(leak, known.misfit if known else cosine_distance, compiled=self.compiled)
         # |d|^2 / |leak|^2 is 2 (1 - cos) where the lengths are right
         smoothness = self.smoothness + known.weights / 2 if known else self.smoothness

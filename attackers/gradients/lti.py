@@ -1,4 +1,4 @@
-"""LTI, Learning to Invert: a multilayer perceptron from the whole gradient to the pixels, taught on practice pairs.
+"""LTI, Learning to Invert: a multilayer perceptron from the whole gradient to the pixels, taught on auxiliary pairs.
 
 Wu et al. 2022, https://arxiv.org/abs/2210.10880.
 Departs from the paper in hashing a long gradient to a fixed number of features, not to half its length.
@@ -16,7 +16,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.teaching import Flat, guessed, rows, teach
 from fedtap.simulator.attack import Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.leaks import Leak, Tensors
 
 
@@ -49,9 +49,9 @@ class LTI(Learner):
     def inverter(self, about: About, network: nn.Module) -> nn.Module:
         return Perceptron(about, network, self.features, self.width)
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         assert isinstance(inverter, Perceptron)
-        seen, images = rows(practice, inverter.flat)
+        seen, images = rows(auxiliary, inverter.flat)
         optimiser = torch.optim.Adam(inverter.layers.parameters(), self.rate)
         steps = self.epochs * math.ceil(len(seen) / self.batch)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [3 * steps // 4])

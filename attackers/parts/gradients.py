@@ -95,7 +95,11 @@ class Match:
     @property
     def floor(self) -> float:
         """The squared distance that rounding on the wire leaves at the true images."""
-        scale = self.leak.protocol.learning_rate * self.leak.protocol.steps if isinstance(self.leak, UpdateLeak) else 1
+        scale = (
+            self.leak.protocol.learning_rate * self.leak.protocol.local_steps
+            if isinstance(self.leak, UpdateLeak)
+            else 1
+        )
         return (self.leak.resolution / scale) ** 2 * sum(tensor[0].numel() for tensor in self.leaked.values())
 
     def __call__(self, images: Images, labels: Labels, lanes: Tensor | None = None) -> Float[Tensor, "lanes"]:
@@ -209,13 +213,14 @@ def check_match(leak: Leak) -> None:
             f"Model {short(leak.protocol.model)!r} keeps {short(lost[0])}, a buffer of whole numbers whose values are "
             "not known here: make it in forward (torch.arange), or register it as floating point numbers."
         )
-    if leak.protocol.optimiser == "adam" and leak.protocol.steps > 1:
+    if leak.protocol.optimiser == "adam" and leak.protocol.local_steps > 1:
         raise FedtapError(
-            f"Adam divides each step by the gradient's own size, so of {leak.protocol.steps} steps nothing is left to "
+            f"Adam divides each step by the gradient's own size, so of {leak.protocol.local_steps} steps nothing is "
+            f"left to "
             "be matched: attack clients of one step, whose gradient's signs are."
         )
-    steps, batch = min(leak.protocol.steps, 2), min(leak.protocol.batch, 2)
-    tried = (leak.kind, dataclasses.replace(leak.protocol, steps=steps, batch=batch))
+    steps, batch = min(leak.protocol.local_steps, 2), min(leak.protocol.batch, 2)
+    tried = (leak.kind, dataclasses.replace(leak.protocol, local_steps=steps, batch=batch))
     if tried in _TRIED.setdefault(network, set()):
         return
     draw = torch.Generator().manual_seed(0)
@@ -229,7 +234,7 @@ def check_match(leak: Leak) -> None:
     parameters = dict(network.named_parameters())
     one = dataclasses.replace(
         leak[:1],
-        protocol=dataclasses.replace(leak.protocol, steps=steps, batch=batch),
+        protocol=dataclasses.replace(leak.protocol, local_steps=steps, batch=batch),
         observed=made_up(parameters, 1),
         weights=made_up(parameters),
         buffers=made_up(float_buffers(network)),

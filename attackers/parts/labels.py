@@ -174,11 +174,11 @@ def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
         pull = rate * (1 + embedding.square().sum(1, keepdim=True))
         for _ in range(SETTLE):
             shares = _proper(believed - slopes) if leak.protocol.loss == "cross_entropy" else believed - slopes
-            moved, total = logits, torch.zeros_like(logits)
-            for _ in range(leak.protocol.steps):
-                total = total + respond(moved)
-                moved = moved - pull * (respond(moved) - shares)
-            believed = (believed + total / leak.protocol.steps) / 2
+            drift_norm, total = logits, torch.zeros_like(logits)
+            for _ in range(leak.protocol.local_steps):
+                total = total + respond(drift_norm)
+                drift_norm = drift_norm - pull * (respond(drift_norm) - shares)
+            believed = (believed + total / leak.protocol.local_steps) / 2
     return believed
 
 

@@ -124,7 +124,7 @@ def chain(leak: Leak) -> Chain:
     pixels = torch.stack([torch.zeros_like(random), torch.ones_like(random), random])
     images = pixels.reshape(3, *leak.protocol.shape)
     try:
-        with torch.no_grad(), _Listener() as heard:
+        with torch.no_grad(), _ThreatModel() as heard:
             logits = network(images)
     except Exception as error:  # a user's code may raise anything
         raise FedtapError(
@@ -231,7 +231,7 @@ class _Step:
         return self.function in shapes and self.output.ndim == 2 and len(self.output) == len(self.tensors[0])
 
 
-class _Listener(TorchFunctionMode):
+class _ThreatModel(TorchFunctionMode):
     """Writes down each torch function that yields a tensor."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtap.simulator.attack import Reconstruction, generator
-from fedtap.simulator.auxiliary import Practice
+from fedtap.simulator.auxiliary import Auxiliary
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.progress import progress
@@ -54,7 +54,7 @@ class Flat(nn.Module):
         return row.index_add_(1, self.where, whole * self.sign)
 
 
-def rows(practice: Practice, features: Callable[[Tensors], Rows]) -> tuple[Rows, Float[Tensor, "pairs batch pixels"]]:
+def rows(auxiliary: Auxiliary, features: Callable[[Tensors], Rows]) -> tuple[Rows, Float[Tensor, "pairs batch pixels"]]:
     """What all pairs look like to an attack that learns, and the images behind them; chunk by chunk.
 
     Raises:
@@ -62,11 +62,11 @@ def rows(practice: Practice, features: Callable[[Tensors], Rows]) -> tuple[Rows,
     """
     seen: list[Tensor] = []
     images: list[Tensor] = []
-    for pairs in progress(practice, "reading pairs"):
+    for pairs in progress(auxiliary, "reading pairs"):
         seen.append(features(pairs.leak.observed))
         images.append(pairs.images.flatten(2))
         if len(seen) == 1:
-            check_room(len(practice), seen[0].shape[1] + images[0][0].numel())
+            check_room(len(auxiliary), seen[0].shape[1] + images[0][0].numel())
     return torch.cat(seen), torch.cat(images)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.auxiliary import Pairs, Practice
+from fedtap.simulator.auxiliary import Auxiliary, Pairs
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak, float_buffers
 from fedtap.simulator.models.registry import build
@@ -43,15 +43,15 @@ class Assuming(Attack):
         """The attack's, marked."""
         return f"misled {self.attack.name}"
 
-    def fit(self, practice: Practice, seed: int = 0) -> Attack:
+    def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Attack:
         """Its attack learns from pairs that are cut as its leaks will be."""
-        protocol = dataclasses.replace(practice.about.protocol, model=self.model)
+        protocol = dataclasses.replace(auxiliary.about.protocol, model=self.model)
         wrong = Wrong(
-            practice.folder,
-            dataclasses.replace(practice.about, protocol=protocol),
+            auxiliary.folder,
+            dataclasses.replace(auxiliary.about, protocol=protocol),
             build(self.model, protocol.shape, protocol.classes),
-            practice.device,
-            practice,
+            auxiliary.device,
+            auxiliary,
         )
         return dataclasses.replace(self, attack=self.attack.fit(wrong, seed))
 
@@ -65,17 +65,17 @@ class Assuming(Attack):
 
 
 @dataclass(frozen=True)
-class Wrong(Practice):
+class Wrong(Auxiliary):
     """Pairs of another model, cut as if they were of `network`."""
 
-    heard: Practice | None = None
+    heard: Auxiliary | None = None
 
     def __iter__(self) -> Iterator[Pairs]:
         assert self.heard is not None
         for pairs in self.heard:
             yield dataclasses.replace(pairs, leak=taken_for(self.about.protocol.model, pairs.leak))
 
-    def first(self, pairs: int) -> Practice:
+    def first(self, pairs: int) -> Auxiliary:
         assert self.heard is not None
         about = dataclasses.replace(self.about, pairs=min(pairs, len(self)))
         return dataclasses.replace(self, about=about, heard=self.heard.first(pairs))

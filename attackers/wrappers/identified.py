@@ -1,4 +1,4 @@
-"""Identified: read the weights from the practice pairs, then let an attack that needs weights use them.
+"""Identified: read the weights from the auxiliary pairs, then let an attack that needs weights use them.
 
 A wrapper without a paper; what GIT fits by gradient descent (https://arxiv.org/abs/2505.20026) has a closed form, which
 `fedtap.attackers.wrappers.identify` explains.
@@ -16,7 +16,7 @@ from torch import nn
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.wrappers.identify import check_identifiable, identify
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Practice
+from fedtap.simulator.auxiliary import About, Auxiliary
 from fedtap.simulator.defences.announced import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, stack
@@ -28,7 +28,7 @@ class Identified(Learner):
 
     Args:
         attack: the attack that is given the weights.
-        pairs: how many of the practice pairs are read; 0 reads all.
+        pairs: how many of the auxiliary pairs are read; 0 reads all.
     """
 
     attack: Attack
@@ -36,7 +36,7 @@ class Identified(Learner):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.attack.practises and not isinstance(self.attack, Learner):
+        if self.attack.needs_auxiliary and not isinstance(self.attack, Learner):
             raise FedtapError(
                 f"identified teaches an attack that learns, and {self.attack.written()} has one inside it: put "
                 "identified inside instead, such as refine(coarse_git,identified(idlg))."
@@ -59,22 +59,22 @@ class Identified(Learner):
         blank = {name: torch.zeros(p.shape, device=leak.device) for name, p in leak.network.named_parameters()}
         self.attack.accepts(dataclasses.replace(leak, weights=blank, buffers={}, stacked=False))
 
-    def check_practice(self, drifts: int) -> None:
+    def check_auxiliary(self, auxiliary_trainings: int) -> None:
         """It takes pairs at the same weights."""
-        if drifts:
+        if auxiliary_trainings:
             raise FedtapError(
-                f"{self.name} reads one set of weights, and these pairs were met at many, along {drifts} "
-                "trainings: leave out --drifts, or use coarse_git."
+                f"{self.name} reads one set of weights, and these pairs were met at many, along {auxiliary_trainings} "
+                "trainings: leave out --auxiliary-trainings, or use coarse_git."
             )
 
     def inverter(self, about: About, network: nn.Module) -> nn.Module:
-        self.check_practice(about.drifts)
+        self.check_auxiliary(about.auxiliary_trainings)
         inner = self.attack.inverter(about, network) if isinstance(self.attack, Learner) else nn.Identity()
         return Weights(network, inner)
 
-    def learn(self, inverter: nn.Module, practice: Practice, seed: int) -> None:
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         assert isinstance(inverter, Weights)
-        chunks = [pairs.to("cpu") for pairs in practice.first(self.pairs or len(practice))]
+        chunks = [pairs.to("cpu") for pairs in auxiliary.first(self.pairs or len(auxiliary))]
         leak = stack([pairs.leak for pairs in chunks])
         assert isinstance(leak, GradientLeak)
         images, labels = (torch.cat(parts) for parts in zip(*((p.images, p.labels) for p in chunks), strict=True))
@@ -82,7 +82,7 @@ class Identified(Learner):
         found = identify(dataclasses.replace(leak, resolution=noise), images, labels)
         inverter.network.load_state_dict(found, strict=False)
         if isinstance(self.attack, Learner):
-            self.attack.learn(inverter.inner, practice, seed)
+            self.attack.learn(inverter.inner, auxiliary, seed)
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, Weights)

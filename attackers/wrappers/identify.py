@@ -1,4 +1,4 @@
-"""A network's weights from practice pairs: known images, known labels, and the gradient that each image causes.
+"""A network's weights from auxiliary pairs: known images, known labels, and the gradient that each image causes.
 
 The closed form of what GIT fits by gradient descent (Chen and Liu 2025, https://arxiv.org/abs/2505.20026). The
 equations are those of `fedtap.attackers.gradients.exact_git`, read for the weights: with p the softmax, h a layer's
@@ -162,7 +162,7 @@ class _Softmax:
             rows, difference, error = (tensor[:, None] for tensor in self.relation(one, reference))
             if len(difference) < size:
                 raise FedtapError(
-                    f"Of {len(inputs):,} practice pairs {len(difference):,} show how the logits of classes {one} and "
+                    f"Of {len(inputs):,} auxiliary pairs {len(difference):,} show how the logits of classes {one} and "
                     f"{reference} differ, and the last layer needs {size:,}: give more pairs, of other labels."
                 )
             weight[one] = torch.linalg.lstsq(padded[rows[:, 0]] / error, difference / error).solution[:, 0]
@@ -215,7 +215,7 @@ class Pairs:
             if which > 1 and bool((deviation > KNOWN).any()):
                 raise FedtapError(
                     f"The gradient of {layer.weight} leaves {float((deviation > KNOWN).double().mean()):.0%} of that "
-                    "layer's input open, so the weights below it cannot be told from pairs: use --listener "
+                    "layer's input open, so the weights below it cannot be told from pairs: use --threat-model "
                     "curious_server, or a network with more filters or smaller strides."
                 )
             weight = known[which][0] if known else _regressed(layer, inputs, outputs[1])[0]
@@ -259,7 +259,7 @@ class Pairs:
         left = float((shown - inputs).square().sum() / (shown - shown.mean(0)).square().sum())
         if not left < UNEXPLAINED:
             raise FedtapError(
-                f"No weights explain the practice pairs (what the last layer is fed is off by {left:.0e} of its "
+                f"No weights explain the auxiliary pairs (what the last layer is fed is off by {left:.0e} of its "
                 "variance), since these are too few or too noisy, or images and gradients are not of each other: give "
                 "more pairs, as the client answered them."
             )
@@ -375,12 +375,12 @@ def check_identifiable(leak: Leak) -> tuple[Layer, ...]:
     if layers[-1].bias not in trained(leak.network):
         raise FedtapError(
             f"Weights are told from the gradient of the last layer's bias, and {leak.protocol.model!r} has none there "
-            "that is trained: give its last layer a bias, or use --listener curious_server."
+            "that is trained: give its last layer a bias, or use --threat-model curious_server."
         )
     if frozen := [layer.weight for layer in layers if layer.weight not in trained(leak.network)]:
         raise FedtapError(
             f"Weights are told from their own gradients, and {frozen[0]} of {leak.protocol.model!r} is frozen: "
-            "train every layer, or use --listener curious_server."
+            "train every layer, or use --threat-model curious_server."
         )
     return layers
 
@@ -395,6 +395,6 @@ def _check(leak: GradientLeak, images: int) -> None:
         )
     if len(leak) < (needed := max(map(_needed, check_identifiable(leak)))):
         raise FedtapError(
-            f"The weights of {leak.protocol.model!r} need at least {needed:,} practice pairs, one for each unknown of "
+            f"The weights of {leak.protocol.model!r} need at least {needed:,} auxiliary pairs, one for each unknown of "
             f"a filter of its widest layer, and there are {len(leak):,}: give more pairs."
         )

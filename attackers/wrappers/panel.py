@@ -3,7 +3,7 @@
 A wrapper without a paper. The judge is what an attacker has, never the truth: how far the guess's own gradient is from
 the one that was sent, defended as announced and weighed by the error that the defence leaves. Where the defence is
 random, a guess that follows the noise is nearest, so what pictures look like counts too: together they are the
-posterior. A panel of more is a panel of panels, `panel(panel(idlg, idlg(aware=True)), inverting_gradients)`.
+posterior. A panel of more is a panel of panels, `panel(panel(idlg, idlg(adaptive=True)), inverting_gradients)`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedtap.attackers.parts.aware import HARD, informed
+from fedtap.attackers.parts.adaptive import HARD, informed
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import Match, check_match, relative_distance, squared_distance
 from fedtap.simulator.attack import Attack, Images, Reconstruction

@@ -18,9 +18,9 @@ from torch import Tensor
 from fedtap.attackers.activations.block import block_of
 from fedtap.scenarios.activations.split import Split, attacks_on_blocks
 from fedtap.scenarios.command.options import Knob
-from fedtap.simulator.data.images import World
+from fedtap.simulator.data.images import Dataset
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import world_of
+from fedtap.simulator.federation.settings import dataset_of
 from fedtap.simulator.models.attention import Patches, cut, first_attention, joined
 from fedtap.simulator.models.registry import ViT, build, with_weights
 from fedtap.simulator.report.folder import Row
@@ -53,7 +53,7 @@ class AttentionViT(Split):
         "from another client's answer; relative error: of its pixels; residual: likewise, of the guess's output"
     )
 
-    world: str = "photos"
+    dataset: str = "photos"
     size: int = 32
     weights_seed: int = 1234
     weights: str = ""
@@ -64,24 +64,24 @@ class AttentionViT(Split):
         """The half, as a saved leak names it."""
         return f"vit(cut={self.cut!r})"
 
-    def world_at(self, data_root: Path) -> World:
+    def dataset_at(self, data_root: Path) -> Dataset:
         """Where the photographs are from.
 
         Raises:
             FedtapError: it has fewer than there are clients.
         """
-        world = world_of(self.world, data_root, self.size)
-        if self.victims > len(world.victims):
+        dataset = dataset_of(self.dataset, data_root, self.size)
+        if self.victims > len(dataset.victims):
             raise FedtapError(
-                f"{self.victims} clients with a picture each are more than the {len(world.victims)} on the victims' "
-                f"side of {self.world}: lower --victims."
+                f"{self.victims} clients with a picture each are more than the {len(dataset.victims)} on the victims' "
+                f"side of {self.dataset}: lower --victims."
             )
-        return world
+        return dataset
 
     def vit(self, data_root: Path) -> ViT:
         """The model, before it is cut."""
-        world = self.world_at(data_root)
-        vit = build("vit", world.shape, len(world.classes), seed=self.weights_seed)
+        dataset = self.dataset_at(data_root)
+        vit = build("vit", dataset.shape, len(dataset.classes), seed=self.weights_seed)
         assert isinstance(vit, ViT)
         return with_weights(vit, Path(self.weights)) if self.weights else vit  # type: ignore[return-value]
 
@@ -100,23 +100,23 @@ class AttentionViT(Split):
 
     def private(self, client: int, data_root: Path) -> Tensor:
         """A client's photograph, in patches."""
-        images, _ = self.world_at(data_root).victims.batch(slice(client, client + 1))
+        images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
         return cut(images[0], *self.patch(data_root))
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """Every attack on every client, from a start that needs no truth."""
         failed: dict[int, str] = {}
         leak = self.listen(grid, part, data_root, failed)
-        world, (high, wide) = self.world_at(data_root), self.patch(data_root)
-        truth = joined(self.truth(leak, data_root), world.shape, high, wide)
-        floor = blind(world.public.batch(slice(None))[0])
+        dataset, (high, wide) = self.dataset_at(data_root), self.patch(data_root)
+        truth = joined(self.truth(leak, data_root), dataset.shape, high, wide)
+        floor = blind(dataset.public.batch(slice(None))[0])
         pictures = [
             Picture(f"client {client}", truth[v][None], {}, floor) for v, client in enumerate(leak.clients.tolist())
         ]
         rows: list[Row] = []
         for attack in self.attacks:
             guess = attack(leak.to(device), seed=self.seed).on_cpu()
-            images = joined(guess.values.float(), world.shape, high, wide)
+            images = joined(guess.values.float(), dataset.shape, high, wide)
             own, none, strange = (
                 psnr(mse(some, truth)).tolist() for some in (images, floor.expand_as(truth), images.roll(1, dims=0))
             )
@@ -146,7 +146,7 @@ class AttentionViT(Split):
 
 def scenario(
     *,
-    world: Annotated[str, Knob("photos, cifar10, a folder or zip of images, or an .npz", path=True)] = "photos",
+    dataset: Annotated[str, Knob("photos, cifar10, a folder or zip of images, or an .npz", path=True)] = "photos",
     size: Annotated[
         int, Knob("pixels a side that photos and the images of a folder or zip are brought to", 8, 512)
     ] = 32,
@@ -167,7 +167,7 @@ def scenario(
     """One exchange: the first layers go out, and what they make of the clients' photographs comes back."""
     return AttentionViT(
         attacks=attacks_on_blocks(attack),
-        world=world,
+        dataset=dataset,
         size=size,
         cut=cut,
         noise=noise,

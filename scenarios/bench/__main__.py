@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fedtap.clients.app import client_app
 from fedtap.clients.cost import exchange, seconds, times_as_long
 from fedtap.scenarios.bench.attacks import main as attack_ratios
-from fedtap.simulator.federation.rounds import Heard, play, practice
+from fedtap.simulator.federation.rounds import Heard, auxiliary, play
 from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
@@ -40,10 +40,10 @@ def main() -> None:
     print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
     fed, plain = [], []
     for _ in range(5):
-        fed.append(seconds(lambda: _practice(scenario, private)))
+        fed.append(seconds(lambda: _auxiliary(scenario, private)))
         plain.append(seconds(lambda: _one_by_one(private)))
     ratio = statistics.median(a / b for a, b in zip(plain, fed, strict=True))
-    print(f"{PAIRS} LeNet practice pairs through the federation, 1 thread: {1e6 * min(fed) / PAIRS:.0f} µs a pair")
+    print(f"{PAIRS} LeNet auxiliary pairs through the federation, 1 thread: {1e6 * min(fed) / PAIRS:.0f} µs a pair")
     print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
     _defences(private)
     attack_ratios()
@@ -69,9 +69,9 @@ SOTERIA_BATCH = 4
 
 def _defences(private: PrivateData) -> None:
     """A client's step, from weights to weights, with each defence and without, in turns."""
-    shape, classes = private.world.shape, len(private.world.classes)
+    shape, classes = private.dataset.shape, len(private.dataset.classes)
     for batch in (1, 32):
-        images, labels = private.world.train.batch(slice(batch))
+        images, labels = private.dataset.train.batch(slice(batch))
         plain = exchange("lenet", "none", shape, classes, images, labels)
         plain()
         print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * seconds(plain):.2f} ms undefended")
@@ -100,11 +100,11 @@ def _scenario(path: Path) -> Scenario:
     return Scenario(
         attacks=(),
         name="bench",
-        world=str(path),
+        dataset=str(path),
         rounds=ROUNDS,
         victims=1,
         clients=CLIENTS - 1,
-        steps=STEPS,
+        local_steps=STEPS,
         batch=BATCH,
     )
 
@@ -113,21 +113,21 @@ def _federation(scenario: Scenario, private: PrivateData) -> None:
     play(scenario, LocalGrid(client_app(lambda config: (scenario,)), CLIENTS), private)
 
 
-def _practice(scenario: Scenario, private: PrivateData) -> None:
+def _auxiliary(scenario: Scenario, private: PrivateData) -> None:
     """Pairs fed to the compromised client and heard, after the round in which it shows itself."""
     grid = LocalGrid(client_app(lambda config: (scenario,)), CLIENTS)
-    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)
     arrays = ArrayRecord({name: weight.detach() for name, weight in net.named_parameters()})
     heard = Heard(arrays=arrays, nodes={private.clients: list(grid.get_node_ids())[private.clients]})
-    images, labels = private.world.train.batch(slice(PAIRS))
-    assert sum(map(len, practice(grid, scenario, private, heard, images[:, None], labels[:, None]))) == PAIRS
+    images, labels = private.dataset.train.batch(slice(PAIRS))
+    assert sum(map(len, auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None]))) == PAIRS
 
 
 def _one_by_one(private: PrivateData) -> None:
     """The same gradients with nothing around them."""
-    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)
     weights = list(net.parameters())
-    images, labels = private.world.train.batch(slice(PAIRS))
+    images, labels = private.dataset.train.batch(slice(PAIRS))
     found = [
         torch.autograd.grad(F.cross_entropy(net(x[None]), y[None]), weights)
         for x, y in zip(images, labels, strict=True)
@@ -137,7 +137,7 @@ def _one_by_one(private: PrivateData) -> None:
 
 def _bare(private: PrivateData) -> None:
     """The same training and averaging with nothing around it."""
-    net = build("lenet", private.world.shape, len(private.world.classes), seed=1234)
+    net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)
     shared = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     for rnd in range(1, ROUNDS + 2):
         total = {name: torch.zeros_like(weight) for name, weight in shared.items()}

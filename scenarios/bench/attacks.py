@@ -1,8 +1,9 @@
 """How fast the attacks' heart is: objective and slope of a gradient match, against the plain loop of double backwards.
 
 `python -m fedtap.scenarios.bench.attacks` prints the time per restart-iteration (LeNet, batch 1, 32x32, one thread) and
-its ratio to the plain loop, both measured in turn in one run; on a CUDA device too, where there is one. Likewise of Newton's method
-on attention: 64 victims at once against one after the other, and against a loop with autograd's Jacobian.
+its ratio to the plain loop, both measured in turn in one run; on a CUDA device too, where there is one. Likewise of
+Newton's method on attention: 64 victims at once against one after the other, and against a loop with autograd's
+Jacobian.
 """
 
 from __future__ import annotations

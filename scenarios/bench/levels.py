@@ -1,6 +1,6 @@
 """Where the thresholds of identical, recognisable and nothing come from.
 
-Run `python -m fedtap.scenarios.bench.levels --world cifar10`.
+Run `python -m fedtap.scenarios.bench.levels --dataset cifar10`.
 
 Images of the training side are attacked, never the victims' side: by attacks that are stopped early, that learned from
 few pairs or that see a batch; others have noise added. An identification test says which reconstructions show their
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fedtap.attackers import parse
 from fedtap.simulator import scores
-from fedtap.simulator.auxiliary import About, Pairs, Practice, gradients
-from fedtap.simulator.data.images import World, open_world
+from fedtap.simulator.auxiliary import About, Auxiliary, Pairs, gradients
+from fedtap.simulator.data.images import Dataset, open_dataset
 from fedtap.simulator.data.vision import lpips_alex
 from fedtap.simulator.leaks import GradientLeak, Protocol
 from fedtap.simulator.models.registry import build
@@ -65,12 +65,12 @@ def leak_of(
     )
 
 
-def practice_of(world: World, pairs: int, folder: Path) -> Practice:
+def auxiliary_of(dataset: Dataset, pairs: int, folder: Path) -> Auxiliary:
     """Pairs of the public side, under LeNet."""
-    images, labels = world.public.batch(slice(pairs))
-    leak = leak_of("lenet", images[:, None], labels[:, None], len(world.classes))
-    about = About(leak.protocol, world.name, pairs)
-    return Practice.record(folder, about, leak.network, [Pairs(leak, images[:, None], labels[:, None])])
+    images, labels = dataset.public.batch(slice(pairs))
+    leak = leak_of("lenet", images[:, None], labels[:, None], len(dataset.classes))
+    about = About(leak.protocol, dataset.name, pairs)
+    return Auxiliary.record(folder, about, leak.network, [Pairs(leak, images[:, None], labels[:, None])])
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,15 @@ class Made:
     truth: Batch
 
 
-def made(world: World, each: int, first: int) -> Iterator[Made]:
+def made(dataset: Dataset, each: int, first: int) -> Iterator[Made]:
     """Reconstructions of every kind, `each` of them, of other originals for each kind, from the `first` image on."""
-    place, classes = first, len(world.classes)
+    place, classes = first, len(dataset.classes)
 
     def originals(count: int) -> tuple[Batch, Tensor]:
         nonlocal place
-        index = torch.arange(place, place + count) % len(world.train)
+        index = torch.arange(place, place + count) % len(dataset.train)
         place += count
-        return world.train.batch(index)
+        return dataset.train.batch(index)
 
     for name in MATCHING:
         truth, labels = originals(each)
@@ -98,7 +98,7 @@ def made(world: World, each: int, first: int) -> Iterator[Made]:
         yield Made(name, guess.images[:, 0], truth)
     for name, pairs in LEARNED:
         with tempfile.TemporaryDirectory() as folder:
-            attack = parse(name)[0].fit(practice_of(world, pairs, Path(folder)))
+            attack = parse(name)[0].fit(auxiliary_of(dataset, pairs, Path(folder)))
         truth, labels = originals(each)
         guess = attack(leak_of("lenet", truth[:, None], labels[:, None], classes))
         yield Made(f"{name}, {pairs} pairs", guess.images[:, 0], truth)
@@ -115,9 +115,9 @@ def made(world: World, each: int, first: int) -> Iterator[Made]:
         yield Made(f"noise {sigma}", noisy.clamp(0, 1), truth)
 
 
-def floors(world: World, truth: Batch) -> Iterator[tuple[str, Batch]]:
+def floors(dataset: Dataset, truth: Batch) -> Iterator[tuple[str, Batch]]:
     """Guesses that know nothing of their original: all of them have to be nothing."""
-    public = world.public.batch(slice(None))[0]
+    public = dataset.public.batch(slice(None))[0]
     yield "a blind guess", scores.blind(public).expand_as(truth)
     yield "the public mean", scores.training_mean(public).expand_as(truth)
     yield "grey", torch.full_like(truth, 0.5)
@@ -155,9 +155,9 @@ def identified(guess: Batch, truth: Batch, others: Float[Tensor, "others feature
     return own < nearest
 
 
-def strangers(world: World, first: int, count: int = 600) -> tuple[int, int, int]:
+def strangers(dataset: Dataset, first: int, count: int = 600) -> tuple[int, int, int]:
     """Of so many different images, how many pairs one of which would count as the other recognised."""
-    images = world.train.batch(slice(first, first + count))[0]
+    images = dataset.train.batch(slice(first, first + count))[0]
     seen = features(images)
     near = torch.cdist(seen, seen).square() <= scores.RECOGNISABLE_LPIPS
     one, other = (places for places in near.fill_diagonal_(False).nonzero().unbind(1))
@@ -194,14 +194,14 @@ def judged(guess: Batch, truth: Batch, others: Tensor) -> Judged:
 
 
 def main(
-    world: Annotated[str, typer.Option(help="As of `fedtap run`; 32 pixels a side or more.")] = "cifar10",
+    dataset: Annotated[str, typer.Option(help="As of `fedtap run`; 32 pixels a side or more.")] = "cifar10",
     each: Annotated[int, typer.Option(min=2, help="Reconstructions of each kind; half of them judge.")] = 24,
     first: Annotated[int, typer.Option(min=0, help="The first training image that is used.")] = 0,
     data_root: Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT")] = Path("data"),
 ) -> None:
     """Choose the threshold on one half, and print how often levels and identification agree on the other."""
     torch.set_num_threads(1)
-    played = open_world(world, data_root)
+    played = open_dataset(dataset, data_root)
     draw = torch.Generator().manual_seed(0)
     others = features(played.public.batch(torch.randperm(len(played.public), generator=draw)[: GALLERY - 1])[0])
     kinds: dict[str, Judged] = {}

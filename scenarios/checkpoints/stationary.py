@@ -1,7 +1,7 @@
 """What studies of trained models share: cases of clients that train a small network on a table, and their exchange.
 
-Private and public rows are from the same world: features from N(0, 1), labels by a hyperplane through the origin, with
-noise; the hyperplane is the seed's.
+Private and public rows are from the same dataset: features from N(0, 1), labels by a hyperplane through the origin,
+with noise; the hyperplane is the seed's.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Case:
         return build(self.model, (self.features,), 2, seed)
 
     def table(self, seed: int, rows: int, *names: int | str) -> Table:
-        """So many rows of the world, drawn under these names."""
+        """So many rows of the dataset, drawn under these names."""
         normal = torch.randn(self.features, generator=generator(seed, "hyperplane"), dtype=torch.float64)
         draw = generator(seed, *names)
         inputs = torch.randn(rows, self.features, generator=draw, dtype=torch.float64)

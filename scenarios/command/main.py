@@ -32,7 +32,7 @@ from fedtap.scenarios.gradients.game import Game, check
 from fedtap.scenarios.gradients.game_report import play_games, table_of
 from fedtap.scenarios.gradients.image import with_trained
 from fedtap.simulator.attack import Attack
-from fedtap.simulator.data.images import WORLDS
+from fedtap.simulator.data.images import DATASETS
 from fedtap.simulator.defences.notation import WORDS, usage
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
 from fedtap.simulator.federation.settings import Scenario
@@ -135,14 +135,16 @@ def attack_command(
     attack: Annotated[
         str, typer.Option(help="NAME[,NAME…], with settings if need be; the leak's own unless said.")
     ] = "",
-    attacker: Annotated[str, typer.Option(help="PATH of a trained attack's .safetensors, as a run leaves it.")] = "",
+    trained_attack: Annotated[
+        str, typer.Option(help="PATH of a trained attack's .safetensors, as a run leaves it.")
+    ] = "",
     model: Annotated[str, typer.Option(help="The leak's architecture, where it is a module:function of yours.")] = "",
     out: Out = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
     overwrite: Overwrite = False,
     batch: Annotated[int | None, typer.Option(help=f"Images in a client's local step. {SAYS}")] = None,
-    steps: Annotated[int | None, typer.Option(help="Local steps, each on the same batch.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Local steps, each on the same batch.")] = None,
     low: Annotated[str, typer.Option(help="What the model is fed for a pixel of 0: a number, or R,G,B.")] = "",
     high: Annotated[str, typer.Option(help="What the model is fed for a pixel of 1: a number, or R,G,B.")] = "",
     loss: Annotated[str | None, typer.Option(help="cross_entropy, bce (with logits) or mse (on one-hot).")] = None,
@@ -154,10 +156,16 @@ def attack_command(
     batchnorm: Annotated[str | None, typer.Option(help="train (the batch's statistics) or eval (running).")] = None,
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
-    said = {"batch": batch, "steps": steps, "low": numbers("low", low), "high": numbers("high", high), "loss": loss}
+    said = {
+        "batch": batch,
+        "local_steps": local_steps,
+        "low": numbers("low", low),
+        "high": numbers("high", high),
+        "loss": loss,
+    }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
     said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
-    named = parse(with_trained(attack, attacker)) if attack or attacker else ()
+    named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
     _find_own_code(model, *(name for attack in named for name in models_named(attack)))
     known = {name: value for name, value in said.items() if value is not None}
     found = {path.name: _read(path, model, known) for path in _leaks_in(leaks)}
@@ -200,11 +208,11 @@ def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
 
 @cli.command("list")
 def list_command() -> None:
-    """Scenarios with their questions, attacks with their papers, defences, worlds, models."""
+    """Scenarios with their questions, attacks with their papers, defences, datasets, models."""
     _catalogue("scenario", {name: question(name).splitlines()[0] for name in sorted(catalogue())})
     _catalogue("attack", {name: _about(attack) for name, attack in sorted(ATTACKS.items())})
     _catalogue("defence", {usage(name): f"{kind.about} [dim]({kind.hook})[/dim]" for name, kind in WORDS.items()})
-    _catalogue("world", dict(WORLDS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
+    _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
     _catalogue("model", {name: (made.__doc__ or "").splitlines()[0] for name, made in MODELS.items()})
 
 

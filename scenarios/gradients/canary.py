@@ -33,7 +33,7 @@ def scenario(
     """One client, one secret, one release: clipped, with Gaussian noise."""
     return Game(
         attacks=(),
-        world="canaries",
+        dataset="canaries",
         model="fedtap.scenarios.gradients.game:softmax",
         learning_rate=1.0,
         canaries=canaries,

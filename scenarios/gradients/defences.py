@@ -34,8 +34,8 @@ DEFENCES = (
 )
 
 ATTACKS = (
-    "idlg(steps=400),idlg(steps=400,aware=True),"
-    "inverting_gradients(steps=300),inverting_gradients(steps=300,aware=True)"
+    "idlg(steps=400),idlg(steps=400,adaptive=True),"
+    "inverting_gradients(steps=300),inverting_gradients(steps=300,adaptive=True)"
 )
 
 

@@ -19,7 +19,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import Scenario
 from fedtap.simulator.run import ADJACENCY
 
-ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,aware=True)"
+ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,adaptive=True)"
 
 MECHANISMS = ("update", "dp_sgd", "local_dp")
 """Noise on the clipped update, on the sum of clipped gradients of examples (Opacus), or by Flower's `LocalDpMod`."""
@@ -58,7 +58,7 @@ def scenario(
             "In this scenario --epsilon, --sigma and --clip are the defence, and --defence would be another: leave it "
             "out, or choose a --mechanism."
         )
-    knobs["defence"] = _written(mechanism, epsilon, sigma, clip, delta, knobs["steps"])
+    knobs["defence"] = _written(mechanism, epsilon, sigma, clip, delta, knobs["local_steps"])
     attacked = promising(knobs, ATTACK, delta, success_db)
     if mechanism != "update" or sigma or math.isinf(epsilon):
         return (attacked,)
@@ -88,7 +88,7 @@ def _game(epsilon: float, delta: float, seed: int) -> Game:
     """Two canaries under the same ε and δ, so at the same ratio of clip to noise."""
     return Game(
         attacks=(),
-        world="canaries",
+        dataset="canaries",
         model="fedtap.scenarios.gradients.game:softmax",
         learning_rate=1.0,
         canaries=2,

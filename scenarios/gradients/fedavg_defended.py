@@ -11,7 +11,7 @@ from typing import Unpack
 from fedtap.scenarios.gradients.image import Delta, ImageKnobs, SuccessDb, image_knobs, promising
 from fedtap.simulator.federation.settings import Scenario
 
-ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,aware=True)"
+ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,adaptive=True)"
 DEFENCES = ("none", "clip(1.0)+noise(0.001)", "clip(1.0)+noise(0.1)", "prune(0.9)")
 
 
@@ -21,7 +21,7 @@ DEFENCES = ("none", "clip(1.0)+noise(0.001)", "clip(1.0)+noise(0.1)", "prune(0.9
     clients=8,
     rounds=10,
     training_batch=32,
-    steps=4,
+    local_steps=4,
     defence=DEFENCES,
     delta=1e-5,
     success_db=0.0,

@@ -184,7 +184,9 @@ def exchanged(game: Game) -> Float[Tensor, "games entries"]:
     if not games:
         return torch.zeros(0, _flat(game.gradients).shape[1])
     with TemporaryDirectory() as folder:
-        part = dataclasses.replace(game, world=str(_world(Path(folder), game, games)), victims=games, defence=game.done)
+        part = dataclasses.replace(
+            game, dataset=str(_dataset(Path(folder), game, games)), victims=games, defence=game.done
+        )
         private = private_data(part, Path(folder), games)
         heard = play(part, LocalGrid(client_app(lambda config: (part,)), games + 1), private)
     return _flat(stack([heard.leaks[name] for name in private.names()]).observed)
@@ -204,7 +206,7 @@ def _flat(gradients: Tensors) -> Float[Tensor, "games entries"]:
     return torch.cat([gradients[name].flatten(1) for name in sorted(gradients)], dim=1)
 
 
-def _world(folder: Path, game: Game, games: int) -> Path:
+def _dataset(folder: Path, game: Game, games: int) -> Path:
     """White images; a victim's label is its secret."""
     channels, height, width = SHAPE
     train = 2 * (games + 2) + game.canaries  # enough for every client to have one, which none uses

@@ -18,7 +18,7 @@ PANELS = {
 }
 
 
-@image_knobs(listener="", victims=4)
+@image_knobs(threat_model="", victims=4)
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """One gradient of one image a victim; the pairs come from the compromised client."""
     return heard_by(knobs, PANELS)

@@ -12,7 +12,7 @@ from fedtap.scenarios.gradients.image import ImageKnobs, image_knobs, image_scen
 from fedtap.simulator.federation.settings import Scenario
 
 
-@image_knobs(steps=(1, 2, 4, 8), victims=4, attack="idlg(steps=900)")
+@image_knobs(local_steps=(1, 2, 4, 8), victims=4, attack="idlg(steps=900)")
 def scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
     """FedAvg with local steps of plain SGD, each on the client's whole batch, undefended."""
     return image_scenario(**knobs)

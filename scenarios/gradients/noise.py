@@ -17,7 +17,7 @@ from fedtap.simulator.federation.settings import Scenario
 PANELS = {"curious_server": "coarse_git,exact_git,refine(exact_git,gauss_newton),fused_git"}
 
 
-@image_knobs(listener="", victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
+@image_knobs(threat_model="", victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
 def scenario(
     *,
     sigma: Annotated[float, Knob("standard deviation of the noise on each entry of the gradient", 0.0, 1e6)],

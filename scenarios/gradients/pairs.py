@@ -14,7 +14,7 @@ from fedtap.simulator.federation.settings import Scenario
 PANELS = {"eavesdropper": "training_mean,nearest,ridge,coarse_git,identified(exact_git)"}
 
 
-@image_knobs(listener="", victims=8, pairs=(100, 200, 400, 900))
+@image_knobs(threat_model="", victims=8, pairs=(100, 200, 400, 900))
 def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
     """The same victims, attacked after more and more practice."""
     return heard_by(knobs, PANELS)

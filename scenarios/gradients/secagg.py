@@ -21,7 +21,7 @@ KNOWN_AT = 10
 """Clients of a sum at which, unless said, the others are also tried as the server may know them."""
 
 
-@image_knobs(listener=SECURE, clients=(1, 2, 5, 10, 50), others="", victims=3)
+@image_knobs(threat_model=SECURE, clients=(1, 2, 5, 10, 50), others="", victims=3)
 def scenario(
     *,
     others: Annotated[
@@ -30,16 +30,16 @@ def scenario(
     **knobs: Unpack[ImageKnobs],
 ) -> tuple[Scenario, ...]:
     """One step of federated SGD behind secure aggregation; a victim is a sum. One client alone is not aggregated."""
-    if knobs["listener"] != SECURE:
+    if knobs["threat_model"] != SECURE:
         raise FedtapError(
-            f"This scenario is about what {SECURE} hides, and the {knobs['listener']} hears each client by itself: "
-            "leave out --listener."
+            f"This scenario is about what {SECURE} hides, and the {knobs['threat_model']} hears each client by itself: "
+            "leave out --threat-model."
         )
     if knobs["clients"] == 1 and others not in ("", "honest"):
         warnings.warn(f"One client alone has no others to be {others}: --clients 1 is left out.", stacklevel=1)
         return ()
     if knobs["clients"] == 1:
-        knobs["listener"], others = "curious_server", "honest"
+        knobs["threat_model"], others = "curious_server", "honest"
     kinds = [others] if others else OTHERS if knobs["clients"] == KNOWN_AT else ["honest"]
     parts = matching_and_reading(knobs, "idlg(steps=400)")
     return tuple(dataclasses.replace(part, others=kind) for kind in kinds for part in parts)

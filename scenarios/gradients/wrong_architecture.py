@@ -22,16 +22,16 @@ PANELS = {
 ASSUMED = ("lenet", "lenet(width=11)", "lenet(width=16)", "lenet(depth=2)", "lenet(depth=4)")
 
 
-@image_knobs(listener="", victims=4, assumed=ASSUMED)
+@image_knobs(threat_model="", victims=4, assumed=ASSUMED)
 def scenario(
     *,
     assumed: Annotated[str, Knob("the model that the attacker takes the victims' for")],
     **knobs: Unpack[ImageKnobs],
 ) -> tuple[Scenario, ...]:
-    """Gradients of one model, read as if they were of another; practice pairs likewise."""
+    """Gradients of one model, read as if they were of another; auxiliary pairs likewise."""
     if named := attacks_named(knobs):
-        knobs["attack"], knobs["attacker"] = _assuming(assumed, named), ""
-    return heard_by(knobs, {listener: _assuming(assumed, panel) for listener, panel in PANELS.items()})
+        knobs["attack"], knobs["trained_attack"] = _assuming(assumed, named), ""
+    return heard_by(knobs, {threat_model: _assuming(assumed, panel) for threat_model, panel in PANELS.items()})
 
 
 def _assuming(model: str, panel: str) -> str:

@@ -58,7 +58,7 @@ KEPT = 2**28
 
 def scenario(
     *,
-    world: Annotated[str, Knob("NAME of the data root's NAME_train*.csv and NAME_test*.csv")] = "ag_news",
+    dataset: Annotated[str, Knob("NAME of the data root's NAME_train*.csv and NAME_test*.csv")] = "ag_news",
     model: Annotated[str, Knob("gpt, bert, or minilm", choices=NAMES)] = "gpt",
     batch: Annotated[int, Knob("private texts in the local step", 1, 4096)] = 8,
     tokens: Annotated[int, Knob("tokens to which each text is cut", 1, 510)] = 16,
@@ -87,7 +87,7 @@ def scenario(
     if width % 12:
         raise FedtapError(f"A width of {width} cannot be shared by 12 heads: give a multiple of 12, such as 384.")
     return TextGradients(
-        world=world,
+        dataset=dataset,
         model=model,
         batch=batch,
         tokens=tokens,
@@ -119,7 +119,7 @@ class TextGradients(Study):
         "answers. Labels it is not told, and does not need. Embeddings are frozen, so no gradient of theirs is sent."
     )
 
-    world: str = "ag_news"
+    dataset: str = "ag_news"
     model: str = "gpt"
     batch: int = 8
     tokens: int = 16
@@ -151,7 +151,7 @@ class TextGradients(Study):
         if self.victims * self.batch > len(side):
             raise FedtapError(
                 f"{self.victims} victims with {self.batch} texts each need {self.victims * self.batch}, and "
-                f"{self.world} has {len(side)} of {self.tokens} tokens or more: lower --victims, --batch or --tokens."
+                f"{self.dataset} has {len(side)} of {self.tokens} tokens or more: lower --victims, --batch or --tokens."
             )
         order = torch.randperm(len(side), generator=generator(self.seed, "texts"))
         mine = order[client * self.batch : (client + 1) * self.batch]
@@ -310,7 +310,7 @@ def _texts(
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """What a run needs of its world."""
+    """What a run needs of its dataset."""
 
     vocabulary: WordPieces
     classes: int
@@ -319,21 +319,21 @@ class Sides:
 
 
 def sides(study: TextGradients, data_root: Path) -> Sides:
-    """The world's texts, in the model's vocabulary.
+    """The dataset's texts, in the model's vocabulary.
 
     Raises:
         FedtapError: they cannot be used.
     """
-    return _sides(study.world, study.model == "minilm", study.tokens, data_root)
+    return _sides(study.dataset, study.model == "minilm", study.tokens, data_root)
 
 
 @lru_cache(maxsize=4)
 def _sides(name: str, pretrained: bool, tokens: int, data_root: Path) -> Sides:
-    world = open_texts(name, data_root)
+    dataset = open_texts(name, data_root)
     if pretrained:
         vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
     else:
-        vocabulary = WordPieces.learned(world.public.texts, VOCABULARY)
+        vocabulary = WordPieces.learned(dataset.public.texts, VOCABULARY)
     return Sides(
-        vocabulary, world.classes, cut(world.public, vocabulary, tokens), cut(world.victims, vocabulary, tokens)
+        vocabulary, dataset.classes, cut(dataset.public, vocabulary, tokens), cut(dataset.victims, vocabulary, tokens)
     )

@@ -1,4 +1,4 @@
-"""Worlds: image datasets with three sides that share no picture, and their partition over clients.
+"""Datasets: image datasets with three sides that share no picture, and their partition over clients.
 
 The public side is the attacker's, the train side the clients', and the victims' side is what is attacked; it also
 serves as test data.
@@ -39,11 +39,11 @@ SideName: TypeAlias = Literal["public", "train", "victims"]
 
 SIDES: tuple[SideName, ...] = ("public", "train", "victims")
 
-WORLDS = {
+DATASETS = {
     "photos": "pieces of eight colour photographs that come with scikit-image; a class is a photograph",
     "cifar10": "CIFAR-10: cifar10*.npz in the data root, else torchvision's download",
 }
-"""Named worlds, in one line each. A folder, a .zip or an .npz of one's own is a world too."""
+"""Named datasets, in one line each. A folder, a .zip or an .npz of one's own is a dataset too."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -69,7 +69,7 @@ class Side:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class World:
+class Dataset:
     """A dataset of three sides."""
 
     name: str
@@ -95,11 +95,11 @@ class World:
 
     def __repr__(self) -> str:
         sides = f"public={len(self.public)}, train={len(self.train)}, victims={len(self.victims)}"
-        return f"World({self.name!r}, classes={len(self.classes)}, shape={'x'.join(map(str, self.shape))}, {sides})"
+        return f"Dataset({self.name!r}, classes={len(self.classes)}, shape={'x'.join(map(str, self.shape))}, {sides})"
 
 
-def open_world(name: str, data_root: Path, size: int = 32) -> World:
-    """The world of this name, or the folder, .zip or .npz at this path (from here, else from the data root).
+def open_dataset(name: str, data_root: Path, size: int = 32) -> Dataset:
+    """The dataset of this name, or the folder, .zip or .npz at this path (from here, else from the data root).
 
     Args:
         name: one of WORLDS, or a path.
@@ -107,7 +107,7 @@ def open_world(name: str, data_root: Path, size: int = 32) -> World:
         size: height and width, in pixels, that photographs are brought to; arrays keep theirs.
 
     Raises:
-        FedtapError: there is no such world, or what is there cannot be used.
+        FedtapError: there is no such dataset, or what is there cannot be used.
     """
     if size < 1:
         raise FedtapError(f"Images of {size} pixels a side hold nothing: give --size of 1 or more, 32 by default.")
@@ -119,9 +119,9 @@ def open_world(name: str, data_root: Path, size: int = 32) -> World:
     if path is None:
         if "/" in name or PurePosixPath(name).suffix in (".npz", ".zip"):
             raise FedtapError(
-                f"The world {short(name, 120)} is not there: give the path of a folder, a .zip or an .npz that is."
+                f"The dataset {short(name, 120)} is not there: give the path of a folder, a .zip or an .npz that is."
             )
-        raise unknown("world", name, WORLDS)
+        raise unknown("dataset", name, DATASETS)
     if path.suffix == ".npz":
         return npz(path)
     if path.is_dir() or path.suffix == ".zip":
@@ -259,7 +259,7 @@ WINDOWS: dict[SideName, int] = {"public": 64, "train": 64, "victims": 32}
 
 
 @lru_cache(maxsize=2)
-def photos(size: int) -> World:
+def photos(size: int) -> Dataset:
     """Windows of eight photographs, resized; the classes take turns, and the first eight victims are portraits."""
     sides: dict[SideName, list[list[Fitted]]] = {side: [] for side in WINDOWS}
     for name, photograph in PHOTOGRAPHS.items():
@@ -267,12 +267,13 @@ def photos(size: int) -> World:
             picture = _decoded((files("skimage") / "data" / photograph.file).read_bytes()).convert("RGB")
         except Exception as error:  # no package, no file, or one that Pillow cannot read
             raise FedtapError(
-                f"The photograph {photograph.file} of scikit-image cannot be read ({error}), so the world photos lacks "
-                f"its {name}: install scikit-image again, or use another --world."
+                f"The photograph {photograph.file} of scikit-image cannot be read ({error}), so the dataset photos "
+                f"lacks "
+                f"its {name}: install scikit-image again, or use another --dataset."
             ) from error
         for side, classes in sides.items():
             classes.append([_fitted(picture.crop(box), size) for box in windows(photograph, picture, side)])
-    return _world("photos", tuple(PHOTOGRAPHS), sides, grey=False)
+    return _dataset("photos", tuple(PHOTOGRAPHS), sides, grey=False)
 
 
 def windows(photograph: Photograph, picture: Image.Image, side: SideName) -> list[Box]:
@@ -304,7 +305,7 @@ HELD_OUT = {"val", "valid", "validation", "test"}
 """Folders beside one named train whose pictures are the victims."""
 
 
-def pictures(path: Path, size: int) -> World:
+def pictures(path: Path, size: int) -> Dataset:
     """A folder or .zip of images, each resized (shorter side to `size`) and cropped at its centre.
 
     A class is a subfolder, below any folder that holds all the rest. In order of class and name the images go to
@@ -335,7 +336,7 @@ def pictures(path: Path, size: int) -> World:
         )
 
 
-def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], size: int) -> World:
+def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], size: int) -> Dataset:
     images = sorted(
         file
         for file in readers
@@ -378,7 +379,7 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
     sides: dict[SideName, list[list[Fitted]]] = {side: [[] for _ in classes] for side in SIDES}
     for file, picture in fitted.items():
         sides[side_of[file]][classes.index(classes_of[file])].append(picture)
-    return _called(path.stem, sides, grey) if alike else _world(path.stem, classes, sides, grey)
+    return _called(path.stem, sides, grey) if alike else _dataset(path.stem, classes, sides, grey)
 
 
 SMALL = 24
@@ -394,7 +395,7 @@ def _beside_photos(
     labels: list[int] | None,
     classes: tuple[str, ...],
     size: int,
-) -> World:
+) -> Dataset:
     """All of these images as victims; the public and the training side are the embedded photographs."""
     others = photos(size)
     note = f"All images of {name} are victims; the public and the training images are scikit-image's photographs."
@@ -405,7 +406,7 @@ def _beside_photos(
         Side(side.images if images.shape[1] == 3 else _luminance(side.images), side.labels % len(classes))
         for side in (others.public, others.train)
     )
-    return World(name, classes, public, train, Side(images, torch.tensor(labels)), note)
+    return Dataset(name, classes, public, train, Side(images, torch.tensor(labels)), note)
 
 
 NO_LABELS = f" {{}} has no labels, so its images are called 0 to {PSEUDO_LABELS - 1} by turns."
@@ -416,14 +417,14 @@ def _pseudo(images: int) -> tuple[tuple[str, ...], list[int]]:
     return tuple(map(str, range(PSEUDO_LABELS))), [number % PSEUDO_LABELS for number in range(images)]
 
 
-def _called(name: str, sides: dict[SideName, list[list[Fitted]]], grey: bool) -> World:
+def _called(name: str, sides: dict[SideName, list[list[Fitted]]], grey: bool) -> Dataset:
     """Images of one class on sides of their own, with pseudo-labels."""
     made = {
         side: Side(_stacked(of_class[0], grey), torch.tensor(_pseudo(len(of_class[0]))[1]))
         for side, of_class in sides.items()
     }
     note = NO_LABELS.format(name).strip()
-    return World(name, _pseudo(0)[0], made["public"], made["train"], made["victims"], note)
+    return Dataset(name, _pseudo(0)[0], made["public"], made["train"], made["victims"], note)
 
 
 def _luminance(
@@ -461,7 +462,7 @@ def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPat
 # Arrays.
 
 
-def npz(path: Path, classes: Sequence[str] = ()) -> World:
+def npz(path: Path, classes: Sequence[str] = ()) -> Dataset:
     """An .npz of `x_train y_train x_test y_test`: uint8 images N x H x W x C (or N x H x W, grey) and their classes.
 
     Public is the first third of `x_train`, 10,000 at most; train is the rest of it; the victims are `x_test`.
@@ -501,7 +502,7 @@ def _check_header(members: zipfile.ZipFile, name: str) -> None:
         raise ValueError(f"{name} promises {short(shape, 30)} entries, and there are fewer")
 
 
-def cifar10(data_root: Path) -> World:
+def cifar10(data_root: Path) -> Dataset:
     """CIFAR-10: the first cifar10*.npz in the data root, else torchvision's, downloaded there.
 
     Raises:
@@ -516,7 +517,7 @@ def cifar10(data_root: Path) -> World:
 
 
 LARGEST = 2**31
-"""Bytes that a world's images may fill, unfolded and resized."""
+"""Bytes that a dataset's images may fill, unfolded and resized."""
 
 LARGEST_IMAGE, MOST_PIXELS = 2**28, 2**26
 """Bytes of an image file, and pixels of an image, at most."""
@@ -527,7 +528,7 @@ MOST_CLASSES = 2**16
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Sequence[str]) -> World:
+def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Sequence[str]) -> Dataset:
     train, test = (_side(arrays[f"x_{part}"], arrays[f"y_{part}"], part) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError("images of x_train and x_test differ in size or channels")
@@ -537,7 +538,7 @@ def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Se
     if classes and highest >= len(classes):
         raise ValueError(f"label {highest} where there are {len(classes)} classes")
     public = min(len(train) // 3, 10_000)
-    return World(
+    return Dataset(
         name,
         tuple(classes) or tuple(map(str, range(highest + 1))),
         public=Side(train.images[:public], train.labels[:public]),
@@ -596,11 +597,11 @@ def _stacked(pictures: Sequence[Fitted], grey: bool) -> UInt8[Tensor, "images ch
     return torch.from_numpy(np.ascontiguousarray(np.stack(whole)))
 
 
-def _world(name: str, classes: tuple[str, ...], sides: dict[SideName, list[list[Fitted]]], grey: bool) -> World:
-    """The world of these pictures, side -> class -> pictures; on each side the classes take turns."""
+def _dataset(name: str, classes: tuple[str, ...], sides: dict[SideName, list[list[Fitted]]], grey: bool) -> Dataset:
+    """The dataset of these pictures, side -> class -> pictures; on each side the classes take turns."""
     made = {}
     for side, of_class in sides.items():
         turns = sorted((rank, label) for label, pictures in enumerate(of_class) for rank in range(len(pictures)))
         images = _stacked([of_class[label][rank] for rank, label in turns], grey)
         made[side] = Side(images, torch.tensor([label for _, label in turns]))
-    return World(name, classes, made["public"], made["train"], made["victims"])
+    return Dataset(name, classes, made["public"], made["train"], made["victims"])

@@ -1,4 +1,4 @@
-"""Texts: a vocabulary of word pieces, and worlds of two sides that share no text, from comma-separated files.
+"""Texts: a vocabulary of word pieces, and datasets of two sides that share no text, from comma-separated files.
 
 The public side is the attacker's and whoever builds the vocabulary's; the victims' side is what is attacked.
 """
@@ -154,7 +154,7 @@ class TextSide:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class TextWorld:
+class TextDataset:
     """A dataset of two sides."""
 
     name: str
@@ -197,7 +197,7 @@ FILES = {"public": "train", "victims": "test"}
 
 
 @lru_cache(maxsize=2)
-def open_texts(name: str, data_root: Path) -> TextWorld:
+def open_texts(name: str, data_root: Path) -> TextDataset:
     """The texts NAME_train*.csv and NAME_test*.csv in the data root; a row is a class, from 1, and pieces of a text.
 
     Raises:
@@ -218,7 +218,7 @@ def open_texts(name: str, data_root: Path) -> TextWorld:
         raise FedtapError(f"All victims' texts of {name} are public, so nothing is private: give other files.")
     victims = TextSide(tuple(sides["victims"].texts[number] for number in fresh), sides["victims"].labels[fresh])
     classes = 1 + int(max(side.labels.max() for side in sides.values()))
-    return TextWorld(name, classes, sides["public"], victims)
+    return TextDataset(name, classes, sides["public"], victims)
 
 
 def read_texts(path: Path) -> TextSide:

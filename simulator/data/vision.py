@@ -63,7 +63,7 @@ def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
     except (ImportError, OSError, RuntimeError) as error:
         raise FedtapError(
             f"CIFAR-10 is not in {data_root} and could not be downloaded ({_reason(error)}): put a cifar10.npz with "
-            "x_train y_train x_test y_test there, name its folder with --data-root, or use --world photos."
+            "x_train y_train x_test y_test there, name its folder with --data-root, or use --dataset photos."
         ) from error
     images = {f"x_{side}": np.asarray(dataset.data, np.uint8) for side, dataset in sides.items()}
     return images | {f"y_{side}": np.asarray(dataset.targets, np.uint8) for side, dataset in sides.items()}

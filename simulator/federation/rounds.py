@@ -26,11 +26,11 @@ from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, 
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
-from fedtap.simulator.wire.threat_models import SECURE, Masked, difference, hear, isolated, listener
+from fedtap.simulator.wire.threat_models import SECURE, Masked, difference, hear, isolated, threat_model
 from fedtap.simulator.wire.wiretap import PATIENCE, Wiretap
 
 METRICS = ("num-examples", "partition")
-"""What fedtap's clients report beside their update; where victims drift, `moved` too."""
+"""What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
 
 DRIFT_SHARE = 3
 """The compromised client trains on one public image in so many, drawn anew each time. Trainings on all of them end at
@@ -43,7 +43,7 @@ how often it stops for examples on the way: half the times log-uniform over it, 
 HELD_OUT = 2000
 """Public images by which the strength of a defence is chosen, at most."""
 
-PRACTICE = "query.practice"
+PRACTICE = "query.auxiliary"
 """Message type under which the compromised client is fed public examples."""
 
 LONGEST = 260
@@ -70,12 +70,12 @@ class Heard:
     """The weights before any training."""
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     """The weights of the last attacked round, before it."""
-    moved: dict[tuple[int, int], float] = field(default_factory=dict)
+    drift_norm: dict[tuple[int, int], float] = field(default_factory=dict)
     """How far victims say that their weights had drifted, as a share of their length."""
     dropped: int = 0
     """Answers that nobody had asked for."""
 
-    def practised_at(self, when: str) -> ArrayRecord:
+    def auxiliary_weights(self, when: str) -> ArrayRecord:
         """The weights at which the adversary practises."""
         return self.start if when == "start" else self.arrays
 
@@ -119,16 +119,16 @@ def play(
         part: the scenario's place in the run's plan, by which clients know what is played.
         strategy: a Flower strategy; FedAvg over all clients where none is given.
     """
-    world, clients = private.world, private.clients
-    protocol = scenario.protocol(world)
-    skeleton = build(scenario.architecture, world.shape, len(world.classes))
-    net = build(scenario.architecture, world.shape, len(world.classes), seed=scenario.weights_seed)
-    check_model(described(scenario.defence), net, world.shape)
+    dataset, clients = private.dataset, private.clients
+    protocol = scenario.protocol(dataset)
+    skeleton = build(scenario.architecture, dataset.shape, len(dataset.classes))
+    net = build(scenario.architecture, dataset.shape, len(dataset.classes), seed=scenario.weights_seed)
+    check_model(described(scenario.defence), net, dataset.shape)
     if scenario.summed > 1:
         check_summed(net)
     if scenario.weights:
         with_weights(net, Path(scenario.weights))
-    hearing = listener(scenario.listener)
+    hearing = threat_model(scenario.threat_model)
     clipped = any(part.name == CENTRAL for part in described(scenario.defence))
     who = call(grid)
     heard = Heard(nodes=who.nodes)
@@ -155,8 +155,8 @@ def play(
             raise
         metrics = answer.content.metric_records["metrics"]
         if private.victim(client, rnd) is not None:
-            heard.moved[client, rnd] = float(metrics.get("moved", 0.0))  # type: ignore[arg-type]
-        if scenario.listener == SECURE:
+            heard.drift_norm[client, rnd] = float(metrics.get("drift_norm", 0.0))  # type: ignore[arg-type]
+        if scenario.threat_model == SECURE:
             if rnd > scenario.rounds:
                 masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
         elif private.victim(client, rnd) is not None:
@@ -172,17 +172,17 @@ def play(
             heard.failures[0, rnd] = f"{why}{error}"
 
     def evaluate(rnd: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if scenario.listener == SECURE and rnd > scenario.rounds:
+        if scenario.threat_model == SECURE and rnd > scenario.rounds:
             unmask(rnd)
         if rnd == 0:
             heard.start = arrays
         if rnd < scenario.rounds + scenario.attacked_rounds(clients):
             heard.arrays = arrays
-        foreign = bool(scenario.victims_world)  # the victims' labels are then another world's
+        foreign = bool(scenario.target_dataset)  # the victims' labels are then another dataset's
         if scenario.rounds and rnd == scenario.rounds and not foreign:
-            heard.accuracy = accuracy(net, arrays, world.victims)
+            heard.accuracy = accuracy(net, arrays, dataset.victims)
             if scenario.accuracy_loss:
-                heard.held_out = accuracy(net, arrays, world.public, HELD_OUT)
+                heard.held_out = accuracy(net, arrays, dataset.public, HELD_OUT)
             return MetricRecord({"accuracy": heard.accuracy})
         return None
 
@@ -229,7 +229,7 @@ def _means(heard: Heard, private: PrivateData) -> None:
         if names := [(client, rnd) for rnd in rounds if (client, rnd) in heard.leaks]:
             kept = mean([heard.leaks[name] for name in names])
             means[client, first] = dataclasses.replace(kept, rounds=torch.tensor([first]))
-            heard.moved[client, first] = heard.moved[names[0]]
+            heard.drift_norm[client, first] = heard.drift_norm[names[0]]
     heard.leaks = means
 
 
@@ -250,7 +250,7 @@ def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Stra
 
 def metrics_of(scenario: Scenario) -> tuple[str, ...]:
     """Names of the numbers that clients report: of all the same, as FedAvg demands."""
-    return (*METRICS, "moved") if scenario.local_samples else METRICS
+    return (*METRICS, "drift_norm") if scenario.local_samples else METRICS
 
 
 def as_expected(
@@ -319,7 +319,7 @@ def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> 
     return right / count
 
 
-def practice(
+def auxiliary(
     grid: Grid, scenario: Scenario, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
 ) -> Iterator[Pairs]:
     """Feed public examples to the compromised client, and hear the weights it sends back, one chunk at a time.
@@ -337,17 +337,17 @@ def practice(
         FedtapError: the compromised client's node is not known.
         ClientError: it does not answer, or with something else than gradients.
     """
-    skeleton = build(scenario.architecture, private.world.shape, len(private.world.classes))
-    chunk, arrays = chunk_size(skeleton), tensors_of(heard.practised_at(scenario.practised))
+    skeleton = build(scenario.architecture, private.dataset.shape, len(private.dataset.classes))
+    chunk, arrays = chunk_size(skeleton), tensors_of(heard.auxiliary_weights(scenario.auxiliary_at))
     chunks = [
         (number, which)
-        for number, rows in enumerate(trainings(len(images), scenario.drifts))
+        for number, rows in enumerate(trainings(len(images), scenario.auxiliary_trainings))
         for which in torch.split(rows, chunk)
     ]
     for number, which in chunks:
         some, named = images[which], labels[which]
-        if scenario.source == "server":
-            network = build(scenario.architecture, private.world.shape, len(private.world.classes), seed=0)
+        if scenario.auxiliary_source == "server":
+            network = build(scenario.architecture, private.dataset.shape, len(private.dataset.classes), seed=0)
             network.load_state_dict(arrays, strict=False)
             found = gradients(network, some, named)
             sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
@@ -357,7 +357,7 @@ def practice(
         scale = -1 / scenario.learning_rate
         leak = GradientLeak(
             observed={name: difference(arrays[name], after, scale) for name, after in sent.items()},
-            protocol=dataclasses.replace(scenario.protocol(private.world), steps=1, batch=some.shape[1]),
+            protocol=dataclasses.replace(scenario.protocol(private.dataset), local_steps=1, batch=some.shape[1]),
             network=skeleton,
             weights={name: arrays[name] for name, _ in skeleton.named_parameters()},
             buffers={name: arrays[name] for name in float_buffers(skeleton)},
@@ -366,7 +366,7 @@ def practice(
             restarts=which,
             resolution=ROUNDING * -scale,
         )
-        yield Pairs(listener(scenario.listener)(leak), some, named)  # type: ignore[arg-type]
+        yield Pairs(threat_model(scenario.threat_model)(leak), some, named)  # type: ignore[arg-type]
 
 
 def _fed(
@@ -379,13 +379,13 @@ def _fed(
         )
     content = RecordDict(
         {
-            "arrays": heard.practised_at(private.scenario.practised),
+            "arrays": heard.auxiliary_weights(private.scenario.auxiliary_at),
             "examples": ArrayRecord({"images": images, "labels": labels}),
             "config": ConfigRecord({"part": part}),
         }
     )
-    if private.scenario.drifts:
-        draw, public = generator(private.scenario.seed, "drift", number), private.world.public
+    if private.scenario.auxiliary_trainings:
+        draw, public = generator(private.scenario.seed, "drift", number), private.dataset.public
         which = torch.randperm(len(public), generator=draw)[: -(-len(public) // DRIFT_SHARE)]
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
         content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})

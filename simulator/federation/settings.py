@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedtap.simulator.attack import Attack, Reconstruction, generator
-from fedtap.simulator.data.images import Side, World, open_world, partition
+from fedtap.simulator.data.images import Dataset, Side, open_dataset, partition
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, unknown
 from fedtap.simulator.leaks import Protocol
 from fedtap.simulator.wire.threat_models import FEWEST, OTHERS, SECURE
 
 SOURCES = ("compromised_client", "server")
-"""Who may compute practice pairs: the client that the adversary feeds, or the server, which knows the weights."""
+"""Who may compute auxiliary pairs: the client that the adversary feeds, or the server, which knows the weights."""
 
 CLASSES = ("all", "low", "high")
 """Which classes: all, or a half of them."""
@@ -29,7 +29,7 @@ CLASSES = ("all", "low", "high")
 LABELS = ("own", "random")
 """What practice examples may be called."""
 
-PRACTISED = ("now", "start")
+AUXILIARY_AT = ("now", "start")
 """When the adversary may practise."""
 
 
@@ -38,7 +38,7 @@ class Scenario:
     """Honest clients and a compromised one, some rounds of training, then exchanges that are attacked.
 
     Victim v is honest client `v % clients` in the attacked round `v // clients` (and in so many after it, if it repeats
-    itself); its private batch is the v-th of the world's victims' side. Behind secure aggregation a victim is a sum,
+    itself); its private batch is the v-th of the dataset's victims' side. Behind secure aggregation a victim is a sum,
     that of the v-th attacked round.
 
     Raises:
@@ -50,19 +50,20 @@ class Scenario:
     name: str = ""
     """Name and question are those of the scenario's file: whoever plans a run fills them in."""
     question: str = ""
-    world: str = "photos"
+    dataset: str = "photos"
     size: int = 32
     """Height and width, in pixels, that a folder's images are brought to."""
     model: str = "lenet"
     victims: int = 8
     fewer: bool = False
-    """Whether a world that holds too few images is attacked as far as they go, which nobody has asked a number for."""
+    """Whether a dataset that holds too few images is attacked as far as they go, which nobody has asked a number
+    for."""
     batch: int = 1
     clients: int = 0
     """Honest clients; 0 means as many as the grid has besides the compromised one, in process one a victim."""
     repeats: int = 1
     """Rounds in which a victim answers with the same batch, at the same weights; the listener averages."""
-    steps: int = 1
+    local_steps: int = 1
     """Local SGD steps. A victim takes each on its whole batch."""
     learning_rate: float = 0.1
     rounds: int = 0
@@ -73,7 +74,7 @@ class Scenario:
     """Dirichlet concentration of the classes over clients; 0 means IID."""
     defence: str = "none"
     """What clients do to what they send, as written on the command line; all know it."""
-    listener: str = "curious_server"
+    threat_model: str = "curious_server"
     others: str = "honest"
     """What the clients beside a victim do in an attacked round; only behind secure aggregation does it matter."""
     seed: int = 0
@@ -82,26 +83,26 @@ class Scenario:
     weights: str = ""
     """A .safetensors file of initial weights, such as those of a trained model, in the place of the seed's."""
     pairs: int = 0
-    """Practice pairs for attacks that learn; 0 means as many as the world's public side gives, 10,000 at most."""
-    source: str = "compromised_client"
-    """Who computes the practice pairs' gradients."""
-    practice_classes: str = "all"
+    """Auxiliary pairs for attacks that learn; 0 means as many as the dataset's public side gives, 10,000 at most."""
+    auxiliary_source: str = "compromised_client"
+    """Who computes the auxiliary pairs' gradients."""
+    auxiliary_classes: str = "all"
     """Classes of the examples that the adversary feeds: `all`, or the `low` or `high` half of them."""
-    practice_labels: str = "own"
+    auxiliary_labels: str = "own"
     """What the adversary calls its examples: by their `own` labels, or by `random` ones of all classes."""
-    victims_world: str = ""
-    """Where the victims' images are from; none means from the world itself."""
-    victims_classes: str = "all"
+    target_dataset: str = ""
+    """Where the victims' images are from; none means from the dataset itself."""
+    target_classes: str = "all"
     """Classes of the victims' images, likewise."""
-    drifts: int = 0
+    auxiliary_trainings: int = 0
     """Trainings of the compromised client by itself, from the broadcast weights, along which it practises; 0: none."""
-    practised: str = "now"
+    auxiliary_at: str = "now"
     """When: `now`, at the weights of the last attacked round, or at the `start`, before any training."""
     local_samples: int = 0
     """Images of its own, unshared, that a victim first trains on; 0 means none, and no training."""
     local_epochs: int = 1
     """Times that it trains on all of them."""
-    practice: str = ""
+    auxiliary: str = ""
     """Folder of a saved practice, to use or to make; none means one within the run's own."""
     delta: float | None = None
     """δ at which the rows tell the defence's ε, and how often an attack succeeded; None means that they do not."""
@@ -122,11 +123,12 @@ class Scenario:
                 )
         if self.others not in OTHERS:
             raise unknown("kind of others", self.others, OTHERS)
-        if self.listener != SECURE:
+        if self.threat_model != SECURE:
             if self.others != "honest":
                 raise FedtapError(
-                    f"The {self.listener} hears each client by itself, so it does not matter to it that the others are "
-                    f"{self.others}: add --listener {SECURE}."
+                    f"The {self.threat_model} hears each client by itself, so it does not matter to it that the "
+                    f"others are "
+                    f"{self.others}: add --threat-model {SECURE}."
                 )
             return
         if self.clients < FEWEST:
@@ -139,20 +141,21 @@ class Scenario:
                 "Answers that repeat themselves are averaged client by client, and behind secure aggregation no client "
                 "is heard by itself: leave out --repeats, or the listener."
             )
-        if self.steps > 1 and self.summed > 1:
+        if self.local_steps > 1 and self.summed > 1:
             raise FedtapError(
-                f"The sum of {self.summed} clients' updates is not what {self.steps} local steps on one batch give, "
-                "which attacks look for: use --steps 1."
+                f"The sum of {self.summed} clients' updates is not what {self.local_steps} local steps on one batch "
+                f"give, "
+                "which attacks look for: use --local-steps 1."
             )
 
     @property
     def summed(self) -> int:
         """Clients whose images are behind one answer that is attacked."""
-        return self.clients if self.listener == SECURE and self.others == "honest" else 1
+        return self.clients if self.threat_model == SECURE and self.others == "honest" else 1
 
     def holders(self, clients: int) -> int:
         """Honest clients that hold a victim's images in an attacked round."""
-        return self.summed if self.listener == SECURE else clients
+        return self.summed if self.threat_model == SECURE else clients
 
     @property
     def architecture(self) -> str:
@@ -160,17 +163,17 @@ class Scenario:
         parts = [part for part in described(self.defence) if part.kind.hook == "model"]
         return self.model + "".join(f"+{part}" for part in parts)
 
-    def protocol(self, world: World) -> Protocol:
+    def protocol(self, dataset: Dataset) -> Protocol:
         """The public terms of an attacked exchange."""
         return Protocol(
             model=self.architecture,
-            shape=world.shape,
-            classes=len(world.classes),
+            shape=dataset.shape,
+            classes=len(dataset.classes),
             batch=self.batch * self.summed,
-            steps=self.steps,
+            local_steps=self.local_steps,
             learning_rate=self.learning_rate,
             defence=self.defence,
-            listener=self.listener,
+            threat_model=self.threat_model,
             summed=self.summed,
         )
 
@@ -199,23 +202,24 @@ class PrivateData:
     """
 
     scenario: Scenario
-    world: World
+    dataset: Dataset
     clients: int
 
     def __post_init__(self) -> None:
-        scenario, held = self.scenario, len(self.world.victims)
+        scenario, held = self.scenario, len(self.dataset.victims)
         images = scenario.summed * scenario.batch
         if scenario.victims * images > held:
             what = "victims" if scenario.summed == 1 else f"sums of {scenario.summed} clients"
             cure = "" if scenario.summed == 1 else "--clients, "
             raise FedtapError(
                 f"{scenario.victims} {what} with {images} images each need {scenario.victims * images}, and the "
-                f"victims' side of {scenario.world} holds {held}: lower {cure}--victims or --batch."
+                f"victims' side of {scenario.dataset} holds {held}: lower {cure}--victims or --batch."
             )
-        if self.clients + 1 > len(self.world.train):
+        if self.clients + 1 > len(self.dataset.train):
             raise FedtapError(
-                f"{self.clients} clients and the compromised one cannot share {len(self.world.train)} training images "
-                f"of {scenario.world} so that each has one: lower --clients."
+                f"{self.clients} clients and the compromised one cannot share {len(self.dataset.train)} training "
+                f"images "
+                f"of {scenario.dataset} so that each has one: lower --clients."
             )
         smallest = min(len(share) for share in self.shares)
         trained = scenario.batch_in(1) if scenario.rounds else 0
@@ -229,38 +233,45 @@ class PrivateData:
             )
         if scenario.training_batch and not scenario.rounds:
             raise FedtapError("--training-batch is that of the training rounds, and there are none: add --rounds.")
-        if scenario.source == "server" and scenario.listener not in ("curious_server", SECURE):
+        if scenario.auxiliary_source == "server" and scenario.threat_model not in ("curious_server", SECURE):
             raise FedtapError(
-                f"A server that makes practice pairs of its own knows the weights, and the {scenario.listener} does "
-                "not: use --listener curious_server, or leave out --source."
+                f"A server that makes auxiliary pairs of its own knows the weights, and the {scenario.threat_model} "
+                f"does "
+                "not: use --threat-model curious_server, or leave out --auxiliary-source."
             )
         if scenario.pairs > self.most_pairs:
             raise FedtapError(
-                f"{scenario.pairs:,} practice pairs of {scenario.batch} images are more than the "
-                f"{len(self.world.public):,} images on the public side of {scenario.world} and their mirror images "
+                f"{scenario.pairs:,} auxiliary pairs of {scenario.batch} images are more than the "
+                f"{len(self.dataset.public):,} images on the public side of {scenario.dataset} and their mirror images "
                 f"give ({self.most_pairs:,}): lower --pairs."
             )
-        if scenario.drifts > (scenario.pairs or self.most_pairs):
+        if scenario.auxiliary_trainings > (scenario.pairs or self.most_pairs):
             raise FedtapError(
-                f"{scenario.drifts} trainings are more than the practice pairs, and each needs one at least: "
-                "lower --drifts, or raise --pairs."
+                f"{scenario.auxiliary_trainings} trainings are more than the auxiliary pairs, and each needs one at "
+                f"least: "
+                "lower --auxiliary-trainings, or raise --pairs."
             )
-        if scenario.source == "server" and scenario.drifts:
+        if scenario.auxiliary_source == "server" and scenario.auxiliary_trainings:
             raise FedtapError(
-                "The server's own practice pairs are at the weights that it sends, and --drifts asks for others: leave "
-                "out --source, and the compromised client drifts."
+                "The server's own auxiliary pairs are at the weights that it sends, and --auxiliary-trainings asks "
+                "for others: leave "
+                "out --auxiliary-source, and the compromised client drifts."
             )
-        if scenario.source == "server" and scenario.defence != "none":
+        if scenario.auxiliary_source == "server" and scenario.defence != "none":
             raise FedtapError(
-                f"The server's own practice pairs are without the clients' defence, {scenario.defence}, so they teach "
-                "another kind of gradient: leave out --source, and the compromised client defends them."
+                f"The server's own auxiliary pairs are without the clients' defence, {scenario.defence}, so they teach "
+                "another kind of gradient: leave out --auxiliary-source, and the compromised client defends them."
             )
-        if scenario.local_samples > len(self.world.train):
+        if scenario.local_samples > len(self.dataset.train):
             raise FedtapError(
                 f"A victim cannot train on {scenario.local_samples} images of its own, since the training side of "
-                f"{scenario.world} has {len(self.world.train)}: lower --local-samples."
+                f"{scenario.dataset} has {len(self.dataset.train)}: lower --local-samples."
             )
-        if scenario.summed > 1 and scenario.defence != "none" and any(attack.practises for attack in scenario.attacks):
+        if (
+            scenario.summed > 1
+            and scenario.defence != "none"
+            and any(attack.needs_auxiliary for attack in scenario.attacks)
+        ):
             raise FedtapError(
                 f"A practice pair is defended once, and a sum of {scenario.summed} clients as many times, so practice "
                 "would teach another kind of gradient: leave out --defence, or the attacks that practise."
@@ -270,14 +281,14 @@ class PrivateData:
 
     @property
     def most_pairs(self) -> int:
-        """Practice pairs that the public images and their mirror images make."""
-        return 2 * len(self.world.public) // (self.scenario.batch * self.scenario.summed)
+        """Auxiliary pairs that the public images and their mirror images make."""
+        return 2 * len(self.dataset.public) // (self.scenario.batch * self.scenario.summed)
 
     @cached_property
     def shares(self) -> list[Int[Tensor, "images"]]:
         """Each client's part of the training side, the compromised one's last."""
         alpha = self.scenario.alpha or None
-        return partition(self.world.train.labels, self.clients + 1, alpha, self.scenario.seed)
+        return partition(self.dataset.train.labels, self.clients + 1, alpha, self.scenario.seed)
 
     def victim(self, client: int, rnd: int) -> int | None:
         """Which of the victims' batches this client holds in this round (from 1), if any."""
@@ -293,7 +304,7 @@ class PrivateData:
 
     def unshared(self) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
         """What a victim trains on before it shares a gradient: the same for all, as if they were one client."""
-        return self.world.train.batch(slice(self.scenario.local_samples))
+        return self.dataset.train.batch(slice(self.scenario.local_samples))
 
     def names(self) -> list[tuple[int, int]]:
         """(client, its first round) of each victim, in order; of a sum, its first client."""
@@ -315,14 +326,14 @@ class PrivateData:
         """The images in [0, 1] and labels that `client` trains on in round `rnd`."""
         batch, victim = self.scenario.batch_in(rnd), self.victim(client, rnd)
         if victim is not None:
-            return self.world.victims.batch(torch.arange(victim * batch, (victim + 1) * batch))
+            return self.dataset.victims.batch(torch.arange(victim * batch, (victim + 1) * batch))
         if self.conduct(client, rnd) == "identical":
             client = self.clients
         share = self.shares[client]
         size = min(batch, len(share))
-        wanted = min(self.scenario.steps, len(share) // size) * size
+        wanted = min(self.scenario.local_steps, len(share) // size) * size
         order = torch.randperm(len(share), generator=generator(self.scenario.seed, "private", client, rnd))
-        return self.world.train.batch(share[order[:wanted]])
+        return self.dataset.train.batch(share[order[:wanted]])
 
 
 @lru_cache(maxsize=8)
@@ -330,29 +341,29 @@ def private_data(scenario: Scenario, data_root: Path, clients: int) -> PrivateDa
     """The private data of a federation, kept for all messages of this process.
 
     Raises:
-        FedtapError: the world cannot be opened or holds too little.
+        FedtapError: the dataset cannot be opened or holds too little.
     """
-    world = world_of(scenario.world, data_root, scenario.size)
-    victims = world.victims
-    if scenario.victims_world:
-        other = world_of(scenario.victims_world, data_root, scenario.size)
-        if other.shape != world.shape:
+    dataset = dataset_of(scenario.dataset, data_root, scenario.size)
+    victims = dataset.victims
+    if scenario.target_dataset:
+        other = dataset_of(scenario.target_dataset, data_root, scenario.size)
+        if other.shape != dataset.shape:
             cure = "one is grey and one in colour, so name another"
-            if other.shape[0] == world.shape[0]:
+            if other.shape[0] == dataset.shape[0]:
                 cure = "arrays keep their size, so bring the photographs to it, --size, or name another"
             raise FedtapError(
-                f"The images of {scenario.victims_world} are {'x'.join(map(str, other.shape))} and those of "
-                f"{scenario.world} {'x'.join(map(str, world.shape))}, so one model cannot take both: {cure}."
+                f"The images of {scenario.target_dataset} are {'x'.join(map(str, other.shape))} and those of "
+                f"{scenario.dataset} {'x'.join(map(str, dataset.shape))}, so one model cannot take both: {cure}."
             )
-        victims = Side(other.victims.images, other.victims.labels % len(world.classes))
-        world = dataclasses.replace(world, note=" ".join(filter(None, (world.note, other.note))))
-    half = len(world.classes) // 2
-    public = _of_classes(world.public, scenario.practice_classes, half)
-    victims = _of_classes(victims, scenario.victims_classes, half)
+        victims = Side(other.victims.images, other.victims.labels % len(dataset.classes))
+        dataset = dataclasses.replace(dataset, note=" ".join(filter(None, (dataset.note, other.note))))
+    half = len(dataset.classes) // 2
+    public = _of_classes(dataset.public, scenario.auxiliary_classes, half)
+    victims = _of_classes(victims, scenario.target_classes, half)
     there = max(1, len(victims) // (scenario.batch * scenario.summed))
     if scenario.fewer and there < scenario.victims:
         scenario = dataclasses.replace(scenario, victims=there)
-    return PrivateData(scenario, dataclasses.replace(world, public=public, victims=victims), clients)
+    return PrivateData(scenario, dataclasses.replace(dataset, public=public, victims=victims), clients)
 
 
 def _of_classes(side: Side, which: str, half: int) -> Side:
@@ -362,12 +373,13 @@ def _of_classes(side: Side, which: str, half: int) -> Side:
     rows = ((side.labels < half) if which == "low" else (side.labels >= half)).nonzero().flatten()
     if not len(rows):
         raise FedtapError(
-            f"There are no images of the {which} half of the classes, since the world has too few: give it two classes."
+            f"There are no images of the {which} half of the classes, since the dataset has too few: give it two "
+            f"classes."
         )
     return Side(side.images[rows], side.labels[rows])
 
 
 @lru_cache(maxsize=2)
-def world_of(name: str, data_root: Path, size: int) -> World:
-    """The named world, kept open."""
-    return open_world(name, data_root, size)
+def dataset_of(name: str, data_root: Path, size: int) -> Dataset:
+    """The named dataset, kept open."""
+    return open_dataset(name, data_root, size)

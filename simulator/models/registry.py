@@ -339,15 +339,15 @@ def on_meta(network: nn.Module) -> nn.Module:
 
     `to` would untie weights that layers share, and take their values from masks and positions, which are no weights.
     """
-    moved: dict[int, Any] = {}
+    drift_norm: dict[int, Any] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
                 twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                module._parameters[name] = moved.setdefault(id(parameter), twin)
+                module._parameters[name] = drift_norm.setdefault(id(parameter), twin)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = moved.setdefault(id(buffer), buffer.to("meta"))
+                module._buffers[name] = drift_norm.setdefault(id(buffer), buffer.to("meta"))
     return network
 
 

@@ -16,7 +16,7 @@ from fedtap.simulator.report.outcomes import Outcome, outcome, psnrs
 
 Row: TypeAlias = Mapping[str, Any]
 
-PLAIN, AWARE, UPPER = "plain", "aware", "best by score"
+PLAIN, AWARE, UPPER = "plain", "adaptive", "best by score"
 """Who attacks. An attacker has no score to choose by: the last is an upper bound, which needs the truth."""
 
 LEGEND = (
@@ -26,7 +26,7 @@ LEGEND = (
     "time: of a client's exchange, over that without a defence; ε: of the updates in the attacked exchanges"
 )
 
-WHERE = ("world", "model", "batch", "steps", "listener", "rounds", "accuracy_loss")
+WHERE = ("dataset", "model", "batch", "local_steps", "threat_model", "rounds", "accuracy_loss")
 """What may be swept beside the defence."""
 
 
@@ -52,7 +52,7 @@ class Entry:
 
 def told(rows: Sequence[Row]) -> bool:
     """Whether the rows are about what defences cost."""
-    attacked = [row for row in rows if "attack" in row and "adapted" in row]
+    attacked = [row for row in rows if "attack" in row and "adaptive" in row]
     return not any("success" in row for row in rows) and len({row["defence"] for row in attacked}) > 1
 
 
@@ -78,7 +78,7 @@ def _entry(rows: Sequence[Row]) -> Entry:
         if victim not in best or top > best[victim]["upper_bound_psnr"]:
             best[victim] = {**row, "upper_bound_psnr": top}
     for some in attacks.values():
-        who, middle = AWARE if some[0]["adapted"] else PLAIN, statistics.median(psnrs(some))
+        who, middle = AWARE if some[0]["adaptive"] else PLAIN, statistics.median(psnrs(some))
         if who not in psnr or middle > psnr[who]:
             psnr[who], back[who] = middle, outcome(some)
     psnr[UPPER] = statistics.median(row["upper_bound_psnr"] for row in best.values())

@@ -1,7 +1,8 @@
-"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `attackers/`, `strip.png`, `report.html`.
+"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `trained_attacks/`, `strip.png`,
+`report.html`.
 
-Practice pairs lie in `practice/`, and stay there for the next run that asks for the same ones. An attack on saved leaks
-also leaves `pictures/`.
+Auxiliary pairs lie in `auxiliary/`, and stay there for the next run that asks for the same ones. An attack on saved
+leaks also leaves `pictures/`.
 
 Every file is written whole or not at all, so a run that is stopped leaves what it had finished. A run takes nobody's
 place but its own: one with other settings goes to another folder, unless it is told to overwrite.
@@ -38,7 +39,7 @@ FOLDERS = {
     "leaks": re.compile(r"part_\d+\.(safetensors|json)"),
     "guesses": re.compile(r"(part_\d+-)?\d+-[a-z0-9_]*\.safetensors"),
     "pictures": re.compile(r"\d+-[a-z0-9_]*-victim_\d+\.png"),
-    "attackers": re.compile(r"part_\d+(-\d+)+-[a-z0-9_]*\.(safetensors|json)"),
+    "trained_attacks": re.compile(r"part_\d+(-\d+)+-[a-z0-9_]*\.(safetensors|json)"),
 }
 """Its folders, and how the files are named that it leaves in them."""
 
@@ -66,7 +67,7 @@ class Folder:
         if resume and before is not None:
             for row in read_rows(path / "rows.jsonl"):
                 self.before.setdefault(row["unit"], []).append(row)
-        for folder in (path, *(path / name for name in FOLDERS), *(path / "practice").glob("*")):
+        for folder in (path, *(path / name for name in FOLDERS), *(path / "auxiliary").glob("*")):
             sweep(folder)
         if before is not None and not resume:
             self._clear(before)

@@ -51,11 +51,11 @@ PROMISED = ("delta", "protects", "adjacency", "sensitivity", "epsilon_all", "eps
 
 SUCCESS = ("success", "success_low", "success_high", "success_db", "bound")
 
-KNOWING = ("adapted", "adapted_note", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost")
+KNOWING = ("adaptive", "adaptive_note", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost")
 """Of attackers that know the defence, and of what it costs."""
 
 ASIDE = (
-    *("accuracy", "moved", "labels", "settings", "unit", "fit_seconds"),
+    *("accuracy", "drift_norm", "labels", "settings", "unit", "fit_seconds"),
     *(*IMAGES, *DOUBTS, *NOTES, *PROMISED, *SUCCESS, *KNOWING),
 )
 """What else a row may hold that is not a knob."""
@@ -179,7 +179,7 @@ def _summary(knobs: dict[str, str], attack: str, rows: list[Row]) -> Summary:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Why scores are empty, what is doubted of the leak, and whose guess does not explain it, each reason once."""
     notes = dict.fromkeys(str(row[note]) for row in rows for note in NOTES if row.get(note))
-    notes |= dict.fromkeys(f"{row['attack']} {row['adapted_note']}" for row in rows if row.get("adapted_note"))
+    notes |= dict.fromkeys(f"{row['attack']} {row['adaptive_note']}" for row in rows if row.get("adaptive_note"))
     failed = dict.fromkeys(f"{row.get('attack')} failed: {row['error']}" for row in rows if row.get("error"))
     doubted = dict.fromkeys(f"Client {row.get('client')}: {row['doubts']}" for row in rows if row.get("doubts"))
     told = [row["unexplained"] for row in rows if row.get("unexplained") is not None]
@@ -729,7 +729,7 @@ def _rows(rows: Sequence[Row]) -> str:
     names = {"psnr": "PSNR dB", "psnr_blind": "blind dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE"}
     names |= {"label_correct": "labels right", "accuracy": "model accuracy", "back": outcome(rows).measure}
     seeds = ["seed"] if len({row.get("seed") for row in rows}) > 1 else []
-    words = ("labels", "adapted_note", "doubts", "error")
+    words = ("labels", "adaptive_note", "doubts", "error")
     scores = [name for name in (*forms, *words) if any(row.get(name) is not None for row in rows)]
     columns = [*_varying(rows), "attack", "client", "round", *seeds, *scores]
 

@@ -60,11 +60,11 @@ def entries(rows: Sequence[Row]) -> list[Entry]:
     return found
 
 
-WHOSE = ("scenario", "attack", "world", "canaries", "epsilon", "releases", "success_db")
+WHOSE = ("scenario", "attack", "dataset", "canaries", "epsilon", "releases", "success_db")
 """With the knobs: what an entry's rows share."""
 
 
-KNOBS = ("model", "batch", "steps", "repeats", "mechanism", "clip", "defence")
+KNOBS = ("model", "batch", "local_steps", "repeats", "mechanism", "clip", "defence")
 HEAD = ("ε", "σ", "attack", "n", "success", "", "PSNR dB", "bound", "accuracy")
 
 

@@ -28,7 +28,7 @@ def trained(network: nn.Module) -> list[str]:
 
 def local_steps(leak: Leak) -> int:
     """Steps behind what was sent: a gradient is of one."""
-    return leak.protocol.steps if isinstance(leak, UpdateLeak) else 1
+    return leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
 
 
 def mean_gradient(leak: Leak) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def mean_gradient(leak: Leak) -> dict[str, Tensor]:
     if not isinstance(leak, UpdateLeak):
         return observed
     protocol = leak.protocol
-    return {name: -tensor / (protocol.learning_rate * protocol.steps) for name, tensor in observed.items()}
+    return {name: -tensor / (protocol.learning_rate * protocol.local_steps) for name, tensor in observed.items()}
 
 
 def undecayed(leak: Leak) -> dict[str, Tensor]:

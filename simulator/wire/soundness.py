@@ -156,7 +156,7 @@ def doubts(leak: Leak) -> list[list[str]]:
     if readable and len(leak.protocol.shape) == 3:
         found = _of_last_layer(leak, names)
     for victim in range(len(leak)):
-        if leak.examples is not None and leak.protocol.steps == 1:
+        if leak.examples is not None and leak.protocol.local_steps == 1:
             said, batch = int(leak.examples[victim]), leak.protocol.batch
             if said != batch:
                 found[victim].append(

@@ -22,7 +22,7 @@ from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
 from fedtap.simulator.wire.records import tensors_of
 
-Listener = Callable[[Leak], Leak]
+ThreatModel = Callable[[Leak], Leak]
 
 
 def curious_server(leak: Leak) -> Leak:
@@ -42,22 +42,22 @@ def secure_aggregation(leak: Leak) -> Leak:
 
 SECURE = secure_aggregation.__name__
 
-LISTENERS: dict[str, Listener] = {
+THREAT_MODELS: dict[str, ThreatModel] = {
     "curious_server": curious_server,
     "eavesdropper": eavesdropper,
     SECURE: secure_aggregation,
 }
 
 
-def listener(name: str) -> Listener:
+def threat_model(name: str) -> ThreatModel:
     """The named threat model.
 
     Raises:
         FedtapError: there is none of this name.
     """
-    if name not in LISTENERS:
-        raise unknown("listener", name, LISTENERS)
-    return LISTENERS[name]
+    if name not in THREAT_MODELS:
+        raise unknown("threat_model", name, THREAT_MODELS)
+    return THREAT_MODELS[name]
 
 
 OTHERS = ("honest", "silent", "identical", "colluding")
@@ -179,7 +179,7 @@ def exchanged(
     buffers = float_buffers(network)
     _whole(before, [*parameters, *buffers], "message to", client)
     _whole(after, [*parameters, *buffers], "reply of", client)
-    single = protocol.steps == 1
+    single = protocol.local_steps == 1
     scale = -1 / protocol.learning_rate if single else 1.0
     differences = {}
     for name in (*parameters, *buffers):

@@ -21,7 +21,7 @@ from fedtap.scenarios.command.plan import catalogue
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.models.registry import build
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 
 def of_lenet(victims: int = 3) -> Leak:
@@ -48,18 +48,18 @@ def test_the_end_of_the_row_is_kept_and_the_rest_is_zero(width: int, depth: int)
 def test_whoever_assumes_right_changes_nothing(tmp_path: Path) -> None:
     leak = of_lenet()
     assert torch.equal(Assuming("lenet", IDLG(steps=20))(leak).images, IDLG(steps=20)(leak).images)
-    practice = practice_for(leak, tmp_path)
-    right, plain = (attack.fit(practice)(leak).images for attack in (Assuming("lenet", Ridge()), Ridge()))
+    auxiliary = auxiliary_for(leak, tmp_path)
+    right, plain = (attack.fit(auxiliary)(leak).images for attack in (Assuming("lenet", Ridge()), Ridge()))
     assert torch.equal(right, plain)
 
 
 def test_a_wrong_width_blinds_who_computes_with_the_model_and_not_who_reads_a_row(tmp_path: Path) -> None:
     leak, truth = of_lenet(), pictures(3, 1)[0]
-    practice = practice_for(leak, tmp_path, pairs=200)
+    auxiliary = auxiliary_for(leak, tmp_path, pairs=200)
 
     def error(name: str, model: str) -> float:
         (attack,) = parse(f"assuming({model!r}, {name})")
-        return float((attack.fit(practice)(leak).images.clamp(0, 1) - truth).square().mean())
+        return float((attack.fit(auxiliary)(leak).images.clamp(0, 1) - truth).square().mean())
 
     assert error("idlg(steps=60)", "lenet(width=11)") > 2 * error("idlg(steps=60)", "lenet")
     assert error("coarse_git(epochs=0)", "lenet(width=11)") > 1.5 * error("coarse_git(epochs=0)", "lenet")
@@ -68,7 +68,7 @@ def test_a_wrong_width_blinds_who_computes_with_the_model_and_not_who_reads_a_ro
 
 def test_what_was_learned_is_of_the_assumed_model(tmp_path: Path) -> None:
     leak = of_lenet()
-    fitted = Assuming("lenet(width=4)", CoarseGIT(epochs=0)).fit(practice_for(leak, tmp_path))
+    fitted = Assuming("lenet(width=4)", CoarseGIT(epochs=0)).fit(auxiliary_for(leak, tmp_path))
     (learned,) = fitted.learned()
     assert learned.about.protocol.model == "lenet(width=4)"
     assert "pairs=40" in repr(learned.about)
@@ -81,13 +81,13 @@ def test_fewer_pairs_are_the_first_ones(tmp_path: Path) -> None:
     leak = of_lenet()
     for name in ("identified(exact_git, pairs=30)", "training_mean"):
         (attack,) = parse(f"assuming('lenet(width=12)', {name})")
-        practice = practice_for(leak, tmp_path, 300).first(35)
+        auxiliary = auxiliary_for(leak, tmp_path, 300).first(35)
         if name == "training_mean":
-            guess = attack.fit(practice)(leak).images[0, 0]
+            guess = attack.fit(auxiliary)(leak).images[0, 0]
             torch.testing.assert_close(guess, pictures(300, 1, seed=100)[0][:35, 0].mean(0))
         else:
             with pytest.raises(FedtapError, match="pairs"):
-                attack.fit(practice)
+                attack.fit(auxiliary)
 
 
 def test_models_with_statistics_and_unknown_ones_are_refused() -> None:

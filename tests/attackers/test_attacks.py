@@ -38,7 +38,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.scores import score_all
-from tests.support.attack_leaks import InPlace, OfTheUsers, WithConstant, conv_head, leak_of, pictures, practice_for
+from tests.support.attack_leaks import InPlace, OfTheUsers, WithConstant, auxiliary_for, conv_head, leak_of, pictures
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -78,7 +78,7 @@ def trained() -> str:
     """Path of a trained attack on a small LeNet."""
     path = SCRATCH / "trained.safetensors"
     leak = leak_of(*pictures(1, 1), build("lenet", (3, 16, 16), 10, seed=1234), "lenet")
-    LTI(width=8, epochs=1).fit(practice_for(leak, SCRATCH)).save(path)
+    LTI(width=8, epochs=1).fit(auxiliary_for(leak, SCRATCH)).save(path)
     return str(path)
 
 
@@ -87,13 +87,13 @@ FITTED: dict[tuple[str, str, str], Attack] = {}
 
 def ready(attack: Attack, leak: Leak, network: nn.Module | None = None, anew: bool = False) -> Attack:
     """The attack, after practice at the leak's weights if it has to; fitted once, unless it is to be anew."""
-    if not attack.practises:
+    if not attack.needs_auxiliary:
         return attack
     key = repr(attack), repr(leak.protocol), digest({**(leak.weights or {}), **leak.buffers})
     if anew or key not in FITTED:
         _learned.cache_clear()  # which remembers the last few
         pairs = 120 if attack.name.startswith("identified") else 40  # as many as a last layer has inputs, and more
-        FITTED[key] = attack.fit(practice_for(leak, SCRATCH, pairs, network=network))
+        FITTED[key] = attack.fit(auxiliary_for(leak, SCRATCH, pairs, network=network))
     return FITTED[key]
 
 
@@ -324,8 +324,8 @@ def test_gradinversion_asks_batchnorm_for_its_statistics() -> None:
     torch.testing.assert_close(
         statistics_gap(norm, dict(norm.named_parameters()), known, drawn), away[0].norm() + away[1].norm()
     )
-    moved, drawn = (GradInversion(steps=2, seeds=1, statistics=weight)(leak).images for weight in (0.0, 100.0))
-    assert not torch.allclose(moved, drawn, atol=1e-3)
+    drift_norm, drawn = (GradInversion(steps=2, seeds=1, statistics=weight)(leak).images for weight in (0.0, 100.0))
+    assert not torch.allclose(drift_norm, drawn, atol=1e-3)
 
 
 def test_idlg_and_dlg_bring_the_picture_back() -> None:

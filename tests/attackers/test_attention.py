@@ -268,9 +268,9 @@ def test_where_norm_hides_scale_and_mean_a_word_is_told_by_the_rest() -> None:
     network = Words(50, block_with(8, 4, norm="before"), draw)
     x = network.embedded(torch.randint(50, (2, 8), generator=draw))
     block = block_of(leak_of(network, x))
-    moved = 3 * x + 1
-    torch.testing.assert_close(block(moved), block(x), atol=1e-4, rtol=1e-4)  # LayerNorm's eps is all that differs
-    assert torch.equal(nearest(block, moved, network.table.detach()), nearest(block, x, network.table.detach()))
+    drift_norm = 3 * x + 1
+    torch.testing.assert_close(block(drift_norm), block(x), atol=1e-4, rtol=1e-4)  # LayerNorm's eps is all that differs
+    assert torch.equal(nearest(block, drift_norm, network.table.detach()), nearest(block, x, network.table.detach()))
 
 
 def test_patches_are_cut_and_joined_and_the_cut_model_is_the_models_first_part() -> None:
@@ -397,5 +397,5 @@ def test_blocks_that_are_not_ours_and_attacks_on_other_leaks_are_refused() -> No
     with pytest.raises(FedtapError, match="one word"):
         attention.scenario(vocabulary=1)
     with pytest.raises(FedtapError, match="lower --victims"):
-        attention_vit.scenario(victims=999).world_at(Path("data"))
+        attention_vit.scenario(victims=999).dataset_at(Path("data"))
     assert AttentionNewton.guesses is Inputs

@@ -19,11 +19,11 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT, compact
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.simulator.attack import _learned
-from fedtap.simulator.auxiliary import Practice, gradients
+from fedtap.simulator.auxiliary import Auxiliary, gradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.models.registry import MODELS, Normalise, build
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 SHAPE = (3, 16, 16)
 
@@ -104,7 +104,7 @@ def test_a_rows_input_is_read_in_closed_form(bias: bool) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_is_learned_and_comes_back_from_its_files(model: str, tmp_path: Path) -> None:
     leak = heard(model)
-    made = CoarseGIT(width=4, hidden=4, hints=4, epochs=1, batch=16).fit(practice_for(leak, tmp_path, 60))
+    made = CoarseGIT(width=4, hidden=4, hints=4, epochs=1, batch=16).fit(auxiliary_for(leak, tmp_path, 60))
     guess = made(dataclasses.replace(leak, weights=None, buffers={}))
     assert guess.images.shape == (4, 1, *SHAPE)
     made.save(tmp_path / "git.safetensors")
@@ -117,10 +117,10 @@ def error(guess: Tensor, truth: Tensor) -> float:
 
 def test_it_sees_far_more_than_the_mean_and_never_less_than_its_closed_form(tmp_path: Path) -> None:
     leak = heard(victims=32)
-    truth, practice = pictures(32, 1)[0], practice_for(leak, tmp_path, 800)
-    blind = error(TrainingMean().fit(practice)(leak).images, truth)
-    started = CoarseGIT(epochs=0).fit(practice)
-    learned = CoarseGIT(width=16, epochs=6, batch=40).fit(practice)
+    truth, auxiliary = pictures(32, 1)[0], auxiliary_for(leak, tmp_path, 800)
+    blind = error(TrainingMean().fit(auxiliary)(leak).images, truth)
+    started = CoarseGIT(epochs=0).fit(auxiliary)
+    learned = CoarseGIT(width=16, epochs=6, batch=40).fit(auxiliary)
     begun, ended = (error(attack(leak).images, truth) for attack in (started, learned))
     assert ended <= begun < 0.3 * blind
     assert abs(float(learned(leak).objective[0]) / ended - 1) < 0.5  # its own estimate
@@ -129,21 +129,21 @@ def test_it_sees_far_more_than_the_mean_and_never_less_than_its_closed_form(tmp_
 
 
 def test_learning_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    practice, leak = practice_for(heard(), tmp_path, 60), heard()
+    auxiliary, leak = auxiliary_for(heard(), tmp_path, 60), heard()
     attack = CoarseGIT(width=4, epochs=1, batch=16)
-    same, other = dataclasses.replace(practice), dataclasses.replace(practice, folder=practice.folder.resolve())
+    same, other = dataclasses.replace(auxiliary), dataclasses.replace(auxiliary, folder=auxiliary.folder.resolve())
     one, two = attack.fit(same, 5), _learned.__wrapped__(attack, other, 5)  # the second is not the remembered first
     assert torch.equal(one(leak).images, two(leak).images)
     first = next(iter(one.inverter.parameters()))
-    assert not torch.equal(first, next(iter(attack.fit(practice, 6).inverter.parameters())))
+    assert not torch.equal(first, next(iter(attack.fit(auxiliary, 6).inverter.parameters())))
 
 
 def test_the_stages_learn_what_no_regression_starts_them_with(tmp_path: Path) -> None:
-    practice = practice_for(heard(), tmp_path, 400)
+    auxiliary = auxiliary_for(heard(), tmp_path, 400)
     found = stages(build("lenet", SHAPE, 10), SHAPE)
     torch.manual_seed(0)
     generator = Generator(found, SHAPE, 16)
-    read, images = compact(generator, practice)
+    read, images = compact(generator, auxiliary)
     generator.fit_statistics(read, images)
     generator.ridge.zero_()
     adam, losses = torch.optim.Adam(generator.parameters(), 4e-3), []
@@ -215,7 +215,7 @@ def test_a_layer_that_cannot_be_read_is_named(make: type[nn.Module], said: str) 
         stages(make(), SHAPE)
 
 
-def test_a_network_that_cannot_be_read_is_refused_before_practice() -> None:
+def test_a_network_that_cannot_be_read_is_refused_before_auxiliary() -> None:
     leak = heard()
     same = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(1024, 10)).to("meta")
     with pytest.raises(FedtapError, match=r"0 \(Conv2d\) is not one whose gradient can be read"):
@@ -225,8 +225,8 @@ def test_a_network_that_cannot_be_read_is_refused_before_practice() -> None:
 def test_batches_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match="the mean over 2"):
         CoarseGIT().accepts(heard(batch=2))
-    with pytest.raises(FedtapError, match=r"at least 40 practice pairs.*and has 20"):
-        CoarseGIT().fit(practice_for(heard(), tmp_path, 20))
+    with pytest.raises(FedtapError, match=r"at least 40 auxiliary pairs.*and has 20"):
+        CoarseGIT().fit(auxiliary_for(heard(), tmp_path, 20))
 
 
 def test_pixels_may_be_normalised_in_the_network(tmp_path: Path) -> None:
@@ -234,35 +234,35 @@ def test_pixels_may_be_normalised_in_the_network(tmp_path: Path) -> None:
     network.append(nn.Linear(6 * 64, 10))
     images, labels = pictures(4, 1)
     leak = leak_of(images, labels, network, "own", meta=lambda: network)
-    practice = practice_for(leak, tmp_path, 200, network=network)
-    assert math.isfinite(error(CoarseGIT(epochs=2).fit(practice)(leak).images, images))
+    auxiliary = auxiliary_for(leak, tmp_path, 200, network=network)
+    assert math.isfinite(error(CoarseGIT(epochs=2).fit(auxiliary)(leak).images, images))
 
 
-def moved(weights: Tensors, seed: int) -> dict[str, Tensor]:
+def drift_norm(weights: Tensors, seed: int) -> dict[str, Tensor]:
     """The same weights under other biases."""
     draw = torch.Generator().manual_seed(seed)
     return {n: t + (t.ndim == 1) * 0.1 * torch.randn(t.shape, generator=draw) for n, t in weights.items()}
 
 
-def practice_along(folder: Path, trainings: int, each: int) -> Practice:
+def auxiliary_along(folder: Path, trainings: int, each: int) -> Auxiliary:
     """Pairs at as many different weights as there were trainings."""
     leak = heard()
     assert leak.weights is not None
     sets = [
-        practice_for(dataclasses.replace(leak, weights=moved(leak.weights, k)), folder, each, seed=100 + k)
+        auxiliary_for(dataclasses.replace(leak, weights=drift_norm(leak.weights, k)), folder, each, seed=100 + k)
         for k in range(trainings)
     ]
-    about = dataclasses.replace(sets[0].about, pairs=trainings * each, drifts=trainings, digest="along")
-    return Practice.record(folder / "along", about, sets[0].network, (pairs for one in sets for pairs in one))
+    about = dataclasses.replace(sets[0].about, pairs=trainings * each, auxiliary_trainings=trainings, digest="along")
+    return Auxiliary.record(folder / "along", about, sets[0].network, (pairs for one in sets for pairs in one))
 
 
-def test_practice_at_drifted_weights_carries_over_to_others(tmp_path: Path) -> None:
+def test_auxiliary_at_drifted_weights_carries_over_to_others(tmp_path: Path) -> None:
     images, labels = pictures(16, 1, seed=7)
     network = build("lenet", SHAPE, 10, seed=1234)
-    network.load_state_dict(moved(heard().weights or {}, 99), strict=False)
+    network.load_state_dict(drift_norm(heard().weights or {}, 99), strict=False)
     leak = leak_of(images, labels, network, "lenet")
     attack = CoarseGIT(width=4, epochs=1, batch=16)
-    along, fixed = attack.fit(practice_along(tmp_path, 16, 24)), attack.fit(practice_for(heard(), tmp_path, 384))
+    along, fixed = attack.fit(auxiliary_along(tmp_path, 16, 24)), attack.fit(auxiliary_for(heard(), tmp_path, 384))
     found = along(leak).images
     assert error(found, images) < 0.6 * error(fixed(leak).images, images)
     assert error(found, images) < 0.6 * error(images.mean(0, keepdim=True), images)

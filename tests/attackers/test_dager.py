@@ -201,7 +201,7 @@ WORDS = ["alpha", "beta", "gamma", "delta", "<b>epsilon</b>", "zeta", "eta", "th
 
 @pytest.fixture
 def news(tmp_path: Path) -> Path:
-    """A data root with a small world of texts."""
+    """A data root with a small dataset of texts."""
     draw = np.random.default_rng(0)
     for part, count in (("train", 60), ("test", 40)):
         with (tmp_path / f"news_{part}.csv").open("w", newline="") as file:
@@ -218,7 +218,7 @@ def played(study: TextGradients, root: Path, out: Path) -> list[dict[str, object
 
 
 def small(**knobs: object) -> TextGradients:
-    settings = {"world": "news", "batch": 2, "tokens": 6, "width": 48, "victims": 3} | knobs
+    settings = {"dataset": "news", "batch": 2, "tokens": 6, "width": 48, "victims": 3} | knobs
     return dataclasses.replace(scenario(**settings), name="text_gradients")  # type: ignore[arg-type]
 
 

@@ -162,11 +162,11 @@ def test_the_equations_hold_at_the_truth_and_their_matrix_is_autograds(make: Bui
     )
 
     def both(a: Tensor) -> Tensor:
-        moved = module(a.reshape(1, *size))
+        drift_norm = module(a.reshape(1, *size))
         shown = torch.func.grad(
             lambda w: (torch.func.functional_call(module, {"weight": w}, a.reshape(1, *size)) * d).sum()
         )
-        return torch.cat([(moved / doubt.sqrt()).flatten(), shown(module.weight.detach()).flatten() / 0.3**0.5])
+        return torch.cat([(drift_norm / doubt.sqrt()).flatten(), shown(module.weight.detach()).flatten() / 0.3**0.5])
 
     jacobian = torch.func.jacrev(both)(a.flatten())
     equations = Equations(

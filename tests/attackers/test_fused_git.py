@@ -25,7 +25,7 @@ from fedtap.simulator.auxiliary import About
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from tests.attackers.test_exact_git import announcing, drawn, noisy, psnr, sigmoid_net
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 
 @settings(deadline=None, max_examples=30)
@@ -104,27 +104,27 @@ def test_gauss_newton_ends_at_the_image_and_a_strangers_leak_at_the_stranger() -
     assert psnr(stranger.images, images) < 20
 
 
-def practised(attack: FusedGIT, leak: Leak, folder: Path, pairs: int = 120) -> Tensor:
+def auxiliary_at(attack: FusedGIT, leak: Leak, folder: Path, pairs: int = 120) -> Tensor:
     network = drawn(sigmoid_net).float()
-    return attack.fit(practice_for(leak, folder, pairs, network=network))(leak).images
+    return attack.fit(auxiliary_for(leak, folder, pairs, network=network))(leak).images
 
 
 def test_without_noise_it_is_exact_and_under_much_it_is_what_was_learned(tmp_path: Path) -> None:
     images, leak = leaked()
     fused = FusedGIT(Ridge(), steps=3, inner=30)
     exact = psnr(ExactGIT()(leak).images, images)
-    assert psnr(practised(fused, leak, tmp_path), images) > min(exact - 0.2, 90)
+    assert psnr(auxiliary_at(fused, leak, tmp_path), images) > min(exact - 0.2, 90)
     drowned = announcing(noisy(leak, 1e3), 1e3)
-    learned = Ridge().fit(practice_for(drowned, tmp_path, 120, network=drawn(sigmoid_net).float()))(drowned).images
-    torch.testing.assert_close(practised(fused, drowned, tmp_path), learned.clamp(0, 1), rtol=0, atol=2e-2)
+    learned = Ridge().fit(auxiliary_for(drowned, tmp_path, 120, network=drawn(sigmoid_net).float()))(drowned).images
+    torch.testing.assert_close(auxiliary_at(fused, drowned, tmp_path), learned.clamp(0, 1), rtol=0, atol=2e-2)
 
 
 def test_between_the_two_it_is_better_than_both(tmp_path: Path) -> None:
     images, leak = leaked(4)
     sent = announcing(noisy(leak, 3e-3), 3e-3)
-    practice = practice_for(sent, tmp_path, 600, network=drawn(sigmoid_net).float())
+    auxiliary = auxiliary_for(sent, tmp_path, 600, network=drawn(sigmoid_net).float())
     scores = {
-        attack.name: float(-10 * math.log10(float((attack.fit(practice)(sent).images - images).square().mean())))
+        attack.name: float(-10 * math.log10(float((attack.fit(auxiliary)(sent).images - images).square().mean())))
         for attack in (ExactGIT(), Ridge(), FusedGIT(Ridge(), steps=5, inner=40))
     }
     assert scores["fused_git"] > max(scores["exact_git"], scores["ridge"]) + 1, scores
@@ -134,8 +134,8 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match="idlg, which does not learn"):
         FusedGIT(prior=IDLG())
     _, leak = leaked()
-    with pytest.raises(FedtapError, match="at least 40 practice pairs"):
-        practised(FusedGIT(Ridge()), leak, tmp_path, pairs=20)
+    with pytest.raises(FedtapError, match="at least 40 auxiliary pairs"):
+        auxiliary_at(FusedGIT(Ridge()), leak, tmp_path, pairs=20)
     two = leak_of(*pictures(1, 2, size=8), drawn(sigmoid_net).float(), "mine", meta=sigmoid_net)
     with pytest.raises(FedtapError, match="coarse_git reads the gradient of one image"):
         FusedGIT(CoarseGIT()).accepts(two)
@@ -145,8 +145,8 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
 
 def test_a_floor_can_be_the_prior_and_a_start(tmp_path: Path) -> None:
     images, leak = leaked()
-    guess = practised(FusedGIT(TrainingMean(), steps=2, inner=20), leak, tmp_path)
+    guess = auxiliary_at(FusedGIT(TrainingMean(), steps=2, inner=20), leak, tmp_path)
     assert psnr(guess, images) > 60
     network = drawn(sigmoid_net).float()
-    refined = Refine(TrainingMean(), GaussNewton(steps=2, inner=10)).fit(practice_for(leak, tmp_path, network=network))
+    refined = Refine(TrainingMean(), GaussNewton(steps=2, inner=10)).fit(auxiliary_for(leak, tmp_path, network=network))
     assert refined(leak).objective.isfinite().all()

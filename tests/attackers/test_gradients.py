@@ -27,7 +27,7 @@ def plain_answer(leak: Leak, network: nn.Module, images: Tensor, target: Tensor)
     """The oracle: gradients with `create_graph`, local steps one by one."""
     weights = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     here, total = weights, {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    for _ in range(leak.protocol.steps):
+    for _ in range(leak.protocol.local_steps):
         logits = torch.func.functional_call(network, here, (images,))
         loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
         slopes = torch.autograd.grad(loss, list(here.values()), create_graph=True)
@@ -35,7 +35,7 @@ def plain_answer(leak: Leak, network: nn.Module, images: Tensor, target: Tensor)
         here = {
             name: here[name] - leak.protocol.learning_rate * slope for name, slope in zip(here, slopes, strict=True)
         }
-    return {name: tensor / leak.protocol.steps for name, tensor in total.items()}
+    return {name: tensor / leak.protocol.local_steps for name, tensor in total.items()}
 
 
 @pytest.mark.parametrize("model", ["mlp", "lenet", "convnet", "resnet20", "vit", "lenet frozen"])

@@ -1,4 +1,4 @@
-"""Weights from practice pairs: told to rounding where the gradients are, refused where nothing could be told."""
+"""Weights from auxiliary pairs: told to rounding where the gradients are, refused where nothing could be told."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def drawn(make: Build) -> nn.Module:
     return network
 
 
-def practised(
+def auxiliary_at(
     network: nn.Module, meta: nn.Module, pairs: int, size: int, dtype: torch.dtype = torch.float64, classes: int = 10
 ) -> tuple[GradientLeak, Tensor, Tensor]:
     """Pairs of noise images and their gradients, as the compromised client answers them."""
@@ -73,7 +73,7 @@ def practised(
     gradients = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=64)(weights, images.to(dtype), labels)
     leak = GradientLeak(
         observed=gradients,
-        protocol=Protocol("mine", (3, size, size), classes, batch=1, listener="eavesdropper"),
+        protocol=Protocol("mine", (3, size, size), classes, batch=1, threat_model="eavesdropper"),
         network=meta.to("meta"),
         weights=None,
         buffers={},
@@ -101,7 +101,7 @@ def worst(found: dict[str, Tensor], network: nn.Module) -> float:
 )
 def test_exact_gradients_show_the_weights_to_rounding(make: Build, pairs: int) -> None:
     network = drawn(make)
-    found = identify(*practised(network, make(), pairs, 12 if make is conv_net else 6))
+    found = identify(*auxiliary_at(network, make(), pairs, 12 if make is conv_net else 6))
     assert {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in network.named_parameters()
     }
@@ -113,12 +113,12 @@ def test_of_two_classes_the_label_itself_shows_the_logits() -> None:
         return nn.Sequential(nn.Flatten(), nn.Linear(108, 20), nn.Sigmoid(), nn.Linear(20, 2))
 
     network = drawn(two)
-    assert worst(identify(*practised(network, two(), 200, 6, classes=2)), network) < 1e-7
+    assert worst(identify(*auxiliary_at(network, two(), 200, 6, classes=2)), network) < 1e-7
 
 
 def test_float32_gradients_show_weights_as_good_as_the_true_ones() -> None:
     network = drawn(conv_net)
-    leak, images, labels = practised(network.float(), conv_net(), 202, 12, torch.float32)
+    leak, images, labels = auxiliary_at(network.float(), conv_net(), 202, 12, torch.float32)
     found = identify(leak[:200], images[:200], labels[:200])
     assert worst(found, network) < 3e-4  # rounding, which differs from one kind of CPU to the next
     true = {name: tensor.detach() for name, tensor in network.named_parameters()}
@@ -129,14 +129,14 @@ def test_float32_gradients_show_weights_as_good_as_the_true_ones() -> None:
 
 def test_the_row_common_to_all_classes_is_left_out() -> None:
     network = drawn(leaky_net)
-    found = identify(*practised(network, leaky_net(), 200, 6))
+    found = identify(*auxiliary_at(network, leaky_net(), 200, 6))
     assert float(found["4.weight"].mean(0).abs().max()) < 1e-12
     assert abs(float(found["4.bias"].mean())) < 1e-12
 
 
 def test_the_weights_themselves_are_not_read() -> None:
     network = drawn(leaky_net)
-    leak, images, labels = practised(network, leaky_net(), 200, 6)
+    leak, images, labels = auxiliary_at(network, leaky_net(), 200, 6)
     wrong = {name: torch.zeros_like(tensor) for name, tensor in network.named_parameters()}
     found, blind = (identify(each, images, labels) for each in (dataclasses.replace(leak, weights=wrong), leak))
     for name, tensor in blind.items():
@@ -145,7 +145,7 @@ def test_the_weights_themselves_are_not_read() -> None:
 
 def test_rounding_on_the_wire_is_weighed() -> None:
     network = drawn(leaky_net)
-    leak, images, labels = practised(network, leaky_net(), 400, 6)
+    leak, images, labels = auxiliary_at(network, leaky_net(), 400, 6)
     draw = torch.Generator().manual_seed(2)
     observed = {
         name: tensor + 1e-5 * torch.randn(tensor.shape, generator=draw, dtype=tensor.dtype)
@@ -158,24 +158,24 @@ def test_rounding_on_the_wire_is_weighed() -> None:
 
 @pytest.mark.parametrize("make", [conv_net, tanh_mlp, leaky_net, softmax_regression])
 def test_anothers_images_are_refused(make: Build) -> None:
-    leak, images, labels = practised(drawn(make), make(), 300, 12 if make is conv_net else 6)
-    with pytest.raises(FedtapError, match=r"No weights explain the practice pairs"):
+    leak, images, labels = auxiliary_at(drawn(make), make(), 300, 12 if make is conv_net else 6)
+    with pytest.raises(FedtapError, match=r"No weights explain the auxiliary pairs"):
         identify(leak, images.flip(0), labels)
 
 
 def test_anothers_labels_are_refused() -> None:
-    leak, images, labels = practised(drawn(leaky_net), leaky_net(), 200, 6)
+    leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 200, 6)
     with pytest.raises(FedtapError, match=r"Practice pair \d+ has another label than its gradient shows"):
         identify(leak, images, labels.flip(0))
 
 
 def test_too_few_pairs_are_counted() -> None:
-    leak, images, labels = practised(drawn(leaky_net), leaky_net(), 54, 6)
-    with pytest.raises(FedtapError, match=r"need at least 55 practice pairs.*there are 54"):
+    leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 54, 6)
+    with pytest.raises(FedtapError, match=r"need at least 55 auxiliary pairs.*there are 54"):
         identify(leak, images, labels)
-    leak, images, labels = practised(drawn(leaky_net), leaky_net(), 60, 6)
+    leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 60, 6)
     faint = dataclasses.replace(leak, resolution=0.01)
-    with pytest.raises(FedtapError, match=r"Of 60 practice pairs \d+ show how the logits of classes .* needs 55"):
+    with pytest.raises(FedtapError, match=r"Of 60 auxiliary pairs \d+ show how the logits of classes .* needs 55"):
         identify(faint, images, labels)
 
 
@@ -204,19 +204,19 @@ def narrow() -> nn.Module:
     ],
 )
 def test_networks_that_cannot_be_told_are_named(make: Build, said: str) -> None:
-    leak, images, labels = practised(drawn(make), make(), 300, 6)
+    leak, images, labels = auxiliary_at(drawn(make), make(), 300, 6)
     with pytest.raises(FedtapError, match=said):
         identify(leak, images, labels)
 
 
 def test_batches_are_refused() -> None:
-    leak, images, labels = practised(drawn(leaky_net), leaky_net(), 60, 6)
+    leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 60, 6)
     batches = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, batch=4))
     with pytest.raises(FedtapError, match=r"one image a pair.*means over 4.*--batch 1"):
         identify(batches, images, labels)
 
 
 def test_a_pair_is_an_image_and_a_gradient() -> None:
-    leak, images, labels = practised(drawn(leaky_net), leaky_net(), 60, 6)
+    leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 60, 6)
     with pytest.raises(FedtapError, match=r"59 practice images and 60 gradients"):
         identify(leak, images[:59], labels[:59])

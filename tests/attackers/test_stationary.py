@@ -229,13 +229,13 @@ def test_no_points_explain_what_is_of_too_high_a_rank() -> None:
         name: value + 0.01 * torch.randn(value.shape, generator=generator(name), dtype=value.dtype)
         for name, value in leak.observed.items()
     }
-    moved = dataclasses.replace(leak, observed=noise)
+    drift_norm = dataclasses.replace(leak, observed=noise)
     assert float(unexplainable(leak).max()) < 1e-7
-    assert float(unexplainable(moved).min()) > 1e-2
+    assert float(unexplainable(drift_norm).min()) > 1e-2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        guess = StationaryMMD(restarts=2, rounds=1, steps=5)(moved)
-    assert bool((guess.objective.sqrt() >= unexplainable(moved)).all())
+        guess = StationaryMMD(restarts=2, rounds=1, steps=5)(drift_norm)
+    assert bool((guess.objective.sqrt() >= unexplainable(drift_norm)).all())
     idle = dataclasses.replace(
         leak, observed={name: value.expand(2, *value.shape).double() for name, value in weights_of(leak).items()}
     )

@@ -34,7 +34,7 @@ def test_the_ratio_is_that_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measuring_draws_nothing_and_leaves_no_trace() -> None:
     before = torch.get_rng_state()
-    assert measured("precode(8)", batch=2, steps=2)
+    assert measured("precode(8)", batch=2, local_steps=2)
     assert torch.equal(before, torch.get_rng_state())
 
 

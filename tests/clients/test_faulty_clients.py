@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from fedtap.clients.app import client_app
 from fedtap.simulator.auxiliary import Pairs
 from fedtap.simulator.errors import ClientError
-from fedtap.simulator.federation.rounds import PRACTICE, Heard, play, practice
+from fedtap.simulator.federation.rounds import PRACTICE, Heard, auxiliary, play
 from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.support.faulty_clients import FAULTS, UNCHANGED, Armed, Fault, Reply, raising
@@ -28,12 +28,13 @@ BASE = Scenario(attacks=(), name="test", model="mlp", size=8, victims=4, clients
 
 MODES = {
     "plain": BASE,
-    "secure_aggregation": dataclasses.replace(BASE, listener="secure_aggregation", victims=2),
+    "secure_aggregation": dataclasses.replace(BASE, threat_model="secure_aggregation", victims=2),
     "central_dp": dataclasses.replace(BASE, defence="central_dp(1.0, 0.5)"),
     "trained": dataclasses.replace(BASE, rounds=1, victims=2, batch=2),
-    "practice": dataclasses.replace(BASE, listener="eavesdropper"),
+    "auxiliary": dataclasses.replace(BASE, threat_model="eavesdropper"),
 }
-"""Two rounds each, the second at the first one's average. In `practice` it is the compromised client that is faulty."""
+"""Two rounds each, the second at the first one's average. In `auxiliary` it is the compromised client that is
+faulty."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,25 +72,25 @@ def played(scenario: Scenario, faults: Sequence[Fault], faulty: int) -> tuple[He
     app, turn = ClientApp(), itertools.cycle(faults)
 
     @app.train()
-    @app.query("practice")
+    @app.query("auxiliary")
     def answer(order: Message, context: Context) -> Message:
         honest = sound(scenario, order, context)
         return next(turn)(Reply(order, honest)) if context.node_config["partition-id"] == faulty else honest  # type: ignore[no-any-return]
 
     grid, private = LocalGrid(app, CLIENTS + 1), private_data(scenario, Path("data"), CLIENTS)
     heard = play(scenario, grid, private)
-    practised: list[Practised] = []
-    images, labels = private.world.public.batch(torch.arange(2))
-    for _ in faults if scenario.listener == "eavesdropper" else ():
+    auxiliary_at: list[Practised] = []
+    images, labels = private.dataset.public.batch(torch.arange(2))
+    for _ in faults if scenario.threat_model == "eavesdropper" else ():
         try:
-            practised.append(list(practice(grid, scenario, private, heard, images[:, None], labels[:, None])))
+            auxiliary_at.append(list(auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None])))
         except ClientError as error:
-            practised.append(error)
-    return heard, private, practised
+            auxiliary_at.append(error)
+    return heard, private, auxiliary_at
 
 
 def culprit(mode: str) -> int:
-    return CLIENTS if mode == "practice" else FAULTY
+    return CLIENTS if mode == "auxiliary" else FAULTY
 
 
 @cache
@@ -102,7 +103,7 @@ def failed(mode: str) -> Heard:
 def paired() -> list[Pairs]:
     """The pairs of a sound compromised client, after rounds in which it failed."""
     spoil: Fault = lambda reply: reply.send() if reply.order.metadata.message_type == PRACTICE else None  # noqa: E731
-    (pairs,) = played(MODES["practice"], [spoil], CLIENTS)[2]
+    (pairs,) = played(MODES["auxiliary"], [spoil], CLIENTS)[2]
     assert isinstance(pairs, list)
     return pairs
 
@@ -118,7 +119,7 @@ def check_row(row: str, client: int) -> None:
 
 def check(fault: str, mode: str) -> None:
     """Play one fault in two rounds, and hold it against a client that only fails."""
-    heard, private, practised = played(MODES[mode], [FAULTS[fault]], culprit(mode))
+    heard, private, auxiliary_at = played(MODES[mode], [FAULTS[fault]], culprit(mode))
     if fault == UNCHANGED and mode != "central_dp":  # an honest answer, unless its length divides
         assert {*private.names()} == {*heard.leaks}
         return
@@ -132,7 +133,7 @@ def check(fault: str, mode: str) -> None:
         check_row(heard.why_missing(culprit(mode), rnd), culprit(mode))
         if mode == "secure_aggregation":
             check_row(heard.why_missing(0, 2), culprit(mode))
-    for pairs in practised:
+    for pairs in auxiliary_at:
         if isinstance(pairs, ClientError):
             assert f"number {CLIENTS}" in str(pairs)
             assert len(str(pairs)) < 300
@@ -157,13 +158,13 @@ def test_each_fault_is_a_row_that_names_the_client(number: int) -> None:
     names = [name for name in [*FAULTS][2 * number :: 2 * len(MODES)] if name != UNCHANGED or mode == "central_dp"]
     rounds = {"victims": len(names) * (1 if mode == "secure_aggregation" else CLIENTS)}
     scenario = dataclasses.replace(MODES[mode], **({"rounds": len(names)} if mode == "trained" else rounds))
-    heard, private, practised = played(scenario, [FAULTS[name] for name in names], culprit(mode))
+    heard, private, auxiliary_at = played(scenario, [FAULTS[name] for name in names], culprit(mode))
     for rnd in range(1, len(names) + 1):
         check_row(heard.why_missing(culprit(mode), rnd), culprit(mode))
     others = {name for name in private.names() if name[0] != culprit(mode) and mode != "secure_aggregation"}
     assert {*heard.leaks} >= others
     assert all(leak.clients.tolist() == [client] for (client, _), leak in heard.leaks.items())
-    assert len(practised) == (len(names) if mode == "practice" else 0)
+    assert len(auxiliary_at) == (len(names) if mode == "auxiliary" else 0)
 
 
 @pytest.mark.slow

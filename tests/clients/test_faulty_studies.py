@@ -22,7 +22,7 @@ from tests.support.faulty_clients import FAULTS, Reply
 STUDIES: dict[str, dict[str, str]] = {
     "attention": {"n": "3", "d": "4", "heads": "2", "victims": "3", "attack": "attention_newton(steps=3)"},
     "fedprox": {"width": "8", "examples": "3", "features": "4", "victims": "3", "attack": "stationary_mmd(rounds=1)"},
-    "text_gradients": {"world": "news", "width": "48", "batch": "2", "tokens": "6", "victims": "3"},
+    "text_gradients": {"dataset": "news", "width": "48", "batch": "2", "tokens": "6", "victims": "3"},
 }
 
 SOME = (

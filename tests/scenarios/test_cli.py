@@ -55,7 +55,7 @@ def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(f"alt='linear on mlp, client {client}'" in page for client in (0, 1))
     assert {"seed", "device", "versions", "question"} <= about.keys()
     columns = (
-        "scenario attack defence world model client round seed mse psnr ssim lpips label_correct recovered psnr_blind"
+        "scenario attack defence dataset model client round seed mse psnr ssim lpips label_correct recovered psnr_blind"
     )
     for row in rows(tmp_path):
         assert {*columns.split(), "seconds"} <= row.keys()
@@ -103,17 +103,17 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
 def test_a_resumed_run_must_hear_what_it_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def world(seed: int) -> None:
+    def dataset(seed: int) -> None:
         pixels = np.random.default_rng(seed).integers(0, 256, (40, 8, 8, 3), np.uint8)
         labels = np.arange(40) % 3
         np.savez(tmp_path / "w.npz", x_train=pixels[:30], y_train=labels[:30], x_test=pixels[30:], y_test=labels[30:])
 
-    words = ["run", "first_leak", *QUICK, "--world", str(tmp_path / "w.npz"), "--out", str(tmp_path / "out")]
-    world(seed=0)
+    words = ["run", "first_leak", *QUICK, "--dataset", str(tmp_path / "w.npz"), "--out", str(tmp_path / "out")]
+    dataset(seed=0)
     assert run(monkeypatch, *words) == 0
     assert run(monkeypatch, *words, "--resume") == 0
-    world(seed=1)
-    fedtap.simulator.federation.settings.world_of.cache_clear()
+    dataset(seed=1)
+    fedtap.simulator.federation.settings.dataset_of.cache_clear()
     fedtap.simulator.federation.settings.private_data.cache_clear()
     before = rows(tmp_path / "out")
     assert run(monkeypatch, *words, "--resume") == 2
@@ -227,13 +227,13 @@ def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys
         (["first_lek"], "did you mean first_leak?"),
         (["run", "first_leak", "--alpha", "0.1"], "add --rounds"),
         (["run", "first_leak", "--seed", ",".join(map(str, range(99))), "--victims", "0"], "out of range"),
-        (["run", "first_leak", "--world", "a" * 300], "no world named"),
-        (["run", "first_leak", "--listener", "eavesdroper"], "did you mean eavesdropper?"),
-        (["run", "first_leak", "--listener", "eavesdropper"], "does not know them"),
+        (["run", "first_leak", "--dataset", "a" * 300], "no dataset named"),
+        (["run", "first_leak", "--threat-model", "eavesdroper"], "did you mean eavesdropper?"),
+        (["run", "first_leak", "--threat-model", "eavesdropper"], "does not know them"),
         (["run", "first_leak", "--model", "lenett"], "did you mean lenet?"),
         (["run", "first_leak", "--model", "no.such:thing"], "cannot be imported"),
-        (["run", "first_leak", "--world", "photo"], "did you mean photos?"),
-        (["run", "first_leak", "--world", "no/such/folder"], "no/such/folder"),
+        (["run", "first_leak", "--dataset", "photo"], "did you mean photos?"),
+        (["run", "first_leak", "--dataset", "no/such/folder"], "no/such/folder"),
         (["run", "first_leak", "--victims", "100000"], "victims' side of photos holds"),
         (["run", "first_leak", "--clients", "5000"], "lower --clients"),
         (["run", "first_leak", "--device", "tpu7"], "use --device cpu"),
@@ -268,7 +268,7 @@ def test_cifar10_that_is_nowhere_says_what_to_do(
     words = [
         "run",
         "first_leak",
-        "--world",
+        "--dataset",
         "cifar10",
         "--data-root",
         str(tmp_path / "d"),
@@ -302,12 +302,12 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_a_world_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
     labels = np.arange(60) % 3
     np.savez(tmp_path / "own.npz", x_train=pixels[:40], y_train=labels[:40], x_test=pixels[40:], y_test=labels[40:])
     out = tmp_path / "out"
-    assert run(monkeypatch, "run", "first_leak", *QUICK, "--world", str(tmp_path / "own.npz"), "--out", str(out)) == 0
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--dataset", str(tmp_path / "own.npz"), "--out", str(out)) == 0
     assert all(row["psnr"] > 40 for row in rows(out))  # type: ignore[operator]
 
 
@@ -318,7 +318,7 @@ IMAGE_SCENARIOS = sorted(
 
 @given(name=st.sampled_from(IMAGE_SCENARIOS), batch=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True))
 def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
-    parts = plan(name, {"batch": ",".join(map(str, batch)), "steps": "1", "attack": "linear", "model": "mlp"})
+    parts = plan(name, {"batch": ",".join(map(str, batch)), "local_steps": "1", "attack": "linear", "model": "mlp"})
     parts = tuple(part for part in parts if part.attacks)  # the others are games of canaries
     assert list(dict.fromkeys(part.batch for part in parts)) == batch  # a scenario may sweep more by itself
     assert all(part.name == name and part.question for part in parts)
@@ -334,16 +334,16 @@ def test_every_scenario_can_be_planned_as_it_is(name: str) -> None:
             assert parse(attack.written()) == (attack,)
 
 
-def test_a_listener_that_is_named_is_the_one_that_listens() -> None:
-    for words, listeners in (
+def test_a_threat_model_that_is_named_is_the_one_that_listens() -> None:
+    for words, threat_models in (
         ({}, {"eavesdropper", "curious_server"}),
-        ({"listener": "curious_server"}, {"curious_server"}),
+        ({"threat_model": "curious_server"}, {"curious_server"}),
         ({"attack": "ridge"}, {"eavesdropper"}),
-        ({"attack": "idlg", "listener": "curious_server"}, {"curious_server"}),
+        ({"attack": "idlg", "threat_model": "curious_server"}, {"curious_server"}),
     ):
-        assert {part.listener for part in plan("git", words)} == listeners
+        assert {part.threat_model for part in plan("git", words)} == threat_models
     with pytest.raises(FedtapError, match="no attacks of its own for the curious_server"):
-        plan("drift", {"listener": "curious_server"})
+        plan("drift", {"threat_model": "curious_server"})
     with pytest.raises(FedtapError, match="--sigma is the defence"):
         plan("noise", {"defence": "noise(0.5)"})
     assert plan("noise", {"sigma": "0.10"})[0].defence == "noise(0.1)"
@@ -355,7 +355,7 @@ def test_a_listener_that_is_named_is_the_one_that_listens() -> None:
             plan("first_leak", {"defence": text})
 
 
-@given(word=st.text(max_size=12), knob=st.sampled_from(["victims", "learning_rate", "batch", "alpha", "listener"]))
+@given(word=st.text(max_size=12), knob=st.sampled_from(["victims", "learning_rate", "batch", "alpha", "threat_model"]))
 def test_any_word_is_a_value_or_a_clear_error(word: str, knob: str) -> None:
     try:
         found = settings(catalogue()["first_leak"], {knob: word})

@@ -46,7 +46,7 @@ SMALL = {"model": "mlp", "size": "16", "attack": "linear", "victims": "2", "clie
 SMALL |= {"rounds": "1", "training_batch": "4"}
 
 
-ATTACKS = "inverting_gradients(steps=2),inverting_gradients(steps=2,aware=True)"
+ATTACKS = "inverting_gradients(steps=2),inverting_gradients(steps=2,adaptive=True)"
 
 
 def part(**knobs: str) -> Scenario:
@@ -102,7 +102,7 @@ def test_success_is_the_share_of_images_that_came_back(won: int, lost: int, fail
 @settings(deadline=None, max_examples=30)
 @given(epsilon=st.floats(0.1, 1e4), clip=st.floats(0.01, 100), mechanism=st.sampled_from(("update", "dp_sgd")))
 def test_the_noise_is_that_of_the_epsilon_asked_for(epsilon: float, clip: float, mechanism: str) -> None:
-    words = {"epsilon": str(epsilon), "clip": str(clip), "mechanism": mechanism, "steps": "3", "rounds": "4"}
+    words = {"epsilon": str(epsilon), "clip": str(clip), "mechanism": mechanism, "local_steps": "3", "rounds": "4"}
     found = promised(part(**words))
     assert found["epsilon"] == pytest.approx(epsilon, rel=1e-4)
     assert found["protects"] == ("client" if mechanism == "update" else "example")
@@ -130,17 +130,19 @@ def test_a_grid_with_fewer_clients_than_victims_has_more_rounds(tmp_path: Path) 
 
 @pytest.mark.parametrize("mechanism", ["dp_sgd", "local_dp"])
 def test_noise_inside_the_client_is_played_by_opacus_and_by_flower(mechanism: str, tmp_path: Path) -> None:
-    parts = plan("dp", SMALL | {"mechanism": mechanism, "epsilon": "10", "steps": "2", "batch": "2", "attack": ATTACKS})
+    parts = plan(
+        "dp", SMALL | {"mechanism": mechanism, "epsilon": "10", "local_steps": "2", "batch": "2", "attack": ATTACKS}
+    )
     grid = LocalGrid(client_app(lambda config: parts), 3)
     found = run_parts(parts, lambda part: grid, tmp_path / "out", device=torch.device("cpu"), data_root=tmp_path)
-    assert [row["adapted"] for row in found] == [False, False, True, True]
+    assert [row["adaptive"] for row in found] == [False, False, True, True]
     assert all(row["error"] is None and row["epsilon"] == pytest.approx(10, rel=0.1) for row in found)
     assert found[0]["protects"] == ("example" if mechanism == "dp_sgd" else "client")
 
 
 @pytest.mark.parametrize("name", ["dp", "fedavg_defended"])
 def test_who_knows_of_the_noise_attacks_beside_who_does_not(name: str) -> None:
-    assert [attack.adapted for attack in plan(name, {})[0].attacks] == [False, True]
+    assert [attack.adapts for attack in plan(name, {})[0].attacks] == [False, True]
 
 
 def test_flowers_mod_is_told_an_epsilon_of_its_own() -> None:
@@ -237,7 +239,7 @@ def test_beside_the_update_travels_what_the_server_needs(samples: int, defence: 
     play(made, Seen(app, 3), private_data(made, Path("data"), 2))
     assert len(seen) == 3
     for metrics in seen:
-        drift = metrics.pop("moved", None)
+        drift = metrics.pop("drift_norm", None)
         assert (drift is not None) == bool(samples)
         assert (drift or 0) > 0 if samples and metrics["partition"] == 0 else not drift
         assert metrics == {"num-examples": 1, "partition": metrics["partition"]}

@@ -18,21 +18,21 @@ from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, sgd
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.rounds import play, practice
+from fedtap.simulator.federation.rounds import auxiliary, play
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.records import tensors_of
 from tests.scenarios.test_cli import run
 from tests.simulator.test_federation import BASE, federation
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 
 def test_a_victim_shares_the_gradient_of_where_it_drifted_to() -> None:
     scenario = dataclasses.replace(BASE, local_samples=50, local_epochs=2)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    net = build(scenario.model, private.world.shape, len(private.world.classes), seed=scenario.weights_seed)
+    net = build(scenario.model, private.dataset.shape, len(private.dataset.classes), seed=scenario.weights_seed)
     start = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
-    images, labels = private.world.train.batch(slice(50))
+    images, labels = private.dataset.train.batch(slice(50))
     draw, sgd = generator(scenario.seed, "unshared"), torch.optim.SGD(net.parameters(), UNSHARED_RATE)
     for _ in range(2):
         for some in torch.randperm(50, generator=draw).split(UNSHARED_BATCH):
@@ -48,26 +48,26 @@ def test_a_victim_shares_the_gradient_of_where_it_drifted_to() -> None:
         assert torch.equal((leak.weights or {})[name], start[name]), "the server knows what it sent, and no more"
         assert not torch.equal(tensor, start[name])
     apart = torch.cat([(p.detach() - start[name]).flatten() for name, p in net.named_parameters()]).norm()
-    moved = apart / torch.cat([tensor.flatten() for tensor in start.values()]).norm()
-    assert heard.moved[client, rnd] == pytest.approx(float(moved), rel=1e-3)
+    drift_norm = apart / torch.cat([tensor.flatten() for tensor in start.values()]).norm()
+    assert heard.drift_norm[client, rnd] == pytest.approx(float(drift_norm), rel=1e-3)
 
 
 def test_no_drift_is_no_change() -> None:
     grid, private = federation(BASE)
     heard = play(BASE, grid, private)
-    assert set(heard.moved.values()) == {0.0}
+    assert set(heard.drift_norm.values()) == {0.0}
 
 
-def test_practice_may_be_older_than_the_leak() -> None:
+def test_auxiliary_may_be_older_than_the_leak() -> None:
     scenario = dataclasses.replace(BASE, rounds=2)
-    images, labels = federation(scenario)[1].world.public.batch(torch.arange(2))
+    images, labels = federation(scenario)[1].dataset.public.batch(torch.arange(2))
     found = {}
     for when in ("start", "now"):
-        part = dataclasses.replace(scenario, practised=when)
+        part = dataclasses.replace(scenario, auxiliary_at=when)
         grid, private = federation(part)
         heard = play(part, grid, private)
-        (pairs,) = practice(grid, part, private, heard, images[:, None], labels[:, None])
-        net = build(part.model, private.world.shape, len(private.world.classes), seed=part.weights_seed)
+        (pairs,) = auxiliary(grid, part, private, heard, images[:, None], labels[:, None])
+        net = build(part.model, private.dataset.shape, len(private.dataset.classes), seed=part.weights_seed)
         if when == "now":
             net.load_state_dict(tensors_of(heard.arrays), strict=False)
         true = gradients(copy.deepcopy(net), images[:, None], labels[:, None])
@@ -105,17 +105,17 @@ def test_examples_are_answered_on_the_way() -> None:
 
 def test_pairs_of_drifted_weights_look_like_a_drifted_victims_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtap.simulator.federation.rounds.DRIFT_STEPS", 20)
-    scenario = dataclasses.replace(BASE, drifts=2, local_samples=50)
+    scenario = dataclasses.replace(BASE, auxiliary_trainings=2, local_samples=50)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    images, labels = private.world.public.batch(torch.arange(6))
+    images, labels = private.dataset.public.batch(torch.arange(6))
     orders: list[Message] = []
     feed = grid.send_and_receive
     monkeypatch.setattr(grid, "send_and_receive", lambda sent, **how: orders.extend(sent) or feed(sent, **how))
-    pairs = list(practice(grid, scenario, private, heard, images[:, None], labels[:, None]))
+    pairs = list(auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None]))
     assert [len(some) for some in pairs] == [3, 3]
     one, other = (tensors_of(order.content.array_records["drift"]) for order in orders)
-    assert len(one["images"]) == len(one["labels"]) == math.ceil(len(private.world.public) / 3)
+    assert len(one["images"]) == len(one["labels"]) == math.ceil(len(private.dataset.public) / 3)
     assert not torch.equal(one["images"], other["images"])
     assert len(one["steps"]) == 3
     assert bool((one["steps"].diff() >= 0).all())
@@ -127,16 +127,24 @@ def test_pairs_of_drifted_weights_look_like_a_drifted_victims_leak(monkeypatch: 
 
 def test_weights_are_not_read_from_pairs_of_many(tmp_path: Path) -> None:
     leak = leak_of(*pictures(2, 1), build("lenet", (3, 16, 16), 10, seed=1), "lenet")
-    practised = practice_for(leak, tmp_path, 8)
-    along = dataclasses.replace(practised, about=dataclasses.replace(practised.about, drifts=4))
-    with pytest.raises(FedtapError, match=r"one set of weights.*along 4 trainings: leave out --drifts"):
+    auxiliary_at = auxiliary_for(leak, tmp_path, 8)
+    along = dataclasses.replace(auxiliary_at, about=dataclasses.replace(auxiliary_at.about, auxiliary_trainings=4))
+    with pytest.raises(FedtapError, match=r"one set of weights.*along 4 trainings: leave out --auxiliary-trainings"):
         Identified(IDLG(steps=1)).fit(along)
 
 
 def test_who_reads_one_set_of_weights_refuses_many_before_it_practises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["git", "--listener", "eavesdropper", "--drifts", "5", "--attack", "refine(identified(exact_git),idlg)"]
+    words = [
+        "git",
+        "--threat-model",
+        "eavesdropper",
+        "--auxiliary-trainings",
+        "5",
+        "--attack",
+        "refine(identified(exact_git),idlg)",
+    ]
     assert run(monkeypatch, *words, "--out", str(tmp_path / "out")) == 2
     assert "one set of weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ def test_flwr_run_leaves_the_same_rows(tmp_path: Path, monkeypatch: pytest.Monke
             "scenario",
             "attack",
             "model",
-            "world",
+            "dataset",
             "client",
             "round",
             "seed",
@@ -63,7 +63,7 @@ def test_the_app_bundle_holds_no_code() -> None:
 def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ServerApp fails (too many victims for the world); `flwr run` itself says that all is well."""
+    """The ServerApp fails (too many victims for the dataset); `flwr run` itself says that all is well."""
     out = tmp_path / "out"
     words = ["run", "first_leak", "--victims", "1", "--attack", "linear", "--model", "mlp", "--out", str(out)]
     assert run(monkeypatch, *words) == 0

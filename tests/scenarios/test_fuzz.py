@@ -31,8 +31,8 @@ from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.scenarios.command.options import knobs_of
 from fedtap.scenarios.command.plan import catalogue, plan, plan_of
-from fedtap.simulator.auxiliary import Practice
-from fedtap.simulator.data.images import open_world
+from fedtap.simulator.auxiliary import Auxiliary
+from fedtap.simulator.data.images import open_dataset
 from fedtap.simulator.data.posteriordb import read_columns, read_draws
 from fedtap.simulator.data.texts import WordPieces, read_texts
 from fedtap.simulator.defences.notation import described
@@ -42,7 +42,7 @@ from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.likelihoods import likelihood, prior
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.models.regulariser import Regulariser
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 SECONDS, BYTES, CASES = 20, 2 << 30, 20_000
 """Of one case, and of all the process beyond what it begins with; cases of the slow test."""
@@ -218,9 +218,9 @@ def samples(folder: Path) -> dict[str, Reader]:
     trained = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
     stack_of(StationaryLeak, "mlp(width=3, depth=1)", (2,), small, trained,
              classes=2, prior="fedprox(0.05)").save(folder / "stationary/leak.safetensors")  # fmt: skip
-    made = practice_for(leak, folder / "made", pairs=4)
-    shutil.copytree(made.folder, folder / "practice")
-    LTI(width=3, epochs=1, features=20).fit(made).save(folder / "attacker/lti.safetensors")
+    made = auxiliary_for(leak, folder / "made", pairs=4)
+    shutil.copytree(made.folder, folder / "auxiliary")
+    LTI(width=3, epochs=1, features=20).fit(made).save(folder / "trained_attack/lti.safetensors")
 
     tensors = dict(net.named_parameters()) | float_buffers(net)
     (folder / "weights").mkdir()
@@ -249,20 +249,20 @@ def samples(folder: Path) -> dict[str, Reader]:
             warnings.simplefilter("ignore")
             Saved(str(path / "lti.safetensors"))(leak)
 
-    def practice(path: Path) -> None:
+    def auxiliary(path: Path) -> None:
         for wanted in (None, made.about):
-            found = Practice.saved(path, build, wanted)
+            found = Auxiliary.saved(path, build, wanted)
             assert found is None or sum(map(len, found.first(6))) <= 6
 
     return {
         **{kind: (lambda path: accepted(path / "leak.safetensors"))
            for kind in ("gradient", "posterior", "attention", "stationary")},
-        "attacker": attacker,
-        "practice": practice,
+        "trained_attack": attacker,
+        "auxiliary": auxiliary,
         "weights": lambda path: with_weights(build("lenet", (3, 8, 8), 10, seed=0), path / "w.safetensors"),
-        "npz": lambda path: open_world(str(path / "w.npz"), path),
-        "zip": lambda path: open_world(str(path / "w.zip"), path, 8),
-        "folder": lambda path: open_world(str(path), path, 8),
+        "npz": lambda path: open_dataset(str(path / "w.npz"), path),
+        "zip": lambda path: open_dataset(str(path / "w.zip"), path, 8),
+        "folder": lambda path: open_dataset(str(path), path, 8),
         "draws": lambda path: read_draws(path / "d.json"),
         "zipped": lambda path: read_columns(path / "d.json.zip", ("a", "b")),
         "texts": lambda path: read_texts(path / "t.csv"),

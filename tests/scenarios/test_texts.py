@@ -1,4 +1,4 @@
-"""Word pieces, worlds of texts, and the scores of texts."""
+"""Word pieces, datasets of texts, and the scores of texts."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def test_files_that_are_none_are_refused(case: str, tmp_path: Path) -> None:
 def test_victims_share_no_text_with_the_public_side(tmp_path: Path) -> None:
     write(tmp_path / "news_train_some.csv", [("1", "one text"), ("2", "another")])
     write(tmp_path / "news_test.csv", [("3", "one", "text"), ("1", "a third")])
-    world = open_texts("news", tmp_path)
-    assert world.victims.texts == ("a third",)
-    assert (world.classes, world.victims.labels.tolist()) == (3, [0])
+    dataset = open_texts("news", tmp_path)
+    assert dataset.victims.texts == ("a third",)
+    assert (dataset.classes, dataset.victims.labels.tolist()) == (3, [0])
     for name in ("novels", "../news", ""):
         with pytest.raises(FedtapError, match="There is no"):
             open_texts(name, tmp_path)

@@ -220,7 +220,7 @@ def test_a_file_without_a_victims_axis_or_weights_names_its_own_cause(tmp_path: 
     save_file({n: t for n, t in tensors.items() if not n.startswith("weights/")}, path)
     with pytest.raises(FedtapError, match=r"does not know them: put them into its file as weights/NAME") as caught:
         IDLG().accepts(load(path, same))
-    assert not re.search("--listener", str(caught.value))
+    assert not re.search("--threat-model", str(caught.value))
 
 
 def attacked(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

@@ -54,7 +54,7 @@ def of(victims: int = 2, taken: Protocol | None = None, **does: Any) -> tuple[Le
     return heard(network_of(true), images, labels % true.classes, true, taken), images, labels % true.classes
 
 
-STEPS = {"steps": 3, "learning_rate": 0.01}
+STEPS = {"local_steps": 3, "learning_rate": 0.01}
 NORMED = {"model": "tests:normed", "batchnorm": "eval"}
 OTHERS: list[dict[str, Any]] = [
     {},
@@ -63,7 +63,7 @@ OTHERS: list[dict[str, Any]] = [
     {"loss": "bce"},
     {"loss": "mse"},
     {"loss": "bce", "reduction": "sum", "batch": 2},
-    {"loss": "mse", "reduction": "sum", "batch": 2, "steps": 3, "learning_rate": 1e-3},
+    {"loss": "mse", "reduction": "sum", "batch": 2, "local_steps": 3, "learning_rate": 1e-3},
     {"reduction": "sum", "batch": 3},
     {"weight_decay": 0.01},
     {"momentum": 0.9},
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_said_to_be_of_several_steps_is_their_update() -> Non
     misread = heard(network_of(true), images, labels, true, said(learning_rate=0.01))
     assert isinstance(misread, GradientLeak)
     assert doubts(misread)[0]
-    leak = told(misread, steps=3)
+    leak = told(misread, local_steps=3)
     assert isinstance(leak, UpdateLeak)
     assert doubts(leak) == [[]]
     assert unexplained(leak, images, labels).item() < 1e-9  # type: ignore[union-attr]
@@ -281,7 +281,10 @@ def test_what_a_user_says_on_the_command_line_is_believed(
     found = load_file(next((tmp_path / "said" / "guesses").iterdir()))["images"]
     torch.testing.assert_close(found, images, atol=2e-2, rtol=0)
     assert (
-        attack("no", "--low", "dark")[1] == attack("no", "--loss", "hinge")[1] == attack("no", "--steps", "0")[1] == 2
+        attack("no", "--low", "dark")[1]
+        == attack("no", "--loss", "hinge")[1]
+        == attack("no", "--local-steps", "0")[1]
+        == 2
     )
     assert not (tmp_path / "no").exists()
 

@@ -32,7 +32,7 @@ from fedtap.simulator.defences.precode import bottlenecks, training_loss
 from fedtap.simulator.defences.steps import DPSGD, Soteria, effects
 from fedtap.simulator.defences.updates import Clip, Laplace, LocalDP, Noise, Prune, Quantise, Sign
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.rounds import play, practice
+from fedtap.simulator.federation.rounds import auxiliary, play
 from fedtap.simulator.leaks import Protocol, load, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
@@ -273,7 +273,7 @@ def gradients_of(defence: str, model: str = "lenet") -> list[dict[str, Tensor]]:
     heard = play(scenario, grid, private)
     leak = stack([heard.leaks[name] for name in private.names()])
     images, labels = (torch.stack(side) for side in zip(*(private(*name) for name in private.names()), strict=True))
-    (pairs,) = practice(grid, scenario, private, heard, images, labels)
+    (pairs,) = auxiliary(grid, scenario, private, heard, images, labels)
     assert leak.protocol.defence == pairs.leak.protocol.defence == defence
     return [dict(leak.observed), dict(pairs.leak.observed)]
 
@@ -309,8 +309,8 @@ def test_clients_send_the_defended_gradient(model: str, defence: str) -> None:
         grid, private = federation(scenario)
         heard = play(scenario, grid, private)
         leaks.append(stack([heard.leaks[name] for name in private.names()]))
-        images, labels = private.world.public.batch(torch.arange(3))
-        (pairs,) = practice(grid, scenario, private, heard, images[:, None], labels[:, None])
+        images, labels = private.dataset.public.batch(torch.arange(3))
+        (pairs,) = auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None])
         fed.append(pairs.leak)
     assert leaks[1].protocol.defence == fed[1].protocol.defence == defence
     for without, within in (leaks, fed):
@@ -428,7 +428,7 @@ def test_an_attacker_is_told_of_the_bottleneck_and_not_of_the_draw(defence: str,
     leak = stack([heard.leaks[name] for name in private.names()])
     assert leak.protocol.model == "lenet+precode(8)"
     images, labels = (torch.stack(side) for side in zip(*(private(*name) for name in private.names()), strict=True))
-    (pairs,) = practice(grid, scenario, private, heard, images, labels)
+    (pairs,) = auxiliary(grid, scenario, private, heard, images, labels)
     assert "fc.0.encoder.weight" in pairs.leak.observed
     leak.save(tmp_path / "leak.safetensors")
     again = load(tmp_path / "leak.safetensors", build)
@@ -436,7 +436,7 @@ def test_an_attacker_is_told_of_the_bottleneck_and_not_of_the_draw(defence: str,
     with pytest.raises(FedtapError, match="where undoing it would begin"):
         ExactGIT().accepts(again)
     if defence == "precode(8)":
-        mean = build("lenet+precode(8)", (3, 16, 16), len(private.world.classes), seed=scenario.weights_seed)
+        mean = build("lenet+precode(8)", (3, 16, 16), len(private.dataset.classes), seed=scenario.weights_seed)
         guessed = gradients(mean, images, labels)["fc.1.weight"]
         assert not torch.isclose(leak.observed["fc.1.weight"], guessed, rtol=1e-3, atol=1e-5).all()
         torch.testing.assert_close(leak.observed["fc.1.weight"], guessed, rtol=0.5, atol=0.05)
@@ -485,7 +485,7 @@ def fixed(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 def test_opacus_fixer_makes_a_model_that_dp_sgd_takes() -> None:
     scenario = dataclasses.replace(
-        BASE, model="tests.simulator.test_defences:fixed", defence="dp_sgd(1.0, 0.0)", batch=2, steps=2
+        BASE, model="tests.simulator.test_defences:fixed", defence="dp_sgd(1.0, 0.0)", batch=2, local_steps=2
     )
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
@@ -506,10 +506,10 @@ def test_central_dp_is_flowers_wrapper_and_the_server_hears_what_it_hides() -> N
             assert np.array_equal(again.arrays[name].numpy(), heard[defence].arrays[name].numpy())
     plain, clipped, noisy = ({n: t.double() for n, t in tensors_of(one.arrays).items()} for one in heard.values())
     start = {name: tensor.double() for name, tensor in tensors_of(heard["none"].start).items()}
-    moved = flat({name: clipped[name] - start[name] for name in start})
+    drift_norm = flat({name: clipped[name] - start[name] for name in start})
     further = flat({name: plain[name] - start[name] for name in start})
     rate = BASE.learning_rate
-    assert 0.4 * 0.5 * rate < float(moved.norm()) <= 0.5 * rate * 1.001 < float(further.norm())
+    assert 0.4 * 0.5 * rate < float(drift_norm.norm()) <= 0.5 * rate * 1.001 < float(further.norm())
     noise = flat({name: noisy[name] - clipped[name] for name in start})
     assert float(noise.std()) == pytest.approx(8.0 * 0.5 * rate / 4, rel=0.05)
     (victim, *_), (defended, *_) = (list(heard[which].leaks.values()) for which in ("none", "central_dp(0.5, 8.0)"))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fedtap.clients.app import client_app
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.rounds import Heard, accuracy, clients_on, play, practice
+from fedtap.simulator.federation.rounds import Heard, accuracy, auxiliary, clients_on, play
 from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.leaks import GradientLeak, UpdateLeak, float_buffers, load, stack
 from fedtap.simulator.models.registry import build
@@ -48,18 +48,18 @@ def test_the_server_hears_each_clients_gradient(model: str) -> None:
     leak.check()
     assert isinstance(leak, GradientLeak)
     for victim, name in enumerate(private.names()):
-        for key, true in gradient(scenario, *private(*name), len(private.world.classes)).items():
+        for key, true in gradient(scenario, *private(*name), len(private.dataset.classes)).items():
             # one float32 weight near w is known to w * 2^-24, the difference of two to twice that, over the rate
             torch.testing.assert_close(leak.gradient[key][victim], true, rtol=1e-4, atol=2e-6, msg=key)
 
 
 def test_several_local_steps_leak_their_update() -> None:
-    scenario = dataclasses.replace(BASE, model="convnet", batch=2, steps=3)
+    scenario = dataclasses.replace(BASE, model="convnet", batch=2, local_steps=3)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
     leak = heard.leaks[1, 1]
     assert isinstance(leak, UpdateLeak)
-    net = build("convnet", (3, 16, 16), len(private.world.classes), seed=scenario.weights_seed)
+    net = build("convnet", (3, 16, 16), len(private.dataset.classes), seed=scenario.weights_seed)
     before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     images, labels = private(1, 1)
     optimiser = torch.optim.SGD(net.parameters(), lr=scenario.learning_rate)
@@ -86,25 +86,25 @@ def test_victims_beyond_the_clients_answer_in_later_rounds_at_other_weights() ->
 
 
 def test_training_makes_the_model_better() -> None:
-    scenario = dataclasses.replace(BASE, model="mlp", rounds=8, steps=10, batch=16, victims=1, clients=3)
+    scenario = dataclasses.replace(BASE, model="mlp", rounds=8, local_steps=10, batch=16, victims=1, clients=3)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
     assert heard.accuracy is not None
-    assert heard.accuracy > 2 / len(private.world.classes)
-    net = build(scenario.model, private.world.shape, len(private.world.classes))
-    assert heard.accuracy == accuracy(net.to_empty(device="cpu"), heard.arrays, private.world.victims)
+    assert heard.accuracy > 2 / len(private.dataset.classes)
+    net = build(scenario.model, private.dataset.shape, len(private.dataset.classes))
+    assert heard.accuracy == accuracy(net.to_empty(device="cpu"), heard.arrays, private.dataset.victims)
 
 
 def test_private_data_is_a_pure_function_and_each_client_keeps_to_its_share() -> None:
-    scenario = dataclasses.replace(BASE, rounds=2, steps=2, batch=4, alpha=0.5)
+    scenario = dataclasses.replace(BASE, rounds=2, local_steps=2, batch=4, alpha=0.5)
     _, private = federation(scenario)
-    again = PrivateData(scenario, private.world, 3)
+    again = PrivateData(scenario, private.dataset, 3)
     for client in range(4):
         for rnd in (1, 2, 3):
             for one, other in zip(private(client, rnd), again(client, rnd), strict=True):
                 assert torch.equal(one, other)
     shares = [set(share.tolist()) for share in private.shares]
-    assert sum(map(len, shares)) == len(set.union(*shares)) == len(private.world.train)
+    assert sum(map(len, shares)) == len(set.union(*shares)) == len(private.dataset.train)
     assert not torch.equal(private(0, 1)[0], private(0, 2)[0])
 
 
@@ -212,12 +212,12 @@ def test_the_compromised_client_answers_what_it_is_fed() -> None:
     scenario = dataclasses.replace(BASE, model="convnet")
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    images, labels = private.world.public.batch(torch.arange(10))
-    (pairs,) = practice(grid, scenario, private, heard, images.view(5, 2, 3, 16, 16), labels.view(5, 2))
+    images, labels = private.dataset.public.batch(torch.arange(10))
+    (pairs,) = auxiliary(grid, scenario, private, heard, images.view(5, 2, 3, 16, 16), labels.view(5, 2))
     pairs.leak.check()
     assert len(pairs) == 5
     assert torch.equal(pairs.images.flatten(0, 1), images)
-    true = gradient(scenario, images[2:4], labels[2:4], len(private.world.classes))
+    true = gradient(scenario, images[2:4], labels[2:4], len(private.dataset.classes))
     for name in true:
         torch.testing.assert_close(pairs.leak.gradient[name][1], true[name], rtol=1e-4, atol=1e-6)
 
@@ -227,10 +227,10 @@ def test_a_server_makes_the_same_pairs_itself(model: str) -> None:
     scenario = dataclasses.replace(BASE, model=model)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    images, labels = private.world.public.batch(torch.arange(4))
-    (fed,) = practice(grid, scenario, private, heard, images[:, None], labels[:, None])
-    own = dataclasses.replace(scenario, source="server")
-    (made,) = practice(grid, own, private, dataclasses.replace(heard, nodes={}), images[:, None], labels[:, None])
+    images, labels = private.dataset.public.batch(torch.arange(4))
+    (fed,) = auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None])
+    own = dataclasses.replace(scenario, auxiliary_source="server")
+    (made,) = auxiliary(grid, own, private, dataclasses.replace(heard, nodes={}), images[:, None], labels[:, None])
     for name in fed.leak.observed:
         assert torch.equal(fed.leak.observed[name], made.leak.observed[name])
 
@@ -239,20 +239,20 @@ def test_an_honest_client_takes_no_examples() -> None:
     grid, private = federation(BASE)
     heard = play(BASE, grid, private)
     heard.nodes[private.clients] = heard.nodes[0]
-    images, labels = private.world.public.batch(torch.arange(2))
+    images, labels = private.dataset.public.batch(torch.arange(2))
     with pytest.raises(FedtapError, match="honest client takes no examples"):
-        list(practice(grid, BASE, private, heard, images[:, None], labels[:, None]))
+        list(auxiliary(grid, BASE, private, heard, images[:, None], labels[:, None]))
     with pytest.raises(FedtapError, match="play one first"):
-        list(practice(grid, BASE, private, Heard(), images[:, None], labels[:, None]))
+        list(auxiliary(grid, BASE, private, Heard(), images[:, None], labels[:, None]))
 
 
 def test_the_eavesdropper_does_not_know_the_weights() -> None:
-    scenario = dataclasses.replace(BASE, listener="eavesdropper", model="resnet20")
+    scenario = dataclasses.replace(BASE, threat_model="eavesdropper", model="resnet20")
     grid, private = federation(scenario)
     leak = play(scenario, grid, private).leaks[0, 1]
     assert leak.weights is None
     assert not leak.buffers
-    assert leak.protocol.listener == "eavesdropper"
+    assert leak.protocol.threat_model == "eavesdropper"
 
 
 def test_a_saved_leak_holds_no_private_pixel(tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def test_a_saved_leak_holds_no_private_pixel(tmp_path: Path) -> None:
         ({"victims": 2000}, "victims' side of photos holds"),
         ({"batch": 200, "victims": 1, "rounds": 1}, "larger than the smallest client's data"),
         ({"alpha": 0.5}, "add --rounds"),
-        ({"listener": "neighbour"}, "no listener named"),
-        ({"defence": "noise(0.1)", "source": "server"}, "without the clients' defence"),
-        ({"listener": "eavesdropper", "source": "server"}, "the eavesdropper does not"),
+        ({"threat_model": "neighbour"}, "no threat_model named"),
+        ({"defence": "noise(0.1)", "auxiliary_source": "server"}, "without the clients' defence"),
+        ({"threat_model": "eavesdropper", "auxiliary_source": "server"}, "the eavesdropper does not"),
     ],
 )
 def test_what_cannot_be_played_is_refused(change: dict[str, object], said: str) -> None:

@@ -60,7 +60,7 @@ def test_temporaries_of_a_killed_run_are_no_obstacle_and_are_removed(tmp_path: P
     (tmp_path / "notes").rmdir()
     for resume in (True, False):
         (tmp_path / PART).touch()
-        for folder in ("leaks", "guesses", "attackers", "practice/0f"):
+        for folder in ("leaks", "guesses", "trained_attacks", "auxiliary/0f"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / PART).touch()
         if not (tmp_path / "run.json").exists():
@@ -84,16 +84,16 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
         "leaks/part_10.json",
         "guesses/part_0-1-idlg.safetensors",
         "guesses/0-linear.safetensors",
-        "attackers/part_0-0-ridge.safetensors",
-        "attackers/part_0-0-ridge.json",
-        "attackers/part_0-0-1-lti.json",
+        "trained_attacks/part_0-0-ridge.safetensors",
+        "trained_attacks/part_0-0-ridge.json",
+        "trained_attacks/part_0-0-1-lti.json",
     ]
     mine = [
         "notes.md",
         "leaks/mine.safetensors",
         "guesses/best.png",
-        "attackers/tuned.json",
-        "practice/a/practice.json",
+        "trained_attacks/tuned.json",
+        "auxiliary/a/practice.json",
     ]
     left(tmp_path)
     for name in ours + mine:
@@ -102,7 +102,7 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
     Folder(tmp_path, dict(ABOUT))
     kept = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert kept == {"run.json", *mine}
-    for folder in ("leaks", "guesses", "attackers"):
+    for folder in ("leaks", "guesses", "trained_attacks"):
         for file in (tmp_path / folder).iterdir():
             file.unlink()
     Folder(tmp_path, dict(ABOUT))
@@ -324,7 +324,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_rows(tmp_path: Path, monkeyp
     play(parts, tmp_path / "whole")
     whole, total = everything(tmp_path / "whole"), writes.count
     assert total > 15
-    assert {"practice", "attackers", "guesses", "leaks", "strip.png", "report.html"} <= whole.keys()
+    assert {"auxiliary", "trained_attacks", "guesses", "leaks", "strip.png", "report.html"} <= whole.keys()
     for moment in (1, *range(2, total, 5), total):  # the script kill_moments.py has all of them
         out = tmp_path / str(moment)
         writes.count, writes.last = 0, moment
@@ -395,7 +395,7 @@ def test_a_resumed_run_attacks_nothing_that_is_whole(finished: Path, monkeypatch
     assert everything(finished) == before
 
 
-def test_a_world_settings_or_versions_are_part_of_what_is_compared() -> None:
+def test_a_dataset_settings_or_versions_are_part_of_what_is_compared() -> None:
     about = described_run([TINY], CPU)
     assert {"scenario", "seed", "device", "versions", "name"} <= about.keys()
     assert {"fedtap", "python", "torch", "flwr"} <= about["versions"].keys()

@@ -166,8 +166,8 @@ def broken(tmp_path: Path, change: str) -> Path:
         tensors["clients"] = tensors["clients"].float()
     elif change == "a stray tensor":
         tensors["private/images"] = torch.zeros(1)
-    elif change == "steps":
-        about["protocol"]["steps"] = 3
+    elif change == "local_steps":
+        about["protocol"]["local_steps"] = 3
     save_file(tensors, path)
     path.with_suffix(".json").write_text(json.dumps(about))
     if change == "truncated":
@@ -196,7 +196,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("fewer rounds", "one entry a victim"),
         ("float clients", "int64"),
         ("a stray tensor", "no part of a gradient leak"),
-        ("steps", "several steps give an update"),
+        ("local_steps", "several steps give an update"),
         ("batch 0", "whole numbers from 1"),
         ("half an image", "batch is a multiple of summed"),
         ("strange kind", "no leak's description"),

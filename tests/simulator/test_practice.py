@@ -24,16 +24,16 @@ from fedtap.attackers.wrappers.refine import Refine
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.clients.app import client_app
 from fedtap.simulator.attack import Attack, Learned
-from fedtap.simulator.auxiliary import About, Practice, gradients, trainings
+from fedtap.simulator.auxiliary import About, Auxiliary, gradients, trainings
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.rounds import auxiliary as hear_pairs
 from fedtap.simulator.federation.rounds import play as play_rounds
-from fedtap.simulator.federation.rounds import practice as hear_pairs
 from fedtap.simulator.federation.settings import Scenario, private_data
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import run
 from fedtap.simulator.wire.grid import LocalGrid
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 LENET = build("lenet", (3, 16, 16), 10, seed=1234)
 
@@ -63,24 +63,24 @@ def test_a_frozen_parameters_gradient_is_zero() -> None:
     assert found["conv2.weight"].any()
 
 
-def test_a_practice_is_read_in_the_order_it_was_heard(tmp_path: Path) -> None:
-    made = practice_for(heard(), tmp_path, pairs=40)
-    again = Practice.saved(made.folder, build)
+def test_a_auxiliary_is_read_in_the_order_it_was_heard(tmp_path: Path) -> None:
+    made = auxiliary_for(heard(), tmp_path, pairs=40)
+    again = Auxiliary.saved(made.folder, build)
     assert again is not None
     assert again.about == made.about
     images, labels = pictures(40, 1, seed=100)
-    for practice, count in ((again, 40), (again.first(20), 20), (again.first(90), 40)):
-        chunks = list(practice)
-        assert len(practice) == count
+    for auxiliary, count in ((again, 40), (again.first(20), 20), (again.first(90), 40)):
+        chunks = list(auxiliary)
+        assert len(auxiliary) == count
         assert torch.equal(torch.cat([pairs.images for pairs in chunks]), images[:count])
         assert torch.equal(torch.cat([pairs.labels for pairs in chunks]), labels[:count])
         true = gradients(LENET, images[:count], labels[:count])["fc.weight"]
         torch.testing.assert_close(torch.cat([pairs.leak.observed["fc.weight"] for pairs in chunks]), true)
 
 
-def test_a_practice_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> None:
-    made = practice_for(heard(), tmp_path)
-    assert Practice.saved(tmp_path, build) is None
+def test_a_auxiliary_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> None:
+    made = auxiliary_for(heard(), tmp_path)
+    assert Auxiliary.saved(tmp_path, build) is None
     chunk = sorted(made.folder.glob("pairs_*"))[1]
     content = chunk.read_bytes()
     chunk.write_bytes(content[: len(content) // 2])
@@ -88,7 +88,7 @@ def test_a_practice_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> None
         list(made)
     (made.folder / "practice.json").write_text('{"format": 1}')
     with pytest.raises(FedtapError, match="does not describe a practice"):
-        Practice.saved(made.folder, build)
+        Auxiliary.saved(made.folder, build)
 
 
 @settings(deadline=None, max_examples=20)
@@ -113,7 +113,7 @@ def test_a_batchs_images_are_taught_in_the_order_of_the_guess() -> None:
 
 
 def learned(tmp_path: Path, leak: Leak | None = None) -> Learned:
-    return LTI(width=8, epochs=1).fit(practice_for(leak or heard(), tmp_path))
+    return LTI(width=8, epochs=1).fit(auxiliary_for(leak or heard(), tmp_path))
 
 
 def test_a_trained_attack_comes_back_from_its_files(tmp_path: Path) -> None:
@@ -121,21 +121,21 @@ def test_a_trained_attack_comes_back_from_its_files(tmp_path: Path) -> None:
     made.save(tmp_path / "lti.safetensors")
     saved = Saved(str(tmp_path / "lti.safetensors"))
     assert saved.name == made.name == "lti"
-    assert not saved.practises
+    assert not saved.needs_auxiliary
     leak = dataclasses.replace(heard(), weights=None, buffers={})
     assert torch.equal(saved(leak).images, made(leak).images)
     refined = Refine(saved, IDLG(steps=2))
     assert refined(heard()).images.shape == (3, 1, 3, 16, 16)
 
 
-def test_practice_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auxiliary_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[torch.optim.Optimizer] = []
     monkeypatch.setattr(
         "fedtap.attackers.gradients.lti.teach", lambda *with_, **how: used.append(with_[3]) or teach(*with_, **how)
     )
-    practice = practice_for(heard(), tmp_path, pairs=800)
+    auxiliary = auxiliary_for(heard(), tmp_path, pairs=800)
     images, _ = pictures(3, 1)
-    lti = LTI(width=100, epochs=20, rate=1e-3, batch=32).fit(practice)
+    lti = LTI(width=100, epochs=20, rate=1e-3, batch=32).fit(auxiliary)
     assert used[0].param_groups[0]["lr"] == pytest.approx(1e-4)  # it ends at a tenth of its rate
     error = float((lti(heard()).images - images).square().mean())
     grey = float((images - images.mean()).square().mean())
@@ -154,16 +154,16 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
     with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs"):
         check_room(200, 5000)
     with pytest.raises(FedtapError, match=r"use at most --pairs"):
-        CoarseGIT(epochs=0).fit(practice_for(heard(), tmp_path, 80))
+        CoarseGIT(epochs=0).fit(auxiliary_for(heard(), tmp_path, 80))
 
 
-def test_wrappers_pass_their_practice_on(tmp_path: Path) -> None:
+def test_wrappers_pass_their_auxiliary_on(tmp_path: Path) -> None:
     wrapped = Refine(LTI(width=8, epochs=1), IDLG(steps=2))
-    assert wrapped.practises
+    assert wrapped.needs_auxiliary
     with pytest.raises(FedtapError, match="has learned nothing yet"):
         wrapped(heard())
-    ready = wrapped.fit(practice_for(heard(), tmp_path))
-    assert not ready.practises
+    ready = wrapped.fit(auxiliary_for(heard(), tmp_path))
+    assert not ready.needs_auxiliary
     assert len(ready.learned()) == 1
     assert ready(heard()).objective.isfinite().all()
 
@@ -176,8 +176,8 @@ def test_what_it_has_not_practised_on_is_refused(tmp_path: Path) -> None:
     defended = dataclasses.replace(heard(), protocol=dataclasses.replace(heard().protocol, defence="noise(0.1)"))
     with pytest.warns(UserWarning, match="practised under defence none and this leak's is noise"):
         made(defended)
-    with pytest.raises(FedtapError, match="at least 2 practice pairs"):
-        LTI(width=8).fit(practice_for(heard(), tmp_path).first(1))
+    with pytest.raises(FedtapError, match="at least 2 auxiliary pairs"):
+        LTI(width=8).fit(auxiliary_for(heard(), tmp_path).first(1))
 
 
 def test_a_damaged_attacker_is_refused(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_damaged_attacker_is_refused(tmp_path: Path) -> None:
 
     refused("is not there", str(tmp_path / "other.safetensors"))
     refused("is not there", str(tmp_path))
-    for broken in ("{", "{}", description.replace('"format": 1', '"format": 9'), description.replace("lti(", "dlg(")):
+    for broken in ("{", "{}", description.replace('"format": 2', '"format": 9'), description.replace("lti(", "dlg(")):
         path.with_suffix(".json").write_text(broken)
         refused("describes no trained attack")
     path.with_suffix(".json").write_text(description)
@@ -212,7 +212,7 @@ def test_written_is_read_back() -> None:
 
 
 BASE = Scenario(
-    (LTI(width=8, epochs=1),), "test", "?", size=16, victims=2, pairs=20, model="mlp", listener="eavesdropper"
+    (LTI(width=8, epochs=1),), "test", "?", size=16, victims=2, pairs=20, model="mlp", threat_model="eavesdropper"
 )
 
 
@@ -228,38 +228,41 @@ def play(out: Path, **change: object) -> list[dict[str, object]]:
 def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtap.simulator.federation.rounds.DRIFT_STEPS", 20)
     shared = str(tmp_path / "pairs")
-    rows = play(tmp_path / "one", practice=shared)
+    rows = play(tmp_path / "one", auxiliary=shared)
     assert [row["pairs"] for row in rows] == [20, 20]
     assert all(float(row["fit_seconds"]) > 0 for row in rows)  # type: ignore[arg-type]
-    trained: tuple[Attack, ...] = (Saved(str(tmp_path / "one/attackers/part_0-0-lti.safetensors")),)
+    trained: tuple[Attack, ...] = (Saved(str(tmp_path / "one/trained_attacks/part_0-0-lti.safetensors")),)
     again = play(tmp_path / "two", attacks=trained)
     assert [row["mse"] for row in again] == [row["mse"] for row in rows]
 
     made = sorted((tmp_path / "pairs").iterdir())
-    assert [row["pairs"] for row in play(tmp_path / "three", practice=shared, pairs=15)] == [15, 15]
+    assert [row["pairs"] for row in play(tmp_path / "three", auxiliary=shared, pairs=15)] == [15, 15]
     assert sorted((tmp_path / "pairs").iterdir()) == made, "the first of those that are there will do"
     for change in (
         {"weights_seed": 5},
         {"defence": "noise(0.1)"},
         {"model": "lenet"},
-        {"drifts": 2},
-        {"practice_labels": "random"},
+        {"auxiliary_trainings": 2},
+        {"auxiliary_labels": "random"},
     ):
-        play(tmp_path / "four", practice=shared, **change)
+        play(tmp_path / "four", auxiliary=shared, **change)
         assert len(sorted((tmp_path / "pairs").iterdir())) == len(made) + 1, change
         made = sorted((tmp_path / "pairs").iterdir())
-    defended = [play(tmp_path / "five", practice=shared, defence="noise(0.1)", seed=seed)[0]["mse"] for seed in (0, 1)]
+    defended = [play(tmp_path / "five", auxiliary=shared, defence="noise(0.1)", seed=seed)[0]["mse"] for seed in (0, 1)]
     assert defended[1] == play(tmp_path / "six", defence="noise(0.1)", seed=1)[0]["mse"] != defended[0]
-    for change, said in (({"pairs": 4000}, "are more than the"), ({"drifts": 21}, "21 trainings are more")):
+    for change, said in (
+        ({"pairs": 4000}, "are more than the"),
+        ({"auxiliary_trainings": 21}, "21 trainings are more"),
+    ):
         with pytest.raises(FedtapError, match=said):
             play(tmp_path / "seven", **change)
 
 
-def test_a_damaged_practice_ends_the_run_and_pairs_that_teach_nothing_do_not(tmp_path: Path) -> None:
+def test_a_damaged_auxiliary_ends_the_run_and_pairs_that_teach_nothing_do_not(tmp_path: Path) -> None:
     rows = play(tmp_path / "one", attacks=(Identified(IDLG(steps=2)), LTI(width=8, epochs=1)), model="lenet")
     assert [row["error"] is None for row in rows] == [False, False, True, True]
-    assert "practice pairs" in str(rows[0]["error"])
-    (chunk,) = (tmp_path / "one/practice").rglob("pairs_00000.safetensors")
+    assert "auxiliary pairs" in str(rows[0]["error"])
+    (chunk,) = (tmp_path / "one/auxiliary").rglob("pairs_00000.safetensors")
     chunk.write_bytes(chunk.read_bytes()[:-20])
     with pytest.raises(FedtapError, match="the practice is not whole"):
         play(tmp_path / "one", attacks=(LTI(width=8, epochs=2),), model="lenet")
@@ -267,8 +270,8 @@ def test_a_damaged_practice_ends_the_run_and_pairs_that_teach_nothing_do_not(tmp
 
 def test_each_learner_is_saved_under_a_name_of_its_own(tmp_path: Path) -> None:
     one, two = LTI(width=8, epochs=1), LTI(width=8, epochs=2)
-    play(tmp_path, attacks=(one, two, Refine(one, two)), listener="curious_server")
-    names = sorted(path.name for path in (tmp_path / "attackers").glob("*.safetensors"))
+    play(tmp_path, attacks=(one, two, Refine(one, two)), threat_model="curious_server")
+    names = sorted(path.name for path in (tmp_path / "trained_attacks").glob("*.safetensors"))
     assert names == [f"part_0-{n}-lti.safetensors" for n in ("0", "1", "2-1", "2")]
 
 
@@ -276,8 +279,8 @@ def test_pairs_are_met_along_as_many_trainings_as_asked(monkeypatch: pytest.Monk
     monkeypatch.setattr("fedtap.simulator.federation.rounds.DRIFT_STEPS", 30)
     images = torch.full((1, 3, 16, 16), 0.5)
     found = []
-    for drifts in (0, 3):
-        part = dataclasses.replace(BASE, drifts=drifts)
+    for auxiliary_trainings in (0, 3):
+        part = dataclasses.replace(BASE, auxiliary_trainings=auxiliary_trainings)
         private = private_data(part, Path("data"), 2)
         grid = LocalGrid(client_app(lambda config, part=part: (part,)), 3)  # type: ignore[misc]
         heard = play_rounds(part, grid, private)
@@ -290,10 +293,12 @@ def test_pairs_are_met_along_as_many_trainings_as_asked(monkeypatch: pytest.Monk
     assert sum(found[1]) > 3, "and several weights along it"
 
 
-@pytest.mark.parametrize("change", [{}, {"source": "server"}, {"defence": "clip(1e6)"}, {"drifts": 2}])
+@pytest.mark.parametrize(
+    "change", [{}, {"auxiliary_source": "server"}, {"defence": "clip(1e6)"}, {"auxiliary_trainings": 2}]
+)
 def test_pairs_are_rounded_as_victims_are(change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtap.simulator.federation.rounds.DRIFT_STEPS", 3)
-    part = dataclasses.replace(BASE, listener="curious_server", model="lenet", **change)  # type: ignore[arg-type]
+    part = dataclasses.replace(BASE, threat_model="curious_server", model="lenet", **change)  # type: ignore[arg-type]
     private = private_data(part, Path("data"), 2)
     grid = LocalGrid(client_app(lambda config: (part,)), 3)
     heard = play_rounds(part, grid, private)
@@ -313,17 +318,17 @@ def test_pairs_are_rounded_as_victims_are(change: dict[str, object], monkeypatch
 def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path) -> None:
     found = {}
     for labels in ("own", "random"):
-        play(tmp_path / labels, practice_labels=labels, practice_classes="low", pairs=60)
-        (folder,) = (tmp_path / labels / "practice").iterdir()
-        practice = Practice.saved(folder, build)
-        assert practice is not None
-        assert ("with random labels" in str(practice.about)) == (labels == "random")
-        (pairs,) = practice
-        net = build("mlp", (3, 16, 16), int(practice.about.protocol.classes), seed=1234)
+        play(tmp_path / labels, auxiliary_labels=labels, auxiliary_classes="low", pairs=60)
+        (folder,) = (tmp_path / labels / "auxiliary").iterdir()
+        auxiliary = Auxiliary.saved(folder, build)
+        assert auxiliary is not None
+        assert ("with random labels" in str(auxiliary.about)) == (labels == "random")
+        (pairs,) = auxiliary
+        net = build("mlp", (3, 16, 16), int(auxiliary.about.protocol.classes), seed=1234)
         true = gradients(net, pairs.images, pairs.labels)
         torch.testing.assert_close(pairs.leak.observed["5.bias"], true["5.bias"], rtol=1e-3, atol=1e-6)
         found[labels] = set(pairs.labels.flatten().tolist())
-    half = practice.about.protocol.classes // 2
+    half = auxiliary.about.protocol.classes // 2
     assert max(found["own"]) < half
     assert found["random"] == set(range(2 * half))
 

@@ -29,8 +29,8 @@ EVIL = "<script>alert('x')</script> & [bold]"
 
 
 def row(attack: str = "dlg", client: int = 0, **changes: Any) -> dict[str, Any]:
-    settings = {"scenario": "first_leak", "attack": attack, "defence": "none", "world": "photos", "model": "lenet"}
-    who = {"client": client, "round": 1, "seed": 0, "batch": 1, "steps": 1, "listener": "curious_server"}
+    settings = {"scenario": "first_leak", "attack": attack, "defence": "none", "dataset": "photos", "model": "lenet"}
+    who = {"client": client, "round": 1, "seed": 0, "batch": 1, "local_steps": 1, "threat_model": "curious_server"}
     scores = {"mse": 1e-4, "psnr": 40.0, "ssim": 0.9, "lpips": 0.1, "label_correct": 1.0, "recovered": 1.0}
     scores |= {"levels": ["identical"], "recognisable": 1.0, "identical": 1.0}
     return settings | who | scores | {"psnr_blind": 12.0, "seconds": 2.0, "objective": 1e-9, "error": None} | changes
@@ -253,10 +253,12 @@ def test_the_terminals_table_leaves_out_what_another_knob_tells() -> None:
         ("9", "honest", "sums"),
         ("9", "silent", "sums"),
     ]
-    rows = [row(clients=clients, others=others, listener=listener) for clients, others, listener in settings]
+    rows = [
+        row(clients=clients, others=others, threat_model=threat_model) for clients, others, threat_model in settings
+    ]
     headings = [str(column.header) for column in report.table(rows).columns]
     assert headings[:3] == ["clients", "others", "attack"]
-    assert "listener" in summarise(rows)[0].knobs
+    assert "threat_model" in summarise(rows)[0].knobs
 
 
 def test_the_table_shows_figures_knobs_and_failures() -> None:
@@ -426,7 +428,7 @@ def test_settings_that_do_not_vary_are_left_out_of_the_rows() -> None:
     text = report.html(about(), [row(sigma=0.0), row(client=1, sigma=0.5)], [])
     headings = re.findall(r"<th [^>]*>(.*?)</th>", text.split("Every victim")[1])
     assert headings[:4] == ["sigma", "attack", "client", "round"]
-    assert "listener" not in headings
+    assert "threat_model" not in headings
     assert "error" not in headings
 
 

@@ -105,12 +105,12 @@ def grids(*parts: Scenario) -> Callable[[Scenario], LocalGrid]:
     return lambda part: LocalGrid(client_app(lambda config: parts), part.clients + 1)
 
 
-BASE = Scenario(attacks=(), name="test", victims=2, clients=3, size=16, listener="secure_aggregation")
+BASE = Scenario(attacks=(), name="test", victims=2, clients=3, size=16, threat_model="secure_aggregation")
 
 
 def gradient(scenario: Scenario, private: PrivateData, arrays: ArrayRecord, name: tuple[int, int]) -> dict[str, Tensor]:
     """The slow oracle: autograd on all the images behind an answer."""
-    net = build(scenario.model, (3, 16, 16), len(private.world.classes))
+    net = build(scenario.model, (3, 16, 16), len(private.dataset.classes))
     net = net.to_empty(device="cpu")
     net.load_state_dict(tensors_of(arrays), strict=False)
     images, labels = private.behind(*name)
@@ -228,10 +228,10 @@ def test_a_client_that_drops_out_is_named_in_its_rounds(who: str, why: str) -> N
         ({"clients": 1}, "no sum of 1 clients"),
         ({"clients": 100, "victims": 3}, "3 sums of 100 clients with 100 images each need 300"),
         ({"clients": 500, "victims": 1, "others": "silent"}, "cannot share 474 training images"),
-        ({"steps": 2}, "use --steps 1"),
+        ({"local_steps": 2}, "use --local-steps 1"),
         ({"model": "resnet20"}, r"BatchNorm \(.*\) normalises its own images alone"),
         ({"others": "noisy"}, "no kind of others named"),
-        ({"listener": "curious_server", "others": "silent"}, "hears each client by itself"),
+        ({"threat_model": "curious_server", "others": "silent"}, "hears each client by itself"),
         ({"defence": "noise(0.1)", "attacks": (LTI(),), "clients": 2}, "A practice pair is defended once"),
     ],
 )
@@ -251,7 +251,7 @@ def test_each_client_of_a_sum_adds_its_own_announced_noise() -> None:
     assert sigma(private) == pytest.approx(0.5 / 2 / 2)  # over its two images, over the root of four clients
 
 
-def test_the_real_protocol_gives_the_server_what_the_listener_hears() -> None:
+def test_the_real_protocol_gives_the_server_what_the_threat_model_hears() -> None:
     """One round of fedtap's federation, and the same behind Flower's SecAgg+: the same gradient, to its rounding."""
     scenario = dataclasses.replace(BASE, victims=1, batch=2)
     grid, private = federation(scenario)
@@ -259,7 +259,7 @@ def test_the_real_protocol_gives_the_server_what_the_listener_hears() -> None:
     names = list(heard.start)
 
     def fit(partition: int, weights: Arrays) -> tuple[Arrays, int]:
-        net = build(scenario.model, (3, 16, 16), len(private.world.classes), seed=0)
+        net = build(scenario.model, (3, 16, 16), len(private.dataset.classes), seed=0)
         net.load_state_dict({name: torch.from_numpy(weight) for name, weight in zip(names, weights, strict=True)})
         sgd(net, *private(partition, 1), 1, 2, scenario.learning_rate)
         return [net.get_parameter(name).detach().numpy() for name in names], 2
@@ -275,7 +275,7 @@ def test_a_picture_comes_back_from_behind_a_sum_whose_others_collude_and_its_row
     (one,) = plan("secagg", {"clients": "1", "attack": "linear", "model": "mlp", "size": "16", "victims": "1"})
     every = {"others": "honest,silent,identical,colluding"}
     parts = plan("secagg", every | {"clients": "4", "attack": "linear", "model": "mlp", "size": "16", "victims": "1"})
-    assert (one.listener, one.others) == ("curious_server", "honest")
+    assert (one.threat_model, one.others) == ("curious_server", "honest")
     assert [part.others for part in parts] == ["honest", "silent", "identical", "colluding"]
     parts = (one, *parts)
     rows = run(parts, grids(*parts), tmp_path, device=torch.device("cpu"), data_root=tmp_path)
@@ -283,7 +283,7 @@ def test_a_picture_comes_back_from_behind_a_sum_whose_others_collude_and_its_row
     assert alone["psnr"] > 90
     assert all(row["psnr"] > 90 for row in told)
     assert honest["psnr"] < alone["psnr"] - 10
-    assert (honest["clients"], honest["batch"], honest["listener"]) == (4, 1, "secure_aggregation")
+    assert (honest["clients"], honest["batch"], honest["threat_model"]) == (4, 1, "secure_aggregation")
     assert "knows the weights it sent, and hears of each round the sum" in (tmp_path / "report.html").read_text()
 
 
@@ -295,7 +295,7 @@ def test_what_practises_practises_on_batches_as_large_as_the_sum(tmp_path: Path)
     assert row["pairs"] == 40
 
 
-@pytest.mark.parametrize("knobs", [{"listener": "eavesdropper"}, {"clients": "0"}])
+@pytest.mark.parametrize("knobs", [{"threat_model": "eavesdropper"}, {"clients": "0"}])
 def test_the_scenario_is_about_sums(knobs: dict[str, str]) -> None:
     with pytest.raises(FedtapError, match=r"hears each client by itself|--clients N"):
         plan("secagg", knobs)

@@ -26,9 +26,9 @@ from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator import files
-from fedtap.simulator.auxiliary import Practice
-from fedtap.simulator.data import images as worlds
-from fedtap.simulator.data.images import open_world
+from fedtap.simulator.auxiliary import Auxiliary
+from fedtap.simulator.data import images as datasets
+from fedtap.simulator.data.images import open_dataset
 from fedtap.simulator.data.posteriordb import read_draws
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.files import read_json, write_atomically
@@ -36,7 +36,7 @@ from fedtap.simulator.leaks import load
 from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.registry import MODELS, OWN_MODELS, build, on_meta, with_weights
 from fedtap.simulator.report.folder import Folder
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 CODE = ("evil:net", "evil:net+precode(3)", "os:system", "subprocess:call", "posix:system", "evil.deeper:net")
 
@@ -102,7 +102,7 @@ def test_a_trained_attack_names_no_code_and_no_file(tmp_path: Path, marker: Path
     with pytest.raises(FedtapError, match="may name no code to import and no other file"):
         parse_strangers(attack)
     leak = heard()
-    made = LTI(width=3, epochs=1, features=20).fit(practice_for(leak, tmp_path / "pairs", pairs=4))
+    made = LTI(width=3, epochs=1, features=20).fit(auxiliary_for(leak, tmp_path / "pairs", pairs=4))
     path = tmp_path / "lti.safetensors"
     made.save(path)
     assert Saved(str(path))(leak).images.shape == (2, 1, 3, 8, 8)
@@ -114,7 +114,7 @@ def test_a_trained_attack_names_no_code_and_no_file(tmp_path: Path, marker: Path
 
 def test_a_trained_attacks_sizes_are_those_of_its_tensors(tmp_path: Path) -> None:
     leak = heard()
-    made = LTI(width=3, epochs=1, features=20).fit(practice_for(leak, tmp_path / "pairs", pairs=4))
+    made = LTI(width=3, epochs=1, features=20).fit(auxiliary_for(leak, tmp_path / "pairs", pairs=4))
     path = tmp_path / "lti.safetensors"
     made.save(path)
     rewritten(path.with_suffix(".json"), attack="lti(width=3000000, features=20)")  # 36 TB
@@ -131,41 +131,42 @@ def test_a_trained_attacks_sizes_are_those_of_its_tensors(tmp_path: Path) -> Non
 def test_every_learner_comes_back_from_its_tensors(tmp_path: Path, attack: str) -> None:
     leak = heard()
     (learner,) = parse(attack if attack != "lti" else "lti(width=3, epochs=1, features=20)")
-    made = learner.fit(practice_for(leak, tmp_path / "pairs", pairs=40))
+    made = learner.fit(auxiliary_for(leak, tmp_path / "pairs", pairs=40))
     made.learned()[0].save(tmp_path / "a.safetensors")
     assert torch.equal(Saved(str(tmp_path / "a.safetensors"))(leak).images, made(leak).images)
 
 
 def test_auxiliary_data_name_no_code(tmp_path: Path, marker: Path) -> None:
-    made = practice_for(heard(), tmp_path, pairs=4)
+    made = auxiliary_for(heard(), tmp_path, pairs=4)
     for code in CODE:
         rewritten(made.folder / "practice.json", protocol__model=code)
         for wanted in (None, made.about):
             with pytest.raises(FedtapError, match=r"practice\.json does not describe"):
-                Practice.saved(made.folder, build, wanted)
+                Auxiliary.saved(made.folder, build, wanted)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"protocol__model": "lenet(width=13)"}, {"protocol__classes": 11}, {"world": "elsewhere"}, {"source": "server"},
+    [{"protocol__model": "lenet(width=13)"}, {"protocol__classes": 11}, {"dataset": "elsewhere"},
+     {"auxiliary_source": "server"},
      {"digest": "0"}, {"labels": "random"}, {"protocol__shape": ["touch", "x"]}, {"protocol__classes": -1},
      {"pairs": "4"}],
 )  # fmt: skip
 def test_auxiliary_data_are_compared_with_what_is_wanted_before_anything_is_built(tmp_path: Path, change: Any) -> None:
-    made = practice_for(heard(), tmp_path, pairs=4)
+    made = auxiliary_for(heard(), tmp_path, pairs=4)
     rewritten(made.folder / "practice.json", **change)
 
     def built(*_: object) -> nn.Module:
         raise AssertionError("it was built")
 
     with pytest.raises(FedtapError, match="does not describe a practice"):
-        Practice.saved(made.folder, built, made.about)
+        Auxiliary.saved(made.folder, built, made.about)
 
 
 def test_another_number_of_pairs_will_do(tmp_path: Path) -> None:
-    made = practice_for(heard(), tmp_path, pairs=4)
+    made = auxiliary_for(heard(), tmp_path, pairs=4)
     wanted = dataclasses.replace(made.about, pairs=3)
-    found = Practice.saved(made.folder, build, wanted)
+    found = Auxiliary.saved(made.folder, build, wanted)
     assert found is not None
     assert sum(map(len, found.first(3))) == 3
 
@@ -182,7 +183,7 @@ CHUNKS = {
 
 @pytest.mark.parametrize("name", CHUNKS)
 def test_the_tensors_of_auxiliary_data_are_checked_before_they_are_used(tmp_path: Path, name: str) -> None:
-    made = practice_for(heard(), tmp_path, pairs=4)
+    made = auxiliary_for(heard(), tmp_path, pairs=4)
     (chunk,) = made.folder.glob("pairs_*")
     tensors = load_file(chunk)
     save_file(tensors | {name: CHUNKS[name](tensors[name])}, chunk)
@@ -221,7 +222,7 @@ def test_what_the_command_line_names_is_allowed_to_its_own_nodes(monkeypatch: py
     assert plan_of({"scenario": "dp"}), "a game's model is fedtap's own"
 
 
-def test_worlds_draws_weights_and_run_folders_run_nothing(tmp_path: Path, marker: Path) -> None:
+def test_datasets_draws_weights_and_run_folders_run_nothing(tmp_path: Path, marker: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return exec, (f"open({str(marker)!r}, 'w')",)
@@ -236,9 +237,9 @@ def test_worlds_draws_weights_and_run_folders_run_nothing(tmp_path: Path, marker
         archive.writestr("evil.py", "raise SystemExit")
     network = build("lenet", (3, 8, 8), 10, seed=0)
     for ask in (
-        lambda: open_world("w.npz", tmp_path),
-        lambda: open_world("z.zip", tmp_path),
-        lambda: open_world("pictures", tmp_path, 8),
+        lambda: open_dataset("w.npz", tmp_path),
+        lambda: open_dataset("z.zip", tmp_path),
+        lambda: open_dataset("pictures", tmp_path, 8),
         lambda: read_draws(tmp_path / "d.json"),
         lambda: with_weights(network, tmp_path / "w.safetensors"),
     ):
@@ -267,17 +268,17 @@ def test_a_postscript_file_named_png_starts_no_ghostscript(tmp_path: Path, monke
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(FedtapError, match="is broken"):
-        open_world(str(tmp_path), tmp_path, 8)
+        open_dataset(str(tmp_path), tmp_path, 8)
 
 
 def test_images_have_a_limit_that_the_error_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for width in (8200, 20_000):  # beyond Pillow's own limit too
         (tmp_path / "x.png").write_bytes(image_of(width, 10_000))
         with pytest.raises(FedtapError, match="more than 67,108,864 pixels"):
-            open_world(str(tmp_path), tmp_path, 8)
-    monkeypatch.setattr(worlds, "LARGEST", 8 * 8 * 3 - 1)
+            open_dataset(str(tmp_path), tmp_path, 8)
+    monkeypatch.setattr(datasets, "LARGEST", 8 * 8 * 3 - 1)
     with pytest.raises(FedtapError, match="holds 1 images, which at 8 pixels a side fill more than"):
-        open_world(str(tmp_path), tmp_path, 8)
+        open_dataset(str(tmp_path), tmp_path, 8)
 
 
 def npz(tmp_path: Path, **changes: Any) -> Path:
@@ -288,10 +289,10 @@ def npz(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_small_npz_files_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_world(str(npz(tmp_path)), tmp_path).shape == (3, 8, 8)
+    assert open_dataset(str(npz(tmp_path)), tmp_path).shape == (3, 8, 8)
     for label in (2**40, 2**16, 2**63):
         with pytest.raises(FedtapError, match="where 65,535 is the highest possible"):
-            open_world(str(npz(tmp_path, y_test=np.array([0, 1, 2, label], np.uint64))), tmp_path)
+            open_dataset(str(npz(tmp_path, y_test=np.array([0, 1, 2, label], np.uint64))), tmp_path)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 8, 3)})
     with zipfile.ZipFile(npz(tmp_path)) as archive:
@@ -300,10 +301,10 @@ def test_small_npz_files_that_would_fill_the_memory(tmp_path: Path, monkeypatch:
         for name, content in members.items():
             archive.writestr(name, header.getvalue() if name == "x_test.npy" else content)
     with pytest.raises(FedtapError, match=r"x_test promises \(1099511627776, 8, 8, 3\) entries"):
-        open_world(str(tmp_path / "w.npz"), tmp_path)
-    monkeypatch.setattr(worlds, "LARGEST", 1000)
+        open_dataset(str(tmp_path / "w.npz"), tmp_path)
+    monkeypatch.setattr(datasets, "LARGEST", 1000)
     with pytest.raises(FedtapError, match="unfolds to 2,"):
-        open_world(str(npz(tmp_path)), tmp_path)
+        open_dataset(str(npz(tmp_path)), tmp_path)
 
 
 def test_a_zip_that_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +312,9 @@ def test_a_zip_that_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypa
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("a.json", bytes(100_000))
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("it was unfolded"))
-    monkeypatch.setattr(worlds, "LARGEST", 50_000)
+    monkeypatch.setattr(datasets, "LARGEST", 50_000)
     monkeypatch.setattr("fedtap.simulator.data.posteriordb.LARGEST", 50_000)
-    for ask in (lambda: open_world(str(tmp_path / "w.zip"), tmp_path), lambda: read_draws(tmp_path / "d.json.zip")):
+    for ask in (lambda: open_dataset(str(tmp_path / "w.zip"), tmp_path), lambda: read_draws(tmp_path / "d.json.zip")):
         with pytest.raises(FedtapError, match="unfolds to 100,000 bytes, and no more than 50,000 are read"):
             ask()
 
@@ -329,7 +330,7 @@ def test_a_zip_that_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypa
         ({"protocol__model": "mlp(width=" + "9" * 150 + ")"}, "width to 65,536"),
         ({"protocol__classes": 2**30}, "classes 1,048,576"),
         ({"protocol__batch": 10**9}, "at most 268,435,456 numbers"),
-        ({"protocol__steps": 10**9}, "at most 1,000,000"),
+        ({"protocol__local_steps": 10**9}, "at most 1,000,000"),
         ({"protocol__shape": "3,8,8"}, "its shape a list"),
         ({"protocol__shape": [3, 8, 8.0]}, "whole numbers from 1"),
         ({"protocol__prior": "x" * 201}, "200 letters at most"),

@@ -28,7 +28,7 @@ def _forget() -> Iterator[None]:
     vision.lpips_alex.cache_clear()
 
 
-def test_scores_and_report_and_worlds_do_not_load_torchvision() -> None:
+def test_scores_and_report_and_datasets_do_not_load_torchvision() -> None:
     code = (
         "import sys, fedtap.simulator.scores, fedtap.simulator.report.page, fedtap.simulator.data.images; "
         "assert 'torchvision' not in sys.modules"
@@ -118,6 +118,6 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(importlib.import_module("torchvision.datasets"), "CIFAR10", offline)
     with pytest.raises(
-        FedtapError, match=r"no route to host.*put a cifar10\.npz .* --data-root, or use --world photos"
+        FedtapError, match=r"no route to host.*put a cifar10\.npz .* --data-root, or use --dataset photos"
     ):
         vision.cifar10(tmp_path)

@@ -296,9 +296,9 @@ def test_the_recorder_files_each_leak_under_the_node_that_was_asked(tmp_path: Pa
 
     def answer(order: Message, context: Context) -> Message:
         arrays = order.content.array_records["arrays"]
-        moved = {key: Array(np.asarray(array.numpy() + 0.01 * context.node_id)) for key, array in arrays.items()}
+        drift_norm = {key: Array(np.asarray(array.numpy() + 0.01 * context.node_id)) for key, array in arrays.items()}
         metrics = MetricRecord({"num-examples": 2, "partition": 0})
-        return Message(RecordDict({"arrays": ArrayRecord(moved), "metrics": metrics}), reply_to=order)
+        return Message(RecordDict({"arrays": ArrayRecord(drift_norm), "metrics": metrics}), reply_to=order)
 
     grid = Twice(app_of(answer), 2)
     tap = Wiretap(grid, recorder(tmp_path, protocol, model))

@@ -1,4 +1,4 @@
-"""Worlds: what is read is what was written, no picture is on two sides, and bad data are refused in words."""
+"""Datasets: what is read is what was written, no picture is on two sides, and bad data are refused in words."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedtap.simulator.data import images as worlds
+from fedtap.simulator.data import images as datasets
 from fedtap.simulator.data import vision
-from fedtap.simulator.data.images import PHOTOGRAPHS, SIDES, Side, World, open_world, partition
+from fedtap.simulator.data.images import PHOTOGRAPHS, SIDES, Dataset, Side, open_dataset, partition
 from fedtap.simulator.errors import FedtapError
 
 SHADES = {"cat": 40, "dog": 140}
 
 
 @pytest.fixture(scope="module")
-def photos() -> World:
-    return open_world("photos", Path("nowhere"))
+def photos() -> Dataset:
+    return open_dataset("photos", Path("nowhere"))
 
 
 def image(shade: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -85,7 +85,7 @@ def test_sides_of_a_photograph_share_no_pixel(name: str) -> None:
     covered = {}
     for side in SIDES:
         covered[side] = np.zeros((picture.height, picture.width), bool)
-        boxes = worlds.windows(PHOTOGRAPHS[name], picture, side)
+        boxes = datasets.windows(PHOTOGRAPHS[name], picture, side)
         assert len(boxes) == len(set(boxes)) >= 20
         for left, top, right, bottom in boxes:
             assert 96 <= right - left == bottom - top <= 256
@@ -103,14 +103,14 @@ def test_no_photograph_shows_what_another_does() -> None:
     assert not any("right" in photograph.file for photograph in PHOTOGRAPHS.values())
 
 
-def test_photos_are_made_of_those_windows(photos: World) -> None:
+def test_photos_are_made_of_those_windows(photos: Dataset) -> None:
     name = photos.classes[0]
-    box = worlds.windows(PHOTOGRAPHS[name], picture_of(name), "victims")[0]
+    box = datasets.windows(PHOTOGRAPHS[name], picture_of(name), "victims")[0]
     expected = picture_of(name).crop(box).resize((32, 32), Image.Resampling.LANCZOS)
     assert torch.equal(photos.victims.images[0], torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
 
 
-def test_photos_begin_with_eight_different_ones(photos: World) -> None:
+def test_photos_begin_with_eight_different_ones(photos: Dataset) -> None:
     assert photos.shape == (3, 32, 32)
     assert photos.victims.labels[:16].tolist() == [*range(8), *range(8)]
     assert len(photos.victims) >= 64
@@ -120,26 +120,26 @@ def test_photos_begin_with_eight_different_ones(photos: World) -> None:
         assert side.images.float().flatten(1).std(1).min() > 255 * 0.02
 
 
-def test_photos_are_the_same_each_time_and_of_the_size_asked_for(photos: World) -> None:
-    assert torch.equal(open_world("photos", Path("nowhere")).train.images, photos.train.images)
-    assert open_world("photos", Path("nowhere"), size=16).shape == (3, 16, 16)
+def test_photos_are_the_same_each_time_and_of_the_size_asked_for(photos: Dataset) -> None:
+    assert torch.equal(open_dataset("photos", Path("nowhere")).train.images, photos.train.images)
+    assert open_dataset("photos", Path("nowhere"), size=16).shape == (3, 16, 16)
 
 
 def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = {"cat": dataclasses.replace(PHOTOGRAPHS["cat"], file="lost.png")}
-    monkeypatch.setattr(worlds, "PHOTOGRAPHS", lost)
-    worlds.photos.cache_clear()
+    monkeypatch.setattr(datasets, "PHOTOGRAPHS", lost)
+    datasets.photos.cache_clear()
     with pytest.raises(FedtapError, match=r"lost\.png.*install scikit-image again"):
-        open_world("photos", Path("nowhere"))
+        open_dataset("photos", Path("nowhere"))
 
 
-def test_sides_give_pixels_from_0_to_1_and_a_short_repr(photos: World) -> None:
+def test_sides_give_pixels_from_0_to_1_and_a_short_repr(photos: Dataset) -> None:
     images, labels = photos.public.batch(torch.tensor([3, 1]))
     assert images.dtype == torch.float32
     assert torch.equal((images * 255).round().byte(), photos.public.images[[3, 1]])
     assert torch.equal(labels, photos.public.labels[[3, 1]])
     assert len(photos.public.batch(slice(None))[0]) == len(photos.public)
-    assert repr(photos) == "World('photos', classes=8, shape=3x32x32, public=474, train=474, victims=256)"
+    assert repr(photos) == "Dataset('photos', classes=8, shape=3x32x32, public=474, train=474, victims=256)"
     assert repr(photos.victims) == "Side(256 images)"
 
 
@@ -147,10 +147,10 @@ def test_sides_give_pixels_from_0_to_1_and_a_short_repr(photos: World) -> None:
 
 
 def test_a_folder_is_split_in_thirds_that_share_nothing(tmp_path: Path) -> None:
-    world = open_world(str(animals(tmp_path)), Path("nowhere"))
-    assert world.classes == ("cat", "dog")
-    assert world.shape == (3, 32, 32)
-    sides = [world.public, world.train, world.victims]
+    dataset = open_dataset(str(animals(tmp_path)), Path("nowhere"))
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.shape == (3, 32, 32)
+    sides = [dataset.public, dataset.train, dataset.victims]
     assert [side.labels.tolist() for side in sides] == [[0, 1] * 4] * 3
     assert len(set.union(*map(pixels, sides))) == sum(len(pixels(side)) for side in sides) == 24
     shades = sorted(shade for side in sides for shade in side.images[:, 0, 0, 0].tolist())
@@ -163,51 +163,51 @@ def test_a_zip_reads_like_its_folder_and_leaves_no_file(tmp_path: Path) -> None:
     (root / "cat" / ".hidden.png").write_bytes(b"no picture")
     (root / "__MACOSX").mkdir()
     (root / "__MACOSX" / "0.png").write_bytes(b"no picture")
-    plain = open_world(str(root), Path("nowhere"), size=8)
+    plain = open_dataset(str(root), Path("nowhere"), size=8)
     before = set(tmp_path.rglob("*"))
     for archive in (zipped(root, tmp_path / "a.zip"), zipped(root, tmp_path / "b.zip", top="data/set/")):
-        world = open_world(str(archive), Path("nowhere"), size=8)
-        assert world.classes == plain.classes
-        assert torch.equal(world.victims.images, plain.victims.images)
+        dataset = open_dataset(str(archive), Path("nowhere"), size=8)
+        assert dataset.classes == plain.classes
+        assert torch.equal(dataset.victims.images, plain.victims.images)
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "a.zip", tmp_path / "b.zip"}
-    assert open_world("a.zip", tmp_path, size=8).name == "a"
+    assert open_dataset("a.zip", tmp_path, size=8).name == "a"
 
 
-def test_a_flat_folder_is_all_victims_with_balanced_pseudo_labels(tmp_path: Path, photos: World) -> None:
-    world = open_world(str(folder(tmp_path / "cats", {f"{n:02}.jpg": 9 * n for n in range(11)})), Path("nowhere"))
-    assert world.victims.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
-    assert len(world.classes) == 8
-    assert torch.equal(world.public.images, photos.public.images)
-    assert torch.equal(world.train.labels, photos.train.labels)
-    assert "cats has no labels" in world.note
-    assert "all images of cats are victims" in world.note.lower()
+def test_a_flat_folder_is_all_victims_with_balanced_pseudo_labels(tmp_path: Path, photos: Dataset) -> None:
+    dataset = open_dataset(str(folder(tmp_path / "cats", {f"{n:02}.jpg": 9 * n for n in range(11)})), Path("nowhere"))
+    assert dataset.victims.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
+    assert len(dataset.classes) == 8
+    assert torch.equal(dataset.public.images, photos.public.images)
+    assert torch.equal(dataset.train.labels, photos.train.labels)
+    assert "cats has no labels" in dataset.note
+    assert "all images of cats are victims" in dataset.note.lower()
     assert photos.note == ""
 
 
 def test_a_labelled_folder_too_small_for_three_sides_is_all_victims(tmp_path: Path) -> None:
-    world = open_world(str(folder(tmp_path / "few", {"a/0.png": 1, "b/0.png": 2})), Path("nowhere"), size=16)
-    assert world.classes == ("a", "b")
-    assert world.victims.labels.tolist() == [0, 1]
-    assert set(world.public.labels.tolist()) == set(world.train.labels.tolist()) == {0, 1}
-    assert "no labels" not in world.note
+    dataset = open_dataset(str(folder(tmp_path / "few", {"a/0.png": 1, "b/0.png": 2})), Path("nowhere"), size=16)
+    assert dataset.classes == ("a", "b")
+    assert dataset.victims.labels.tolist() == [0, 1]
+    assert set(dataset.public.labels.tolist()) == set(dataset.train.labels.tolist()) == {0, 1}
+    assert "no labels" not in dataset.note
 
 
 def test_images_of_one_class_beside_a_test_folder_get_pseudo_labels(tmp_path: Path) -> None:
     names = {f"train/{n}.png": n for n in range(9)} | {f"test/{n}.png": 50 + n for n in range(3)}
-    world = open_world(str(folder(tmp_path / "set", names)), Path("nowhere"), size=8)
-    assert world.victims.labels.tolist() == [0, 1, 2]
-    assert (len(world.public), len(world.train)) == (5, 4)
-    assert "has no labels" in world.note
+    dataset = open_dataset(str(folder(tmp_path / "set", names)), Path("nowhere"), size=8)
+    assert dataset.victims.labels.tolist() == [0, 1, 2]
+    assert (len(dataset.public), len(dataset.train)) == (5, 4)
+    assert "has no labels" in dataset.note
 
 
 def test_a_grey_folder_keeps_one_channel_and_a_mixed_one_three(tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
-    grey = open_world(str(tmp_path), Path("nowhere"), size=8)
+    grey = open_dataset(str(tmp_path), Path("nowhere"), size=8)
     assert grey.shape == (1, 8, 8)
     assert grey.public.images.shape[1:] == (1, 8, 8)
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "colour.png")
-    mixed = open_world(str(tmp_path), Path("nowhere"), size=8)
+    mixed = open_dataset(str(tmp_path), Path("nowhere"), size=8)
     assert mixed.shape == (3, 8, 8)
     assert mixed.victims.images[1, :, 0, 0].tolist() == [40, 40, 40]
 
@@ -215,18 +215,18 @@ def test_a_grey_folder_keeps_one_channel_and_a_mixed_one_three(tmp_path: Path) -
 def test_sixteen_bits_are_read_and_floats_refused(tmp_path: Path) -> None:
     for number, level in enumerate((0, 32768, 65535)):
         Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / f"{number}.png")
-    world = open_world(str(tmp_path), Path("nowhere"), size=8)
-    assert world.victims.images[:, 0, 0, 0].tolist() == [0, 128, 255]
+    dataset = open_dataset(str(tmp_path), Path("nowhere"), size=8)
+    assert dataset.victims.images[:, 0, 0, 0].tolist() == [0, 128, 255]
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "3.tiff")
     with pytest.raises(FedtapError, match=r"3\.tiff .* is broken \(its pixels are floating point"):
-        open_world(str(tmp_path), Path("nowhere"))
+        open_dataset(str(tmp_path), Path("nowhere"))
 
 
 def test_one_class_is_refused(tmp_path: Path) -> None:
     images, labels = np.zeros((9, 8, 8, 3), np.uint8), np.zeros(9, np.int64)
     np.savez(tmp_path / "one.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     with pytest.raises(FedtapError, match="one class, so the cross-entropy and every gradient are 0"):
-        open_world("one.npz", tmp_path)
+        open_dataset("one.npz", tmp_path)
 
 
 def test_images_are_cropped_at_the_centre_after_the_shorter_side_fits(tmp_path: Path) -> None:
@@ -234,46 +234,46 @@ def test_images_are_cropped_at_the_centre_after_the_shorter_side_fits(tmp_path: 
         wide = Image.new("RGB", (96, 32), (255, 0, 0))
         wide.paste((0, 255, number), (32, 0, 64, 32))
         wide.save(tmp_path / f"{number}.png")
-    victim = open_world(str(tmp_path), Path("nowhere"), size=16).victims.images[2]
+    victim = open_dataset(str(tmp_path), Path("nowhere"), size=16).victims.images[2]
     assert (victim[:, :, 2:14].int() - torch.tensor([0, 255, 2]).view(3, 1, 1)).abs().max() <= 1
 
 
 def test_val_beside_train_is_the_victims_side(tmp_path: Path) -> None:
     names = {f"train/{name}/{n}.png": shade + n for name, shade in SHADES.items() for n in range(4)}
     names |= {f"val/{name}/{n}.png": shade + 50 + n for name, shade in SHADES.items() for n in range(3)}
-    world = open_world(str(folder(tmp_path / "set", names)), Path("nowhere"))
-    assert world.classes == ("cat", "dog")
-    assert (len(world.public), len(world.train), len(world.victims)) == (4, 4, 6)
-    assert sorted(world.victims.images[:, 0, 0, 0].tolist()) == [90, 91, 92, 190, 191, 192]
+    dataset = open_dataset(str(folder(tmp_path / "set", names)), Path("nowhere"))
+    assert dataset.classes == ("cat", "dog")
+    assert (len(dataset.public), len(dataset.train), len(dataset.victims)) == (4, 4, 6)
+    assert sorted(dataset.victims.images[:, 0, 0, 0].tolist()) == [90, 91, 92, 190, 191, 192]
 
 
 def test_val_with_classes_of_its_own_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, {"train/cat/0.png": 1, "train/cat/1.png": 2, "val/images/0.png": 3})
     with pytest.raises(FedtapError, match=r"a class that train does not \(images\).*same subfolders"):
-        open_world(str(tmp_path), Path("nowhere"))
+        open_dataset(str(tmp_path), Path("nowhere"))
 
 
 def test_the_same_picture_under_two_names_counts_once(tmp_path: Path) -> None:
     root = folder(tmp_path, {"a.png": 1, "b.png": 1, "c.png": 2, "d.png": 3, "e.png": 1})
-    assert open_world(str(root), Path("nowhere")).victims.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert open_dataset(str(root), Path("nowhere")).victims.images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     whole = (animals(tmp_path) / "cat" / "0.png").read_bytes()
     (tmp_path / "cat" / "3.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FedtapError, match=r"cat/3\.png .* is broken .*: replace it or take it out"):
-        open_world(str(tmp_path), Path("nowhere"))
+        open_dataset(str(tmp_path), Path("nowhere"))
 
 
 def test_no_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match=r"holds no images .*name a folder or zip"):
-        open_world(str(tmp_path), Path("nowhere"))
+        open_dataset(str(tmp_path), Path("nowhere"))
 
 
 def test_a_zip_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_text("nonsense")
     with pytest.raises(FedtapError, match=r"a\.zip cannot be read as a zip"):
-        open_world("a.zip", tmp_path)
+        open_dataset("a.zip", tmp_path)
 
 
 @given(st.data())
@@ -305,7 +305,7 @@ def _refused_or_read(data: st.DataObject, whole: bytes, suffix: str) -> None:
     path.write_bytes(bytes(damaged[:cut]))
     try:
         with contextlib.suppress(FedtapError):
-            open_world(str(path), Path("nowhere"), size=4)
+            open_dataset(str(path), Path("nowhere"), size=4)
     finally:
         path.unlink()
 
@@ -324,30 +324,30 @@ def test_an_npz_is_public_train_and_victims_in_that_order(train: int, test: int,
     path, made = _scratch(".npz"), arrays(train, test, shape)
     try:
         np.savez(path, **made)
-        world = open_world(str(path), Path("nowhere"))
+        dataset = open_dataset(str(path), Path("nowhere"))
     finally:
         path.unlink()
-    assert len(world.public) == train // 3
-    whole = torch.cat([world.public.images, world.train.images]).permute(0, 2, 3, 1).numpy()
+    assert len(dataset.public) == train // 3
+    whole = torch.cat([dataset.public.images, dataset.train.images]).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(whole.reshape(made["x_train"].shape), made["x_train"])
-    assert np.array_equal(torch.cat([world.public.labels, world.train.labels]).numpy(), made["y_train"])
+    assert np.array_equal(torch.cat([dataset.public.labels, dataset.train.labels]).numpy(), made["y_train"])
     assert np.array_equal(
-        world.victims.images.permute(0, 2, 3, 1).numpy().reshape(made["x_test"].shape), made["x_test"]
+        dataset.victims.images.permute(0, 2, 3, 1).numpy().reshape(made["x_test"].shape), made["x_test"]
     )
-    assert world.shape == (shape[2] if len(shape) == 3 else 1, *shape[:2])
+    assert dataset.shape == (shape[2] if len(shape) == 3 else 1, *shape[:2])
 
 
 def test_public_is_ten_thousand_at_most(tmp_path: Path) -> None:
     made = arrays(30_003, 2, (1, 1))
     np.savez(tmp_path / "many.npz", **made)
-    world = open_world("many.npz", tmp_path)
-    assert (len(world.public), len(world.train)) == (10_000, 20_003)
+    dataset = open_dataset("many.npz", tmp_path)
+    assert (len(dataset.public), len(dataset.train)) == (10_000, 20_003)
 
 
 def test_labels_in_a_column_are_read_too(tmp_path: Path) -> None:
-    world = open_world(str(saved(tmp_path / "a.npz", y_train=np.arange(9)[:, None] % 3)), Path("nowhere"))
-    assert world.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert world.classes == ("0", "1", "2")
+    dataset = open_dataset(str(saved(tmp_path / "a.npz", y_train=np.arange(9)[:, None] % 3)), Path("nowhere"))
+    assert dataset.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert dataset.classes == ("0", "1", "2")
 
 
 @pytest.mark.parametrize(
@@ -368,37 +368,37 @@ def test_labels_in_a_column_are_read_too(tmp_path: Path) -> None:
 )
 def test_a_bad_npz_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(FedtapError, match=said):
-        open_world(str(saved(tmp_path / "bad.npz", **changes)), Path("nowhere"))
+        open_dataset(str(saved(tmp_path / "bad.npz", **changes)), Path("nowhere"))
 
 
 def test_an_npz_that_is_something_else_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
     (tmp_path / "a.npy").rename(tmp_path / "a.npz")
     with pytest.raises(FedtapError, match=r"a\.npz cannot be used"):
-        open_world("a.npz", tmp_path)
+        open_dataset("a.npz", tmp_path)
     (tmp_path / "b.npz").write_text("nonsense")
     with pytest.raises(FedtapError, match=r"b\.npz cannot be used"):
-        open_world("b.npz", tmp_path)
+        open_dataset("b.npz", tmp_path)
 
 
 def test_cifar10_is_the_npz_of_the_data_root(cifar10: Path) -> None:
-    world = open_world("cifar10", cifar10)
-    assert repr(world) == "World('cifar10', classes=10, shape=3x32x32, public=10000, train=20000, victims=2000)"
-    assert world.classes[3] == "cat"
+    dataset = open_dataset("cifar10", cifar10)
+    assert repr(dataset) == "Dataset('cifar10', classes=10, shape=3x32x32, public=10000, train=20000, victims=2000)"
+    assert dataset.classes[3] == "cat"
     with np.load(cifar10 / "cifar10_32k.npz") as archive:
-        assert np.array_equal(world.victims.images[:64].permute(0, 2, 3, 1).numpy(), archive["x_test"][:64])
+        assert np.array_equal(dataset.victims.images[:64].permute(0, 2, 3, 1).numpy(), archive["x_test"][:64])
 
 
 def test_cifar10_is_downloaded_where_no_npz_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "cifar10", lambda root: arrays(shape=(32, 32, 3)))
-    world = open_world("cifar10", tmp_path)
-    assert (world.name, len(world.classes), len(world.victims)) == ("cifar10", 10, 2)
+    dataset = open_dataset("cifar10", tmp_path)
+    assert (dataset.name, len(dataset.classes), len(dataset.victims)) == ("cifar10", 10, 2)
 
 
 def test_cifar10_with_an_eleventh_class_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "cifar10.npz", y_test=np.array([0, 10]))
     with pytest.raises(FedtapError, match="label 10 where there are 10 classes"):
-        open_world("cifar10", tmp_path)
+        open_dataset("cifar10", tmp_path)
 
 
 # Names.
@@ -407,22 +407,22 @@ def test_cifar10_with_an_eleventh_class_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("fotos", "no world named 'fotos': did you mean photos"),
+        ("fotos", "no dataset named 'fotos': did you mean photos"),
         ("some/where", "some/where is not there"),
         ("gone.npz", r"gone\.npz is not there"),
     ],
 )
-def test_an_unknown_world_is_refused(name: str, said: str) -> None:
+def test_an_unknown_dataset_is_refused(name: str, said: str) -> None:
     with pytest.raises(FedtapError, match=said):
-        open_world(name, Path("nowhere"))
+        open_dataset(name, Path("nowhere"))
 
 
 def test_a_file_of_another_kind_and_a_size_of_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(FedtapError, match=r"neither a folder nor a \.zip or \.npz"):
-        open_world("a.txt", tmp_path)
+        open_dataset("a.txt", tmp_path)
     with pytest.raises(FedtapError, match="--size of 1 or more"):
-        open_world("photos", tmp_path, size=0)
+        open_dataset("photos", tmp_path, size=0)
 
 
 # Partition.

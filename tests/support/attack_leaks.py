@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtap.simulator.auxiliary import About, Pairs, Practice, digest, digest_of, gradients
+from fedtap.simulator.auxiliary import About, Auxiliary, Pairs, digest, digest_of, gradients
 from fedtap.simulator.leaks import KINDS, GradientLeak, Leak, Protocol, float_buffers
 from fedtap.simulator.models.registry import build
 
@@ -68,7 +68,7 @@ def leak_of(
     return KINDS[kind](
         observed={name: torch.stack([answer[name] for answer in answers]) for name in weights},
         protocol=Protocol(
-            model=model, shape=shape, classes=10, batch=images.shape[1], steps=steps, learning_rate=learning_rate
+            model=model, shape=shape, classes=10, batch=images.shape[1], local_steps=steps, learning_rate=learning_rate
         ),
         network=skeleton,
         weights=weights,
@@ -79,15 +79,15 @@ def leak_of(
     )
 
 
-def practice_for(
+def auxiliary_for(
     leak: Leak, folder: Path, pairs: int = 40, seed: int = 100, network: nn.Module | None = None
-) -> Practice:
+) -> Auxiliary:
     """Pairs at the leak's weights, of other pictures than `pictures` makes by default.
 
     Args:
         network: the leak's own on the CPU, where it is none of fedtap's.
     """
-    protocol = dataclasses.replace(leak.protocol, steps=1)
+    protocol = dataclasses.replace(leak.protocol, local_steps=1)
     network = network or copy.deepcopy(leak.network).to_empty(device="cpu")
     network.load_state_dict({**(leak.weights or {}), **leak.buffers}, strict=False)
     images, labels = pictures(pairs, protocol.batch, protocol.shape[1], seed)
@@ -101,7 +101,7 @@ def practice_for(
             )
             yield Pairs(heard, some, named)
 
-    return Practice.record(folder / digest_of(about), about, leak.network, chunks())
+    return Auxiliary.record(folder / digest_of(about), about, leak.network, chunks())
 
 
 class OfTheUsers(nn.Module):

@@ -36,7 +36,7 @@ def trained(network: nn.Module, images: Tensor, labels: Tensor, protocol: Protoc
         else torch.optim.SGD(client.parameters(), momentum=protocol.momentum, nesterov=protocol.nesterov, **options)
     )
     low, high = (torch.tensor(end).reshape(-1, 1, 1) for end in (protocol.low, protocol.high))
-    for _ in range(protocol.steps):
+    for _ in range(protocol.local_steps):
         optimiser.zero_grad()
         loss_of(protocol, client(low + (high - low) * images), labels).backward()
         optimiser.step()
@@ -51,14 +51,14 @@ def heard(network: nn.Module, images: Tensor, labels: Tensor, true: Protocol, to
     """
     told = told or true
     weights = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
-    scale = -1 / told.learning_rate if told.steps == 1 else 1.0
+    scale = -1 / told.learning_rate if told.local_steps == 1 else 1.0
     answers = []
     for batch, truth in zip(images, labels, strict=True):
         after = dict(trained(network, batch, truth, true).named_parameters())
         answers.append(
             {name: ((after[name].detach().double() - old.double()) * scale).float() for name, old in weights.items()}
         )
-    return (GradientLeak if told.steps == 1 else UpdateLeak)(
+    return (GradientLeak if told.local_steps == 1 else UpdateLeak)(
         observed={name: torch.stack([answer[name] for answer in answers]) for name in weights},
         protocol=told,
         network=copy.deepcopy(network).to("meta"),

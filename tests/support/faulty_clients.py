@@ -285,7 +285,7 @@ FAULTS |= {
     "says partition is 2**40": metric("partition", 2**40),
     "says it is client 0": metric("partition", 0),
     "says it is client 9": metric("partition", 9),
-    "says moved is minus infinity": metric("moved", float("-inf")),
+    "says moved is minus infinity": metric("drift_norm", float("-inf")),
     "says one thing more": metric("mood", 1.0),
 }
 

@@ -31,7 +31,17 @@ SMALL = ("--model", "mlp", "--size", "16", "--victims", "2")
 RUNS: dict[str, tuple[str, ...]] = {
     "demo": ("run", "first_leak", *SMALL, "--attack", "linear,idlg(steps=20)"),
     "sweep": ("run", "batch_size", *SMALL, "--batch", "1,2", "--attack", "linear,dlg(steps=5)"),
-    "pairs": ("run", "git", *SMALL, "--listener", "eavesdropper", "--pairs", "24", "--attack", "ridge,training_mean"),
+    "pairs": (
+        "run",
+        "git",
+        *SMALL,
+        "--threat-model",
+        "eavesdropper",
+        "--pairs",
+        "24",
+        "--attack",
+        "ridge,training_mean",
+    ),
     "study": ("run", "attention", "--victims", "2", "--heads", "1,2", "--n", "3", "--d", "4"),
 }
 """By name, a command line; the last one is a study, which is run again."""

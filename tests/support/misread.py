@@ -27,7 +27,7 @@ from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.soundness import EXPLAINED, doubts, unexplained
 from tests.support.clients import heard, protocol
 
-PAIR, TWICE = {"batch": 2}, {"steps": 2, "learning_rate": 0.01}
+PAIR, TWICE = {"batch": 2}, {"local_steps": 2, "learning_rate": 0.01}
 NORMED = {"model": "tests.support.misread:normed", **PAIR}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "range [-1, 1]": ({"low": -1.0, "high": 1.0}, {}),
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Name -> what the client does, and what it is taken for; both beside one image and one step of plain SGD."""
 
-OWN = ("model", "batch", "steps", "learning_rate")
+OWN = ("model", "batch", "local_steps", "learning_rate")
 """What a client of fedtap's own convention may do as well."""
 
 

@@ -18,4 +18,4 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_shapes() -> None:
     """Hang `check` into each function of the modules that are imported from now on."""
-    install_import_hook(("simulator", "attackers", "clients"), f"{__name__}.check")
+    install_import_hook(("fedtap.simulator", "fedtap.attackers", "fedtap.clients"), f"{__name__}.check")

@@ -17,7 +17,7 @@ from fedtap.attackers.baselines.ridge import Ridge
 from fedtap.attackers.gradients.dlg import DLG
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.inverting_gradients import InvertingGradients
-from fedtap.attackers.parts.aware import KINK, ROUGHNESS, SOFTNESS, Objective, informed
+from fedtap.attackers.parts.adaptive import KINK, ROUGHNESS, SOFTNESS, Objective, informed
 from fedtap.attackers.parts.gradients import Match, mean_gradient, relative_distance, squared_distance
 from fedtap.attackers.parts.priors import smooth_variation, total_variation
 from fedtap.attackers.wrappers.panel import Panel, implausible
@@ -35,7 +35,7 @@ from fedtap.simulator.run import adaptation, run
 from fedtap.simulator.scores import mse, psnr
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.attackers.test_gradients import plain_answer
-from tests.support.attack_leaks import leak_of, pictures, practice_for
+from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 MATCHING: tuple[Attack, ...] = (IDLG(steps=6), DLG(steps=6), InvertingGradients(steps=6))
 
@@ -63,11 +63,11 @@ def db(guess: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("said", ["none", "central_dp(1.0, 0.1)", "of my own"])
 def test_where_nothing_is_known_it_is_the_same_attack(attack: Attack, said: str) -> None:
     leak, _, _ = defended("none", said=said)
-    aware: Attack = dataclasses.replace(attack, aware=True)  # type: ignore[call-arg,type-var]
-    one, two = attack(leak, seed=1), aware(leak, seed=1)
+    adaptive: Attack = dataclasses.replace(attack, adaptive=True)  # type: ignore[call-arg,type-var]
+    one, two = attack(leak, seed=1), adaptive(leak, seed=1)
     for field in ("images", "labels", "objective"):
         assert torch.equal(getattr(one, field), getattr(two, field)), field
-    assert (attack.adapted, aware.adapted, Restarts(aware, 2).adapted) == (False, True, True)
+    assert (attack.adapts, adaptive.adapts, Restarts(adaptive, 2).adapts) == (False, True, True)
 
 
 def slow(text: str, leak: Leak, victim: int, answer: dict[str, Tensor]) -> Tensor:
@@ -144,9 +144,9 @@ def test_clipped_examples_are_met_at_their_means_length(batch: int) -> None:
     leak = dataclasses.replace(leak, observed=sent, protocol=protocol)
     known = informed(leak, relative_distance)
     assert known is not None
-    aware, plain = (Match(leak, misfit)(images, labels) for misfit in (known.misfit, relative_distance))
-    assert float(aware.max()) < (1e-6 if batch == 1 else 0.1)
-    assert float((plain / aware.clamp_min(1e-9)).min()) > 100
+    adaptive, plain = (Match(leak, misfit)(images, labels) for misfit in (known.misfit, relative_distance))
+    assert float(adaptive.max()) < (1e-6 if batch == 1 else 0.1)
+    assert float((plain / adaptive.clamp_min(1e-9)).min()) > 100
 
 
 def far(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
@@ -156,10 +156,10 @@ def far(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("text", ["noise(0.02)", "laplace(0.02)"])
 def test_the_objective_under_noise_is_the_posterior(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtap.attackers.parts.aware.KINK", 1e-4)
+    monkeypatch.setattr("fedtap.attackers.parts.adaptive.KINK", 1e-4)
     leak, images, labels = defended(text)
     guess, spread = images.flip(0).contiguous(), sigma(leak.protocol)
-    found = Objective(leak, aware=True)(guess, labels)
+    found = Objective(leak, adaptive=True)(guess, labels)
     energy = torch.stack([tensor.square().flatten(1).sum(1) for tensor in mean_gradient(leak).values()]).sum(0)
     likelihood = Match(leak, squared_distance)(guess, labels) / (2 * spread**2)
     if text.startswith("laplace"):
@@ -187,16 +187,16 @@ def test_of_several_steps_the_mean_gradients_noise_is_that_much_less(kind: str, 
     assert known.misfit.error == pytest.approx(0.1 / steps)
 
 
-@pytest.mark.parametrize("aware", [IDLG(steps=3, aware=True), DLG(steps=3, aware=True)], ids=repr)
-def test_the_slope_is_that_of_the_value(aware: Attack) -> None:
+@pytest.mark.parametrize("adaptive", [IDLG(steps=3, adaptive=True), DLG(steps=3, adaptive=True)], ids=repr)
+def test_the_slope_is_that_of_the_value(adaptive: Attack) -> None:
     leak, images, labels = defended("noise(0.02)+quantise(6)")
-    objective = Objective(leak, aware=True)
+    objective = Objective(leak, adaptive=True)
     x = (0.8 * images + 0.3).requires_grad_()  # some pixels are outside
     values, slope = objective.with_slope(x, labels)
     again = objective(x, labels)
     torch.testing.assert_close(values, again.detach())
     torch.testing.assert_close(slope, torch.autograd.grad(again.sum(), x)[0])
-    assert bool(aware(leak).images.isfinite().all())
+    assert bool(adaptive(leak).images.isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,14 @@ def test_the_slope_is_that_of_the_value(aware: Attack) -> None:
 def test_who_knows_the_defence_sees_more_and_who_is_told_of_another_does_not(text: str, said: str, steps: int) -> None:
     wrong, images, _ = defended(text, victims=2, said=said)
     right, _, _ = defended(text, victims=2)
-    misled, knowing = (db(IDLG(steps=steps, aware=True)(leak).images, images) for leak in (wrong, right))
+    misled, knowing = (db(IDLG(steps=steps, adaptive=True)(leak).images, images) for leak in (wrong, right))
     plain = db(IDLG(steps=steps)(right).images, images)
     assert misled < plain + 3 < knowing
 
 
 def test_a_panel_takes_each_victims_more_plausible_guess_and_says_whose_it_is() -> None:
     leak, _, _ = defended("soteria(0.5)", victims=3)
-    weak, strong = IDLG(steps=3), IDLG(steps=10, aware=True)
+    weak, strong = IDLG(steps=3), IDLG(steps=10, adaptive=True)
     alone = [attack(leak, seed=4) for attack in (weak, strong)]
     best = Panel(weak, Restarts(strong, 1))(leak, seed=4)
     judged = torch.stack([implausible(leak, guess.images, guess.labels) for guess in alone])
@@ -240,7 +240,7 @@ def test_a_panel_judges_signs_and_not_how_soft_they_are() -> None:
     known = informed(leak, relative_distance)
     assert known is not None
     torch.testing.assert_close(implausible(leak, images, labels), known.prior(images), rtol=0, atol=1e-3)
-    assert float((Objective(leak, aware=True)(images, labels) - known.prior(images)).min()) > 0.01
+    assert float((Objective(leak, adaptive=True)(images, labels) - known.prior(images)).min()) > 0.01
 
 
 def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
@@ -248,23 +248,23 @@ def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
     named = {part.name for one in parts for part in described(one.defence)}
     assert named == {name for name, kind in WORDS.items() if kind.hook != "server"}
     for one in parts:
-        assert [attack.adapted for attack in one.attacks] == [False, True, False, True]
+        assert [attack.adapts for attack in one.attacks] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(
-    ("attack", "defence", "adapted", "note"),
+    ("attack", "defence", "adapts", "note"),
     [
         ("idlg", "sign()", False, None),
-        ("idlg(aware=True)", "sign()", True, None),
-        ("idlg(aware=True)", "clip(1.0)+noise(0.1)", True, None),
-        ("idlg(aware=True)", "precode(64)", False, "does not know precode(64)"),
-        ("dlg(aware=True)", "precode(64)+clip(1.0)", False, "does not know precode(64)"),
-        ("restarts(inverting_gradients(aware=True),2)", "precode(8)", False, "does not know precode(8)"),
-        ("panel(idlg,idlg(aware=True))", "prune(0.9)", True, None),
-        ("panel(idlg,idlg(aware=True))", "precode(64)", False, "does not know precode(64)"),
-        ("idlg(aware=True)", "none", True, None),
+        ("idlg(adaptive=True)", "sign()", True, None),
+        ("idlg(adaptive=True)", "clip(1.0)+noise(0.1)", True, None),
+        ("idlg(adaptive=True)", "precode(64)", False, "does not know precode(64)"),
+        ("dlg(adaptive=True)", "precode(64)+clip(1.0)", False, "does not know precode(64)"),
+        ("restarts(inverting_gradients(adaptive=True),2)", "precode(8)", False, "does not know precode(8)"),
+        ("panel(idlg,idlg(adaptive=True))", "prune(0.9)", True, None),
+        ("panel(idlg,idlg(adaptive=True))", "precode(64)", False, "does not know precode(64)"),
+        ("idlg(adaptive=True)", "none", True, None),
         ("idlg", "none", False, None),
-        ("idlg(aware=True)", "central_dp(1.0, 0.1)", True, None),  # done after the answer was heard
+        ("idlg(adaptive=True)", "central_dp(1.0, 0.1)", True, None),  # done after the answer was heard
         ("idlg", "central_dp(1.0, 0.1)", False, None),
         ("coarse_git", "precode(64)", True, None),  # its pairs went through the same bottleneck
         ("exact_git", "clip(1.0)+noise(0.1)", True, None),
@@ -274,39 +274,41 @@ def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
     ],
 )
 def test_who_counts_as_adapted_takes_the_whole_defence_into_account(
-    attack: str, defence: str, adapted: bool, note: str | None
+    attack: str, defence: str, adapts: bool, note: str | None
 ) -> None:
     (made,) = attacks_of(attack)
-    assert adaptation(made, defence) == {"adapted": adapted} | ({"adapted_note": note} if note else {})
+    assert adaptation(made, defence) == {"adaptive": adapts} | ({"adaptive_note": note} if note else {})
 
 
 @pytest.mark.parametrize("attack", MATCHING, ids=repr)
 def test_what_an_aware_attack_does_not_know_leaves_it_as_it_was(attack: Attack) -> None:
     """And every defence of an answer that it says it knows changes it."""
-    aware: Attack = dataclasses.replace(attack, aware=True)  # type: ignore[call-arg,type-var]
+    adaptive: Attack = dataclasses.replace(attack, adaptive=True)  # type: ignore[call-arg,type-var]
     texts = [str(part) for one in plan("defences", {}) for part in described(one.defence)]
     leak, _, _ = defended("none")
     for text in texts:
         told = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, defence=text))
-        assert (informed(told, squared_distance) is None) == bool(aware.unknown(text)), text
+        assert (informed(told, squared_distance) is None) == bool(adaptive.unknown(text)), text
 
 
 def test_what_practised_under_another_defence_is_not_adapted_to_this_one(tmp_path: Path) -> None:
     leak, _, _ = defended("none", model="mlp")
-    learned = Ridge(features=64).fit(practice_for(leak, tmp_path, pairs=8))
-    assert adaptation(learned, "none") == {"adapted": True}
-    assert adaptation(learned, "sign()") == {"adapted": False, "adapted_note": "does not know sign()"}
+    learned = Ridge(features=64).fit(auxiliary_for(leak, tmp_path, pairs=8))
+    assert adaptation(learned, "none") == {"adaptive": True}
+    assert adaptation(learned, "sign()") == {"adaptive": False, "adaptive_note": "does not know sign()"}
 
 
 def test_rows_say_what_was_adapted_and_whose_guess_it_is(tmp_path: Path) -> None:
-    text = "idlg(steps=3),panel(idlg(steps=3),idlg(steps=3,aware=True))"
+    text = "idlg(steps=3),panel(idlg(steps=3),idlg(steps=3,adaptive=True))"
     parts = plan("defences", {"victims": 1, "size": 16, "defence": "sign()", "attack": text})
     grid = LocalGrid(client_app(lambda config: parts), 2)
     run(parts, lambda part: grid, tmp_path / "out", device=torch.device("cpu"), data_root=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    wanted = {"defence", "attack", "adapted", "psnr", "psnr_blind", "recovered", "accuracy", "overhead"}
+    wanted = {"defence", "attack", "adaptive", "psnr", "psnr_blind", "recovered", "accuracy", "overhead"}
     assert all(wanted <= row.keys() for row in rows)
-    assert [row["adapted"] for row in rows] == [False, True]
+    assert [row["adaptive"] for row in rows] == [False, True]
     assert rows[0]["upper_bound_psnr"] is None
     assert rows[1]["upper_bound_psnr"] >= max(rows[0]["psnr"], rows[1]["psnr"]) - 1e-3
-    assert rows[1]["strongest"] in {attack.written() for attack in attacks_of("idlg(steps=3),idlg(steps=3,aware=True)")}
+    assert rows[1]["strongest"] in {
+        attack.written() for attack in attacks_of("idlg(steps=3),idlg(steps=3,adaptive=True)")
+    }

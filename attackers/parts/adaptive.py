@@ -53,7 +53,7 @@ INSIDE = 0.01
 
 
 @dataclass(frozen=True)
-class Aware:
+class Adaptive:
     """`misfit`, of an answer that is first defended as the leaked one was.
 
     Args:
@@ -137,7 +137,7 @@ class Informed:
         weights: of the variation of a guess's pixels, beside a distance relative to what was sent.
     """
 
-    misfit: Aware
+    misfit: Adaptive
     weights: Float[Tensor, "lanes"]
 
     def prior(self, images: Images, lanes: Tensor | None = None) -> Float[Tensor, "lanes"]:
@@ -160,7 +160,7 @@ def informed(leak: Leak, misfit: Misfit, weighed: bool = True, softness: float =
     parts = signs + parts  # one step of Adam is g / (|g| + ε), which a defence of the update comes after
     if not parts:
         return None
-    steps = leak.protocol.steps if isinstance(leak, UpdateLeak) else 1
+    steps = leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
     alone = leak.protocol.batch == steps == 1
     error = sigma(leak.protocol) / steps
     alike = (
@@ -168,8 +168,8 @@ def informed(leak: Leak, misfit: Misfit, weighed: bool = True, softness: float =
     )
     if misfit is relative_distance and alike:
         misfit = Absolute(error / math.sqrt(2))
-    aware = Aware(parts, misfit, error, 1 / steps, _last(leak), alone, weighed, softness)
-    return Informed(aware, _weights(aware, leak))
+    adaptive = Adaptive(parts, misfit, error, 1 / steps, _last(leak), alone, weighed, softness)
+    return Informed(adaptive, _weights(adaptive, leak))
 
 
 class Objective:
@@ -178,8 +178,8 @@ class Objective:
     Signs that Adam left are matched as signs.
     """
 
-    def __init__(self, leak: Leak, aware: bool, compiled: bool = False) -> None:
-        self.known = informed(leak, relative_distance) if aware or leak.protocol.optimiser == "adam" else None
+    def __init__(self, leak: Leak, adaptive: bool, compiled: bool = False) -> None:
+        self.known = informed(leak, relative_distance) if adaptive or leak.protocol.optimiser == "adam" else None
         self.match = Match(leak, self.known.misfit if self.known else squared_distance, compiled=compiled)
         self.floor = 0.0 if self.known else self.match.floor
 
@@ -205,7 +205,7 @@ def _last(leak: Leak) -> str:
     return name if name in trained(leak.network) else trained(leak.network)[-1]
 
 
-def _weights(known: Aware, leak: Leak) -> Float[Tensor, "lanes"]:
+def _weights(known: Adaptive, leak: Leak) -> Float[Tensor, "lanes"]:
     """Of the variation: ``|d|^2 / 2 s^2 + roughness sum |dx|`` is the posterior, here times ``2 s^2 / |leaked|^2``."""
     weights = []
     names = {part.name for part in known.parts}

@@ -1,0 +1,1 @@
+"""What federated learning leaks."""
