@@ -1,52 +1,58 @@
-"""One attack a file, named after its paper; `parts` holds the pure functions that several share."""
+"""One attack a file, named after its paper, in the folder of what it reads; `parts` holds what those folders share."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
-import pkgutil
+import re
+import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedtap.simulator.attack import Attack, Reconstruction
 from fedtap.simulator.errors import FedtapError, short, unknown
-from fedtap.simulator.leaks import Leak
-from fedtap.simulator.models.language import LanguageModel
+from fedtap.simulator.registry import Registry
 
+if TYPE_CHECKING:
+    from fedtap.simulator.attack import Attack
+    from fedtap.simulator.leaks import Leak
 
-def _scan() -> dict[str, type[Attack[Any]]]:
-    """Every attack in this folder by the name of its file, which defines one public attack."""
-    found: dict[str, type[Attack[Any]]] = {}
-    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        if module.ispkg:
-            continue
-        for thing in vars(importlib.import_module(module.name)).values():
-            if isinstance(thing, type) and issubclass(thing, Attack) and thing.__module__ == module.name:
-                found[module.name.rpartition(".")[2]] = thing
-    return found
-
-
-ATTACKS: dict[str, type[Attack[Any]]] = _scan()
+ATTACKS: Registry[Attack[Any]] = Registry(
+    "attack", "fedtap.attackers", "fedtap.attacks", "fedtap.simulator.attack:Attack"
+)
 """Name on the command line -> attack."""
 
 HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 
+OWN = "own_package_"
+"""What an attack of a user's own package is called while its text is parsed."""
 
-def parse(text: str) -> tuple[Attack, ...]:
+CODE = re.compile(r"(?<![\w'\"./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""`package.module:Class`, outside quotes as far as can be told."""
+
+
+def parse(text: str, trusted: bool = True) -> tuple[Attack, ...]:
     """The attacks named by ``--attack``: names or calls with constants and other attacks in them, comma between.
+
+    Args:
+        trusted: whether the text may name code, `package.module:Class`.
 
     Raises:
         FedtapError: not of that form, an unknown attack or field, a value of the wrong type or out of range, an attack
             named twice.
     """
+    own: list[str] = []
+
+    def kept(found: re.Match[str]) -> str:  # `package.module:Class` is no expression, and stands for one
+        own.append(found[0])
+        return f"{OWN}{len(own) - 1}"
+
     try:
-        tree = ast.parse(f"({text.strip()},)", mode="eval").body
+        tree = ast.parse(f"({CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
         raise FedtapError(f"--attack {short(text)!r} names no attack: {HOW}.")
-    attacks = tuple(_attack(node) for node in tree.elts)
+    attacks = tuple(_attack(node, own) for node in tree.elts)
     for place, attack in enumerate(attacks):
         if attack in attacks[:place]:
             raise FedtapError(
@@ -62,7 +68,7 @@ def parse_strangers(text: str) -> Attack[Any]:
     Raises:
         FedtapError: it does, or it is none that `parse` reads.
     """
-    (attack,) = parse(text)
+    (attack,) = parse(text, trusted=False)
     for field, value in _settings(attack):
         if isinstance(value, str) and (":" in value or field == "path"):
             raise FedtapError(
@@ -79,6 +85,8 @@ def models_named(attack: Attack[Any]) -> list[str]:
 
 def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
     """Field and value of all that an attack was told, and of what is nested in it."""
+    from fedtap.simulator.attack import Attack
+
     for field in dataclasses.fields(attack):  # type: ignore[arg-type]
         value = getattr(attack, field.name)
         for one in value if isinstance(value, tuple | list) else (value,):
@@ -94,17 +102,19 @@ SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "statio
 
 def suited(leak: Leak) -> str:
     """The attack that is tried on a leak where none is named."""
+    from fedtap.simulator.models.language import LanguageModel
+
     gradients = "dager" if isinstance(leak.network, LanguageModel) else "idlg"
     return SUITED.get(leak.kind, gradients)
 
 
-def _attack(node: ast.expr) -> Attack:
+def _attack(node: ast.expr, own: list[str]) -> Attack:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if not isinstance(call.func, ast.Name):
         raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {HOW}.")
-    if call.func.id not in ATTACKS:
-        raise unknown("attack", call.func.id, ATTACKS)
-    kind = ATTACKS[call.func.id]
+    name = call.func.id
+    kind = ATTACKS.own(own[int(name[len(OWN) :])]) if name.startswith(OWN) else ATTACKS[name]
+    hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if len(call.args) > len(fields):
         raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {HOW}.")
@@ -119,14 +129,16 @@ def _attack(node: ast.expr) -> Attack:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {HOW}.")
     attack: Attack = kind(
-        **{field.name: _value(given[field.name], str(field.type)) for field in fields if field.name in given}
+        **{field.name: _value(given[field.name], hints[field.name], own) for field in fields if field.name in given}
     )
     return attack
 
 
-def _value(node: ast.expr, kind: str) -> Any:
-    if kind == "Attack":
-        attack = _attack(node)
+def _value(node: ast.expr, kind: Any, own: list[str]) -> Any:
+    from fedtap.simulator.attack import Attack, Reconstruction
+
+    if isinstance(typing.get_origin(kind) or kind, type) and issubclass(typing.get_origin(kind) or kind, Attack):
+        attack = _attack(node, own)
         if attack.guesses is not Reconstruction:
             raise FedtapError(f"{attack.name} in --attack brings back no images, and what wraps it needs some: {HOW}.")
         return attack
@@ -142,3 +154,8 @@ def _said(node: ast.expr) -> str:
         return short(ast.unparse(node))
     except RecursionError:
         return "what is nested too deep"
+
+
+def code_named(text: str) -> list[str]:
+    """The classes of users' own packages that an attack's text names, which parsing it would import."""
+    return CODE.findall(text)

@@ -1,4 +1,4 @@
-"""The ClientApp of every node: it looks up what is played and who it is, and answers accordingly."""
+"""The ClientApp of every node: it looks up what is played, and replies as that scenario's clients do."""
 
 from __future__ import annotations
 
@@ -8,56 +8,31 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, UserConfig
 from flwr.clientapp import ClientApp
 
-from fedtap.clients import compromised, honest
 from fedtap.clients.training import one_thread
-from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
-from fedtap.simulator.study import Study
+from fedtap.simulator.scenario import Scenario
 from fedtap.simulator.wire import roll
 
-Plan = Callable[[UserConfig], Sequence[Scenario | Study]]
+Plan = Callable[[UserConfig], Sequence[Scenario]]
+
+
+class ScenarioApp(ClientApp):
+    """A ClientApp that replies to every message as the scenario's clients do, whatever the message's type."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """The reply of this node; a node that is asked for its partition names it."""
+        if message.metadata.message_type == roll.ASKED:
+            return roll.present(message, context)
+        config: ConfigRecord = message.content.config_records["config"]
+        scenario = self._plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
+        with one_thread():
+            return scenario.reply(message, context, Path(str(context.run_config.get("data-root") or "data")))
 
 
 def client_app(plan: Plan) -> ClientApp:
-    """A ClientApp that plays `plan(run_config)`; the last partition is the compromised client."""
-    app = ClientApp()
-
-    app.query("partition")(roll.present)
-
-    def part_of(order: Message, context: Context) -> Scenario | Study:
-        config: ConfigRecord = order.content.config_records["config"]
-        return plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
-
-    def private(order: Message, context: Context) -> PrivateData:
-        scenario = part_of(order, context)
-        assert isinstance(scenario, Scenario), f"{scenario.name} asks in messages of its own"
-        clients = int(context.node_config["num-partitions"]) - 1
-        return private_data(scenario, _data_root(context), clients)
-
-    @app.train("posterior")
-    @app.query("attention")
-    def answer(order: Message, context: Context) -> Message:
-        study = part_of(order, context)
-        assert isinstance(study, Study), f"{study.name} trains, and asks for nothing else"
-        with one_thread():
-            return study.answer(order, int(context.node_config["partition-id"]), _data_root(context))
-
-    @app.train()
-    def train(order: Message, context: Context) -> Message:
-        if isinstance(part_of(order, context), Study):
-            return answer(order, context)
-        with one_thread():
-            return honest.train(order, context, private(order, context))
-
-    @app.query("auxiliary")
-    def auxiliary(order: Message, context: Context) -> Message:
-        data = private(order, context)
-        if int(context.node_config["partition-id"]) != data.clients:
-            raise PermissionError("an honest client takes no examples from the server")
-        with one_thread():
-            return compromised.compute_auxiliary(order, data)
-
-    return app
-
-
-def _data_root(context: Context) -> Path:
-    return Path(str(context.run_config.get("data-root") or "data"))
+    """A ClientApp that plays `plan(run_config)`; in an image federation the last partition is the compromised
+    client."""
+    return ScenarioApp(plan)

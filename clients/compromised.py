@@ -18,7 +18,7 @@ from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, rece
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest, gradients
 from fedtap.simulator.defences.chain import parse
-from fedtap.simulator.federation.settings import PrivateData
+from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.wire.records import tensors_of
 
 

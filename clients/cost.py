@@ -15,7 +15,8 @@ from fedtap.clients.training import network, one_thread, plain_backward, seeded,
 from fedtap.simulator.attack import generator
 from fedtap.simulator.defences.chain import parse
 from fedtap.simulator.defences.notation import described
-from fedtap.simulator.federation.settings import PrivateData, Scenario
+from fedtap.simulator.federation.private_data import PrivateData
+from fedtap.simulator.federation.settings import Federation
 from fedtap.simulator.models.registry import Shape
 
 TURNS = 7
@@ -28,7 +29,7 @@ ENOUGH = 5.0
 """Seconds after which there is no further turn."""
 
 
-def overhead(scenario: Scenario, private: PrivateData) -> float | None:
+def overhead(scenario: Federation, private: PrivateData) -> float | None:
     """How many times as long an attacked exchange takes a client with its defence as without; None without one.
 
     Local steps and batch are those of the exchange. What the server does costs a client nothing.

@@ -12,7 +12,7 @@ from fedtap.clients.mod import defended
 from fedtap.clients.training import Backward, answer, drifted, network, plain_backward, receive, seeded, sgd
 from fedtap.simulator.attack import generator
 from fedtap.simulator.defences.chain import parse
-from fedtap.simulator.federation.settings import PrivateData
+from fedtap.simulator.federation.private_data import PrivateData
 
 
 def train(order: Message, context: Context, private: PrivateData) -> Message:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest
 from fedtap.simulator.defences.precode import bottlenecks, training_loss
-from fedtap.simulator.federation.settings import PrivateData
+from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models.registry import Shape, build
 from fedtap.simulator.wire.records import tensors_of

@@ -9,13 +9,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtap.clients.app import client_app
-from fedtap.clients.cost import overhead
-from fedtap.scenarios.command.plan import plan_of, sorted_out
-from fedtap.scenarios.gradients.game import Game
+from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.report.folder import place
 from fedtap.simulator.run import described_run, device_named, run
-from fedtap.simulator.study import run_studies
 
 client = client_app(plan_of)
 server = ServerApp()
@@ -26,29 +23,21 @@ def main(grid: Grid, context: Context) -> None:
     """Play the run config's scenario over Flower's grid, and leave the same files as `fedtap run`."""
     torch.set_num_threads(1)
     config = context.run_config
-    parts = plan_of(config)
-    if isinstance(parts[0], Game):
-        raise FedtapError(
-            f"{parts[0].name} plays thousands of clients in one process, not on a grid: fedtap run {parts[0].name}."
-        )
+    settings = plan_of(config)
     overwrite = str(config.get("overwrite") or "false").lower()
     if overwrite not in ("true", "false"):
         raise FedtapError(f"The run config says overwrite={short(overwrite)!r}, and it is true or false.")
     device = device_named(str(config.get("device") or ""))
     said = Path(str(config["out"])) if config.get("out") else None
-    about = described_run(parts, device)
-    out = place(about, said, Path("runs") / parts[0].name, overwrite=overwrite == "true")
-    data_root = Path(str(config.get("data-root") or "data"))
-    scenarios, studies = sorted_out(parts)
-    if studies:
-        run_studies(studies, lambda part: grid, out, device=device, data_root=data_root, overwrite=overwrite == "true")
-    else:
-        run(
-            scenarios,
-            lambda part: grid,
-            out,
-            device=device,
-            data_root=data_root,
-            overwrite=overwrite == "true",
-            overhead=overhead,
-        )
+    about = described_run(settings, device)
+    out = place(about, said, Path("runs") / settings[0].name, overwrite=overwrite == "true")
+    rows = run(
+        settings,
+        lambda setting: grid,
+        out,
+        device=device,
+        data_root=Path(str(config.get("data-root") or "data")),
+        overwrite=overwrite == "true",
+    )
+    for setting in settings:
+        setting.verdict(rows)

@@ -7,14 +7,13 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
-
 from fedtap.simulator.errors import FedtapError, short
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_JSON = 16 << 20
 """Bytes of a JSON file that describes something; draws and data of posteriordb may be larger."""
@@ -114,6 +113,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     """What the bytes of a safetensors file hold, as `read_tensors`; `path` is the one to name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:

@@ -1,52 +1,41 @@
-"""The command line: `fedtap run NAME --knob value`, `fedtap attack LEAKS --attack NAME`, `fedtap list`."""
+"""The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap list`.
+
+Nothing here imports torch before a run begins, so that help and lists are there at once.
+"""
 
 from __future__ import annotations
 
-import fedtap.scenarios.command.interrupt  # noqa: F401  before the rest, which takes seconds
+import fedtap.scenarios.command.interrupt  # noqa: F401  before the rest, which takes a moment
 
 # isort: split
 import contextlib
 import errno
 import io
-import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-import torch
 import typer
-from flwr.app import UserConfig
 from rich.console import Console
 from rich.table import Table
 
-from fedtap.attackers import ATTACKS, models_named, parse, suited
-from fedtap.clients.app import client_app
-from fedtap.clients.cost import overhead
-from fedtap.scenarios.command.options import knobs_of, pairs
-from fedtap.scenarios.command.plan import catalogue, models_of, plan, plan_of, question, sorted_out
-from fedtap.scenarios.gradients.game import Game, check
-from fedtap.scenarios.gradients.game_report import play_games, table_of
-from fedtap.scenarios.gradients.image import with_trained
-from fedtap.simulator.attack import Attack
-from fedtap.simulator.data.images import DATASETS
-from fedtap.simulator.defences.notation import WORDS, usage
+from fedtap.attackers import ATTACKS
+from fedtap.scenarios import SCENARIOS
+from fedtap.scenarios.command.options import pairs
+from fedtap.scenarios.command.plan import models_of, plan, scenario_named
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
-from fedtap.simulator.federation.settings import Scenario
-from fedtap.simulator.leaks import KINDS, Leak, load, told
-from fedtap.simulator.models.attention import architecture
-from fedtap.simulator.models.registry import MODELS, allow
-from fedtap.simulator.report import defence_report, privacy_report, study_report
-from fedtap.simulator.report import page as report
-from fedtap.simulator.report.folder import place
-from fedtap.simulator.run import ATTACK, attack_saved, described_attack, described_run, device_named, run
-from fedtap.simulator.study import Study, run_studies
-from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.options import GROUPS, options_of
+from fedtap.simulator.scenario import Scenario, question_of
 
-cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from fedtap.simulator.attack import Attack
+    from fedtap.simulator.leaks import Leak
+
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(emoji=False)  # mine:cat is a model, and no cat
 
 DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
@@ -62,70 +51,67 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """What federated learning leaks: fedtap run SCENARIO --knob value, fedtap attack LEAK, fedtap list."""
+    """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap list."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
 
 
+def _scenarios(incomplete: str) -> list[tuple[str, str]]:
+    """Names for the shell to complete."""
+    return [(name, SCENARIOS.about(name).splitlines()[0]) for name in SCENARIOS if name.startswith(incomplete)]
+
+
 @cli.command("run", context_settings=EXTRA, add_help_option=False)
 def run_command(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.")] = "",
+    name: Annotated[str, typer.Argument(help="A scenario: see `fedtap list`.", autocompletion=_scenarios)] = "",
     out: Out = None,
     data_root: DataRoot = Path("data"),
     device: Device = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Play a scenario in this process. `fedtap run NAME --help` shows its knobs; values joined by commas are swept."""
+    """Play a scenario in this process. `fedtap run NAME --help` shows its options; values joined by commas are
+    swept."""
     if name in ("", "--help", "-h"):
         console.print(context.get_help())
-        console.print(f"Scenarios: {', '.join(sorted(catalogue()))}")
+        console.print(f"Scenarios: {', '.join(SCENARIOS)}")
         return
     if name.startswith("-"):
-        raise FedtapError(f"The scenario comes before its knobs, and {name} is one: fedtap run NAME {name} VALUE.")
+        raise FedtapError(f"The scenario comes before its options, and {name} is one: fedtap run NAME {name} VALUE.")
     if {"--help", "-h"} & set(context.args):
         _explain(name)
         return
-    knobs = pairs(context.args)
-    parts, studies = sorted_out(plan(name, knobs))
-    config: UserConfig = {**knobs, "scenario": name, "data-root": str(data_root)}
-    games = tuple(part for part in parts if isinstance(part, Game))
-    alone = not studies and len(games) == len(parts)
-    if resume and (studies or alone):
-        raise FedtapError(f"{name} keeps nothing to go on with: leave out --resume.")
-    used = torch.device("cpu") if alone else device_named(device)
-    about = described_run(studies or parts, used)
-    where = place(about, out, Path("runs") / name, resume=resume, overwrite=overwrite)
-    if studies:
-        _studies(studies, where, config, used, data_root, overwrite)
-        return
-    if alone:
-        _games(games, where, overwrite)
-        return
-    _find_own_code(*models_of(parts))
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower tells of each round; the rows say what matters of it
+    options = pairs(context.args)
+    _own_code(name)
+    settings = plan(name, options)
+    _prepared()
+    from fedtap.clients.app import client_app
+    from fedtap.scenarios.command.plan import plan_of
+    from fedtap.simulator.report.folder import place
+    from fedtap.simulator.run import described_run, device_named, run
+    from fedtap.simulator.wire.grid import LocalGrid
 
-    def grid(part: Scenario) -> LocalGrid:
-        return LocalGrid(client_app(plan_of), (part.clients or part.victims) + 1, config)
+    _own_code(*models_of(settings))
+    used = device_named(device)
+    where = place(
+        described_run(settings, used), out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite
+    )
+    config = {**options, "scenario": name, "data-root": str(data_root)}
 
-    console.print(question(name).splitlines()[0], highlight=False)
-    for line in _overrides(parts):
+    def grid(setting: Scenario) -> LocalGrid:
+        return LocalGrid(client_app(plan_of), setting.nodes, config)
+
+    console.print(settings[0].question.splitlines()[0], highlight=False)
+    for line in _overview(settings):
         console.print(f"  {line}", highlight=False, markup=False)
     with _stoppable(where, resumable=True):
-        rows = run(
-            parts,
-            grid,
-            where,
-            device=used,
-            data_root=data_root,
-            resume=resume,
-            overwrite=overwrite,
-            overhead=overhead,
-        )
-    _say(rows, where)
-    check([row for row in rows if "canaries" in row])
+        rows = run(settings, grid, where, device=used, data_root=data_root, resume=resume, overwrite=overwrite)
+    _say(rows, settings)
+    _files("Page", where)
+    for setting in settings:
+        setting.verdict(rows)
     _all_failed(rows)
 
 
@@ -165,8 +151,16 @@ def attack_command(
     }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
     said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
+    _own_code(*code_named(attack))
+    _prepared()
+    from fedtap.scenarios.attacked import with_trained
+    from fedtap.simulator.report import page
+    from fedtap.simulator.report.folder import place
+    from fedtap.simulator.run import device_named
+    from fedtap.simulator.saved_leak import ATTACK, attack_saved, described_attack
+
     named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
-    _find_own_code(model, *(name for attack in named for name in models_named(attack)))
+    _own_code(model, *(name for attack in named for name in models_named(attack)))
     known = {name: value for name, value in said.items() if value is not None}
     found = {path.name: _read(path, model, known) for path in _leaks_in(leaks)}
 
@@ -178,7 +172,7 @@ def attack_command(
     where = place(about, out, Path("runs") / ATTACK, overwrite=overwrite)
     with _stoppable(where):
         rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
-    console.print(study_report.found(rows))
+    console.print(page.found(rows))
     _files("Page", where)
     _all_failed(rows)
 
@@ -209,8 +203,8 @@ def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
 @cli.command("list")
 def list_command() -> None:
     """Scenarios with their questions, attacks with their papers, defences, datasets, models."""
-    _catalogue("scenario", {name: question(name).splitlines()[0] for name in sorted(catalogue())})
-    _catalogue("attack", {name: _about(attack) for name, attack in sorted(ATTACKS.items())})
+    _catalogue("scenario", {name: SCENARIOS.about(name).splitlines()[0] for name in SCENARIOS})
+    _catalogue("attack", {name: _about(name) for name in ATTACKS})
     _catalogue("defence", {usage(name): f"{kind.about} [dim]({kind.hook})[/dim]" for name, kind in WORDS.items()})
     _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
     _catalogue("model", {name: (made.__doc__ or "").splitlines()[0] for name, made in MODELS.items()})
@@ -221,14 +215,12 @@ def main() -> None:
     words = sys.argv[1:]
     warnings.showwarning = _warn
     _usable_streams()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     try:
         _check_here()
-        if words and words[0] in catalogue():
+        if words and words[0] in SCENARIOS:
             words = ["run", *words]
         elif words and words[0] not in COMMANDS and not words[0].startswith("-"):
-            raise unknown("command or scenario", words[0], (*COMMANDS, *catalogue()))
+            raise unknown("command or scenario", words[0], (*COMMANDS, *SCENARIOS))
         cli(words, prog_name="fedtap")
     except FedtapError as error:
         _complain(short(error, LONGEST))
@@ -305,33 +297,6 @@ def _warn(message: Warning | str, category: type[Warning], *_where: Any, **_name
         _complain(str(message))
 
 
-def _games(games: tuple[Game, ...], where: Path, overwrite: bool) -> None:
-    """Play games; a success above its bound ends in an error, once everything is written."""
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    console.print(question(games[0].name).splitlines()[0], highlight=False)
-    with _stoppable(where):
-        rows = play_games(games, where, overwrite)
-    console.print(table_of(rows))
-    _files("Chart", where)
-    check(rows)
-
-
-def _studies(
-    studies: tuple[Study, ...], where: Path, config: UserConfig, device: torch.device, data_root: Path, overwrite: bool
-) -> None:
-    """Play studies, each over a grid of its own."""
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    console.print(question(studies[0].name).splitlines()[0], highlight=False)
-
-    def grid(part: Study) -> LocalGrid:
-        return LocalGrid(client_app(plan_of), part.clients, config)
-
-    with _stoppable(where):
-        rows = run_studies(studies, grid, where, device=device, data_root=data_root, overwrite=overwrite)
-    console.print(study_report.table(studies[0], rows))
-    _files("Page", where)
-
-
 def numbers(name: str, text: str) -> float | tuple[float, ...] | None:
     """A number, or several with commas between; None of an empty text.
 
@@ -347,36 +312,65 @@ def numbers(name: str, text: str) -> float | tuple[float, ...] | None:
     return values[0] if len(values) == 1 else values or None
 
 
-def _find_own_code(*models: str) -> None:
-    """Allow a module:function of the command line, and let it lie in the current folder."""
-    if own := [model for model in models if ":" in model]:
+def _own_code(*names: str) -> None:
+    """Allow code that the command line names, `module:name`, and let it lie in the current folder."""
+    if own := [name for name in names if ":" in name]:
+        from fedtap.simulator.models.registry import allow
+
         allow(own)
         sys.path.insert(0, str(Path.cwd()))
 
 
+def _prepared() -> None:
+    """One thread, unless the environment says otherwise, and Flower's log without a line for each round."""
+    import logging
+
+    import flwr.app  # noqa: F401  (it sets its log's level as it is imported)
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # the rows say what matters of a round
+
+
 def _explain(name: str) -> None:
-    if name not in catalogue():
-        raise unknown("scenario", name, catalogue())
-    console.print(question(name), highlight=False)
-    table = Table("knob", "default", "meaning", title=f"fedtap run {name}", title_justify="left")
-    for knob, (kind, about, default) in knobs_of(catalogue()[name]).items():
-        words = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        table.add_row(
-            f"--{knob.replace('_', '-')} {kind.__name__.upper()}", words or "(as the scenario says)", about.help
-        )
+    """A scenario's question and its options, by what they are about."""
+    scenario = scenario_named(name)
+    console.print(question_of(scenario), highlight=False)
+    table = Table("option", "default", "meaning", title=f"fedtap run {name}", title_justify="left", box=None)
+    known = options_of(scenario)
+    for group in reversed(GROUPS):
+        options = [option for option in known.values() if option.option.group == group]
+        if options:
+            table.add_row(f"[bold]{group}[/bold]")
+        for option in options:
+            kind = "|".join(option.choices) or option.type.__name__.upper()
+            values = ",".join(map(str, option.values))
+            table.add_row(f"{option.flag} {kind}", values or "(as the scenario says)", option.option.help)
+    table.add_row("[bold]output[/bold]")
+    for flag, default, help in OUTPUT:
+        table.add_row(flag, default, help)
     console.print(table)
-    console.print("Also --out DIR, --data-root DIR, --device D, --resume, --overwrite.")
 
 
-def _overrides(parts: tuple[Scenario, ...]) -> list[str]:
-    """Each part's attacks, with the settings that are not their defaults."""
+OUTPUT = (
+    ("--out DIR", "runs/NAME", "folder for what the run leaves"),
+    ("--data-root DIR", "data", "folder that holds the data sets"),
+    ("--device cpu|cuda|cuda:N", "cuda if there is one", "where attacks run"),
+    ("--resume", "", "go on with the run that is in the folder"),
+    ("--overwrite", "", "replace a run with other settings in the folder"),
+)
+"""Options that every scenario has."""
+
+
+def _overview(settings: Sequence[Scenario]) -> list[str]:
+    """Each setting's attacks, with the settings that are not their defaults."""
     lines = []
-    for part in (part for part in parts if part.attacks):
-        told = dict(part.swept) | ({"others": part.others} if part.others != "honest" else {})
-        at = ", ".join(f"{knob} {value}" for knob, value in told.items())
-        named = ", ".join(attack.written() for attack in part.attacks)
-        lines.append(f"{part.victims} victims, {part.model}{f', {at}' if at else ''}: {named}")
-    return list(dict.fromkeys(lines))  # of a defence's strengths one line
+    for setting in settings:
+        at = ", ".join(f"{name} {value}" for name, value in setting.swept)
+        named = ", ".join(attack.written() for attack in setting.attacks)
+        lines.append(f"{setting.plain_name}{f', {at}' if at else ''}: {named}")
+    return list(dict.fromkeys(lines))
 
 
 def _catalogue(kind: str, entries: dict[str, str]) -> None:
@@ -386,25 +380,21 @@ def _catalogue(kind: str, entries: dict[str, str]) -> None:
     console.print(table, "")
 
 
-def _about(attack: type[Attack]) -> str:
-    text = (sys.modules[attack.__module__].__doc__ or "").strip()
-    kinds = ", ".join(kind for kind, leak in KINDS.items() if leak in attack.leaks)
-    return f"{' '.join(text.partition('Departs')[0].split())} [dim]({kinds})[/dim]"
+def _about(name: str) -> str:
+    text = ATTACKS.about(name).partition("Departs")[0]
+    return f"{' '.join(text.split())} [dim]({ATTACKS.entries[name].room})[/dim]"
 
 
-def _say(rows: list[dict[str, object]], out: Path) -> None:
-    console.print(privacy_report.table(rows) if privacy_report.told(rows) else report.table(rows))
-    if defence_report.told(rows):
-        console.print(defence_report.table(rows))
-    for line in (*(f"⚠ {sentence}" for sentence in report.alarms(rows)), *report.answers(rows)):
-        console.print(line, highlight=False, markup=False, emoji=False)
-    _files("Page", out)
+def _say(rows: Sequence[Mapping[str, Any]], settings: Sequence[Scenario]) -> None:
+    """The rows' table, and the answers in sentences."""
+    from fedtap.simulator.report import adapter
+
+    for line in adapter.said(rows, settings):
+        console.print(line, highlight=False, markup=False, emoji=False) if isinstance(line, str) else console.print(
+            line
+        )
 
 
 def _files(what: str, out: Path) -> None:
     said = f"{what}: {out / 'report.html'}   figures: {out / 'rows.jsonl'}"
     console.print(said, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,96 +1,92 @@
-"""Knobs: a scenario's typed keyword arguments, as words on a command line. A knob given several values is swept."""
+"""A scenario's options on the command line: words to values, and every combination of values that are to be tried."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import exists
+from fedtap.simulator.options import Known, Option
 
+RENAMED = {
+    "world": "dataset",
+    "victims_world": "target_dataset",
+    "victims_classes": "target_classes",
+    "listener": "threat_model",
+    "practice": "auxiliary",
+    "practice_labels": "auxiliary_labels",
+    "practice_classes": "auxiliary_classes",
+    "source": "auxiliary_source",
+    "drifts": "auxiliary_trainings",
+    "practised": "auxiliary_at",
+    "attacker": "trained_attack",
+    "steps": "local_steps",
+    "games": "trials",
+    "sabotage": "broken_mechanism",
+    "start_off": "start_near_truth",
+}
+"""Options of fedtap 0.1, and what they are called now."""
 
-@dataclass(frozen=True)
-class Knob:
-    """What a knob means, and which values it takes (both ends included)."""
-
-    help: str
-    low: float = -math.inf
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-    path: bool = False
-    """Whether it may be a file's name, commas and all."""
-    swept: bool = True
-    """Whether a comma separates values to try, one after the other."""
-
-
-MOST_PARTS = 10_000
-"""Combinations of swept knobs in a run, at most."""
+MOST_SETTINGS = 10_000
+"""Combinations of values in a run, at most."""
 
 
 def pairs(words: list[str]) -> dict[str, str]:
-    """`--knob value` and `--knob=value` as a mapping."""
-    knobs: dict[str, str] = {}
+    """`--option value` and `--option=value` as a mapping."""
+    options: dict[str, str] = {}
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
             raise FedtapError(
-                f"{short(word)!r} belongs to no knob: write --knob value, and several values joined by commas."
+                f"{short(word)!r} belongs to no option: write --option value, and several values joined by commas."
             )
         name, equals, value = word.removeprefix("--").partition("=")
         if not equals and (found := next(rest, None)) is not None:
             value = found
         elif not equals:
             raise FedtapError(f"--{short(name)} has no value: write --{short(name)} value.")
-        if name in knobs:
-            both = f"{short(knobs[name], 30)},{short(value, 30)}"
+        if name in options:
+            both = f"{short(options[name], 30)},{short(value, 30)}"
             raise FedtapError(f"--{short(name)} is given twice: join values to try by commas, --{short(name)} {both}.")
-        knobs[name] = value
-    return knobs
+        options[name] = value
+    return options
 
 
-def knobs_of(function: Callable[..., Any]) -> dict[str, tuple[type, Knob, Any]]:
-    """Name -> (type, what it means, default) of each of a scenario's keyword arguments."""
-    return {
-        name: (*get_args(parameter.annotation), parameter.default)
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-    }
-
-
-def settings(function: Callable[..., Any], given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """Every combination of the values given: keyword arguments, and the swept ones among them in words.
+def combinations(known: Mapping[str, Known], given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Every combination of the values given or swept by default: fields of a scenario, and in words the swept ones.
 
     Raises:
-        FedtapError: no such knob, or a value of the wrong type or out of range.
+        FedtapError: there is no such option, or a value is of the wrong type or out of range.
     """
-    knobs = knobs_of(function)
     words = {name.replace("-", "_"): value for name, value in given.items()}
     for name in words:
-        if name not in knobs:
-            raise unknown("knob", f"--{name.replace('_', '-')}", [f"--{known.replace('_', '-')}" for known in knobs])
-    choices: dict[str, list[Any]] = {}
-    for name, (kind, knob, default) in knobs.items():
-        values = default if isinstance(default, tuple) else (default,)
-        if name in words:
-            values = tuple(_value(name, word, kind, knob) for word in _words(str(words[name]), knob))
-        choices[name] = list(values)
+        if name in RENAMED and name not in known:
+            raise FedtapError(f"--{_flag(name)} is called --{_flag(RENAMED[name])} since fedtap 0.2: write that.")
+        if name not in known:
+            raise unknown("option", f"--{_flag(name)}", [option.flag for option in known.values()])
+    choices = {name: list(option.values) for name, option in known.items()}
+    for name in words:
+        option = known[name]
+        choices[name] = [_value(option, word) for word in _words(str(words[name]), option.option)]
     swept = [name for name, values in choices.items() if len(values) > 1]
-    if (many := math.prod(map(len, choices.values()))) > MOST_PARTS:
+    if (many := math.prod(map(len, choices.values()))) > MOST_SETTINGS:
         raise FedtapError(
-            f"The values of --{', --'.join(swept[:4])} make {many:,} combinations, and a run plays {MOST_PARTS:,} at "
+            f"The values of --{', --'.join(swept[:4])} make {many:,} combinations, and a run plays {MOST_SETTINGS:,} "
+            f"at "
             "most: give fewer values."
         )
-    combinations = [dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
-    return [(values, {name: str(values[name]) for name in swept}) for values in combinations]
+    named = [name for name in choices if name in words or name in swept]  # the others keep the class's own defaults
+    chosen = [dict(zip(named, one, strict=True)) for one in itertools.product(*(choices[name] for name in named))]
+    return [(values, {name: str(values[name]) for name in swept}) for values in chosen]
 
 
-def _words(text: str, knob: Knob) -> list[str]:
-    """The values between the commas; a comma inside brackets is part of a value."""
-    if not knob.swept or (knob.path and exists(Path(text))):
+def _words(text: str, option: Option) -> list[str]:
+    """The values between the commas; a comma inside brackets is part of a value, and so is one in a file's name."""
+    if option.single or (option.file and exists(Path(text))):
         return [text]
     words, depth = [""], 0
     for letter in text:
@@ -102,24 +98,30 @@ def _words(text: str, knob: Knob) -> list[str]:
     return words
 
 
-def _value(name: str, word: str, kind: type, knob: Knob) -> Any:
-    flag, word = f"--{name.replace('_', '-')}", word.strip()
+def _value(known: Known, word: str) -> Any:
+    word, option = word.strip(), known.option
     if not word:
         raise FedtapError(
-            f"{flag} has an empty value, and a knob needs one ({knob.help}): leave it out for the default."
+            f"{known.flag} has an empty value, and an option needs one ({option.help}): leave it out for the default."
         )
     try:
-        value = kind(word)
+        value = known.type(word)
     except ValueError as error:
         raise FedtapError(
-            f"{flag} {short(word)!r} is not {_KINDS[kind]}, which it needs to be ({knob.help})."
+            f"{known.flag} {short(word)!r} is not {_KINDS[known.type]}, which it needs to be ({option.help})."
         ) from error
-    if knob.choices and value not in knob.choices:
-        raise unknown(flag.removeprefix("--"), word, knob.choices)
-    if isinstance(value, int | float) and not knob.low <= value <= knob.high:
-        upper = "" if knob.high == math.inf else f" and at most {knob.high:g}"
-        raise FedtapError(f"{flag} {short(word)} is out of range ({knob.help}): it is at least {knob.low:g}{upper}.")
+    if known.choices and value not in known.choices:
+        raise unknown(known.flag.removeprefix("--"), word, known.choices)
+    if isinstance(value, int | float) and not option.low <= value <= option.high:
+        upper = "" if option.high == math.inf else f" and at most {option.high:g}"
+        raise FedtapError(
+            f"{known.flag} {short(word)} is out of range ({option.help}): it is at least {option.low:g}{upper}."
+        )
     return value
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}

@@ -1,117 +1,89 @@
-"""From a scenario's name and knobs, on a command line or in Flower's run config, to what is to be played."""
+"""From a scenario's name and options, on a command line or in Flower's run config, to the settings to be played."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import UserConfig
+from fedtap.scenarios import SCENARIOS
+from fedtap.scenarios.command.options import combinations
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.options import options_of
+from fedtap.simulator.scenario import Scenario
 
-from fedtap.attackers import models_named
-from fedtap.scenarios.command.options import settings
-from fedtap.scenarios.gradients.game import Game
-from fedtap.simulator.errors import FedtapError, unknown
-from fedtap.simulator.federation.settings import Scenario
-from fedtap.simulator.models.registry import check_allowed
-from fedtap.simulator.study import Study
-
-Part = Scenario | Study
+if TYPE_CHECKING:
+    from flwr.app import UserConfig
 
 RUN_OPTIONS = ("device", "data-root", "out", "overwrite")
-"""What is said of a run in Flower's run config that is no knob of the scenario."""
+"""What is said of a run in Flower's run config that is no option of the scenario."""
 
 
-@lru_cache(maxsize=1)
-def catalogue() -> dict[str, Callable[..., Any]]:
-    """Every scenario by name: each module of this folder that defines a function `scenario`."""
-    return {name: importlib.import_module(module).scenario for name, module in _modules().items()}
-
-
-@lru_cache(maxsize=1)
-def _modules() -> dict[str, str]:
-    files = sorted(Path(__file__).parents[1].glob("*/*.py"), key=lambda file: file.stem)
-    return {
-        file.stem: f"fedtap.scenarios.{file.parent.name}.{file.stem}"
-        for file in files
-        if "\ndef scenario(" in file.read_text(encoding="utf-8")
-    }
-
-
-def question(name: str) -> str:
-    """What the scenario asks, and what to expect: its module's docstring.
+def scenario_named(name: str) -> type[Scenario]:
+    """The scenario of this name, or that of a user's own package, `module:Class`.
 
     Raises:
-        FedtapError: Python has thrown docstrings away.
+        FedtapError: there is none, or it cannot be imported.
     """
-    text = inspect.getdoc(importlib.import_module(_modules()[name]))
-    if text is None:
-        raise FedtapError(
-            f"The question of {name} is a docstring, and this Python throws those away: unset PYTHONOPTIMIZE, and "
-            "leave out -OO."
-        )
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return SCENARIOS.own(name) if ":" in name else SCENARIOS[name]
 
 
-def plan(name: str, knobs: Mapping[str, Any]) -> tuple[Part, ...]:
-    """The scenario's parts, in the order they are played: one for each combination of swept knobs, or as it says.
+def plan(name: str, options: Mapping[str, Any]) -> tuple[Scenario, ...]:
+    """The settings, in the order in which they are played: those of each combination of swept options.
 
     Raises:
-        FedtapError: no such scenario or knob, or a value it cannot take.
+        FedtapError: there is no such scenario or option, or a value that it cannot take.
     """
-    if name not in catalogue():
-        raise unknown("scenario", name, catalogue())
-    function = catalogue()[name]
-    parts: list[Part] = []
-    for values, swept in settings(function, knobs):
-        made = function(**values)
-        for part in made if isinstance(made, tuple) else (made,):
-            if isinstance(part, Scenario):
-                part = dataclasses.replace(part, fewer="victims" not in knobs)
-            parts.append(dataclasses.replace(part, name=name, question=question(name), swept=tuple(swept.items())))
-    if not parts:
-        raise FedtapError(f"Nothing is left of {name} to be played with these knobs: leave some of them out.")
-    once: dict[Part, dict[str, str]] = {}
-    for part in parts:  # a sweep may repeat a part that does not depend on what is swept
-        same, here = dataclasses.replace(part, swept=()), dict(part.swept)
+    kind = scenario_named(name)
+    given = tuple(sorted(word.replace("-", "_") for word in options))
+    settings: list[Scenario] = []
+    for values, swept in combinations(options_of(kind), options):
+        for setting in kind(**values, name=name, given=given).settings():
+            settings.append(dataclasses.replace(setting, name=name, given=given, swept=tuple(swept.items())))
+    if not settings:
+        raise FedtapError(f"Nothing is left of {name} to be played with these options: leave some of them out.")
+    once: dict[Scenario, dict[str, str]] = {}
+    for setting in settings:  # a sweep may repeat a setting that does not depend on what is swept
+        same, here = dataclasses.replace(setting, swept=()), dict(setting.swept)
         there = once.setdefault(same, here)
-        once[same] = {knob: value for knob, value in there.items() if here.get(knob) == value}
-    return tuple(dataclasses.replace(part, swept=tuple(swept.items())) for part, swept in once.items())
+        once[same] = {option: value for option, value in there.items() if here.get(option) == value}
+    return tuple(dataclasses.replace(setting, swept=tuple(swept.items())) for setting, swept in once.items())
 
 
-def sorted_out(parts: Sequence[Part]) -> tuple[tuple[Scenario, ...], tuple[Study, ...]]:
-    """The parts, as what they are: all are of one kind, since they are of one file."""
-    scenarios = tuple(part for part in parts if isinstance(part, Scenario))
-    return scenarios, tuple(part for part in parts if isinstance(part, Study))
-
-
-def plan_of(config: UserConfig) -> tuple[Part, ...]:
-    """The parts that Flower's run config asks for; its empty values mean the scenario's defaults.
+def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
+    """The settings that Flower's run config asks for; its empty values mean the scenario's defaults.
 
     Raises:
         FedtapError: as `plan` does.
     """
+    from fedtap.attackers import code_named
+    from fedtap.simulator.models.registry import check_allowed
+
     given = {name: str(value) for name, value in config.items() if name not in RUN_OPTIONS and str(value) != ""}
     if "scenario" not in given:
         raise FedtapError('The run config names no scenario, so there is nothing to play: add scenario="first_leak".')
-    parts = _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
-    for name in models_of(parts):  # a run config may come from a stranger, over the network
+    # A run config may come from a stranger, over the network.
+    for name in (
+        *filter(None, [given["scenario"] if ":" in given["scenario"] else ""]),
+        *code_named(given.get("attack", "")),
+    ):
         check_allowed(name)
-    return parts
+    settings = _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
+    for name in models_of(settings):
+        check_allowed(name)
+    return settings
 
 
-def models_of(parts: Sequence[Part]) -> list[str]:
-    """The models that these parts name, and that their attacks assume; that of a game is fedtap's own."""
-    scenarios, _ = sorted_out(parts)
-    named = [part.model for part in scenarios if not isinstance(part, Game)]
-    named += [model for part in scenarios for attack in part.attacks for model in models_named(attack)]
+def models_of(settings: Sequence[Scenario]) -> list[str]:
+    """The models that these settings name, and that their attacks assume: each may be code to import."""
+    from fedtap.attackers import models_named
+
+    named = [model for setting in settings if isinstance(model := getattr(setting, "model", None), str)]
+    named += [model for setting in settings for attack in setting.attacks for model in models_named(attack)]
     return list(dict.fromkeys(named))
 
 
 @lru_cache(maxsize=8)
-def _plan_of(name: str, knobs: tuple[tuple[str, str], ...]) -> tuple[Part, ...]:
-    return plan(name, dict(knobs))
+def _plan_of(name: str, options: tuple[tuple[str, str], ...]) -> tuple[Scenario, ...]:
+    return plan(name, dict(options))

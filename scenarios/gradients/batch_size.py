@@ -6,13 +6,17 @@ gradient matching falls from a near-perfect picture at one image to little over 
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import ImageKnobs, image_knobs, matching_and_reading
-from fedtap.simulator.federation.settings import Scenario
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.options import sweep
 
 
-@image_knobs(batch=(1, 2, 4, 8, 16), victims=4)
-def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
+@dataclass(frozen=True)
+class BatchSize(ImageScenario):
     """One step of federated SGD on a batch, undefended."""
-    return matching_and_reading(knobs, "idlg(steps=600),inverting_gradients(steps=600)")
+
+    matching: ClassVar[str] = "idlg(steps=600),inverting_gradients(steps=600)"
+    batch: int = sweep(1, 2, 4, 8, 16)
+    victims: int = 4

@@ -8,15 +8,19 @@ knows the weights, loses nothing to global rounds.
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import ImageKnobs, heard_by, image_knobs
-from fedtap.simulator.federation.settings import Scenario
-
-PANELS = {"eavesdropper": "training_mean,ridge,coarse_git"}
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.options import sweep
 
 
-@image_knobs(threat_model="", victims=8, local_samples=(0, 32, 128, 512), local_epochs=10)
-def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
+@dataclass(frozen=True)
+class Drift(ImageScenario):
     """A victim trains by itself from the broadcast weights, then shares one gradient."""
-    return heard_by(knobs, PANELS)
+
+    panels: ClassVar[Mapping[str, str]] = {"eavesdropper": "training_mean,ridge,coarse_git"}
+    victims: int = 8
+    local_samples: int = sweep(0, 32, 128, 512)
+    local_epochs: int = 10

@@ -6,31 +6,22 @@ stops this attack, which does not know of it, and its ε is still no promise; ev
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import Delta, ImageKnobs, SuccessDb, image_knobs, promising
-from fedtap.simulator.federation.settings import Scenario
-
-ATTACK = "inverting_gradients(steps=200),inverting_gradients(steps=200,adaptive=True)"
-DEFENCES = ("none", "clip(1.0)+noise(0.001)", "clip(1.0)+noise(0.1)", "prune(0.9)")
+from fedtap.scenarios.gradients.promises import Promising
+from fedtap.simulator.options import sweep
 
 
-@image_knobs(
-    model="convnet",
-    victims=2,
-    clients=8,
-    rounds=10,
-    training_batch=32,
-    local_steps=4,
-    defence=DEFENCES,
-    delta=1e-5,
-    success_db=0.0,
-)
-def scenario(
-    *,
-    delta: Delta,
-    success_db: SuccessDb,
-    **knobs: Unpack[ImageKnobs],
-) -> Scenario:
+@dataclass(frozen=True)
+class FedAvgDefended(Promising):
     """Rounds of FedAvg with local steps of plain SGD, all of them defended; the last one is attacked."""
-    return promising(knobs, ATTACK, delta, success_db)
+
+    tried: ClassVar[str] = "inverting_gradients(steps=200),inverting_gradients(steps=200,adaptive=True)"
+    model: str = "convnet"
+    victims: int = 2
+    clients: int = 8
+    rounds: int = 10
+    training_batch: int = 32
+    local_steps: int = 4
+    defence: str = sweep("none", "clip(1.0)+noise(0.001)", "clip(1.0)+noise(0.1)", "prune(0.9)")

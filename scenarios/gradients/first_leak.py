@@ -7,13 +7,15 @@ simply be read off. The blind guess beside them shows what would be seen without
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import ImageKnobs, image_knobs, matching_and_reading
-from fedtap.simulator.federation.settings import Scenario
+from fedtap.scenarios.gradients.images import ImageScenario
 
 
-@image_knobs(victims=6)
-def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
+@dataclass(frozen=True)
+class FirstLeak(ImageScenario):
     """One step of federated SGD on one image, undefended."""
-    return matching_and_reading(knobs, "idlg,dlg(steps=1200),inverting_gradients(steps=500)")
+
+    matching: ClassVar[str] = "idlg,dlg(steps=1200),inverting_gradients(steps=500)"
+    victims: int = 6

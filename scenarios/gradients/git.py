@@ -6,19 +6,20 @@ pairs the weights themselves can be read, and with them, or as the server that k
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import ImageKnobs, heard_by, image_knobs
-from fedtap.simulator.federation.settings import Scenario
-
-PANELS = {
-    "eavesdropper": "grey,training_mean,nearest,ridge,lti(width=250,epochs=150,rate=1e-3),flat_mlp,coarse_git,"
-    "identified(exact_git)",
-    "curious_server": "rgap,exact_git(weighted=False),exact_git,fused_git",
-}
+from fedtap.scenarios.gradients.images import ImageScenario
 
 
-@image_knobs(threat_model="", victims=4)
-def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
+@dataclass(frozen=True)
+class GIT(ImageScenario):
     """One gradient of one image a victim; the pairs come from the compromised client."""
-    return heard_by(knobs, PANELS)
+
+    panels: ClassVar[Mapping[str, str]] = {
+        "eavesdropper": "grey,training_mean,nearest,ridge,lti(width=250,epochs=150,rate=1e-3),flat_mlp,coarse_git,"
+        "identified(exact_git)",
+        "curious_server": "rgap,exact_git(weighted=False),exact_git,fused_git",
+    }
+    victims: int = 4

@@ -6,22 +6,30 @@ far above where it ends from noise; Gauss-Newton, which seldom finds the way fro
 
 from __future__ import annotations
 
-from typing import Annotated, Unpack
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from fedtap.scenarios.command.options import Knob
-from fedtap.scenarios.gradients.image import ImageKnobs, attacks_named, image_knobs, image_scenario
-from fedtap.simulator.federation.settings import Scenario
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.scenario import Scenario
 
 
-@image_knobs(victims=4, iterations=(30, 100, 300))
-def scenario(
-    *,
-    iterations: Annotated[int, Knob("steps of the iterative attacks; of Gauss-Newton, conjugate gradients in all", 1)],
-    **knobs: Unpack[ImageKnobs],
-) -> Scenario:
+@dataclass(frozen=True)
+class HeadStart(ImageScenario):
     """Each attack from noise and from the learned guess; the weights are known."""
-    if not attacks_named(knobs):
-        newton = f"gauss_newton(steps={max(1, iterations // 30)},inner={min(30, iterations)})"
-        finishes = (f"idlg(steps={iterations})", f"inverting_gradients(steps={iterations})", newton)
-        knobs["attack"] = ",".join(("coarse_git", *finishes, *(f"refine(coarse_git,{one})" for one in finishes)))
-    return image_scenario(**knobs)
+
+    victims: int = 4
+    iterations: Annotated[
+        int, Option("steps of the iterative attacks; of Gauss-Newton, conjugate gradients in all", 1)
+    ] = sweep(30, 100, 300)
+
+    def settings(self) -> Sequence[Scenario]:
+        """Coarse GIT, and every iterative attack with and without its help."""
+        if self.named:
+            return (self,)
+        newton = f"gauss_newton(steps={max(1, self.iterations // 30)},inner={min(30, self.iterations)})"
+        finishes = (f"idlg(steps={self.iterations})", f"inverting_gradients(steps={self.iterations})", newton)
+        return (
+            self.played(attack=",".join(("coarse_git", *finishes, *(f"refine(coarse_git,{one})" for one in finishes)))),
+        )

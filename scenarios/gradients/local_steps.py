@@ -6,13 +6,16 @@ it time, but the pictures come back.
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
-from fedtap.scenarios.gradients.image import ImageKnobs, image_knobs, image_scenario
-from fedtap.simulator.federation.settings import Scenario
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.options import sweep
 
 
-@image_knobs(local_steps=(1, 2, 4, 8), victims=4, attack="idlg(steps=900)")
-def scenario(**knobs: Unpack[ImageKnobs]) -> Scenario:
+@dataclass(frozen=True)
+class LocalSteps(ImageScenario):
     """FedAvg with local steps of plain SGD, each on the client's whole batch, undefended."""
-    return image_scenario(**knobs)
+
+    local_steps: int = sweep(1, 2, 4, 8)
+    victims: int = 4
+    attack: str = "idlg(steps=900)"

@@ -7,24 +7,32 @@ where the noise is as large as the gradient itself.
 
 from __future__ import annotations
 
-from typing import Annotated, Unpack
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from fedtap.scenarios.command.options import Knob
-from fedtap.scenarios.gradients.image import ImageKnobs, heard_by, image_knobs
+from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import Scenario
+from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.scenario import Scenario
 
-PANELS = {"curious_server": "coarse_git,exact_git,refine(exact_git,gauss_newton),fused_git"}
 
-
-@image_knobs(threat_model="", victims=4, sigma=(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
-def scenario(
-    *,
-    sigma: Annotated[float, Knob("standard deviation of the noise on each entry of the gradient", 0.0, 1e6)],
-    **knobs: Unpack[ImageKnobs],
-) -> tuple[Scenario, ...]:
+@dataclass(frozen=True)
+class Noise(ImageScenario):
     """Gaussian noise on every entry of what clients send; all know how much."""
-    if knobs["defence"] != "none":
-        raise FedtapError("In this scenario --sigma is the defence, and --defence would be another: leave one out.")
-    knobs["defence"] = f"noise({sigma})" if sigma else "none"
-    return heard_by(knobs, PANELS)
+
+    panels: ClassVar[Mapping[str, str]] = {
+        "curious_server": "coarse_git,exact_git,refine(exact_git,gauss_newton),fused_git",
+    }
+    victims: int = 4
+    sigma: Annotated[float, Option("standard deviation of the noise on each entry of the gradient", 0.0, 1e6)] = sweep(
+        0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1
+    )
+
+    def settings(self) -> Sequence[Scenario]:
+        """The noise is the defence."""
+        if self.defence != "none":
+            raise FedtapError("In this scenario --sigma is the defence, and --defence would be another: leave one out.")
+        defence = f"noise({self.sigma})" if self.sigma else "none"
+        return tuple(dataclasses.replace(one, defence=defence) for one in super().settings())  # type: ignore[call-arg]

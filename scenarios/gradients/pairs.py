@@ -6,15 +6,20 @@ reads the weights from the pairs goes from nothing to everything where the pairs
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import ImageKnobs, heard_by, image_knobs
-from fedtap.simulator.federation.settings import Scenario
-
-PANELS = {"eavesdropper": "training_mean,nearest,ridge,coarse_git,identified(exact_git)"}
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.options import sweep
 
 
-@image_knobs(threat_model="", victims=8, pairs=(100, 200, 400, 900))
-def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
-    """The same victims, attacked after more and more practice."""
-    return heard_by(knobs, PANELS)
+@dataclass(frozen=True)
+class Pairs(ImageScenario):
+    """The same victims, attacked after training on more and more pairs."""
+
+    panels: ClassVar[Mapping[str, str]] = {
+        "eavesdropper": "training_mean,nearest,ridge,coarse_git,identified(exact_git)",
+    }
+    victims: int = 8
+    pairs: int = sweep(100, 200, 400, 900)

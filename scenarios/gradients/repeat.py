@@ -7,20 +7,18 @@ the same weights again, which an honest one would not, and asks for no more than
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import Delta, ImageKnobs, SuccessDb, image_knobs, promising
-from fedtap.simulator.federation.settings import Scenario
-
-ATTACK = "exact_git"
+from fedtap.scenarios.gradients.promises import Promising
+from fedtap.simulator.options import sweep
 
 
-@image_knobs(repeats=(1, 3, 10, 30, 100), victims=4, defence="clip(10.0)+noise(0.002)", delta=1e-5, success_db=0.0)
-def scenario(
-    *,
-    delta: Delta,
-    success_db: SuccessDb,
-    **knobs: Unpack[ImageKnobs],
-) -> Scenario:
-    """One batch, one set of weights, fresh noise in each round; the attacker averages what it hears."""
-    return promising(knobs, ATTACK, delta, success_db)
+@dataclass(frozen=True)
+class Repeat(Promising):
+    """One batch, one set of weights, fresh noise in each round; the attacker averages what it observes."""
+
+    tried: ClassVar[str] = "exact_git"
+    repeats: int = sweep(1, 3, 10, 30, 100)
+    victims: int = 4
+    defence: str = "clip(10.0)+noise(0.002)"

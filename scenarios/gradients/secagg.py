@@ -9,37 +9,52 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Annotated, Unpack
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from fedtap.scenarios.command.options import Knob
-from fedtap.scenarios.gradients.image import ImageKnobs, image_knobs, matching_and_reading
+from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import Scenario
-from fedtap.simulator.wire.threat_models import OTHERS, SECURE
+from fedtap.simulator.federation.settings import OTHERS, SECURE, Threat
+from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.scenario import Scenario
 
 KNOWN_AT = 10
 """Clients of a sum at which, unless said, the others are also tried as the server may know them."""
 
 
-@image_knobs(threat_model=SECURE, clients=(1, 2, 5, 10, 50), others="", victims=3)
-def scenario(
-    *,
-    others: Annotated[
-        str, Knob(f"what the rest of a sum does; unless said honest, with {KNOWN_AT} clients all", choices=OTHERS)
-    ],
-    **knobs: Unpack[ImageKnobs],
-) -> tuple[Scenario, ...]:
+@dataclass(frozen=True)
+class SecAgg(ImageScenario):
     """One step of federated SGD behind secure aggregation; a victim is a sum. One client alone is not aggregated."""
-    if knobs["threat_model"] != SECURE:
-        raise FedtapError(
-            f"This scenario is about what {SECURE} hides, and the {knobs['threat_model']} hears each client by itself: "
-            "leave out --threat-model."
-        )
-    if knobs["clients"] == 1 and others not in ("", "honest"):
-        warnings.warn(f"One client alone has no others to be {others}: --clients 1 is left out.", stacklevel=1)
-        return ()
-    if knobs["clients"] == 1:
-        knobs["threat_model"], others = "curious_server", "honest"
-    kinds = [others] if others else OTHERS if knobs["clients"] == KNOWN_AT else ["honest"]
-    parts = matching_and_reading(knobs, "idlg(steps=400)")
-    return tuple(dataclasses.replace(part, others=kind) for kind in kinds for part in parts)
+
+    matching: ClassVar[str] = "idlg(steps=400)"
+    threat_model: Threat = "secure_aggregation"
+    clients: int = sweep(1, 2, 5, 10, 50)
+    victims: int = 3
+    others: Annotated[
+        Literal["honest", "silent", "identical", "colluding"],
+        Option(f"what the rest of a sum does; unless said honest, with {KNOWN_AT} clients all", group="federation"),
+    ] = "honest"
+
+    def check_sum(self) -> None:
+        """One client alone is no sum: `settings` makes it one that is observed by itself."""
+        if self.clients != 1:
+            super().check_sum()
+
+    def settings(self) -> Sequence[Scenario]:
+        """Each conduct of the others that is asked for."""
+        if self.threat_model != SECURE:
+            raise FedtapError(
+                f"This scenario is about what {SECURE} hides, and the {self.threat_model} hears each client by itself: "
+                "leave out --threat-model."
+            )
+        if self.clients == 1 and self.others != "honest":
+            warnings.warn(f"One client alone has no others to be {self.others}: --clients 1 is left out.", stacklevel=1)
+            return ()
+        if self.clients == 1:
+            return dataclasses.replace(self, threat_model="curious_server")._each()
+        kinds = OTHERS if self.clients == KNOWN_AT and "others" not in self.given else (self.others,)
+        return tuple(one for kind in kinds for one in dataclasses.replace(self, others=kind)._each())
+
+    def _each(self) -> Sequence[Scenario]:
+        return super().settings()

@@ -7,25 +7,30 @@ classes mends that by calling what it has by their names. Read each row beside i
 
 from __future__ import annotations
 
-from typing import Unpack
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtap.scenarios.gradients.image import ImageKnobs, heard_by, image_knobs
-from fedtap.simulator.federation.settings import Scenario
-
-PANELS = {"eavesdropper": "training_mean,ridge,coarse_git"}
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.scenario import Scenario
 
 
-@image_knobs(threat_model="", victims=8)
-def scenario(**knobs: Unpack[ImageKnobs]) -> tuple[Scenario, ...]:
-    """Practice and victims alike; then of other classes, by their names or not; then, where one is named, datasets."""
-    same, other, elsewhere = knobs.copy(), knobs.copy(), knobs.copy()
-    same["target_classes"], same["auxiliary_classes"], same["target_dataset"] = "low", "low", ""
-    other["target_classes"], other["auxiliary_classes"], other["target_dataset"] = "low", "high", ""
-    called = other.copy()
-    called["auxiliary_labels"] = "random"
-    parts = (*heard_by(same, PANELS), *heard_by(other, PANELS), *heard_by(called, PANELS))
-    if not knobs["target_dataset"]:
-        return parts
-    here = knobs.copy()
-    here["target_dataset"] = ""
-    return (*parts, *heard_by(here, PANELS), *heard_by(elsewhere, PANELS))
+@dataclass(frozen=True)
+class Shift(ImageScenario):
+    """Auxiliary and target data alike; then of other classes, by their names or not; then, where named, of two
+    datasets."""
+
+    panels: ClassVar[Mapping[str, str]] = {"eavesdropper": "training_mean,ridge,coarse_git"}
+    victims: int = 8
+
+    def settings(self) -> Sequence[Scenario]:
+        """Each shift under each threat model."""
+        shifts: list[dict[str, str]] = [
+            {"target_classes": "low", "auxiliary_classes": "low", "target_dataset": ""},
+            {"target_classes": "low", "auxiliary_classes": "high", "target_dataset": ""},
+            {"target_classes": "low", "auxiliary_classes": "high", "target_dataset": "", "auxiliary_labels": "random"},
+        ]
+        if self.target_dataset:
+            shifts += [{"target_dataset": ""}, {}]
+        return tuple(dataclasses.replace(one, **shift) for shift in shifts for one in super(Shift, self).settings())

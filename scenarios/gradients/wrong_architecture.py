@@ -7,32 +7,38 @@ still stands at the row's end, and not a wrong width.
 
 from __future__ import annotations
 
-from typing import Annotated, Unpack
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from fedtap import attackers
-from fedtap.scenarios.command.options import Knob
-from fedtap.scenarios.gradients.image import ImageKnobs, attacks_named, heard_by, image_knobs
-from fedtap.simulator.federation.settings import Scenario
-
-PANELS = {
-    "curious_server": "idlg(steps=300)",
-    "eavesdropper": "training_mean,ridge,lti(width=250,epochs=30,rate=1e-3),coarse_git(epochs=3)",
-}
-
-ASSUMED = ("lenet", "lenet(width=11)", "lenet(width=16)", "lenet(depth=2)", "lenet(depth=4)")
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.scenario import Scenario
 
 
-@image_knobs(threat_model="", victims=4, assumed=ASSUMED)
-def scenario(
-    *,
-    assumed: Annotated[str, Knob("the model that the attacker takes the victims' for")],
-    **knobs: Unpack[ImageKnobs],
-) -> tuple[Scenario, ...]:
-    """Gradients of one model, read as if they were of another; auxiliary pairs likewise."""
-    if named := attacks_named(knobs):
-        knobs["attack"], knobs["trained_attack"] = _assuming(assumed, named), ""
-    return heard_by(knobs, {threat_model: _assuming(assumed, panel) for threat_model, panel in PANELS.items()})
+@dataclass(frozen=True)
+class WrongArchitecture(ImageScenario):
+    """Gradients of one model, read as if they were of another; auxiliary pairs too."""
 
+    panels: ClassVar[Mapping[str, str]] = {
+        "curious_server": "idlg(steps=300)",
+        "eavesdropper": "training_mean,ridge,lti(width=250,epochs=30,rate=1e-3),coarse_git(epochs=3)",
+    }
+    victims: int = 4
+    assumed: Annotated[str, Option("the model that the attacker takes the victims' for", group="attack")] = sweep(
+        "lenet", "lenet(width=11)", "lenet(width=16)", "lenet(depth=2)", "lenet(depth=4)"
+    )
 
-def _assuming(model: str, panel: str) -> str:
-    return ",".join(f"assuming({model!r},{attack.written()})" for attack in attackers.parse(panel))
+    def settings(self) -> Sequence[Scenario]:
+        """Every attack takes the victims' model for the assumed one."""
+        from fedtap.attackers import parse
+
+        return tuple(
+            dataclasses.replace(  # type: ignore[call-arg]
+                one,
+                attack=",".join(f"assuming({self.assumed!r},{attack.written()})" for attack in parse(one.named)),
+                trained_attack="",
+            )
+            for one in super().settings()
+        )

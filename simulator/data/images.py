@@ -476,7 +476,7 @@ def npz(path: Path, classes: Sequence[str] = ()) -> Dataset:
             for name in ARRAYS:
                 _check_header(members, name)
         with np.load(path, allow_pickle=False) as archive:
-            return _arrays(path.stem, {name: archive[name] for name in ARRAYS}, classes)
+            return of_arrays(path.stem, {name: archive[name] for name in ARRAYS}, classes)
     except KeyError as error:
         raise FedtapError(
             f"{short(path, 120)} lacks an array ({short(error.args[0])}): an .npz holds {' '.join(ARRAYS)}."
@@ -513,7 +513,7 @@ def cifar10(data_root: Path) -> Dataset:
         return dataclasses.replace(npz(found[0], CIFAR10_CLASSES), name="cifar10")
     from fedtap.simulator.data import vision
 
-    return _arrays("cifar10", vision.cifar10(data_root), CIFAR10_CLASSES)
+    return of_arrays("cifar10", vision.cifar10(data_root), CIFAR10_CLASSES)
 
 
 LARGEST = 2**31
@@ -528,7 +528,7 @@ MOST_CLASSES = 2**16
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def _arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Sequence[str]) -> Dataset:
+def of_arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: Sequence[str]) -> Dataset:
     train, test = (_side(arrays[f"x_{part}"], arrays[f"y_{part}"], part) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError("images of x_train and x_test differ in size or channels")

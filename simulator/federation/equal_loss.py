@@ -6,22 +6,22 @@ public images, on which nobody has trained: neither the victims' images nor what
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from fedtap.simulator.defences.notation import Part, described
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import Scenario
+from fedtap.simulator.federation.settings import Federation
+from fedtap.simulator.scenario import Observations, Row, same_but
 
 
-def undefended(parts: Sequence[Scenario], part: Scenario) -> int:
+def undefended(parts: Sequence[Federation], part: Federation) -> int:
     """Number of the part that is like this one but for its defence, and has none: what is lost is lost to it.
 
     Raises:
         FedtapError: there is none.
     """
-    wanted = dataclasses.replace(part, defence="none", swept=())
-    found = [number for number, other in enumerate(parts) if dataclasses.replace(other, swept=()) == wanted]
+    wanted = same_but(part, defence="none")
+    found = [number for number, other in enumerate(parts) if same_but(other) == wanted]
     if not found:
         raise FedtapError(
             "What a defence costs in accuracy is held against a training without one, and this run has none: add none "
@@ -30,14 +30,14 @@ def undefended(parts: Sequence[Scenario], part: Scenario) -> int:
     return found[0]
 
 
-def strengths_of(parts: Sequence[Scenario], part: Scenario) -> list[int]:
+def strengths_of(parts: Sequence[Federation], part: Federation) -> list[int]:
     """Numbers of the parts that differ from this one in the defence's strength alone, as they are ordered."""
     mine = _but_for_strength(part)
     return [number for number, other in enumerate(parts) if _but_for_strength(other) == mine]
 
 
-def _but_for_strength(part: Scenario) -> tuple[Scenario, tuple[Part, ...], str, dict[str, float]]:
-    parts, same = described(part.defence), dataclasses.replace(part, defence="none", swept=())
+def _but_for_strength(part: Federation) -> tuple[Federation, tuple[Part, ...], str, dict[str, float]]:
+    parts, same = described(part.defence), same_but(part, defence="none")
     if not parts:
         return same, (), "none", {}
     last = parts[-1]
@@ -62,3 +62,37 @@ def nearest(candidates: Sequence[int], lost: Callable[[int], float], wanted: flo
         else:
             over = middle
     return candidates[min(tried, key=lambda place: abs(tried[place] - wanted))]
+
+
+def compared(number: int, settings: Sequence[Federation], observed: Observations) -> Row | None:
+    """What the defence costs at this strength, on public and on test images; None unless it comes nearest to the loss
+    that is agreed on."""
+    setting = settings[number]
+    if setting.defence != "none":
+        strengths = strengths_of(settings, setting)
+        if number != nearest(strengths, lambda one: _lost(one, settings, observed, "held_out"), setting.accuracy_loss):
+            return None
+    return _cost(number, settings, observed)
+
+
+def tried(number: int, settings: Sequence[Federation], observed: Observations) -> list[Row]:
+    """Of a setting that is not attacked the one row, if it was trained."""
+    if number not in observed:
+        return []
+    setting = settings[number]
+    told = {"defence": setting.defence, "dataset": setting.dataset, "model": setting.model}
+    return [{**told, "accuracy": observed[number].heard.accuracy, **_cost(number, settings, observed)}]
+
+
+def _cost(number: int, settings: Sequence[Federation], observed: Observations) -> Row:
+    return {
+        "held_out": observed[number].heard.held_out,
+        "accuracy_lost": _lost(number, settings, observed, "accuracy"),
+    }
+
+
+def _lost(number: int, settings: Sequence[Federation], observed: Observations, which: str) -> float:
+    """Of `accuracy` or `held_out`, what this setting lacks to the one without a defence."""
+    other = undefended(settings, settings[number])
+    before, after = (getattr(observed[one].heard, which) for one in (other, number))
+    return before - after  # type: ignore[no-any-return]

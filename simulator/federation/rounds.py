@@ -21,7 +21,8 @@ from fedtap.simulator.data.images import Side
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.defences.suited import check_model, check_summed
 from fedtap.simulator.errors import ClientError, FedtapError, short
-from fedtap.simulator.federation.settings import PrivateData, Scenario
+from fedtap.simulator.federation.private_data import PrivateData
+from fedtap.simulator.federation.settings import Federation
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.wire.records import reading, tensors_of
@@ -94,7 +95,7 @@ class Heard:
         return f"client {client} did not answer{f': {short(lost, LONGEST)}' if lost else ''}"
 
 
-def clients_on(grid: Grid, scenario: Scenario) -> int:
+def clients_on(grid: Grid, scenario: Federation) -> int:
     """How many honest clients this grid has for the scenario: all nodes but the compromised one.
 
     Raises:
@@ -111,7 +112,7 @@ def clients_on(grid: Grid, scenario: Scenario) -> int:
 
 
 def play(
-    scenario: Scenario, grid: Grid, private: PrivateData, part: int = 0, strategy: Strategy | None = None
+    scenario: Federation, grid: Grid, private: PrivateData, part: int = 0, strategy: Strategy | None = None
 ) -> Heard:
     """Train and listen: `rounds` of training, then as many attacked rounds as the victims need.
 
@@ -233,7 +234,7 @@ def _means(heard: Heard, private: PrivateData) -> None:
     heard.leaks = means
 
 
-def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Strategy:
+def _with_central_dp(strategy: Strategy, scenario: Federation, nodes: int) -> Strategy:
     """The strategy in Flower's wrapper, if the server is to clip what it hears and to add noise to the average.
 
     McMahan, Ramage, Talwar and Zhang 2018, https://arxiv.org/abs/1710.06963. The noise on an entry of the average has
@@ -248,7 +249,7 @@ def _with_central_dp(strategy: Strategy, scenario: Scenario, nodes: int) -> Stra
     return strategy
 
 
-def metrics_of(scenario: Scenario) -> tuple[str, ...]:
+def metrics_of(scenario: Federation) -> tuple[str, ...]:
     """Names of the numbers that clients report: of all the same, as FedAvg demands."""
     return (*METRICS, "drift_norm") if scenario.local_samples else METRICS
 
@@ -320,7 +321,7 @@ def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> 
 
 
 def auxiliary(
-    grid: Grid, scenario: Scenario, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
+    grid: Grid, scenario: Federation, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
 ) -> Iterator[Pairs]:
     """Feed public examples to the compromised client, and hear the weights it sends back, one chunk at a time.
 

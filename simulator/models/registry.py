@@ -209,12 +209,20 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(dim=1))  # type: ignore[no-any-return]
 
 
+def softmax(shape: Shape, classes: int) -> nn.Module:
+    """Softmax regression without biases, at zero weights."""
+    linear = nn.Linear(math.prod(shape), classes, bias=False)
+    nn.init.zeros_(linear.weight)
+    return nn.Sequential(nn.Flatten(), linear)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet": LeNet,
     "convnet": convnet,
     "resnet20": ResNet20,
     "vit": ViT,
+    "softmax": softmax,
 }
 
 

@@ -11,6 +11,8 @@ place but its own: one with other settings goes to another folder, unless it is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -18,18 +20,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedtap.simulator.attack import Guess, Reconstruction
+from fedtap.simulator.attack import Attack, Guess
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import TEMPORARY, check_writable, sweep, write_atomically
 from fedtap.simulator.leaks import Leak
+from fedtap.simulator.scenario import Row
 
-Row = dict[str, Any]
-"""One victim under one attack; the README lists the columns."""
+SCHEMA = 2
+"""Version of run.json; version 1, of fedtap 0.1, held the settings in Python's own words."""
 
-SETTINGS = ("name", "scenario", "seed", "leak", "device", "versions")
+SETTINGS = ("schema", "name", "settings", "seed", "leak", "device", "versions")
 """What is the same in run.json of two runs that give the same rows."""
 
 FILES = ("rows.jsonl", "strip.png", "report.html")
@@ -63,10 +67,14 @@ class Folder:
         self.rows: list[Row] = []
         self.before: dict[str, list[Row]] = {}
         """Rows of the resumed run, by unit, that this one has not come to yet."""
+        self._done: dict[str, str] = {}
+        """Unit -> digest of its rows, once all of them are there."""
         before = judged(path, about, resume=resume, overwrite=overwrite)
         if resume and before is not None:
             for row in read_rows(path / "rows.jsonl"):
                 self.before.setdefault(row["unit"], []).append(row)
+            done = before.get("done")
+            self._done = dict(done) if isinstance(done, dict) else {}
         for folder in (path, *(path / name for name in FOLDERS), *(path / "auxiliary").glob("*")):
             sweep(folder)
         if before is not None and not resume:
@@ -87,6 +95,17 @@ class Folder:
         """Append the rows of a unit, in the place of those that the resumed run had of it."""
         self.before.pop(unit, None)
         self.add(rows)
+
+    def done(self, unit: str) -> list[Row] | None:
+        """The rows that the resumed run has of a unit; None unless all of them are there, as they were written."""
+        rows = self.before.get(unit)
+        return rows if rows and self._done.get(unit) == _digest(rows) else None
+
+    def complete(self, unit: str, rows: list[Row]) -> None:
+        """Append all rows of a unit, and note that they are all."""
+        self.replace(unit, rows)
+        self._done[unit] = _digest(rows)
+        self.describe(done=self._done)
 
     def finish(self) -> None:
         """Nothing more comes."""
@@ -118,18 +137,20 @@ class Folder:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in guess.tensors().items()}
         self.write(f"guesses/{unit}.safetensors", save(tensors))
 
-    def kept(self, unit: str, leak: Leak) -> Reconstruction | None:
-        """The saved reconstruction of this unit, if it is there, whole, and one of this leak: pixels are in [0, 1], or
-        NaN where an attack diverged."""
+    def kept(self, unit: str, attack: Attack[Any], leak: Leak) -> Guess | None:
+        """The saved reconstruction of this unit, if it is there, whole, finite where it has to be, and of this leak."""
         try:
             tensors = load_file(self.path / f"guesses/{unit}.safetensors")
-            guess = Reconstruction(tensors["images"], tensors["labels"], tensors["objective"])
-            sound = guess.checked(leak)
-        except (OSError, SafetensorError, KeyError, AssertionError):
+            made = attack.guesses
+            names = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+            found = made(**{name: tensor for name, tensor in tensors.items() if name in names})
+            sound = found.checked(leak)
+        except (OSError, SafetensorError, KeyError, TypeError, AssertionError):
             return None
-        floats = guess.images.is_floating_point() and guess.objective.is_floating_point()
-        in_range = sound.images.nan_to_num().equal(guess.images.nan_to_num())
-        return guess if floats and in_range and not guess.labels.is_floating_point() else None
+        same = all(
+            torch.equal(one.nan_to_num(), sound.tensors()[name].nan_to_num()) for name, one in found.tensors().items()
+        )
+        return found if same and found.objective.is_floating_point() else None
 
     def _clear(self, before: dict[str, Any]) -> None:
         """Remove what fedtap left, and nothing else. In between, run.json does not call the old run finished."""
@@ -264,15 +285,6 @@ def left_by_us(path: Path) -> dict[str, Any] | None:
     return before
 
 
-COLUMNS: dict[str, tuple[type, ...]] = {
-    "attack": (str,),
-    "client": (int,),
-    "round": (int,),
-    "error": (str, type(None)),
-}
-"""Of a row of an attack, in a run that can be resumed, those that say whose it is."""
-
-
 def read_rows(path: Path) -> list[Row]:
     """The rows of a run to resume; none where the file is not there yet.
 
@@ -297,12 +309,8 @@ def _row(row: Any) -> Row:
     """Raises: ValueError: it is none."""
     if not isinstance(row, dict):
         raise ValueError("it is no object")
-    if type(unit := row.get("unit")) is not str:
+    if type(row.get("unit")) is not str:
         raise ValueError("it names no unit")
-    if "-" in unit:  # an attack's; a part that is not attacked has columns of its own
-        for name, kinds in COLUMNS.items():
-            if type(row.get(name, ...)) not in kinds:
-                raise ValueError(f"its {name} is missing, or none")
     return row
 
 
@@ -323,6 +331,10 @@ def _number(text: str) -> int | float:
     if not math.isfinite(value):
         raise ValueError(f"{short(text)} is no number")
     return int(text) if text.lstrip("-").isdigit() else value
+
+
+def _digest(rows: list[Row]) -> str:
+    return hashlib.blake2b(b"".join(map(_lines, rows)), digest_size=16).hexdigest()
 
 
 def _lines(document: Any, indent: int | None = None) -> bytes:

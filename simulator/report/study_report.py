@@ -17,7 +17,7 @@ from fedtap.simulator.report.folder import Folder, Row
 from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED
 
 if TYPE_CHECKING:
-    from fedtap.simulator.study import Study
+    from typing import Any as Study
 
 FOUND = (
     "what was found is in guesses/, images also in pictures/; objective: the attack's own, lower is better; sum w: "

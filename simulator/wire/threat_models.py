@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError, short, unknown
+from fedtap.simulator.federation.settings import FEWEST, SECURE
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
 from fedtap.simulator.wire.records import tensors_of
 
@@ -40,8 +41,6 @@ def secure_aggregation(leak: Leak) -> Leak:
     return leak
 
 
-SECURE = secure_aggregation.__name__
-
 THREAT_MODELS: dict[str, ThreatModel] = {
     "curious_server": curious_server,
     "eavesdropper": eavesdropper,
@@ -58,14 +57,6 @@ def threat_model(name: str) -> ThreatModel:
     if name not in THREAT_MODELS:
         raise unknown("threat_model", name, THREAT_MODELS)
     return THREAT_MODELS[name]
-
-
-OTHERS = ("honest", "silent", "identical", "colluding")
-"""What a round's other clients do beside the victim: as it does; send zero; send what the compromised client sends; or
-tell the server what they send."""
-
-FEWEST = 2
-"""Answers of which a sum is unmasked, at least: as in Flower's SecAgg+."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""The same loop for leaks from files: there is no truth here, so there are no scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtap.simulator.attack import Attack, Guess, Reconstruction
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.settings import THREATS
+from fedtap.simulator.leaks import Leak, Protocol
+from fedtap.simulator.report import page, study_report
+from fedtap.simulator.report.folder import SCHEMA, Folder, judged
+from fedtap.simulator.run import doubts_of, environment, finite, hyperparameters, label_of, unexplained_of, unit_of
+from fedtap.simulator.scenario import Row
+
+PICTURES = 8
+"""Victims whose pictures are shown, at most."""
+
+ATTACK = "attack"
+"""Name of a run that attacks a saved leak."""
+
+
+def described_attack(
+    leaks: Mapping[str, Leak | FedtapError],
+    attacks_on: Callable[[Leak], Sequence[Attack]],
+    device: torch.device,
+    seed: int,
+) -> dict[str, Any]:
+    """What run.json says of a run of these attacks on saved leaks."""
+    sound = [leak for leak in leaks.values() if isinstance(leak, Leak)]
+    known = hashlib.blake2b(b"".join(leak.packed() for leak in sound), digest_size=8).hexdigest()
+    panel = dict.fromkeys(attack for leak in sound for attack in attacks_on(leak))
+    about = {
+        "schema": SCHEMA,
+        "name": ATTACK,
+        "question": f"What is in {_source(leaks)}?",
+        "settings": [*(dataclasses.asdict(leak.protocol) for leak in sound), *map(hyperparameters, panel)],
+        "leak": known,
+    }
+    return {**about, "seed": seed, **environment(device)}
+
+
+def _source(leaks: Mapping[str, Leak | FedtapError]) -> str:
+    return next(iter(leaks)) if len(leaks) == 1 else f"{len(leaks)} leaks"
+
+
+def attack_saved(
+    leaks: Mapping[str, Leak | FedtapError],
+    attacks_on: Callable[[Leak], Sequence[Attack]],
+    out: Path,
+    *,
+    device: torch.device,
+    seed: int,
+    overwrite: bool = False,
+) -> list[Row]:
+    """Attack leaks of which there is no truth; `out` holds the guesses, pictures, and rows without scores.
+
+    Args:
+        leaks: by name; an error stands for one that could not be read, and is told in its row.
+        attacks_on: what is tried on a leak.
+        overwrite: replace a run with other settings that `out` holds.
+
+    Raises:
+        FedtapError: no attack can use any of the leaks, or `out` cannot be written.
+    """
+    about = described_attack(leaks, attacks_on, device, seed)
+    judged(out, about, overwrite=overwrite)
+    failed = {name: leak for name, leak in leaks.items() if isinstance(leak, FedtapError)}
+    tried = {name: (leak, attacks_on(leak)) for name, leak in leaks.items() if not isinstance(leak, FedtapError)}
+    units = [(name, leak, attack) for name, (leak, attacks) in tried.items() for attack in attacks]
+    refused = [_refusal(leak, attack) for _, leak, attack in units]
+    if all(refused):
+        raise [*filter(None, refused), *failed.values()][0]
+    panel = list(dict.fromkeys(attack for _, attacks in tried.values() for attack in attacks))
+    source = _source(leaks)
+    folder = Folder(out, about, overwrite=overwrite)
+    pictures: dict[Any, page.Picture] = {}
+    folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
+    doubted = {name: doubts_of(leak) for name, (leak, _) in tried.items()}
+    for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
+        many = {"leak": name} if len(leaks) > 1 else {}
+        common: Row = {**many, "attack": label_of(attack, panel), "model": leak.protocol.model}
+        last: Row = {"settings": hyperparameters(attack), "unit": unit_of(str(order), attack)}
+        victims = list(zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True))
+        began = time.perf_counter()
+        try:
+            if why_not:
+                raise why_not
+            guess: Guess = attack(there := leak.to(device), seed=seed)
+        except FedtapError as error:
+            told = {"error": str(error), **last}
+            folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
+            continue
+        last = {"seconds": (time.perf_counter() - began) / len(leak), **last}
+        left, guess = unexplained_of(there, guess), guess.on_cpu()
+        folder.keep(str(last["unit"]), guess)
+        rows = []
+        for victim, (client, rnd) in enumerate(victims):
+            objective = finite(float(guess.objective[victim]))
+            row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
+            row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
+            if isinstance(guess, Reconstruction):
+                file = f"pictures/{last['unit']}-victim_{victim}.png"
+                folder.write(file, page.png(guess.images[victim]))
+                row |= {"picture": file}
+                key = (name, victim)
+                if key not in pictures and len(pictures) < PICTURES:
+                    title = f"client {client}, round {rnd}"
+                    pictures[key] = page.Picture(f"{name}, {title}" if many else title, None, {}, None)
+                if key in pictures:
+                    pictures[key].guesses[common["attack"]] = (guess.images[victim], None)
+            rows.append(row | last | ({} if objective is not None else {"error": DIVERGED}))
+        folder.add(rows)
+    folder.describe(finished=True)
+    protocols = dict.fromkeys(leak.protocol for leak, _ in tried.values())
+    kinds = " or ".join(dict.fromkeys(leak.kind for leak, _ in tried.values()))
+    about_page = page.About(
+        scenario=f"What is in {source}?",
+        question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
+        "gradients how much a guess leaves unexplained.",
+        threat="\n".join(
+            dict.fromkeys(THREATS.get(p.threat_model, f"Its listener was: {p.threat_model}.") for p in protocols)
+        ),
+        settings={
+            field.name: " or ".join(dict.fromkeys(str(getattr(protocol, field.name)) for protocol in protocols))
+            for field in dataclasses.fields(Protocol)
+        },
+        environment=folder.about["versions"] | {"device": folder.about["device"]},
+    )
+    if pictures:
+        folder.write("strip.png", page.strip([*pictures.values()]))
+    folder.write("report.html", study_report.saved(about_page, folder.rows, [*pictures.values()]).encode())
+    return folder.rows
+
+
+DIVERGED = "the attack diverged: its objective is no finite number"
+
+
+def _refusal(leak: Leak, attack: Attack) -> FedtapError | None:
+    """Why the attack cannot be tried on this leak; None where it can."""
+    try:
+        attack.accepts(leak)
+    except FedtapError as error:
+        return error
+    if not attack.needs_auxiliary:
+        return None
+    return FedtapError(
+        f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
+        f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --trained-attack PATH."
+    )
