@@ -10,6 +10,7 @@ import errno
 import io
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ def run_command(
         return
     knobs = pairs(context.args)
     parts, studies = sorted_out(plan(name, knobs))
-    config: UserConfig = {**knobs, "scenario": name, "data-root": str(data_root)}
+    config: UserConfig = {"scenario": name, "options": shlex.join(context.args), "data-root": str(data_root)}
     games = tuple(part for part in parts if isinstance(part, Game))
     alone = not studies and len(games) == len(parts)
     if resume and (studies or alone):

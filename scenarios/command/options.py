@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from fedtap.simulator.data.images import DATASETS
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import exists
 
@@ -23,7 +25,9 @@ class Knob:
     high: float = math.inf
     choices: tuple[str, ...] = ()
     path: bool = False
-    """Whether it may be a file's name, commas and all."""
+    """Whether it may name a file or a folder, commas and all."""
+    made: bool = False
+    """Whether it names a folder that is made where there is none."""
     swept: bool = True
     """Whether a comma separates values to try, one after the other."""
 
@@ -51,6 +55,30 @@ def pairs(words: list[str]) -> dict[str, str]:
             raise FedtapError(f"--{short(name)} is given twice: join values to try by commas, --{short(name)} {both}.")
         knobs[name] = value
     return knobs
+
+
+def written(knobs: Mapping[str, Any]) -> str:
+    """Knobs in one string, as on a command line: `shlex.split` and `pairs` read it."""
+    return shlex.join(f"--{name.replace('_', '-')}={_word(value)}" for name, value in knobs.items())
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def absolute(function: Callable[..., Any], given: Mapping[str, str]) -> dict[str, str]:
+    """The knobs given, with the names of files and folders that hold in any folder and on any engine."""
+    knobs = {name: knob for name, (_, knob, _) in knobs_of(function).items()}
+    found = {name.replace("-", "_"): value for name, value in given.items()}
+    for name, value in found.items():
+        if name in knobs and knobs[name].path:
+            found[name] = ",".join(_absolute(word.strip(), knobs[name]) for word in _words(value, knobs[name]))
+    return found
+
+
+def _absolute(word: str, knob: Knob) -> str:
+    path = Path(word)
+    return str(path.resolve()) if word and word not in DATASETS and (knob.made or exists(path)) else word
 
 
 def knobs_of(function: Callable[..., Any]) -> dict[str, tuple[type, Knob, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,17 +14,17 @@ from typing import Any
 from flwr.app import UserConfig
 
 from fedtap.attackers import models_named
-from fedtap.scenarios.command.options import settings
+from fedtap.scenarios.command.options import pairs, settings
 from fedtap.scenarios.gradients.game import Game
-from fedtap.simulator.errors import FedtapError, unknown
+from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.federation.settings import Scenario
 from fedtap.simulator.models.registry import check_allowed
 from fedtap.simulator.study import Study
 
 Part = Scenario | Study
 
-RUN_OPTIONS = ("device", "data-root", "out", "overwrite")
-"""What is said of a run in Flower's run config that is no knob of the scenario."""
+RUN_KEYS = ("scenario", "options", "data-root", "out", "device", "overwrite")
+"""Of Flower's run config: a scenario, its options in one string as on the command line, and what is said of the run."""
 
 
 @lru_cache(maxsize=1)
@@ -90,17 +91,22 @@ def sorted_out(parts: Sequence[Part]) -> tuple[tuple[Scenario, ...], tuple[Study
 
 
 def plan_of(config: UserConfig) -> tuple[Part, ...]:
-    """The parts that Flower's run config asks for; its empty values mean the scenario's defaults.
+    """The parts that Flower's run config asks for: `scenario="first_leak"` and `options="--victims 3 --seed 1"`.
 
     Raises:
-        FedtapError: as `plan` does.
+        FedtapError: as `plan` does, or the run config has other keys than RUN_KEYS.
     """
-    given = {name: str(value) for name, value in config.items() if name not in RUN_OPTIONS and str(value) != ""}
-    if "scenario" not in given:
+    name = str(config.get("scenario") or "")
+    if not name:
         raise FedtapError('The run config names no scenario, so there is nothing to play: add scenario="first_leak".')
-    parts = _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
-    for name in models_of(parts):  # a run config may come from a stranger, over the network
-        check_allowed(name)
+    if strange := [key for key in config if key not in RUN_KEYS]:
+        raise FedtapError(
+            f"The run config has no key {short(strange[0])!r}: a scenario's options go into one string, "
+            "options=\"--victims 3 --attack 'idlg(steps=20)'\"."
+        )
+    parts = planned(name, str(config.get("options") or ""))
+    for model in models_of(parts):  # a run config may come from a stranger, over the network
+        check_allowed(model)
     return parts
 
 
@@ -113,5 +119,17 @@ def models_of(parts: Sequence[Part]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _plan_of(name: str, knobs: tuple[tuple[str, str], ...]) -> tuple[Part, ...]:
-    return plan(name, dict(knobs))
+def planned(name: str, options: str) -> tuple[Part, ...]:
+    """The scenario's parts, its options in one string as on the command line.
+
+    Raises:
+        FedtapError: as `plan` does, or the string cannot be split into words.
+    """
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise FedtapError(
+            f"The options {short(options)!r} in the run config cannot be split into words ({error}): close what is "
+            "open, as in options=\"--attack 'idlg(steps=20)'\"."
+        ) from error
+    return plan(name, pairs(words))

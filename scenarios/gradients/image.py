@@ -35,8 +35,10 @@ class ImageKnobs(TypedDict):
     threat_model: Annotated[str, Knob("who listens", choices=tuple(THREAT_MODELS))]
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)]
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)]
-    weights: Annotated[str, Knob(".safetensors of initial weights, in the place of the seed's", swept=False)]
-    trained_attack: Annotated[str, Knob("PATH of a trained attack's .safetensors, as a run leaves it", swept=False)]
+    weights: Annotated[str, Knob(".safetensors of initial weights, in the place of the seed's", path=True, swept=False)]
+    trained_attack: Annotated[
+        str, Knob("PATH of a trained attack's .safetensors, as a run leaves it", path=True, swept=False)
+    ]
     pairs: Annotated[
         int, Knob("auxiliary pairs for attacks that learn; 0: the public images and their mirrors, 10,000 at most", 0)
     ]
@@ -51,7 +53,9 @@ class ImageKnobs(TypedDict):
     ]
     local_samples: Annotated[int, Knob("images of its own that a victim trains on before it shares a gradient", 0)]
     local_epochs: Annotated[int, Knob("times that it trains on all of them", 1)]
-    auxiliary: Annotated[str, Knob("folder of a saved practice, used if it is there and made if not", swept=False)]
+    auxiliary: Annotated[
+        str, Knob("folder of a saved practice, used if it is there and made if not", path=True, made=True, swept=False)
+    ]
 
 
 DEFAULTS: dict[str, Any] = {"attack": "", "trained_attack": ""} | {
