@@ -60,13 +60,12 @@ def test_no_room_touches_flowers_legacy_api() -> None:
         ]
 
 
-def test_flwr_run_knows_every_knob() -> None:
-    from fedtap.scenarios.command.options import knobs_of
-    from fedtap.scenarios.command.plan import RUN_OPTIONS, catalogue
+def test_the_run_config_has_one_string_of_options_and_no_scenarios_own() -> None:
+    from fedtap.scenarios.command.plan import RUN_KEYS
 
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    knobs = {knob for function in catalogue().values() for knob in knobs_of(function)}
-    assert set(app["config"]) == knobs | {"scenario", *RUN_OPTIONS}
+    assert list(app["config"]) == list(RUN_KEYS)
+    assert app["config"]["options"] == ""
 
 
 def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
