@@ -26,14 +26,9 @@ def test_flwr_run_leaves_the_same_rows(tmp_path: Path, monkeypatch: pytest.Monke
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"my photos/{number}.png")
-    knobs = {
-        "dataset": "my photos",
-        "attack": "linear,random_guess(seed=1)",
-        "model": "mlp",
-        "victims": "3",
-        "seed": "7",
-    }
-    words = [word for knob, value in knobs.items() for word in (f"--{knob}", value)]
+    knobs = {"dataset": "my photos", "attack": "linear,idlg(steps=2)", "model": "mlp", "victims": "2", "seed": "7"}
+    absolute = {**knobs, "dataset": str(tmp_path / "my photos")}
+    words = [word for knob, value in absolute.items() for word in (f"--{knob}", value)]
     assert run(monkeypatch, "run", "first_leak", *words, "--out", str(tmp_path / "local")) == 0
     flower("first_leak", knobs, tmp_path / "flower", tmp_path, nodes=3, engine="simulation")
 
