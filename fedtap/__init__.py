@@ -26,6 +26,8 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flwr.app import UserConfig
     from flwr.serverapp import Grid
     from torch import nn
@@ -45,7 +47,7 @@ __path__ = extend_path(__path__, __name__)
 
 
 def leak(
-    model: nn.Module, gradients: Captured | list[Captured], *, shape: tuple[int, ...], batch: int = 1, **known: Any
+    model: nn.Module, gradients: Captured | Sequence[Captured], *, shape: tuple[int, ...], batch: int = 1, **known: Any
 ) -> GradientLeak:
     """The leak of a gradient that you captured yourself, or of several at the same weights.
 

@@ -46,6 +46,10 @@ def test_each_folder_with_an_init_is_packaged() -> None:
     assert not without, "these hold code, and no __init__.py"
 
 
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {PROJECT['project']['version']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_importing_fedtap_imports_no_torch() -> None:
     code = "import sys, fedtap; print(fedtap.__version__, sorted({'torch', 'flwr', 'numpy'} & {*sys.modules}))"
     assert said(sys.executable, "-c", code, cwd=Path("/")) == f"{PROJECT['project']['version']} []\n"
