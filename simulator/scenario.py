@@ -164,6 +164,11 @@ class Scenario(ABC):
     def nodes(self) -> int:
         """Nodes that a federation in this process needs."""
 
+    @property
+    def any_nodes(self) -> bool:
+        """Whether another number of nodes will do as well."""
+        return False
+
     def check(self, settings: Sequence[Scenario]) -> None:
         """Refuse what cannot be played, before anything is.
 

@@ -59,6 +59,14 @@ def test_no_room_touches_flowers_legacy_api() -> None:
         ]
 
 
+def test_the_run_config_has_one_string_of_options_and_no_scenarios_own() -> None:
+    from fedtap.scenarios.command.plan import RUN_KEYS
+
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert list(app["config"]) == list(RUN_KEYS)
+    assert app["config"]["options"] == ""
+
+
 def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
     from fedtap.scenarios import SCENARIOS
     from fedtap.simulator.scenario import question_of

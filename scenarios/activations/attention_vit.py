@@ -161,7 +161,9 @@ def scenario(
     ] = "attention_newton(steps=30)",
     victims: Annotated[int, Knob("clients, all of which are attacked", 1, 1000)] = 4,
     weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)] = 1234,
-    weights: Annotated[str, Knob(".safetensors of initial weights, in the place of the seed's", swept=False)] = "",
+    weights: Annotated[
+        str, Knob(".safetensors of initial weights, in the place of the seed's", path=True, swept=False)
+    ] = "",
     seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)] = 0,
 ) -> AttentionViT:
     """One exchange: the first layers go out, and what they make of the clients' photographs comes back."""

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ def run_command(
     where = place(
         described_run(settings, used), out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite
     )
-    config = {**options, "scenario": name, "data-root": str(data_root)}
+    config = {"scenario": name, "options": shlex.join(context.args), "data-root": str(data_root)}
 
     def grid(setting: Scenario) -> LocalGrid:
         return LocalGrid(client_app(plan_of), setting.nodes, config)

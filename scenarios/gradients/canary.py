@@ -129,6 +129,11 @@ class Canary(Attacked):
         """A client for each exchange, and the compromised one."""
         return self.played + 1
 
+    @property
+    def any_nodes(self) -> bool:
+        """Exchanges take as many rounds as they need."""
+        return True
+
     def reply(self, message: Message, context: Context, data_root: Path) -> Message:
         """What a client of the federation replies."""
         return self.federation.reply(message, context, data_root)

@@ -36,7 +36,9 @@ class Shards(Regression):
 def scenario(
     *,
     shards: Annotated[int, Knob("clients, among whom the records are dealt", 2, 1000)] = 10,
-    data: Annotated[str, Knob("posteriordb data (.json, .json.zip); none: 434 records are made", swept=False)] = "",
+    data: Annotated[
+        str, Knob("posteriordb data (.json, .json.zip); none: 434 records are made", path=True, swept=False)
+    ] = "",
     x: Annotated[str, Knob("the data's columns that are inputs, joined by commas", swept=False)] = "",
     y: Annotated[str, Knob("the data's column that is the output", swept=False)] = "",
     prior: Annotated[str, Knob("of σ: flat, or halfcauchy(SCALE); β is flat")] = "halfcauchy(2.5)",

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fedtap.simulator.data import DATASETS
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import check_zip, exists, read_bytes
 from fedtap.simulator.progress import progress
@@ -38,12 +39,6 @@ Fitted: TypeAlias = UInt8[np.ndarray, "..."]
 SideName: TypeAlias = Literal["public", "train", "victims"]
 
 SIDES: tuple[SideName, ...] = ("public", "train", "victims")
-
-DATASETS = {
-    "photos": "pieces of eight colour photographs that come with scikit-image; a class is a photograph",
-    "cifar10": "CIFAR-10: cifar10*.npz in the data root, else torchvision's download",
-}
-"""Named datasets, in one line each. A folder, a .zip or an .npz of one's own is a dataset too."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -141,7 +141,11 @@ class Federation(Scenario):
     auxiliary: Annotated[
         str,
         Option(
-            "folder of saved auxiliary pairs, used if there and made if not", group="auxiliary", file=True, single=True
+            "folder of saved auxiliary pairs, used if there and made if not",
+            group="auxiliary",
+            file=True,
+            made=True,
+            single=True,
         ),
     ] = ""
     auxiliary_source: Annotated[
@@ -254,6 +258,11 @@ class Federation(Scenario):
     def nodes(self) -> int:
         """The honest clients, and the compromised one."""
         return (self.clients or self.victims) + 1
+
+    @property
+    def any_nodes(self) -> bool:
+        """Where no number of clients is named, victims are attacked in as many rounds as it takes."""
+        return not self.clients
 
     def opened(self, data_root: Path) -> Dataset:
         """The dataset.

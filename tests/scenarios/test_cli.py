@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import UserConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +22,7 @@ import fedtap.simulator.federation.settings
 from fedtap.attackers import ATTACKS, parse
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.main import main
-from fedtap.scenarios.command.options import RENAMED, combinations
+from fedtap.scenarios.command.options import RENAMED, absolute, combinations, pairs, written
 from fedtap.scenarios.command.plan import plan, plan_of
 from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.errors import FedtapError
@@ -390,7 +393,59 @@ def test_any_word_is_a_value_or_a_clear_error(word: str, knob: str) -> None:
 
 
 def test_run_config_means_the_same_as_the_command_line() -> None:
-    config = {"scenario": "batch_size", "victims": 3, "batch": "2,4", "data-root": "/data", "out": "", "seed": ""}
-    assert plan_of(config) == plan("batch_size", {"victims": "3", "batch": "2,4"})  # type: ignore[arg-type]
-    with pytest.raises(FedtapError, match="names no scenario"):
-        plan_of({"scenario": ""})
+    words = ["--victims", "3", "--batch=2,4", "--attack", "linear,idlg(steps=20)", "--dataset", "my 'own' photos"]
+    config: UserConfig = {"scenario": "batch_size", "options": shlex.join(words), "data-root": "/data", "out": ""}
+    assert plan_of(config) == plan("batch_size", pairs(words))
+    assert plan_of({"scenario": "noise", "options": ""}) == plan_of({"scenario": "noise"}) == plan("noise", {})
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({}, "names no scenario"),
+        ({"scenario": "", "options": "--victims 3"}, "names no scenario"),
+        ({"scenario": "first_leak", "victims": 3}, "no key 'victims': a scenario's options go into one string"),
+        ({"scenario": "first_leak", "options": "--attack 'idlg"}, "cannot be split into words .No closing quotation"),
+        ({"scenario": "first_leak", "options": 3}, "'3' belongs to no option"),
+        ({"scenario": "first_leak", "options": "--victims 3 --victims 4"}, "--victims is given twice"),
+        ({"scenario": "first_leak", "options": "--victim 3"}, "did you mean --victims"),
+    ],
+)
+def test_a_run_config_that_cannot_be_read_is_one_sentence(config: UserConfig, sentence: str) -> None:
+    with pytest.raises(FedtapError, match=sentence) as error:
+        plan_of(config)
+    assert len(str(error.value)) < 300
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z][a-z_]*", fullmatch=True), st.text(), max_size=4))
+def test_options_in_one_string_are_read_as_they_were_written(knobs: dict[str, str]) -> None:
+    found = pairs(shlex.split(written(knobs)))
+    assert {name.replace("-", "_"): value for name, value in found.items()} == knobs
+
+
+def test_files_that_options_name_are_absolute_before_they_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.npz", "b,c.npz", "photos", "net.safetensors"):
+        (tmp_path / name).touch()
+    given = {"dataset": "a.npz,cifar10,photos,gone.npz", "target-dataset": "b,c.npz", "weights": "net.safetensors"}
+    found = absolute(options_of(SCENARIOS["first_leak"]), {**given, "auxiliary": "to_be_made", "attack": "a.npz"})
+    assert found == {
+        "dataset": f"{tmp_path / 'a.npz'},cifar10,photos,gone.npz",
+        "target_dataset": str(tmp_path / "b,c.npz"),
+        "weights": str(tmp_path / "net.safetensors"),
+        "auxiliary": str(tmp_path / "to_be_made"),
+        "attack": "a.npz",
+    }
+
+
+def test_each_option_that_speaks_of_a_file_is_marked() -> None:
+    marked = set()
+    for name, scenario in SCENARIOS.items():
+        for option, known in options_of(scenario).items():
+            about = known.option.help
+            if known.type is str and re.search(r"\b(files?|folders?|paths?|zip|npz|json|safetensors)\b", about, re.I):
+                assert known.option.file, f"--{option} of {name} names a file: file=True"
+            marked |= {option} if known.option.file else set()
+    assert marked == {"dataset", "target_dataset", "data", "draws", "weights", "trained_attack", "auxiliary"}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import UserConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,6 +25,7 @@ import fedtap.simulator.models.registry
 from fedtap.attackers import parse, parse_strangers
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
+from fedtap.scenarios.command.options import written
 from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator import files
 from fedtap.simulator.auxiliary import Auxiliary
@@ -205,7 +207,7 @@ CONFIGS = (
 def test_a_run_config_names_code_only_where_its_host_allows_it(
     marker: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str]
 ) -> None:
-    asked = {"scenario": "first_leak", **config}
+    asked: UserConfig = {"scenario": "first_leak", "options": written(config)}
     for allowed in ("", "evil:other,evil", "evil:net2"):
         monkeypatch.setenv(OWN_MODELS, allowed)
         with pytest.raises(FedtapError, match="only who runs this host may: start it with FEDTAP_OWN_MODELS=evil:net"):
@@ -217,8 +219,8 @@ def test_a_run_config_names_code_only_where_its_host_allows_it(
 def test_what_the_command_line_names_is_allowed_to_its_own_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OWN_MODELS, "other:net")
     fedtap.simulator.models.registry.allow(["mine:net+precode(3)"])
-    assert plan_of({"scenario": "first_leak", "model": "mine:net"})
-    assert plan_of({"scenario": "first_leak", "model": "other:net"})
+    assert plan_of({"scenario": "first_leak", "options": "--model mine:net"})
+    assert plan_of({"scenario": "first_leak", "options": "--model other:net"})
     assert plan_of({"scenario": "dp"}), "a game's model is fedtap's own"
 
 
