@@ -179,7 +179,7 @@ class _Run:
                 folder.replace(unit, before)
                 if kept is not None and observed.leak is not None:
                     trial = Trial(session, observed, attack, observed.leak.to(session.device), kept, label)
-                    self._show(setting, setting.score(trial))
+                    self._show(setting, setting.shown(trial))
                 return
 
         common = settled | setting.measured(session, observed) | compared

@@ -245,6 +245,10 @@ class Scenario(ABC):
     def score(self, trial: Trial) -> Scored:
         """What came back, beside the truth. Here, and nowhere else, the two meet."""
 
+    def shown(self, trial: Trial) -> Scored:
+        """The pictures and sections of a trial whose rows a resumed run has already."""
+        return self.score(trial)
+
     def finished(self, rows: list[Row]) -> list[Row]:
         """The rows of one attack in one setting, with columns that depend on all of them."""
         return rows

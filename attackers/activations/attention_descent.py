@@ -57,7 +57,7 @@ class AttentionDescent(Attack[Inputs]):
         block, target, x = prepared(leak, start, self.starts)
         size, lanes = target.flatten(1).norm(dim=1), len(x)
         length, steps = x.new_full((lanes,), FIRST), torch.zeros(lanes, dtype=torch.long, device=x.device)
-        x = x.requires_grad_()
+        x = x.clone().requires_grad_()  # the start stays as it is
         for _ in range(self.steps):
             misfit = (block(x) - target).flatten(1).square().sum(1)
             loss = misfit + self.gamma * x.flatten(1).square().sum(1)

@@ -25,7 +25,7 @@ TAIL = (1e-7, 1e-2)
 
 TOLERANCES = tuple(10.0**-power for power in range(2, 11, 2))
 
-AGAINST = {"start_off": "start's distance from the input", "gamma": "gamma", "noise": "noise on the output"}
+AGAINST = {"start_near_truth": "start's distance from the input", "gamma": "gamma", "noise": "noise on the output"}
 """Knobs that are charted when swept."""
 
 Path = Sequence[tuple[int, float]]

@@ -7,57 +7,60 @@ LayerNorm and a nearly uniform attention let through is sent, and what comes bac
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from flwr.serverapp import Grid
-from torch import Tensor
-
-from fedtap.attackers.activations.block import block_of
-from fedtap.scenarios.activations.split import Split, attacks_on_blocks
-from fedtap.scenarios.command.options import Knob
-from fedtap.simulator.data.images import Dataset
+from fedtap.scenarios.activations.split import SplitLearning
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import dataset_of
-from fedtap.simulator.models.attention import Patches, cut, first_attention, joined
-from fedtap.simulator.models.registry import ViT, build, with_weights
-from fedtap.simulator.report.folder import Row
-from fedtap.simulator.report.page import Picture
-from fedtap.simulator.scores import blind, mse, psnr, relative_error
-from fedtap.simulator.study import Outcome, rows_of_failed
+from fedtap.simulator.options import Option
+from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
-CUTS = ("sum", "attention")
-"""After the residual sum, or before it, where only the attention's own output is sent."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtap.simulator.attack import Attack
+    from fedtap.simulator.data.images import Dataset
+    from fedtap.simulator.models.attention import Patches
+    from fedtap.simulator.models.registry import ViT
+
+COLUMNS: Mapping[str, str] = {
+    "client": "",
+    "psnr": "of the picture, dB, at most 100",
+    "psnr_blind": "of the best guess without the client's output, dB",
+    "psnr_negative_control": "of what another client's output gave, dB",
+    "relative_error": "|reconstruction - picture| / |picture|, of the pixels",
+    "iterations": "steps until the attack stopped",
+    "converged": "whether the attack met its own criterion",
+    "residual": "|output of the reconstruction - output| / |output|",
+    "attack": "",
+    "error": "",
+}
+"""Column of the tables -> what it means."""
 
 
 @dataclass(frozen=True)
-class AttentionViT(Split):
+class AttentionViT(SplitLearning):
     """Photographs through a vision transformer's patch embedding and first attention."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client",
-        "psnr",
-        "psnr_blind",
-        "psnr_stranger",
-        "relative_error",
-        "iterations",
-        "converged",
-        "residual",
-        "attack",
-        "error",
-    )
-    legend: ClassVar[str] = (
-        "psnr: of the picture, dB, at most 100; blind: of the best guess without the answer; stranger: of the guess "
-        "from another client's answer; relative error: of its pixels; residual: likewise, of the guess's output"
-    )
-
-    dataset: str = "photos"
-    size: int = 32
-    weights_seed: int = 1234
-    weights: str = ""
-    cut: str = "sum"
+    dataset: Annotated[
+        str, Option("photos, cifar10, a folder or zip of images, or an .npz", group="data", file=True)
+    ] = "photos"
+    size: Annotated[
+        int, Option("pixels a side that photos and the images of a folder or zip are brought to", 8, 512, "data")
+    ] = 32
+    weights: Annotated[
+        str,
+        Option(".safetensors of initial weights, in place of the seed's", group="model", file=True, single=True),
+    ] = ""
+    weights_seed: Annotated[int, Option("seed of the model's initial weights", 0, 2**31, "model")] = 1234
+    cut: Annotated[
+        Literal["sum", "attention"],
+        Option("where the clients' half ends: after the residual sum, or before it", group="model"),
+    ] = "sum"
+    attack: str = "attention_newton(steps=30)"
+    victims: int = 4
 
     @property
     def block(self) -> str:
@@ -70,6 +73,8 @@ class AttentionViT(Split):
         Raises:
             FedtapError: it has fewer than there are clients.
         """
+        from fedtap.simulator.federation.settings import dataset_of
+
         dataset = dataset_of(self.dataset, data_root, self.size)
         if self.victims > len(dataset.victims):
             raise FedtapError(
@@ -80,6 +85,8 @@ class AttentionViT(Split):
 
     def vit(self, data_root: Path) -> ViT:
         """The model, before it is cut."""
+        from fedtap.simulator.models.registry import ViT, build, with_weights
+
         dataset = self.dataset_at(data_root)
         vit = build("vit", dataset.shape, len(dataset.classes), seed=self.weights_seed)
         assert isinstance(vit, ViT)
@@ -87,6 +94,8 @@ class AttentionViT(Split):
 
     def half(self, data_root: Path) -> Patches:
         """The model to its first attention, in float32."""
+        from fedtap.simulator.models.attention import first_attention
+
         return first_attention(self.vit(data_root), residual=self.cut == "sum")
 
     def patch(self, data_root: Path) -> tuple[int, int]:
@@ -96,85 +105,59 @@ class AttentionViT(Split):
 
     def shape(self, data_root: Path) -> tuple[int, int]:
         """Patches, and pixels of a patch."""
-        return tuple(self.private(0, data_root).shape)  # type: ignore[return-value]
+        (channels, height, width), (high, wide) = self.dataset_at(data_root).shape, self.patch(data_root)
+        return (height // high) * (width // wide), channels * high * wide
 
     def private(self, client: int, data_root: Path) -> Tensor:
         """A client's photograph, in patches."""
+        from fedtap.simulator.models.attention import cut
+
         images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
         return cut(images[0], *self.patch(data_root))
 
-    def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
-        """Every attack on every client, from a start that needs no truth."""
-        failed: dict[int, str] = {}
-        leak = self.listen(grid, part, data_root, failed)
+    def settled(self, attack: Attack[Any], label: str, observed: Observed) -> Row:
+        """Where the model is cut."""
+        return super().settled(attack, label, observed) | {"cut": self.cut}
+
+    def score(self, trial: Trial) -> Scored:
+        """The pictures' errors, beside those of a blind guess, and of another client's reconstruction."""
+        from fedtap.attackers.activations.block import block_of
+        from fedtap.simulator.models.attention import joined
+        from fedtap.simulator.report.page import Picture
+        from fedtap.simulator.scores import blind, mse, psnr, relative_error
+
+        leak, found, data_root = trial.observed.leak, trial.reconstruction, trial.session.data_root
+        assert leak is not None
         dataset, (high, wide) = self.dataset_at(data_root), self.patch(data_root)
         truth = joined(self.truth(leak, data_root), dataset.shape, high, wide)
-        floor = blind(dataset.public.batch(slice(None))[0])
-        pictures = [
-            Picture(f"client {client}", truth[v][None], {}, floor) for v, client in enumerate(leak.clients.tolist())
-        ]
-        rows: list[Row] = []
-        for attack in self.attacks:
-            guess = attack(leak.to(device), seed=self.seed).on_cpu()
-            images = joined(guess.values.float(), dataset.shape, high, wide)
-            own, none, strange = (
-                psnr(mse(some, truth)).tolist() for some in (images, floor.expand_as(truth), images.roll(1, dims=0))
+        images = joined(found.values.float(), dataset.shape, high, wide)
+        guess = blind(dataset.public.batch(slice(None))[0])
+        own, none, others = (
+            psnr(mse(some, truth)).tolist() for some in (images, guess.expand_as(truth), images.roll(1, dims=0))
+        )
+        errors = relative_error(images, truth).tolist()
+        residual = relative_error(block_of(leak)(found.values), leak.observed["output"]).tolist()
+        written, rows, pictures = trial.attack.written(), [], {}
+        said = "".join(f", {name.replace('_', ' ')} {value}" for name, value in self.swept)
+        for victim, client in enumerate(leak.clients.tolist()):
+            rows.append(
+                {
+                    "client": client,
+                    "psnr": own[victim],
+                    "psnr_blind": none[victim],
+                    "psnr_negative_control": others[victim] if len(leak) > 1 else None,
+                    "relative_error": errors[victim],
+                    "iterations": int(found.iterations[victim]),
+                    "converged": bool(found.converged[victim]),
+                    "objective": float(found.objective[victim]),
+                    "residual": residual[victim],
+                }
             )
-            errors = relative_error(images, truth).tolist()
-            residual = relative_error(block_of(leak)(guess.values), leak.observed["output"]).tolist()
-            for victim, picture in enumerate(pictures):
-                picture.guesses[attack.written()] = (images[victim][None].clamp(0, 1), own[victim])
-                rows.append(
-                    {
-                        "attack": attack.written(),
-                        "client": int(leak.clients[victim]),
-                        "cut": self.cut,
-                        "noise": self.noise,
-                        "psnr": own[victim],
-                        "psnr_blind": none[victim],
-                        "psnr_stranger": strange[victim] if len(leak) > 1 else None,
-                        "relative_error": errors[victim],
-                        "iterations": int(guess.iterations[victim]),
-                        "converged": bool(guess.converged[victim]),
-                        "objective": float(guess.objective[victim]),
-                        "residual": residual[victim],
-                    }
-                )
-            rows += rows_of_failed(failed, {"attack": attack.written()})
-        return Outcome(rows, leak, pictures=pictures)
+            shown = {written: (images[victim][None].clamp(0, 1), own[victim])}
+            pictures[client, self.swept] = Picture(f"client {client}{said}", truth[victim][None], shown, guess)
+        return Scored(rows, pictures)
 
-
-def scenario(
-    *,
-    dataset: Annotated[str, Knob("photos, cifar10, a folder or zip of images, or an .npz", path=True)] = "photos",
-    size: Annotated[
-        int, Knob("pixels a side that photos and the images of a folder or zip are brought to", 8, 512)
-    ] = 32,
-    cut: Annotated[
-        str, Knob("where the clients' half ends: after the residual sum, or before it", choices=CUTS)
-    ] = "sum",
-    noise: Annotated[
-        float, Knob("what clients add to the output, as a share of its root mean square", 0.0, 100.0)
-    ] = 0.0,
-    attack: Annotated[
-        str, Knob("NAME[,NAME…], each with settings if need be", swept=False)
-    ] = "attention_newton(steps=30)",
-    victims: Annotated[int, Knob("clients, all of which are attacked", 1, 1000)] = 4,
-    weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)] = 1234,
-    weights: Annotated[
-        str, Knob(".safetensors of initial weights, in the place of the seed's", path=True, swept=False)
-    ] = "",
-    seed: Annotated[int, Knob("seed of all that is drawn, but for the weights", 0, 2**31)] = 0,
-) -> AttentionViT:
-    """One exchange: the first layers go out, and what they make of the clients' photographs comes back."""
-    return AttentionViT(
-        attacks=attacks_on_blocks(attack),
-        dataset=dataset,
-        size=size,
-        cut=cut,
-        noise=noise,
-        victims=victims,
-        weights_seed=weights_seed,
-        weights=weights,
-        seed=seed,
-    )
+    @property
+    def columns(self) -> Sequence[Any]:
+        """How good the pictures are, and how the attack ended."""
+        return tuple(COLUMNS)

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
-from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.serverapp import Grid
-from torch import Tensor, nn
-
-from fedtap.attackers import parse
-from fedtap.clients import split
-from fedtap.simulator.attack import Attack, Inputs
+from fedtap.scenarios.attacked import Attacked
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import AttentionLeak, Leak, Protocol, stack
-from fedtap.simulator.study import Exchange, Study, ask, read
-from fedtap.simulator.wire.records import tensors_of
+from fedtap.simulator.options import Option
+from fedtap.simulator.scenario import Observed, Row, Session
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
+    from torch import Tensor, nn
+
+    from fedtap.simulator.attack import Attack
+    from fedtap.simulator.leaks import Leak
+    from fedtap.simulator.wire.messages import Exchange
 
 ACTION = "query.attention"
+"""Type of the messages in which the block goes out and its output comes back."""
 
 
 @dataclass(frozen=True)
-class Split(Study):
-    """Clients that each run one attention block, as broadcast, on one private input."""
+class SplitLearning(Attacked):
+    """Clients that each run one attention block, as broadcast, on one private input.
 
-    threat: ClassVar[str] = (
-        "A curious server. It broadcast the block, so it knows every weight in it, and hears its output for each "
-        "client's input; it knows nothing else of that input but its shape."
-    )
+    Raises:
+        FedtapError: an attack is none on an attention block's output.
+    """
 
-    victims: int = 20
-    attacks: tuple[Attack[Inputs], ...] = ()
-    noise: float = 0.0
-    """Standard deviation of what clients add to the output, as a share of its root mean square."""
+    reconstructs: ClassVar[str] = "Inputs"
+
+    noise: Annotated[
+        float, Option("what clients add to the output, as a share of its root mean square", 0.0, 100.0, "defence")
+    ] = 0.0
+    victims: Annotated[int, Option("clients, all of which are attacked", 1, 1000, "federation")] = 20
+    attack: str = "attention_newton"
+
+    def __post_init__(self) -> None:
+        for attack in self.attacks:
+            if attack.guesses.__name__ != self.reconstructs:
+                raise FedtapError(
+                    f"{attack.name} looks for no attention block's input: use attention_newton or attention_descent."
+                )
 
     @property
-    def clients(self) -> int:
+    def nodes(self) -> int:
         """One a victim."""
         return self.victims
 
@@ -61,26 +70,42 @@ class Split(Study):
     def shape(self, data_root: Path) -> tuple[int, int]:
         """That of every client's input."""
 
-    def answer(self, order: Message, client: int, data_root: Path) -> Message:
+    def reply(self, message: Message, context: Context, data_root: Path) -> Message:
         """Its half's output."""
-        return split.answer(order, self.half(data_root), self.private(client, data_root), client, self.noise, self.seed)
+        from fedtap.clients import split
 
-    def listen(self, grid: Grid, part: int, data_root: Path, failed: dict[int, str]) -> Leak:
-        """Broadcast the half, and hear what clients make of it.
+        client = int(context.node_config["partition-id"])
+        private = self.private(client, data_root)
+        return split.answer(message, self.half(data_root), private, client, self.noise, self.seed)
 
-        Args:
-            failed: client -> why it failed or sent something else, filled in here.
+    def observe(self, session: Session) -> Observed:
+        """Broadcast the half, and observe what clients make of it.
 
         Raises:
-            ClientError: all of them did.
+            ClientError: all of them fail, or send something else.
         """
-        half = self.half(data_root)
+        import copy
+
+        from flwr.app import ArrayRecord, RecordDict
+
+        from fedtap.simulator.leaks import stack
+        from fedtap.simulator.wire.messages import ask, check_nodes, read
+
+        check_nodes(session.grid, self.name, self.nodes)
+        half, shape = self.half(session.data_root), self.shape(session.data_root)
         weights = {name: weight.detach() for name, weight in half.named_parameters()}
-        heard = ask(grid, ACTION, RecordDict({"arrays": ArrayRecord(weights)}), part, failed=failed)
+        failed: dict[int, str] = {}
+        heard = ask(session.grid, ACTION, RecordDict({"arrays": ArrayRecord(weights)}), session.number, failed=failed)
         bare = copy.deepcopy(half).to("meta")
-        return stack(read(heard, lambda one: self._leak(one, bare, weights, self.shape(data_root)), failed))
+        leak = stack(read(heard, lambda one: self._leak(one, bare, weights, shape), failed))
+        return Observed(leak, {(client, 1): why for client, why in sorted(failed.items())})
 
     def _leak(self, heard: Exchange, bare: nn.Module, weights: dict[str, Tensor], shape: tuple[int, int]) -> Leak:
+        import torch
+
+        from fedtap.simulator.leaks import AttentionLeak, Protocol
+        from fedtap.simulator.wire.records import tensors_of
+
         observed = heard.answer.array_records.get("attention")
         leak = AttentionLeak(
             observed={name: tensor[None] for name, tensor in tensors_of(observed).items()} if observed else {},
@@ -97,19 +122,17 @@ class Split(Study):
 
     def truth(self, leak: Leak, data_root: Path) -> Tensor:
         """The inputs of a leak's victims, for the scores."""
+        import torch
+
         return torch.stack([self.private(client, data_root) for client in leak.clients.tolist()])
 
+    def settled(self, attack: Attack[Any], label: str, observed: Observed) -> Row:
+        """The attack as it is written on the command line, and what clients add to their output."""
+        return {"attack": attack.written(), "noise": self.noise}
 
-def attacks_on_blocks(text: str) -> tuple[Attack[Inputs], ...]:
-    """The attacks that are named.
-
-    Raises:
-        FedtapError: one of them is none on an attention block's output.
-    """
-    attacks: Sequence[Attack[Inputs]] = parse(text)  # type: ignore[assignment]
-    for attack in attacks:
-        if attack.guesses is not Inputs:
-            raise FedtapError(
-                f"{attack.name} looks for no attention block's input: use attention_newton or attention_descent."
-            )
-    return tuple(attacks)
+    def threat(self, leak: Leak | None) -> Sequence[str]:
+        """A curious server."""
+        return (
+            "A curious server. It broadcast the block, so it knows every weight in it, and observes its output for "
+            "each client's input; it knows nothing else of that input but its shape.",
+        )

@@ -8,46 +8,41 @@ in the batch as easily, but which of them make a text is a search that grows wit
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
-from jaxtyping import Int
-from torch import Tensor
-
-from fedtap.attackers import parse
-from fedtap.attackers.texts.dager import DAGER, Read
-from fedtap.clients.texts import check_defence, train
-from fedtap.scenarios.command.options import Knob
-from fedtap.simulator import scores
-from fedtap.simulator.attack import Attack, Tokens, generator
-from fedtap.simulator.data.texts import Cut, WordPieces, cut, open_texts
-from fedtap.simulator.defences.notation import described, written
+from fedtap.scenarios.attacked import Attacked
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.rounds import as_expected
-from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
-from fedtap.simulator.models.language import NAMES, LanguageModel, build_language, minilm_folder
-from fedtap.simulator.report import curves
-from fedtap.simulator.report.folder import Row
-from fedtap.simulator.study import Outcome, Study, rows_of_failed, without
-from fedtap.simulator.wire.records import reading
-from fedtap.simulator.wire.roll import call
-from fedtap.simulator.wire.threat_models import hear
-from fedtap.simulator.wire.wiretap import Wiretap
+from fedtap.simulator.options import Option
+from fedtap.simulator.scenario import Observed, Row, Scored, Session, Trial
 
-VOCABULARY = 16384
-"""Pieces learned from the public texts, at most, for a model that has no vocabulary of its own."""
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
+    from torch import Tensor
 
-SHOWN = 4
-"""Victims, and texts of each, that the page shows."""
+    from fedtap.scenarios.texts.federation import Corpus
+    from fedtap.simulator.attack import Attack
+    from fedtap.simulator.leaks import Leak
+
+COLUMNS: Mapping[str, str] = {
+    "client": "",
+    "batch": "",
+    "tokens": "",
+    "exact_tokens": "share of tokens that are right",
+    "exact_texts": "share of whole texts that are right",
+    "rouge1": "F1 of single tokens",
+    "rouge2": "F1 of pairs of tokens",
+    "rouge_l": "F1 by the longest common subsequence",
+    "blind": "exact tokens of the most common public token at each place",
+    "negative_control": "exact tokens of what another client's gradient gave",
+    "candidates": "tokens left at a place after the first block, mean",
+    "rank": "of the first block's span",
+    "seconds": "",
+    "error": "",
+}
+"""Column of the tables -> what it means."""
 
 MOST = 2**30
 """Entries of all victims' gradients, at most; a block has 12 for each entry of width times width."""
@@ -56,284 +51,137 @@ KEPT = 2**28
 """Bytes of a leak up to which a run keeps it."""
 
 
-def scenario(
-    *,
-    dataset: Annotated[str, Knob("NAME of the data root's NAME_train*.csv and NAME_test*.csv")] = "ag_news",
-    model: Annotated[str, Knob("gpt, bert, or minilm", choices=NAMES)] = "gpt",
-    batch: Annotated[int, Knob("private texts in the local step", 1, 4096)] = 8,
-    tokens: Annotated[int, Knob("tokens to which each text is cut", 1, 510)] = 16,
-    width: Annotated[int, Knob("numbers in a token's vector; 384 in minilm", 12, 4096)] = 384,
-    victims: Annotated[int, Knob("clients, all of which are attacked", 1, 1000)] = 8,
-    learning_rate: Annotated[float, Knob("learning rate of the clients' SGD", 1e-6, 1e3)] = 0.1,
-    defence: Annotated[str, Knob("none, or what clients do to what they send: clip(1.0)+noise(0.01)")] = "none",
-    attack: Annotated[str, Knob("dager, with settings if need be: dager(rounds=8)", swept=False)] = "dager",
-    seed: Annotated[int, Knob("seed of the texts and of all else that is drawn, but for the weights", 0, 2**31)] = 0,
-    weights_seed: Annotated[int, Knob("seed of the model's initial weights", 0, 2**31)] = 1234,
-) -> TextGradients:
-    """One round of FedSGD on texts, and the server reads them."""
-    check_defence(defence)
-    named = parse(attack)
-    if len(named) != 1 or named[0].guesses is not Tokens:
-        raise FedtapError(
-            f"This scenario asks for one attack that brings back tokens, and {attack} is none: use dager."
-        )
-    if model == "minilm" and width != 384:
-        raise FedtapError(f"MiniLM is 384 wide, and --width {width} would be another model: leave it out, or use bert.")
-    if victims * 24 * width**2 > MOST:
-        raise FedtapError(
-            f"{victims} gradients of a model of width {width} fill {victims * 96 * width**2 / 2**30:.0f} GiB: lower "
-            "--victims or --width."
-        )
-    if width % 12:
-        raise FedtapError(f"A width of {width} cannot be shared by 12 heads: give a multiple of 12, such as 384.")
-    return TextGradients(
-        dataset=dataset,
-        model=model,
-        batch=batch,
-        tokens=tokens,
-        width=width,
-        victims=victims,
-        learning_rate=learning_rate,
-        defence=written(described(defence)),
-        attack=cast(Attack[Tokens], named[0]),
-        seed=seed,
-        weights_seed=weights_seed,
-    )
-
-
 @dataclass(frozen=True)
-class TextGradients(Study):
-    """Clients train a language model on a batch of texts each, and the server attacks the gradients."""
+class TextGradients(Attacked):
+    """Clients train a language model on a batch of texts each, for one round of FedSGD, and the server attacks it.
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client", "batch", "tokens", "exact_tokens", "exact_texts", "rouge1", "rouge2", "rouge_l", "blind", "stranger",
-        "candidates", "rank", "seconds", "error",
-    )  # fmt: skip
-    legend: ClassVar[str] = (
-        "exact: share of tokens, and of whole texts; "
-        "rouge: F1; blind: exact tokens of the most common public token at each place; stranger: of what another "
-        "client's gradient gave; candidates: tokens left at a place after the first block, mean; rank: of its span"
-    )
-    threat: ClassVar[str] = (
-        "A curious server: it knows the weights and the embeddings that it sent, the vocabulary, and what each client "
-        "answers. Labels it is not told, and does not need. Embeddings are frozen, so no gradient of theirs is sent."
-    )
+    Raises:
+        FedtapError: an attack that brings back no tokens, a defence of something else than updates, or a model of a
+            size that there is not or that fills gigabytes.
+    """
 
-    dataset: str = "ag_news"
-    model: str = "gpt"
-    batch: int = 8
-    tokens: int = 16
-    width: int = 384
-    victims: int = 8
-    learning_rate: float = 0.1
-    defence: str = "none"
-    attack: Attack[Tokens] = field(default_factory=DAGER)
-    weights_seed: int = 1234
+    reconstructs: ClassVar[str] = "Tokens"
+    refusal_is_result: ClassVar[bool] = True
+
+    dataset: Annotated[str, Option("NAME of the data root's NAME_train*.csv and NAME_test*.csv", group="data")] = (
+        "ag_news"
+    )
+    tokens: Annotated[int, Option("tokens to which each text is cut", 1, 510, "data")] = 16
+    model: Annotated[Literal["gpt", "bert", "minilm"], Option("gpt, bert, or minilm", group="model")] = "gpt"
+    width: Annotated[int, Option("numbers in a token's vector; 384 in minilm", 12, 4096, "model")] = 384
+    weights_seed: Annotated[int, Option("seed of the model's initial weights", 0, 2**31, "model")] = 1234
+    batch: Annotated[int, Option("private texts in the local step", 1, 4096, "federation")] = 8
+    victims: Annotated[int, Option("clients, all of which are attacked", 1, 1000, "federation")] = 8
+    learning_rate: Annotated[float, Option("learning rate of the clients' SGD", 1e-6, 1e3, "federation")] = 0.1
+    defence: Annotated[
+        str, Option("none, or what clients do to what they send: clip(1.0)+noise(0.01)", group="defence")
+    ] = "none"
+    attack: str = "dager"
+
+    def __post_init__(self) -> None:
+        from fedtap.clients.texts import check_defence
+        from fedtap.simulator.defences.notation import described, written
+
+        check_defence(self.defence)
+        if len(self.attacks) != 1 or self.attacks[0].guesses.__name__ != self.reconstructs:
+            raise FedtapError(
+                f"This scenario asks for one attack that brings back tokens, and {self.named} is none: use dager."
+            )
+        if self.model == "minilm" and self.width != 384:
+            raise FedtapError(
+                f"MiniLM is 384 wide, and --width {self.width} would be another model: leave it out, or use bert."
+            )
+        if self.victims * 24 * self.width**2 > MOST:
+            raise FedtapError(
+                f"{self.victims} gradients of a model of width {self.width} fill "
+                f"{self.victims * 96 * self.width**2 / 2**30:.0f} GiB: lower --victims or --width."
+            )
+        if self.width % 12:
+            raise FedtapError(
+                f"A width of {self.width} cannot be shared by 12 heads: give a multiple of 12, such as 384."
+            )
+        object.__setattr__(self, "defence", written(described(self.defence)))  # one spelling, for all who read it
 
     @property
-    def clients(self) -> int:
+    def nodes(self) -> int:
         """One for each victim."""
         return self.victims
 
-    def answer(self, order: Message, client: int, data_root: Path) -> Message:
-        """Train on this client's texts."""
-        side = sides(self, data_root)
-        texts, labels = self.private(side.victims, client)
-        draw = generator(self.seed, "defence", client)
-        return train(order, self.network(side), texts, labels, client, self.learning_rate, self.defence, draw)
+    def reply(self, message: Message, context: Context, data_root: Path) -> Message:
+        """Weights after a step on this client's texts."""
+        from fedtap.clients.texts import train
+        from fedtap.scenarios.texts.federation import corpus_of, network_of, private
+        from fedtap.simulator.attack import generator
 
-    def private(self, side: Cut, client: int) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch"]]:
-        """The texts that this client holds, and their classes: those of a shuffle, in turns.
+        client, corpus = int(context.node_config["partition-id"]), corpus_of(self, data_root)
+        texts, labels = private(self, corpus, client)
+        draw, net = generator(self.seed, "defence", client), network_of(self, corpus)
+        return train(message, net, texts, labels, client, self.learning_rate, self.defence, draw)
 
-        Raises:
-            FedtapError: there are not as many.
-        """
-        if self.victims * self.batch > len(side):
-            raise FedtapError(
-                f"{self.victims} victims with {self.batch} texts each need {self.victims * self.batch}, and "
-                f"{self.dataset} has {len(side)} of {self.tokens} tokens or more: lower --victims, --batch or --tokens."
-            )
-        order = torch.randperm(len(side), generator=generator(self.seed, "texts"))
-        mine = order[client * self.batch : (client + 1) * self.batch]
-        return side.ids[mine], side.labels[mine]
+    def observe(self, session: Session) -> Observed:
+        """A round of Flower's FedAvg with a tap on it."""
+        from fedtap.scenarios.texts.federation import corpus_of, play
+        from fedtap.simulator.wire.messages import check_nodes
 
-    def protocol(self, side: Sides) -> Protocol:
-        """The public terms."""
-        pieces = len(side.vocabulary)
-        sizes = {"gpt": f"(width={self.width})", "bert": f"(vocabulary={pieces}, width={self.width})", "minilm": ""}
-        return Protocol(
-            model=self.model + sizes[self.model],
-            shape=(self.tokens,),
-            classes=pieces if self.model == "gpt" else side.classes,
-            batch=self.batch,
-            learning_rate=self.learning_rate,
-            defence=self.defence,
-        )
+        check_nodes(session.grid, self.name, self.nodes)
+        leak, failed = play(self, session.grid, session.number, corpus_of(self, session.data_root))
+        missing = {(client, 1): why for client, why in sorted(failed.items())}
+        return Observed(leak, missing, keep=len(leak.packed()) <= KEPT)
 
-    def network(self, side: Sides) -> LanguageModel:
-        """The model with its initial weights."""
-        protocol = self.protocol(side)
-        return build_language(protocol.model, self.tokens, protocol.classes, self.weights_seed)
+    def truth(self, corpus: Corpus, leak: Leak) -> list[Tensor]:
+        """The texts of a leak's victims, for the scores: `batch tokens` each."""
+        from fedtap.scenarios.texts.federation import private
 
-    def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
-        """A round of Flower's FedAvg with a tap on it, and the attack on what was heard."""
-        side = sides(self, data_root)
-        failed: dict[int, str] = {}
-        leak = self.heard(grid, part, side, failed)
-        clients = leak.clients.tolist()
-        truths = [self.private(side.victims, client)[0] for client in clients]
-        common = {
+        return [private(self, corpus, client)[0] for client in leak.clients.tolist()]
+
+    def settled(self, attack: Attack[Any], label: str, observed: Observed) -> Row:
+        """The model and the batch."""
+        return super().settled(attack, label, observed) | {
             "model": self.model,
             "batch": self.batch,
             "tokens": self.tokens,
             "filled": self.batch * self.tokens / self.width,
             "defence": self.defence,
         }
-        try:
-            self.attack.accepts(leak)
-        except FedtapError as error:  # it cannot work on such a batch: a result like any other
-            unread = failed | {client: str(error) for client in clients}
-            return Outcome(rows_of_failed(unread, common))
-        began = time.perf_counter()
-        guess = self.attack(leak.to(device), seed=self.seed).on_cpu()
-        seconds = (time.perf_counter() - began) / len(clients)
-        blind = scores.blind_text(side.public.ids)
-        rows: list[Row] = rows_of_failed(failed, common)
+
+    def score(self, trial: Trial) -> Scored:
+        """Tokens and texts that are right, beside those of a blind guess and of another client's texts."""
+        from fedtap.attackers.texts.dager import Read
+        from fedtap.scenarios.texts import text_report
+        from fedtap.scenarios.texts.federation import corpus_of
+        from fedtap.simulator import scores
+
+        found, clients = trial.reconstruction, trial.leak.clients.tolist()
+        corpus = corpus_of(self, trial.session.data_root)
+        truths, blind = self.truth(corpus, trial.leak), scores.blind_text(corpus.public.ids)
+        rows: list[Row] = []
         for victim, (client, truth) in enumerate(zip(clients, truths, strict=True)):
-            score: Row = dict(scores.score_texts(guess.ids[victim], truth))
+            score: Row = dict(scores.score_texts(found.ids[victim], truth))
             del score["matching"]
-            if isinstance(guess, Read):
-                score |= {"candidates": float(guess.candidates[victim]), "rank": int(guess.rank[victim])}
+            if isinstance(found, Read):
+                score |= {"candidates": float(found.candidates[victim]), "rank": int(found.rank[victim])}
             score["blind"] = scores.score_texts(blind.expand_as(truth), truth)["exact_tokens"]
             if len(clients) > 1:
-                score["stranger"] = scores.score_texts(guess.ids[victim - 1], truth)["exact_tokens"]
-            told = {"client": client, "objective": float(guess.objective[victim]), "seconds": seconds, "error": None}
-            rows.append(common | score | told)
-        page = {"What was written, and what was read": _texts(side.vocabulary, clients, truths, guess.ids)}
-        return Outcome(rows, leak if len(leak.packed()) <= KEPT else None, page)
+                score["negative_control"] = scores.score_texts(found.ids[victim - 1], truth)["exact_tokens"]
+            rows.append(score | {"client": client, "objective": float(found.objective[victim]), "error": None})
+        table = text_report.table(corpus.vocabulary, clients, truths, found.ids)
+        return Scored(rows, sections={"What was written, and what was read": table})
 
-    def heard(self, grid: Grid, part: int, side: Sides, failed: dict[int, str]) -> Leak:
-        """The clients' gradients, one stack.
+    @property
+    def columns(self) -> Sequence[Any]:
+        """How much was read, and what the first block told."""
+        return tuple(COLUMNS)
 
-        Args:
-            failed: client -> why it sent none, filled in here.
-
-        Raises:
-            ClientError: no client sent one.
-        """
-        net, protocol = self.network(side), self.protocol(side)
-        skeleton = build_language(protocol.model, self.tokens, protocol.classes)
-        who = call(grid)
-        leaks: dict[int, Leak] = {}
-        reasons: dict[int, object] = dict.fromkeys(
-            range(self.victims), " ".join(who.strangers.values()) or "it did not answer"
+    def threat(self, leak: Leak | None) -> Sequence[str]:
+        """A curious server."""
+        return (
+            "A curious server: it knows the weights and the embeddings that it sent, the vocabulary, and what each "
+            "client replies. Labels are not known to it, and it does not need them. Embeddings are frozen, so no "
+            "gradient of theirs is sent.",
         )
-
-        def ear(order: Message, answer: Message) -> None:
-            client = who.client(order)
-            if answer.has_error():
-                reasons[client] = answer.error.reason
-                return
-            try:
-                with reading(client):
-                    as_expected(order.content, answer.content, client, skeleton)
-                    leaks[client] = hear(order.content, answer.content, protocol, skeleton, client, 1)
-            except FedtapError as error:
-                reasons[client] = f"FedtapError: {error}"
-                raise
-            del reasons[client]
-
-        tensors = dict(net.named_parameters()) | float_buffers(net)
-        FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1).start(
-            Wiretap(grid, ear),
-            ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()}),
-            num_rounds=1,
-            train_config=ConfigRecord({"part": part}),
-        )
-        without(reasons, failed, len(leaks))
-        return stack([leaks[client] for client in sorted(leaks)])
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
-        """Exact tokens where the batch fills more and more of the model's width, and under more and more noise."""
-        read = [row for row in rows if row.get("exact_tokens") is not None]
-        filled = _series("filled", [row for row in read if row["defence"] == "none"])
-        alike = [row | {"sigma": _sigma(row["defence"])} for row in read]
-        noisy = _series("sigma", [row for row in alike if row["sigma"] is not None])
-        charts = {}
-        if filled:
-            charts["Where it stops"] = curves.share_svg(
-                "tokens in the batch for each dimension of the model", filled, limit=1.0
-            )
-        if noisy:
-            charts["Under noise"] = curves.share_svg("standard deviation of the noise on an entry", noisy)
-        return charts
+        """Exact tokens against the batch's share of the model's width, and under noise."""
+        from fedtap.scenarios.texts import text_report
 
-
-def _series(knob: str, rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """Model -> (value, exact tokens) of each row; empty where there is but one value."""
-    if len({row[knob] for row in rows}) < 2:
-        return {}
-    return {
-        model: [(row[knob], row["exact_tokens"]) for row in rows if row["model"] == model]
-        for model in dict.fromkeys(row["model"] for row in rows)
-    }
-
-
-def _sigma(defence: str) -> float | None:
-    """Of Gaussian noise and nothing else; 0 where there is no defence."""
-    parts = described(defence)
-    if not parts:
-        return 0.0
-    return parts[0]["sigma"] if [part.name for part in parts] == ["noise"] else None
-
-
-def _texts(
-    vocabulary: WordPieces,
-    clients: Sequence[int],
-    truths: Sequence[Tensor],
-    guesses: Int[Tensor, "victims batch tokens"],
-) -> str:
-    """Some victims' texts beside what was read; wrong tokens are marked."""
-    rows = []
-    for client, truth, guess in zip(clients, truths[:SHOWN], guesses, strict=False):
-        matched = guess[scores.match_texts(guess, truth)]
-        for text, found in list(zip(truth.tolist(), matched.tolist(), strict=True))[:SHOWN]:
-            pieces = [
-                (escape(vocabulary.pieces[token]), token == right) for token, right in zip(found, text, strict=True)
-            ]
-            marked = " ".join(piece if right else f"<mark>{piece}</mark>" for piece, right in pieces)
-            cells = "".join(f"<td class='attack'>{words}</td>" for words in (escape(vocabulary.decode(text)), marked))
-            rows.append(f"<tr><td>{client}</td>{cells}</tr>")
-    head = "<tr><th>client</th><th>text</th><th>read off its gradient, by tokens</th></tr>"
-    return f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
-
-
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """What a run needs of its dataset."""
-
-    vocabulary: WordPieces
-    classes: int
-    public: Cut
-    victims: Cut
-
-
-def sides(study: TextGradients, data_root: Path) -> Sides:
-    """The dataset's texts, in the model's vocabulary.
-
-    Raises:
-        FedtapError: they cannot be used.
-    """
-    return _sides(study.dataset, study.model == "minilm", study.tokens, data_root)
-
-
-@lru_cache(maxsize=4)
-def _sides(name: str, pretrained: bool, tokens: int, data_root: Path) -> Sides:
-    dataset = open_texts(name, data_root)
-    if pretrained:
-        vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
-    else:
-        vocabulary = WordPieces.learned(dataset.public.texts, VOCABULARY)
-    return Sides(
-        vocabulary, dataset.classes, cut(dataset.public, vocabulary, tokens), cut(dataset.victims, vocabulary, tokens)
-    )
+        return text_report.charts(rows)

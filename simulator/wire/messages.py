@@ -27,6 +27,16 @@ class Exchange:
     answer: RecordDict
 
 
+def check_nodes(grid: Grid, name: str, needed: int) -> None:
+    """Refuse a federation of another size than the scenario of this name needs.
+
+    Raises:
+        FedtapError: with both sizes.
+    """
+    if (nodes := len(list(grid.get_node_ids()))) != needed:
+        raise FedtapError(f"The federation has {nodes} nodes, and {name} needs {needed}: start as many SuperNodes.")
+
+
 def ask(
     grid: Grid,
     kind: str,

@@ -1,0 +1,73 @@
+"""What the page shows of texts that were read off gradients: a table of them, and where an attack stops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fedtap.simulator import scores
+from fedtap.simulator.data.texts import WordPieces
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.report import curves
+from fedtap.simulator.scenario import Row
+
+SHOWN = 4
+"""Victims, and texts of each, that the page shows."""
+
+
+def charts(rows: Sequence[Row]) -> dict[str, str]:
+    """Exact tokens where the batch fills more and more of the model's width, and under more and more noise."""
+    read = [row for row in rows if row.get("exact_tokens") is not None]
+    filled = _series("filled", [row for row in read if row["defence"] == "none"])
+    alike = [row | {"sigma": _sigma(row["defence"])} for row in read]
+    noisy = _series("sigma", [row for row in alike if row["sigma"] is not None])
+    made = {}
+    if filled:
+        made["Where it stops"] = curves.share_svg(
+            "tokens in the batch for each dimension of the model", filled, limit=1.0
+        )
+    if noisy:
+        made["Under noise"] = curves.share_svg("standard deviation of the noise on an entry", noisy)
+    return made
+
+
+def _series(option: str, rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Model -> (value, exact tokens) of each row; empty where there is but one value."""
+    if len({row[option] for row in rows}) < 2:
+        return {}
+    return {
+        model: [(row[option], row["exact_tokens"]) for row in rows if row["model"] == model]
+        for model in dict.fromkeys(row["model"] for row in rows)
+    }
+
+
+def _sigma(defence: str) -> float | None:
+    """Of Gaussian noise and nothing else; 0 where there is no defence."""
+    parts = described(defence)
+    if not parts:
+        return 0.0
+    return parts[0]["sigma"] if [part.name for part in parts] == ["noise"] else None
+
+
+def table(
+    vocabulary: WordPieces,
+    clients: Sequence[int],
+    truths: Sequence[Tensor],
+    found: Int[Tensor, "victims batch tokens"],
+) -> str:
+    """Some victims' texts beside what was read; wrong tokens are marked."""
+    rows = []
+    for client, truth, ids in zip(clients, truths[:SHOWN], found, strict=False):
+        matched = ids[scores.match_texts(ids, truth)]
+        for text, read in list(zip(truth.tolist(), matched.tolist(), strict=True))[:SHOWN]:
+            pieces = [
+                (escape(vocabulary.pieces[token]), token == right) for token, right in zip(read, text, strict=True)
+            ]
+            marked = " ".join(piece if right else f"<mark>{piece}</mark>" for piece, right in pieces)
+            cells = "".join(f"<td class='attack'>{words}</td>" for words in (escape(vocabulary.decode(text)), marked))
+            rows.append(f"<tr><td>{client}</td>{cells}</tr>")
+    head = "<tr><th>client</th><th>text</th><th>read off its gradient, by tokens</th></tr>"
+    return f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
