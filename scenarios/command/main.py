@@ -5,9 +5,6 @@ Nothing here imports torch before a run begins, so that help and lists are there
 
 from __future__ import annotations
 
-import fedtap.scenarios.command.interrupt  # noqa: F401  before the rest, which takes a moment
-
-# isort: split
 import contextlib
 import errno
 import io
@@ -28,7 +25,9 @@ from fedtap.attackers import ATTACKS
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import models_of, plan, scenario_named
+from fedtap.simulator.data import DATASETS
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
+from fedtap.simulator.models import MODELS
 from fedtap.simulator.options import GROUPS, options_of
 from fedtap.simulator.scenario import Scenario, question_of
 
@@ -208,7 +207,7 @@ def list_command() -> None:
     _catalogue("attack", {name: _about(name) for name in ATTACKS})
     _catalogue("defence", {usage(name): f"{kind.about} [dim]({kind.hook})[/dim]" for name, kind in WORDS.items()})
     _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
-    _catalogue("model", {name: (made.__doc__ or "").splitlines()[0] for name, made in MODELS.items()})
+    _catalogue("model", dict(MODELS))
 
 
 def main() -> None:
