@@ -6,9 +6,11 @@ import ast
 import dataclasses
 import importlib
 import pkgutil
+import typing
 from collections.abc import Iterator
 from typing import Any
 
+from fedtap.attackers.parts.checks import is_attack
 from fedtap.simulator.attack import Attack, Reconstruction
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.leaks import Leak
@@ -31,6 +33,7 @@ ATTACKS: dict[str, type[Attack[Any]]] = _scan()
 """Name on the command line -> attack."""
 
 HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
+"""Remedy in the errors of `parse`."""
 
 
 def parse(text: str) -> tuple[Attack, ...]:
@@ -56,7 +59,7 @@ def parse(text: str) -> tuple[Attack, ...]:
     return attacks
 
 
-def parse_strangers(text: str) -> Attack[Any]:
+def parse_saved(text: str) -> Attack[Any]:
     """The one attack that a file names, which may name no code to import and no other file to read, wherever nested.
 
     Raises:
@@ -78,7 +81,7 @@ def models_named(attack: Attack[Any]) -> list[str]:
 
 
 def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
-    """Field and value of all that an attack was told, and of what is nested in it."""
+    """Field and value of each hyper-parameter of an attack, and of the attacks nested in it."""
     for field in dataclasses.fields(attack):  # type: ignore[arg-type]
         value = getattr(attack, field.name)
         for one in value if isinstance(value, tuple | list) else (value,):
@@ -118,17 +121,18 @@ def _attack(node: ast.expr) -> Attack:
     for field in fields:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {HOW}.")
-    attack: Attack = kind(
-        **{field.name: _value(given[field.name], str(field.type)) for field in fields if field.name in given}
-    )
+    kinds = typing.get_type_hints(kind)
+    attack: Attack = kind(**{name: _value(node, kinds[name]) for name, node in given.items()})
     return attack
 
 
-def _value(node: ast.expr, kind: str) -> Any:
-    if kind == "Attack":
+def _value(node: ast.expr, kind: Any) -> Any:
+    if is_attack(kind):
         attack = _attack(node)
-        if attack.guesses is not Reconstruction:
-            raise FedtapError(f"{attack.name} in --attack brings back no images, and what wraps it needs some: {HOW}.")
+        if attack.reconstructs is not Reconstruction:
+            raise FedtapError(
+                f"{attack.name} in --attack brings back no images, and the attack around it needs some: {HOW}."
+            )
         return attack
     try:
         return ast.literal_eval(node)
@@ -137,7 +141,7 @@ def _value(node: ast.expr, kind: str) -> Any:
 
 
 def _said(node: ast.expr) -> str:
-    """A part of what was written, for the sentence that names it."""
+    """Source text of an expression, shortened for an error message."""
     try:
         return short(ast.unparse(node))
     except RecursionError:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
-from fedtap.simulator.auxiliary import About, Auxiliary
+from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
@@ -40,10 +40,10 @@ Images = Float[Tensor, "victims batch channel height width"]
 Labels = Int[Tensor, "victims batch"]
 
 
-Made = TypeVar("Made", bound="Guess")
+_Self = TypeVar("_Self", bound="Reconstructed")
 
 
-class Guess(ABC):
+class Reconstructed(ABC):
     """What an attack makes of a leak: a frozen dataclass of tensors.
 
     `objective` is the attack's own, at what is returned: lower is better.
@@ -55,7 +55,7 @@ class Guess(ABC):
         """Its tensors by name, each with a leading victims axis."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def told(self, victim: int) -> dict[str, Any]:
+    def columns(self, victim: int) -> dict[str, Any]:
         """What a row says of a victim's guess where there is no truth to score it against."""
         return {}
 
@@ -63,7 +63,7 @@ class Guess(ABC):
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Name -> shape of those tensors whose shape the leak tells."""
 
-    def checked(self: Made, leak: Leak) -> Made:
+    def checked(self: _Self, leak: Leak) -> _Self:
         """Without a graph, once the shapes are as they have to be."""
         tensors = self.tensors()
         for name, shape in ({"objective": (len(leak),)} | self.shapes(leak)).items():
@@ -71,13 +71,13 @@ class Guess(ABC):
                 raise AssertionError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
         return dataclasses.replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})  # type: ignore[type-var]
 
-    def on_cpu(self: Made) -> Made:
+    def on_cpu(self: _Self) -> _Self:
         """The same, on the CPU."""
         return dataclasses.replace(self, **{name: tensor.cpu() for name, tensor in self.tensors().items()})  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
-class Reconstruction(Guess):
+class Reconstruction(Reconstructed):
     """Images and their labels; pixels in [0, 1]."""
 
     images: Images
@@ -88,7 +88,7 @@ class Reconstruction(Guess):
     candidates: tuple[Images, ...] = ()
     """All guesses among which the attacker chose; empty where it had no choice. For the scorer, who knows the best."""
 
-    def told(self, victim: int) -> dict[str, Any]:
+    def columns(self, victim: int) -> dict[str, Any]:
         """The labels."""
         return {"labels": self.labels[victim].tolist()}
 
@@ -104,7 +104,7 @@ class Reconstruction(Guess):
 
 
 @dataclass(frozen=True)
-class PseudoData(Guess):
+class PseudoData(Reconstructed):
     """Weighted points that act on the model as the private data do."""
 
     points: Float[Tensor, "victims points features"]
@@ -114,7 +114,7 @@ class PseudoData(Guess):
     """How many private examples each stands for, from 0."""
     objective: Float[Tensor, "victims"]
 
-    def told(self, victim: int) -> dict[str, Any]:
+    def columns(self, victim: int) -> dict[str, Any]:
         """How many points, and how many private examples they stand for."""
         return {"points": self.weights.shape[1], "sum_w": float(self.weights[victim].sum())}
 
@@ -125,7 +125,7 @@ class PseudoData(Guess):
 
 
 @dataclass(frozen=True)
-class Inputs(Guess):
+class Inputs(Reconstructed):
     """A block's inputs, found by an iterative solver."""
 
     values: Float[Tensor, "victims tokens width"]
@@ -134,7 +134,7 @@ class Inputs(Guess):
     converged: Bool[Tensor, "victims"]
     """Whether the solver met its own criterion: it says nothing of the truth."""
 
-    def told(self, victim: int) -> dict[str, Any]:
+    def columns(self, victim: int) -> dict[str, Any]:
         """How the solver ended."""
         return {"iterations": int(self.iterations[victim]), "converged": bool(self.converged[victim])}
 
@@ -145,13 +145,13 @@ class Inputs(Guess):
 
 
 @dataclass(frozen=True)
-class Tokens(Guess):
+class Tokens(Reconstructed):
     """Texts, as token numbers."""
 
     ids: Int[Tensor, "victims batch tokens"]
     objective: Float[Tensor, "victims"]
 
-    def told(self, victim: int) -> dict[str, Any]:
+    def columns(self, victim: int) -> dict[str, Any]:
         """The tokens' numbers."""
         return {"ids": self.ids[victim].tolist()}
 
@@ -160,10 +160,10 @@ class Tokens(Guess):
         return {"ids": (len(leak), leak.protocol.batch, *leak.protocol.shape)}
 
 
-Kind = TypeVar("Kind", bound=Guess, default=Reconstruction)
+_Result = TypeVar("_Result", bound=Reconstructed, default=Reconstruction)
 
 
-class Attack(ABC, Generic[Kind]):
+class Attack(ABC, Generic[_Result]):
     """What every attack is: `attack(leak, seed=0) -> Guess`; unless it says otherwise, the guess is a Reconstruction.
 
     Class attributes:
@@ -173,7 +173,7 @@ class Attack(ABC, Generic[Kind]):
     """
 
     leaks: ClassVar[tuple[type[Leak], ...]]
-    guesses: ClassVar[type[Guess]] = Reconstruction
+    reconstructs: ClassVar[type[Reconstructed]] = Reconstruction
     needs_weights: ClassVar[bool] = True
 
     @property
@@ -207,7 +207,7 @@ class Attack(ABC, Generic[Kind]):
         """Whether it, or an attack that it wraps, has to practise before it can be called."""
         return any(part.needs_auxiliary for part in self._parts().values())
 
-    def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Attack[Kind]:
+    def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Attack[_Result]:
         """The same attack with each of its parts that learns having learned from this practice."""
         return dataclasses.replace(self, **{name: part.fit(auxiliary, seed) for name, part in self._parts().items()})  # type: ignore[type-var]
 
@@ -258,7 +258,7 @@ class Attack(ABC, Generic[Kind]):
         )
 
     @abstractmethod
-    def reconstruct(self, leak: Leak, start: Tensor) -> Kind:
+    def reconstruct(self, leak: Leak, start: Tensor) -> _Result:
         """Rebuild what is behind `leak`, beginning at `start` (`starts` entries a victim, those of one in a row)."""
 
     def begin(self, leak: Leak, seed: int) -> Tensor:
@@ -266,7 +266,7 @@ class Attack(ABC, Generic[Kind]):
         return draw(leak, seed, self.distribution)
 
     @final
-    def __call__(self, leak: Leak, *, seed: int = 0, start: Tensor | None = None) -> Kind:
+    def __call__(self, leak: Leak, *, seed: int = 0, start: Tensor | None = None) -> _Result:
         """Check the leak, draw the start where none is given, reconstruct, check the guess.
 
         Raises:
@@ -291,7 +291,7 @@ class Attack(ABC, Generic[Kind]):
                 f"{self.name} works on a {wanted} and this is a {type(leak).__name__}: "
                 "`fedtap list` names the attacks for each kind of leak."
             )
-        if self.guesses is Reconstruction and len(leak.protocol.shape) != 3:
+        if self.reconstructs is Reconstruction and len(leak.protocol.shape) != 3:
             raise FedtapError(
                 f"{self.name} brings back images, and what {short(leak.protocol.model)!r} is fed are none: of tokens, "
                 "use dager; numbers from 0 to 1 can be had as an image of one row, shape=(1, 1, N), "
@@ -334,7 +334,7 @@ class Learner(Attack):
         return 2
 
     @abstractmethod
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         """A module that has learned nothing yet, for the leaks of this architecture (`network` is on the meta device).
 
         Raises:
@@ -365,7 +365,7 @@ class Learner(Attack):
         return _learned(self, auxiliary, seed)
 
     @final
-    def restored(self, about: About, network: nn.Module, tensors: dict[str, Tensor]) -> Learned:
+    def restored(self, about: Provenance, network: nn.Module, tensors: dict[str, Tensor]) -> Learned:
         """What `fit` returned, from the tensors that it had learned.
 
         Raises:
@@ -412,7 +412,7 @@ class Learned(Attack):
     needs_weights = False
 
     learner: Learner
-    about: About
+    about: Provenance
     inverter: nn.Module = field(repr=False, compare=False)
 
     @property
@@ -444,7 +444,7 @@ class Learned(Attack):
     def accepts(self, leak: Leak) -> None:
         """Leaks of the architecture, the image size and the batch that it practised on."""
         self.learner.accepts(leak)
-        prepared(self.name, self.about, leak)
+        check_trained_on(self.name, self.about, leak)
 
     def save(self, path: Path) -> None:
         """Write `path` (.safetensors) and, last, what it is beside it (.json)."""
@@ -471,7 +471,7 @@ def answered(defence: str) -> tuple[str, ...]:
         return (defence,)
 
 
-def prepared(name: str, about: About, leak: Leak) -> None:
+def check_trained_on(name: str, about: Provenance, leak: Leak) -> None:
     """Refuse a leak that this practice does not prepare for; warn where only the defence is another.
 
     Raises:

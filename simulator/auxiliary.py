@@ -40,7 +40,7 @@ Build = Callable[[str, tuple[int, ...], int], nn.Module]
 
 
 @dataclass(frozen=True)
-class About:
+class Provenance:
     """What a practice was, in words: it goes with the pairs, and with whatever learned from them."""
 
     protocol: Protocol
@@ -68,14 +68,14 @@ class About:
         )
 
     @staticmethod
-    def of(document: dict[str, object]) -> About:
+    def of(document: dict[str, object]) -> Provenance:
         """From the form in JSON.
 
         Raises:
             KeyError, TypeError, ValueError: it is not of that form, or too large.
         """
         protocol = protocol_of(document["protocol"])
-        made = About(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
+        made = Provenance(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
         sound(protocol)
         if any(
             type(count) is not int or not 0 <= count <= MOST_PAIRS for count in (made.pairs, made.auxiliary_trainings)
@@ -122,7 +122,7 @@ class Auxiliary:
     """
 
     folder: Path
-    about: About
+    about: Provenance
     network: nn.Module = dataclasses.field(repr=False, compare=False)
     device: str = "cpu"
 
@@ -192,7 +192,7 @@ class Auxiliary:
         return dataclasses.replace(self, about=dataclasses.replace(self.about, pairs=min(pairs, len(self))))
 
     @staticmethod
-    def record(folder: Path, about: About, network: nn.Module, chunks: Iterable[Pairs]) -> Auxiliary:
+    def record(folder: Path, about: Provenance, network: nn.Module, chunks: Iterable[Pairs]) -> Auxiliary:
         """Write pairs as they come; the description last, so that a folder with one is whole.
 
         Raises:
@@ -214,7 +214,7 @@ class Auxiliary:
         return Auxiliary(folder, about, network)
 
     @staticmethod
-    def saved(folder: Path, build: Build, wanted: About | None = None) -> Auxiliary | None:
+    def saved(folder: Path, build: Build, wanted: Provenance | None = None) -> Auxiliary | None:
         """The set that a folder holds; None where there is none, or one that was not finished.
 
         Args:
@@ -231,7 +231,7 @@ class Auxiliary:
             document = read_json(file)
             if document.pop("format") != FORMAT:
                 raise ValueError(f"a format other than {FORMAT}")
-            about = About.of(document)
+            about = Provenance.of(document)
             if wanted is None and ":" in about.protocol.model:
                 raise ValueError("its model names code to import, which a file may not")
             if wanted is not None and dataclasses.replace(about, pairs=wanted.pairs) != wanted:
@@ -264,7 +264,7 @@ def digest(tensors: Tensors) -> str:
     return whole.hexdigest()
 
 
-def digest_of(about: About) -> str:
+def digest_of(about: Provenance) -> str:
     """A name for this practice."""
     return hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
 

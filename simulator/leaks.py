@@ -336,7 +336,7 @@ class AttentionLeak(Leak):
         return {"output": tuple(answer.shape[1:])}
 
 
-class StationaryLeak(Leak):
+class TrainedWeightsLeak(Leak):
     """The weights of a model that its client trained to the end, shape of each parameter.
 
     `weights` are the ones that were broadcast; the regulariser of the training is the protocol's `prior`, and the
@@ -353,7 +353,7 @@ class StationaryLeak(Leak):
 
 
 KINDS: dict[str, type[Leak]] = {
-    kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, StationaryLeak)
+    kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, TrainedWeightsLeak)
 }
 
 

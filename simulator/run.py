@@ -22,8 +22,8 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from fedtap.simulator import scores
-from fedtap.simulator.attack import Attack, Guess, Reconstruction, answered, generator
-from fedtap.simulator.auxiliary import About, Auxiliary, digest, digest_of
+from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction, answered, generator
+from fedtap.simulator.auxiliary import Auxiliary, Provenance, digest, digest_of
 from fedtap.simulator.defences.accountant import mechanism_of
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
@@ -226,7 +226,7 @@ class Played:
         plain = not part.auxiliary_trainings and part.auxiliary_labels == "own"
         if part.defence != "none" or not plain:  # then what is drawn depends on the seed
             known["seed"] = torch.tensor(part.seed)
-        about = About(
+        about = Provenance(
             protocol,
             part.dataset,
             wanted,
@@ -492,7 +492,7 @@ def success_of(rows: Sequence[Row]) -> Row:
     return {"success": found.share, "success_low": low, "success_high": high}
 
 
-def _left(leak: Leak, guess: Guess) -> list[float | None]:
+def _left(leak: Leak, guess: Reconstructed) -> list[float | None]:
     """Of each victim, the share of its gradient that a guess leaves unexplained; None where it cannot be told."""
     shares = unexplained(leak, guess.images, guess.labels) if isinstance(guess, Reconstruction) else None
     return [None] * len(leak) if shares is None else [_finite(share) for share in shares.tolist()]
@@ -711,7 +711,7 @@ def attack_saved(
         try:
             if why_not:
                 raise why_not
-            guess: Guess = attack(there := leak.to(device), seed=seed)
+            guess: Reconstructed = attack(there := leak.to(device), seed=seed)
         except FedtapError as error:
             told = {"error": str(error), **last}
             folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
@@ -722,7 +722,7 @@ def attack_saved(
         rows = []
         for victim, (client, rnd) in enumerate(victims):
             objective = _finite(float(guess.objective[victim]))
-            row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
+            row = common | {"client": client, "round": rnd} | guess.columns(victim) | {"objective": objective}
             row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
             if isinstance(guess, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"

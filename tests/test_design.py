@@ -75,3 +75,30 @@ def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
     for name in catalogue():
         assert question(name).splitlines()[0].endswith("?")
         assert "Expect:" in question(name)
+
+
+def undocumented(source: str) -> list[str]:
+    """Fields of the dataclasses in a module's source that no docstring line follows."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef) or not any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+                said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                if not (said and isinstance(below.value.value, str)):
+                    found.append(f"{node.name}.{ast.unparse(field.target)}")
+    return found
+
+
+ATTACK_FILES = [file for file in FILES if file.relative_to(ROOT).parts[0] == "attackers"]
+
+
+@pytest.mark.parametrize("file", ATTACK_FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_field_of_an_attack_is_documented(file: Path) -> None:
+    assert not undocumented(file.read_text())
+
+
+def test_a_field_without_a_docstring_is_found() -> None:
+    source = '@dataclass\nclass A:\n    x: int = 1\n    """Steps."""\n    y: int = 2\n    z: ClassVar[int] = 3\n'
+    assert undocumented(source) == ["A.y"]

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from jaxtyping import Int
 from torch import Tensor
 
-from fedtap.attackers.activations.block import block_of, nearest
+from fedtap.attackers.activations.block import block_of, nearest_embeddings
 from fedtap.scenarios.activations import attention_report
 from fedtap.scenarios.activations.split import Split, attacks_on_blocks
 from fedtap.scenarios.command.options import Knob
@@ -203,7 +203,7 @@ class AttentionStudy(Split):
         if not self.vocabulary:
             return [None] * len(leak)
         assert leak.weights is not None
-        found = nearest(block_of(leak), guess.values, leak.weights["table"]).cpu()
+        found = nearest_embeddings(block_of(leak), guess.values, leak.weights["table"]).cpu()
         words = torch.stack([self.words(client) for client in leak.clients.tolist()])
         return (found == words).double().mean(1).tolist()
 

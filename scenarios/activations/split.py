@@ -108,7 +108,7 @@ def attacks_on_blocks(text: str) -> tuple[Attack[Inputs], ...]:
     """
     attacks: Sequence[Attack[Inputs]] = parse(text)  # type: ignore[assignment]
     for attack in attacks:
-        if attack.guesses is not Inputs:
+        if attack.reconstructs is not Inputs:
             raise FedtapError(
                 f"{attack.name} looks for no attention block's input: use attention_newton or attention_descent."
             )

@@ -19,12 +19,12 @@ from flwr.serverapp import Grid
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedtap.attackers.checkpoints.stationary_mmd import EXPLAINED, unexplainable
+from fedtap.attackers.checkpoints.stationary_mmd import STATIONARY_SHARE, unexplainable
 from fedtap.clients.stationary import Training, train
 from fedtap.simulator import scores
 from fedtap.simulator.attack import PseudoData, generator
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.leaks import Leak, Protocol, StationaryLeak, stack
+from fedtap.simulator.leaks import Leak, Protocol, TrainedWeightsLeak, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.models.regulariser import Regulariser
 from fedtap.simulator.report.folder import Row
@@ -104,7 +104,7 @@ class Case:
 class Heard:
     """A case's exchange with all clients."""
 
-    leak: StationaryLeak
+    leak: TrainedWeightsLeak
     left: Sequence[float]
     """What each client says is left of its gradient, as a share of the regulariser's."""
 
@@ -149,7 +149,7 @@ class Trained(Study):
         exchanges = ask(grid, "train", order, part, failed=failed)
         made = read(exchanges, lambda exchange: _leak(exchange, case), failed)
         leak = stack([leak for leak, _ in made])
-        assert isinstance(leak, StationaryLeak)
+        assert isinstance(leak, TrainedWeightsLeak)
         return Heard(leak, [left for _, left in made])
 
     def judged(self, case: Case, heard: Heard, guess: PseudoData) -> list[Row]:
@@ -172,7 +172,7 @@ class Trained(Study):
                     "blind": float((blind <= NEAR).double().mean()),
                     "blind_distance": float(blind.median()),
                     "residual": residual,
-                    "explained": residual < EXPLAINED,
+                    "explained": residual < STATIONARY_SHARE,
                     "left": heard.left[victim],
                     "unexplainable": least[victim],
                     "layer_rank": _rank(heard.leak, victim),
@@ -193,7 +193,7 @@ def _leak(exchange: Exchange, case: Case) -> tuple[Leak, float]:
         )
     if not math.isfinite(left):
         raise FedtapError(f"Client {exchange.client} says that {left} is left of its gradient: send a finite number.")
-    leak = StationaryLeak(
+    leak = TrainedWeightsLeak(
         observed={
             name: tensor.double()[None] for name, tensor in tensors_of(exchange.answer.array_records["arrays"]).items()
         },

@@ -73,7 +73,7 @@ def scenario(
     """One round of FedSGD on texts, and the server reads them."""
     check_defence(defence)
     named = parse(attack)
-    if len(named) != 1 or named[0].guesses is not Tokens:
+    if len(named) != 1 or named[0].reconstructs is not Tokens:
         raise FedtapError(
             f"This scenario asks for one attack that brings back tokens, and {attack} is none: use dager."
         )

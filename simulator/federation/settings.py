@@ -116,7 +116,7 @@ class Scenario:
 
     def __post_init__(self) -> None:
         for attack in self.attacks:
-            if attack.guesses is not Reconstruction:
+            if attack.reconstructs is not Reconstruction:
                 raise FedtapError(
                     f"{attack.name} brings back no images, and {self.name or 'this scenario'} is about images: "
                     "`fedtap list` names the attacks on each kind of leak."

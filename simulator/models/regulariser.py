@@ -72,7 +72,7 @@ class Regulariser:
     def __str__(self) -> str:
         return self.name if self.name == "max_margin" else f"{self.name}({self.strength!r})"
 
-    def slope(self, weights: Tensors, broadcast: Tensors | None) -> dict[str, Tensor]:
+    def gradient(self, weights: Tensors, broadcast: Tensors | None) -> dict[str, Tensor]:
         """``∇R`` at these weights, parameter name -> tensor, in double precision."""
         here = {name: tensor.double() for name, tensor in weights.items()}
         if self.name == "fedprox":

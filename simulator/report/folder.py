@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedtap.simulator.attack import Guess, Reconstruction
+from fedtap.simulator.attack import Reconstructed, Reconstruction
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import TEMPORARY, check_writable, sweep, write_atomically
 from fedtap.simulator.leaks import Leak
@@ -113,7 +113,7 @@ class Folder:
             )
         leak.save(path)
 
-    def keep(self, unit: str, guess: Guess) -> None:
+    def keep(self, unit: str, guess: Reconstructed) -> None:
         """Save a guess, so that a resumed run can show it."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in guess.tensors().items()}
         self.write(f"guesses/{unit}.safetensors", save(tensors))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak
 
-Answer = Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]
+Reply = Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]
 """Of (weights, buffers, images `batch channel height width`, targets `batch classes`): a tensor a trained parameter."""
 
 
@@ -111,7 +111,7 @@ def descended(
     return {name: tensor / steps for name, tensor in total.items()} if steps > 1 else total
 
 
-def answer(leak: Leak) -> Answer:
+def client_reply(leak: Leak) -> Reply:
     """What one victim would send, in the units of `mean_gradient`; of Adam the gradient whose signs it sends."""
     protocol, steps = leak.protocol, local_steps(leak)
     network, names, times = stateless(leak.network, protocol.batchnorm), trained(leak.network), summands(protocol)

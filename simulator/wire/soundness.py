@@ -22,7 +22,7 @@ from fedtap.simulator.defences.notation import Part, described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 from fedtap.simulator.models.registry import logits_layer
-from fedtap.simulator.wire.replay import answer, local_steps, loss_gradient, mean_gradient, summands, targets
+from fedtap.simulator.wire.replay import client_reply, local_steps, loss_gradient, mean_gradient, summands, targets
 
 EXPLAINED = 2.5e-3
 """`unexplained` up to which a guess counts as an explanation.
@@ -59,7 +59,7 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
         return None
     if not _replayable(parts, alone=protocol.batch == steps == 1):
         return None
-    respond, leaked, plain = answer(leak), mean_gradient(leak), loss_gradient(leak)
+    respond, leaked, plain = client_reply(leak), mean_gradient(leak), loss_gradient(leak)
     shared = 0 if leak.stacked else None
     every = vmap(respond, in_dims=(shared, shared, 0, 0))
     target = targets(labels, protocol.classes).to(images.dtype)

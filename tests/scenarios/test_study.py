@@ -129,7 +129,7 @@ def test_rows_that_repeat_each_other_are_summed_up_by_setting_and_word() -> None
 @dataclass(frozen=True)
 class Echo(Attack[PseudoData]):
     leaks = (PosteriorLeak,)
-    guesses = PseudoData
+    reconstructs = PseudoData
     needs_weights = False
     features: int = FEATURES
 

@@ -21,7 +21,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak, Protocol, UpdateLeak, load, told
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.recorder import recorder
-from fedtap.simulator.wire.replay import answer, targets
+from fedtap.simulator.wire.replay import client_reply, targets
 from fedtap.simulator.wire.soundness import EXPLAINED, doubts, unexplained, warned
 from tests.support.attack_leaks import pictures
 from tests.support.clients import heard, protocol
@@ -344,7 +344,7 @@ def test_signs_that_adam_left_are_matched_as_signs(attack: str) -> None:
     assert unexplained(leak, guess.images, guess.labels) is None
 
     def agree(images: Tensor) -> float:
-        sent = answer(leak)(leak.weights or {}, {}, images[0], targets(labels[0], 10))
+        sent = client_reply(leak)(leak.weights or {}, {}, images[0], targets(labels[0], 10))
         alike = [(sent[name].sign() == leak.observed[name][0].sign()).flatten() for name in sent]
         return float(torch.cat(alike).float().mean())
 
@@ -382,5 +382,5 @@ def test_a_single_logit_has_labels_too(batch: int) -> None:
     labels = (pictures(3, batch, SHAPE[1])[1] % 2).sort(dim=1).values
     assert torch.equal(recovered(leak), labels)
     assert targets(labels, 1).shape == (3, batch, 1)
-    sent = answer(leak)(leak.weights or {}, {}, images[0], targets(pictures(3, batch, SHAPE[1])[1][0] % 2, 1))
+    sent = client_reply(leak)(leak.weights or {}, {}, images[0], targets(pictures(3, batch, SHAPE[1])[1][0] % 2, 1))
     torch.testing.assert_close(sent["fc.bias"], leak.observed["fc.bias"][0], atol=1e-6, rtol=1e-4)

@@ -18,13 +18,13 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.parts import teaching
-from fedtap.attackers.parts.teaching import Flat, check_room, ordered, teach
+from fedtap.attackers.parts.teaching import FlatGradient, check_room, ordered, teach
 from fedtap.attackers.wrappers.identified import Identified
 from fedtap.attackers.wrappers.refine import Refine
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.clients.app import client_app
 from fedtap.simulator.attack import Attack, Learned
-from fedtap.simulator.auxiliary import About, Auxiliary, gradients, trainings
+from fedtap.simulator.auxiliary import Auxiliary, Provenance, gradients, trainings
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.rounds import auxiliary as hear_pairs
 from fedtap.simulator.federation.rounds import play as play_rounds
@@ -97,7 +97,7 @@ def test_hashing_is_linear_and_keeps_lengths_on_average(most: int, seed: int) ->
     network = nn.Linear(6, 5)
     draw = torch.Generator().manual_seed(seed)
     gradient = {name: torch.randn(200, *p.shape, generator=draw) for name, p in network.named_parameters()}
-    flat = Flat(network, most)
+    flat = FlatGradient(network, most)
     hashed = flat(gradient)
     assert hashed.shape == (200, min(most, 35))
     doubled = flat({name: 2 * tensor for name, tensor in reversed(gradient.items())})  # whatever the order
@@ -334,6 +334,6 @@ def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path
 
 
 def test_about_says_what_it_is() -> None:
-    about = About(heard().protocol, "photos", 1200)
+    about = Provenance(heard().protocol, "photos", 1200)
     assert "1,200 pairs of lenet on 3x16x16 images of photos in 10 classes, batch 1" in str(about)
-    assert About.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about
+    assert Provenance.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about

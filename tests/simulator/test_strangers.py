@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedtap.simulator.models.registry
-from fedtap.attackers import parse, parse_strangers
+from fedtap.attackers import parse, parse_saved
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.scenarios.command.plan import plan_of
@@ -100,7 +100,7 @@ ATTACKS = (
 def test_a_trained_attack_names_no_code_and_no_file(tmp_path: Path, marker: Path, attack: str) -> None:
     parse(attack)  # a command line may
     with pytest.raises(FedtapError, match="may name no code to import and no other file"):
-        parse_strangers(attack)
+        parse_saved(attack)
     leak = heard()
     made = LTI(width=3, epochs=1, features=20).fit(auxiliary_for(leak, tmp_path / "pairs", pairs=4))
     path = tmp_path / "lti.safetensors"

@@ -1,9 +1,9 @@
-"""Panel: two attacks on the same victims, and of each victim the guess that better explains what was heard.
+"""Best of: two attacks on the same victims; of each victim, the reconstruction that better explains the leak.
 
-A wrapper without a paper. The judge is what an attacker has, never the truth: how far the guess's own gradient is from
-the one that was sent, defended as announced and weighed by the error that the defence leaves. Where the defence is
-random, a guess that follows the noise is nearest, so what pictures look like counts too: together they are the
-posterior. A panel of more is a panel of panels, `panel(panel(idlg, idlg(adaptive=True)), inverting_gradients)`.
+A wrapper without a paper. The criterion uses nothing but the leak: the distance of the reconstruction's gradient from
+the observed one, defended as announced and weighed by the error that the defence leaves. Under a random defence the
+nearest reconstruction would be one that fits the noise, so an image prior is added: together they are the posterior
+density. More than two attacks are nested: `best_of(best_of(idlg, idlg(adaptive=True)), inverting_gradients)`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 
 
 @dataclass(frozen=True)
-class Panel(Attack):
-    """`first` and `second`, each as it would be alone; `first` where both are alike.
+class BestOf(Attack):
+    """The more plausible reconstruction of two attacks, and that of `first` where both are equally plausible.
 
-    Starts are drawn as those of `first` are.
+    Starts are drawn from the distribution of `first`.
     """
 
     leaks = (GradientLeak, UpdateLeak)
 
     first: Attack
+    """The attack whose reconstruction is kept where both are equally plausible."""
     second: Attack
+    """The attack whose reconstruction is kept where it is more plausible."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def starts(self) -> int:
-        """As many as either wants."""
+        """The larger number of the two attacks' starts."""
         return max(self.first.starts, self.second.starts)
 
     def accepts(self, leak: Leak) -> None:
-        """What both accept, of models that can be matched."""
+        """What both accept, among networks that torch.func can differentiate twice."""
         super().accepts(leak)
         self.first.accepts(leak)
         self.second.accepts(leak)
@@ -50,14 +52,16 @@ class Panel(Attack):
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         starts = start.reshape(len(leak), self.starts, *start.shape[1:])
-        guesses, candidates = [], list[Images]()
+        reconstructions, candidates = [], list[Images]()
         for attack in (self.first, self.second):
-            guess = attack.reconstruct(leak, starts[:, : attack.starts].flatten(0, 1))
-            images = guess.images.detach().clamp(0, 1)
-            candidates += guess.candidates or (images,)
-            made_by = guess.made_by or (attack.written(),) * len(leak)
-            guesses.append(Reconstruction(images, guess.labels, implausible(leak, images, guess.labels), made_by))
-        one, other = guesses
+            reconstruction = attack.reconstruct(leak, starts[:, : attack.starts].flatten(0, 1))
+            images = reconstruction.images.detach().clamp(0, 1)
+            candidates += reconstruction.candidates or (images,)
+            made_by = reconstruction.made_by or (attack.written(),) * len(leak)
+            reconstructions.append(
+                Reconstruction(images, reconstruction.labels, implausible(leak, images, reconstruction.labels), made_by)
+            )
+        one, other = reconstructions
         better = other.objective < one.objective
         return Reconstruction(
             torch.where(better.view(-1, 1, 1, 1, 1), other.images, one.images),
@@ -72,15 +76,15 @@ class Panel(Attack):
 
 
 def implausible(leak: Leak, images: Images, labels: Int[Tensor, "victims batch"]) -> Float[Tensor, "victims"]:
-    """What an attack that is aware of the leak's defence minimises, at any guess; infinite if that is not finite.
+    """Objective of an adaptive attack at any images, one value for each victim: infinite where it is not finite.
 
-    A sign is taken as it is, without the softness by which an attack finds its way: whoever follows a soft sign is
-    better at that and worse at the signs.
+    Signs are compared almost without softness, which serves the optimiser alone: an attack that minimised a soft sign
+    would otherwise win by the softness and not by the signs.
     """
     known = informed(leak, relative_distance, softness=HARD)
     sound = images.flatten(1).isfinite().all(1)
     images = images.nan_to_num()
-    value = Match(leak, known.misfit if known else squared_distance)(images, labels)
+    value = Match(leak, known.distance if known else squared_distance)(images, labels)
     if known:
         value = value + known.prior(images)
     return torch.where(sound, value, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
