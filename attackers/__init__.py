@@ -91,7 +91,7 @@ def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
                 yield field.name, one
 
 
-SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "stationary": "stationary_mmd"}
+SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "trained_weights": "stationary_mmd"}
 """Kind of leak -> the attack that is tried where none is named; of gradients, it depends on the model."""
 
 

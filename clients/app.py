@@ -23,38 +23,38 @@ def client_app(plan: Plan) -> ClientApp:
 
     app.query("partition")(roll.present)
 
-    def part_of(order: Message, context: Context) -> Scenario | Study:
-        config: ConfigRecord = order.content.config_records["config"]
+    def part_of(message: Message, context: Context) -> Scenario | Study:
+        config: ConfigRecord = message.content.config_records["config"]
         return plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
 
-    def private(order: Message, context: Context) -> PrivateData:
-        scenario = part_of(order, context)
+    def private(message: Message, context: Context) -> PrivateData:
+        scenario = part_of(message, context)
         assert isinstance(scenario, Scenario), f"{scenario.name} asks in messages of its own"
         clients = int(context.node_config["num-partitions"]) - 1
         return private_data(scenario, _data_root(context), clients)
 
     @app.train("posterior")
     @app.query("attention")
-    def answer(order: Message, context: Context) -> Message:
-        study = part_of(order, context)
+    def reply(message: Message, context: Context) -> Message:
+        study = part_of(message, context)
         assert isinstance(study, Study), f"{study.name} trains, and asks for nothing else"
         with one_thread():
-            return study.answer(order, int(context.node_config["partition-id"]), _data_root(context))
+            return study.answer(message, int(context.node_config["partition-id"]), _data_root(context))
 
     @app.train()
-    def train(order: Message, context: Context) -> Message:
-        if isinstance(part_of(order, context), Study):
-            return answer(order, context)
+    def train(message: Message, context: Context) -> Message:
+        if isinstance(part_of(message, context), Study):
+            return reply(message, context)
         with one_thread():
-            return honest.train(order, context, private(order, context))
+            return honest.train_on_images(message, context, private(message, context))
 
     @app.query("auxiliary")
-    def auxiliary(order: Message, context: Context) -> Message:
-        data = private(order, context)
+    def auxiliary(message: Message, context: Context) -> Message:
+        data = private(message, context)
         if int(context.node_config["partition-id"]) != data.clients:
             raise PermissionError("an honest client takes no examples from the server")
         with one_thread():
-            return compromised.compute_auxiliary(order, data)
+            return compromised.compute_auxiliary(message, data)
 
     return app
 

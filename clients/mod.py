@@ -40,14 +40,14 @@ def mod_of(
         FedtapError: it cannot tell the difference to defend. Nothing is sent then.
     """
 
-    def mod(order: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if order.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
-            return call_next(order, context)
-        before = tensors_of(_arrays(order, "order")[1])
-        answer = call_next(order, context)
-        if answer.has_error():
-            return answer
-        key, record = _arrays(answer, "answer")
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+            return call_next(message, context)
+        before = tensors_of(_arrays(message, "order")[1])
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        key, record = _arrays(reply, "answer")
         after = tensors_of(record)
         floating = [name for name in after if after[name].is_floating_point()]
         kept = [name for name in floating if parameters is None or name in parameters]
@@ -57,8 +57,8 @@ def mod_of(
                 "answer with the arrays that came, or name those to defend, mod_of(parameters=...)."
             )
         sent = after | defended(defence, before, {name: after[name] for name in kept}, learning_rate, draw)
-        answer.content.array_records[key] = ArrayRecord({name: sent[name] for name in after})
-        return answer
+        reply.content.array_records[key] = ArrayRecord({name: sent[name] for name in after})
+        return reply
 
     return mod
 

@@ -10,7 +10,9 @@ from fedtap.simulator.attack import generator
 from fedtap.simulator.wire.records import tensors_of
 
 
-def answer(order: Message, half: nn.Module, private: Tensor, client: int, noise: float = 0.0, seed: int = 0) -> Message:
+def activation_reply(
+    message: Message, half: nn.Module, private: Tensor, client: int, noise: float = 0.0, seed: int = 0
+) -> Message:
     """The output of the half that the order's weights make, for this input.
 
     Args:
@@ -21,11 +23,11 @@ def answer(order: Message, half: nn.Module, private: Tensor, client: int, noise:
     Raises:
         RuntimeError: the order carries another model's weights.
     """
-    half.load_state_dict(tensors_of(order.content.array_records["arrays"]))
+    half.load_state_dict(tensors_of(message.content.array_records["arrays"]))
     with torch.no_grad():
         output = half.eval()(private[None])[0]
     if noise:
         drawn = torch.randn(output.shape, generator=generator(seed, "noise", client), dtype=output.dtype)
         output = output + noise * output.square().mean().sqrt() * drawn
     content = {"attention": ArrayRecord({"output": output}), "metrics": MetricRecord({"partition": client})}
-    return Message(RecordDict(content), reply_to=order)  # type: ignore[arg-type]
+    return Message(RecordDict(content), reply_to=message)  # type: ignore[arg-type]

@@ -94,9 +94,9 @@ class Training:
             return value
 
         def left() -> float:
-            (slope,) = torch.autograd.grad(loss(), weights)
+            (gradient,) = torch.autograd.grad(loss(), weights)
             held = self.regulariser.strength * (weights.detach() - anchor)
-            return float(slope.norm() / held.norm().clamp_min(1e-300))
+            return float(gradient.norm() / held.norm().clamp_min(1e-300))
 
         if self.optimiser == "adam":
             adam = torch.optim.Adam([weights], lr=ADAM_RATE)
@@ -120,7 +120,7 @@ class Training:
         return parts(weights.detach()), left()
 
 
-def train(
+def train_to_the_end(
     order: Message,
     client: int,
     network: nn.Module,

@@ -119,9 +119,9 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
         draw = generator(scenario.seed, "unshared")
         with seeded(scenario.seed, "unshared"):
             for _ in range(scenario.local_epochs):
-                order = torch.randperm(len(images), generator=draw)
-                steps = -(-len(order) // UNSHARED_BATCH)
-                sgd(net, images[order], labels[order], steps, UNSHARED_BATCH, UNSHARED_RATE)
+                message = torch.randperm(len(images), generator=draw)
+                steps = -(-len(message) // UNSHARED_BATCH)
+                sgd(net, images[message], labels[message], steps, UNSHARED_BATCH, UNSHARED_RATE)
         _DRIFTED.clear()
         _DRIFTED[key] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
     return _DRIFTED[key]
@@ -130,7 +130,9 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
 _DRIFTED: dict[object, dict[str, Tensor]] = {}
 
 
-def answer(order: Message, net: nn.Module, examples: int, partition: int, drift_norm: float | None = None) -> Message:
+def weights_reply(
+    message: Message, net: nn.Module, examples: int, partition: int, drift_norm: float | None = None
+) -> Message:
     """The reply FedAvg expects: one ArrayRecord, one MetricRecord, with no more than the server needs.
 
     Args:
@@ -140,4 +142,4 @@ def answer(order: Message, net: nn.Module, examples: int, partition: int, drift_
     metrics = MetricRecord({"num-examples": examples, "partition": partition})
     if drift_norm is not None:
         metrics["drift_norm"] = drift_norm
-    return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=order)
+    return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=message)

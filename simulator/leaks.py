@@ -26,7 +26,7 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 
 Tensors = Mapping[str, Tensor]
-Kind = TypeVar("Kind", bound="Leak")
+_AnyLeak = TypeVar("_AnyLeak", bound="Leak")
 
 FORMAT = 2
 """Version of the saved form; a reader takes this one and the one before it."""
@@ -184,19 +184,19 @@ class Leak:
         """Where the tensors lie."""
         return next(iter(self.observed.values())).device
 
-    def __getitem__(self: Kind, which: int | slice | Tensor) -> Kind:
+    def __getitem__(self: _AnyLeak, which: int | slice | Tensor) -> _AnyLeak:
         """The stack of the chosen victims; an int keeps the victims axis, with one entry."""
         if isinstance(which, int):
             which = slice(which, which + 1) if which != -1 else slice(-1, None)
         return self._victims(lambda tensor: tensor[which])
 
-    def repeat(self: Kind, restarts: int) -> Kind:
+    def repeat(self: _AnyLeak, restarts: int) -> _AnyLeak:
         """Each victim `restarts` times in a row, numbered in `restarts`."""
         repeated = self._victims(lambda tensor: tensor.repeat_interleave(restarts, dim=0))
         numbers = torch.arange(restarts, device=self.restarts.device).repeat(len(self))
         return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)
 
-    def to(self: Kind, device: torch.device | str) -> Kind:
+    def to(self: _AnyLeak, device: torch.device | str) -> _AnyLeak:
         """The same leak on another device. Victims' names stay on the CPU."""
         return dataclasses.replace(
             self,
@@ -205,7 +205,7 @@ class Leak:
             buffers=_each(self.buffers, lambda tensor: tensor.to(device)),
         )
 
-    def _victims(self: Kind, choose: Any) -> Kind:
+    def _victims(self: _AnyLeak, choose: Any) -> _AnyLeak:
         on_model = choose if self.stacked else (lambda tensor: tensor)
         return dataclasses.replace(
             self,
@@ -264,7 +264,7 @@ class Leak:
         tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
         tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
         tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
-        tensors |= {} if self.examples is None else {EXAMPLES: self.examples}
+        tensors |= {} if self.examples is None else {EXAMPLE_COUNTS: self.examples}
         return dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     def save(self, path: Path) -> None:
@@ -343,7 +343,7 @@ class TrainedWeightsLeak(Leak):
     client's number of examples its `batch`.
     """
 
-    kind = "stationary"
+    kind = "trained_weights"
     precise = True
 
     @property
@@ -352,16 +352,23 @@ class TrainedWeightsLeak(Leak):
         return self.observed
 
 
+FORMER_KINDS = {"stationary": "trained_weights"}
+"""Kinds of leak that had other names in saved files, whose tensors then have the former name before them."""
+
 KINDS: dict[str, type[Leak]] = {
     kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, TrainedWeightsLeak)
 }
 
 
-NAMES = ("clients", "rounds", "restarts")
-EXAMPLES = "examples"
+VICTIM_NAMES = ("clients", "rounds", "restarts")
+EXAMPLE_COUNTS = "examples"
 """A tensor that a saved leak may have beside these."""
-GROUPS = {kind: (f"{kind}/", "weights/", "buffers/") for kind in KINDS}
+
+MODEL_GROUPS = ("weights/", "buffers/")
+"""Groups of tensors in a saved leak beside that of its kind."""
+
 NO_VICTIMS = {(), (0,)}
+"""Shapes of names that hold no victim."""
 
 
 def stack(leaks: Sequence[Leak]) -> Leak:
@@ -402,7 +409,7 @@ def stack(leaks: Sequence[Leak]) -> Leak:
     )
 
 
-def mean(leaks: Sequence[Kind]) -> Kind:
+def mean(leaks: Sequence[_AnyLeak]) -> _AnyLeak:
     """What a client that answers the same again and again gives away: the mean of its answers, as one leak.
 
     Raises:
@@ -447,7 +454,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
                 f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT}: save it "
                 "again."
             )
-        kind = KINDS[about["kind"]]
+        written = about["kind"]
+        kind = KINDS[FORMER_KINDS.get(written, written)]
         protocol = protocol_of(about["protocol"])
         stacked, resolution = about["stacked"], float(about["resolution"])
         if type(stacked) is not bool:
@@ -474,7 +482,9 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         as_is = (torch.float32, torch.float64) if kind.precise else (torch.float32,)
         return _each(found, lambda t: t.float() if t.is_floating_point() and t.dtype not in as_is else t)
 
-    names = [tensors.get(name) for name in NAMES] + [tensors[name] for name in (EXAMPLES,) if name in tensors]
+    names = [tensors.get(name) for name in VICTIM_NAMES] + [
+        tensors[name] for name in (EXAMPLE_COUNTS,) if name in tensors
+    ]
     shapes = {tuple(tensor.shape) for tensor in names if tensor is not None and tensor.dtype == torch.int64}
     if (
         any(tensor is None or tensor.dtype != torch.int64 for tensor in names)
@@ -482,16 +492,17 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         or shapes & NO_VICTIMS
     ):
         raise FedtapError(
-            f"{short(path, 100)} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
+            f"{short(path, 100)} lacks the tensors {', '.join(VICTIM_NAMES)}, which say whose answers these are: "
             "add all three, int64, one entry a victim, at least one."
         )
-    known = (*NAMES, EXAMPLES)
-    if strange := [name for name in tensors if name not in known and not name.startswith(GROUPS[kind.kind])]:
+    known = (*VICTIM_NAMES, EXAMPLE_COUNTS)
+    groups = (f"{written}/", *MODEL_GROUPS)
+    if strange := [name for name in tensors if name not in known and not name.startswith(groups)]:
         raise FedtapError(
             f"{short(path, 100)} holds {short(strange[0])}, which is no part of a {kind.kind} leak: take it out."
         )
     leak = kind(
-        observed=group(f"{kind.kind}/"),
+        observed=group(f"{written}/"),
         protocol=protocol,
         network=build(protocol.model, protocol.shape, protocol.classes),
         weights=group("weights/") or None,
@@ -501,7 +512,7 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         restarts=tensors["restarts"],
         stacked=stacked,
         resolution=resolution,
-        examples=tensors.get(EXAMPLES),
+        examples=tensors.get(EXAMPLE_COUNTS),
     )
     leak = dataclasses.replace(
         leak,
@@ -554,7 +565,7 @@ def check_protocol(protocol: Protocol) -> None:
         raise FedtapError(f"This protocol is none that a client could follow, since {error}: say it so.") from error
 
 
-def told(leak: Leak, **said: Any) -> Leak:
+def with_terms(leak: Leak, **said: Any) -> Leak:
     """The leak under what the caller knows of its protocol better than the file; a gradient of several steps is an
     update, ``-learning_rate x`` what one step would have had as its gradient.
 
@@ -576,10 +587,10 @@ def float_buffers(network: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
 
 
-LONGEST = 200
+LONGEST_TEXT = 200
 """Letters of a protocol's texts."""
 
-MOST, MOST_CLASSES, MOST_NUMBERS = 10**6, 2**20, 2**28
+MOST_STEPS, MOST_CLASSES, MOST_NUMBERS = 10**6, 2**20, 2**28
 """Steps and clients of a sum, classes, and numbers in a batch of examples, at most: a leak of more is a mistake, or was
 made to fill the memory."""
 
@@ -602,12 +613,14 @@ def sound(protocol: Protocol, resolution: float = 0.0) -> None:
         TypeError, ValueError: with what is wrong.
     """
     _sound(protocol, resolution)
-    if max(protocol.local_steps, protocol.summed) > MOST or protocol.classes > MOST_CLASSES:
-        raise ValueError(f"local_steps and summed are at most {MOST:,}, classes {MOST_CLASSES:,}")
+    if max(protocol.local_steps, protocol.summed) > MOST_STEPS or protocol.classes > MOST_CLASSES:
+        raise ValueError(f"local_steps and summed are at most {MOST_STEPS:,}, classes {MOST_CLASSES:,}")
     if protocol.batch * math.prod(protocol.shape) > MOST_NUMBERS:
         raise ValueError(f"a batch has at most {MOST_NUMBERS:,} numbers")
-    if any(len(text) > LONGEST for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)):
-        raise ValueError(f"model, defence, listener and prior have {LONGEST} letters at most")
+    if any(
+        len(text) > LONGEST_TEXT for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
+    ):
+        raise ValueError(f"model, defence, listener and prior have {LONGEST_TEXT} letters at most")
 
 
 def _sound(protocol: Protocol, resolution: float) -> None:

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from fedtap.simulator import scores
-from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction, answered, generator
+from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction, generator, reply_parts
 from fedtap.simulator.auxiliary import Auxiliary, Provenance, digest, digest_of
 from fedtap.simulator.defences.accountant import mechanism_of
 from fedtap.simulator.defences.notation import described
@@ -427,7 +427,7 @@ def adaptation(attack: Attack, defence: str) -> Row:
     """
     missing = attack.unknown(defence)
     note = {"adaptive_note": f"does not know {'+'.join(missing)}"} if missing and attack.adapts else {}
-    return {"adaptive": not missing and (attack.adapts or bool(answered(defence))), **note}
+    return {"adaptive": not missing and (attack.adapts or bool(reply_parts(defence))), **note}
 
 
 ADJACENCY = "add/remove"

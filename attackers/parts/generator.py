@@ -620,8 +620,7 @@ def fit(
             adam.step()
             cycle.step()
     generator.eval()
-    held = [(rows(some), images[some]) for some in torch.arange(kept, len(images)).split(batch)]  # type:
-    ignore[no - untyped - call]
+    held = [(rows(some), images[some]) for some in torch.arange(kept, len(images)).split(batch)]  # type: ignore[no-untyped-call]
 
     def held_out_error(trust: Tensor) -> Tensor:
         generator.trust.copy_(trust)

@@ -182,10 +182,10 @@ def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
         logit_rate = rate * (1 + embedding.square().sum(1, keepdim=True))
         for _ in range(SETTLE):
             shares = _proper(believed - gradients) if leak.protocol.loss == "cross_entropy" else believed - gradients
-            drift_norm, total = logits, torch.zeros_like(logits)
+            moving, total = logits, torch.zeros_like(logits)
             for _ in range(leak.protocol.local_steps):
-                total = total + respond(drift_norm)
-                drift_norm = drift_norm - logit_rate * (respond(drift_norm) - shares)
+                total = total + respond(moving)
+                moving = moving - logit_rate * (respond(moving) - shares)
             believed = (believed + total / leak.protocol.local_steps) / 2
     return believed
 

@@ -25,7 +25,7 @@ from fedtap.attackers.parts.checks import check_fields, check_magnitudes
 from fedtap.simulator.attack import Attack, Tokens, generator
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
-from fedtap.simulator.models.language import Block, LanguageModel
+from fedtap.simulator.models.language import LanguageModel, TransformerBlock
 
 PAIRS_AT_ONCE = 2**14
 """Pairs of a text's beginning and a token that go through a block at once, to bound memory."""
@@ -222,8 +222,8 @@ class Second:
         allowed: Bool[Tensor, "victims places tokens"],
     ) -> None:
         first, second = net.blocks[0], net.blocks[1]
-        assert isinstance(first, Block)
-        assert isinstance(second, Block)
+        assert isinstance(first, TransformerBlock)
+        assert isinstance(second, TransformerBlock)
         self.first, self.second, self.span, self.ids, self.allowed = first, second, span, ids, allowed
         ids[:, 0], allowed[:, 0] = net.start, False
         allowed[:, 0, 0] = True

@@ -15,7 +15,16 @@ from torch import nn
 
 from fedtap import attackers
 from fedtap.attackers.parts.checks import check_fields
-from fedtap.simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, answered, check_trained_on
+from fedtap.simulator.attack import (
+    TRAINED_FORMAT,
+    Attack,
+    Images,
+    Learned,
+    Learner,
+    Reconstruction,
+    check_trained_on,
+    reply_parts,
+)
 from fedtap.simulator.auxiliary import Provenance
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import LARGEST_TENSORS, is_file, parse_tensors, read_bytes, read_json
@@ -53,7 +62,7 @@ class Saved(Attack):
     def unknown(self, defence: str) -> tuple[str, ...]:
         """None of the defence's parts where it was trained on pairs under that defence; all of them otherwise."""
         trained_under = _described(Path(self.path))[1].protocol.defence
-        return () if defence == trained_under else answered(defence)
+        return () if defence == trained_under else reply_parts(defence)
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, among leaks of the kind that it was trained on."""
@@ -77,8 +86,8 @@ def _described(path: Path) -> tuple[Learner, Provenance, str]:
             )
     try:
         document: dict[str, Any] = read_json(beside)
-        if document["format"] != FORMAT:
-            raise ValueError(f"format {short(document['format'])}, and this fedtap reads {FORMAT}")
+        if document["format"] != TRAINED_FORMAT:
+            raise ValueError(f"format {short(document['format'])}, and this fedtap reads {TRAINED_FORMAT}")
         if not isinstance(document["about"], dict):
             raise TypeError("about is no object")
         about, digest = Provenance.of(document["about"]), str(document["digest"])

@@ -21,7 +21,7 @@ from fedtap.scenarios.command.options import Knob
 from fedtap.simulator.data.images import Dataset
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import dataset_of
-from fedtap.simulator.models.attention import Patches, cut, first_attention, joined
+from fedtap.simulator.models.attention import Patches, first_attention, joined, patches_of
 from fedtap.simulator.models.registry import ViT, build, with_weights
 from fedtap.simulator.report.folder import Row
 from fedtap.simulator.report.page import Picture
@@ -57,12 +57,12 @@ class AttentionViT(Split):
     size: int = 32
     weights_seed: int = 1234
     weights: str = ""
-    cut: str = "sum"
+    patches_of: str = "sum"
 
     @property
     def block(self) -> str:
         """The half, as a saved leak names it."""
-        return f"vit(cut={self.cut!r})"
+        return f"vit(cut={self.patches_of!r})"
 
     def dataset_at(self, data_root: Path) -> Dataset:
         """Where the photographs are from.
@@ -87,7 +87,7 @@ class AttentionViT(Split):
 
     def half(self, data_root: Path) -> Patches:
         """The model to its first attention, in float32."""
-        return first_attention(self.vit(data_root), residual=self.cut == "sum")
+        return first_attention(self.vit(data_root), residual=self.patches_of == "sum")
 
     def patch(self, data_root: Path) -> tuple[int, int]:
         """Height and width of a patch, in pixels."""
@@ -101,7 +101,7 @@ class AttentionViT(Split):
     def private(self, client: int, data_root: Path) -> Tensor:
         """A client's photograph, in patches."""
         images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
-        return cut(images[0], *self.patch(data_root))
+        return patches_of(images[0], *self.patch(data_root))
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
         """Every attack on every client, from a start that needs no truth."""
@@ -128,7 +128,7 @@ class AttentionViT(Split):
                     {
                         "attack": attack.written(),
                         "client": int(leak.clients[victim]),
-                        "cut": self.cut,
+                        "cut": self.patches_of,
                         "noise": self.noise,
                         "psnr": own[victim],
                         "psnr_blind": none[victim],
@@ -150,7 +150,7 @@ def scenario(
     size: Annotated[
         int, Knob("pixels a side that photos and the images of a folder or zip are brought to", 8, 512)
     ] = 32,
-    cut: Annotated[
+    patches_of: Annotated[
         str, Knob("where the clients' half ends: after the residual sum, or before it", choices=CUTS)
     ] = "sum",
     noise: Annotated[
@@ -169,7 +169,7 @@ def scenario(
         attacks=attacks_on_blocks(attack),
         dataset=dataset,
         size=size,
-        cut=cut,
+        patches_of=patches_of,
         noise=noise,
         victims=victims,
         weights_seed=weights_seed,

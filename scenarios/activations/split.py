@@ -63,7 +63,9 @@ class Split(Study):
 
     def answer(self, order: Message, client: int, data_root: Path) -> Message:
         """Its half's output."""
-        return split.answer(order, self.half(data_root), self.private(client, data_root), client, self.noise, self.seed)
+        return split.activation_reply(
+            order, self.half(data_root), self.private(client, data_root), client, self.noise, self.seed
+        )
 
     def listen(self, grid: Grid, part: int, data_root: Path, failed: dict[int, str]) -> Leak:
         """Broadcast the half, and hear what clients make of it.

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedtap.attackers.checkpoints.stationary_mmd import STATIONARY_SHARE, unexplainable
-from fedtap.clients.stationary import Training, train
+from fedtap.clients.stationary import Training, train_to_the_end
 from fedtap.simulator import scores
 from fedtap.simulator.attack import PseudoData, generator
 from fedtap.simulator.errors import FedtapError, short
@@ -131,7 +131,9 @@ class Trained(Study):
         """Train the case that the order names."""
         case = self.cases[int(order.content.config_records["case"]["number"])]  # type: ignore[arg-type]
         training = Training(Regulariser.parse(case.regulariser), case.training)
-        return train(order, client, case.network(0), *case.private(self.seed, client), training, case.precision)
+        return train_to_the_end(
+            order, client, case.network(0), *case.private(self.seed, client), training, case.precision
+        )
 
     def hear(self, grid: Grid, part: int, number: int, failed: dict[int, str] | None = None) -> Heard:
         """Broadcast the case's initial weights, and hear what comes back.
@@ -159,10 +161,10 @@ class Trained(Study):
         for victim, client in enumerate(heard.leak.clients.tolist()):
             truth, labels = case.private(self.seed, client)
             weights = guess.weights[victim]
-            apart = scores.nearest(guess.points[victim], weights, truth)
+            apart = scores.matched_distances(guess.points[victim], weights, truth)
             many = int((weights >= scores.FAINT).sum())
             random, _ = case.table(self.seed, max(many, case.examples), "blind", client)
-            blind = scores.nearest(random, torch.ones(len(random)), truth)
+            blind = scores.matched_distances(random, torch.ones(len(random)), truth)
             residual = float(guess.objective[victim]) ** 0.5
             rows.append(
                 {

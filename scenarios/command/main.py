@@ -36,7 +36,7 @@ from fedtap.simulator.data.images import DATASETS
 from fedtap.simulator.defences.notation import WORDS, usage
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
 from fedtap.simulator.federation.settings import Scenario
-from fedtap.simulator.leaks import KINDS, Leak, load, told
+from fedtap.simulator.leaks import KINDS, Leak, load, with_terms
 from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.registry import MODELS, allow
 from fedtap.simulator.report import defence_report, privacy_report, study_report
@@ -195,7 +195,7 @@ def _leaks_in(path: Path) -> list[Path]:
 def _read(path: Path, model: str, known: Mapping[str, Any]) -> Leak | FedtapError:
     """The leak, with what is known of its protocol; or why it is none."""
     try:
-        return told(load(path, architecture, model or None), **known)
+        return with_terms(load(path, architecture, model or None), **known)
     except FedtapError as error:
         return error
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedtap.attackers import parse
 from fedtap.attackers.texts.dager import DAGER, Read
-from fedtap.clients.texts import check_defence, train
+from fedtap.clients.texts import check_defence, train_on_texts
 from fedtap.scenarios.command.options import Knob
 from fedtap.simulator import scores
 from fedtap.simulator.attack import Attack, Tokens, generator
@@ -34,7 +34,7 @@ from fedtap.simulator.defences.notation import described, written
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.rounds import as_expected
 from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
-from fedtap.simulator.models.language import NAMES, LanguageModel, build_language, minilm_folder
+from fedtap.simulator.models.language import LANGUAGE_MODELS, LanguageModel, build_language, minilm_folder
 from fedtap.simulator.report import curves
 from fedtap.simulator.report.folder import Row
 from fedtap.simulator.study import Outcome, Study, rows_of_failed, without
@@ -59,7 +59,7 @@ KEPT = 2**28
 def scenario(
     *,
     dataset: Annotated[str, Knob("NAME of the data root's NAME_train*.csv and NAME_test*.csv")] = "ag_news",
-    model: Annotated[str, Knob("gpt, bert, or minilm", choices=NAMES)] = "gpt",
+    model: Annotated[str, Knob("gpt, bert, or minilm", choices=LANGUAGE_MODELS)] = "gpt",
     batch: Annotated[int, Knob("private texts in the local step", 1, 4096)] = 8,
     tokens: Annotated[int, Knob("tokens to which each text is cut", 1, 510)] = 16,
     width: Annotated[int, Knob("numbers in a token's vector; 384 in minilm", 12, 4096)] = 384,
@@ -140,7 +140,7 @@ class TextGradients(Study):
         side = sides(self, data_root)
         texts, labels = self.private(side.victims, client)
         draw = generator(self.seed, "defence", client)
-        return train(order, self.network(side), texts, labels, client, self.learning_rate, self.defence, draw)
+        return train_on_texts(order, self.network(side), texts, labels, client, self.learning_rate, self.defence, draw)
 
     def private(self, side: Cut, client: int) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch"]]:
         """The texts that this client holds, and their classes: those of a shuffle, in turns.

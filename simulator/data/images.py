@@ -114,7 +114,7 @@ def open_dataset(name: str, data_root: Path, size: int = 32) -> Dataset:
     if name == "photos":
         return photos(size)
     if name == "cifar10":
-        return cifar10(data_root)
+        return cifar10_dataset(data_root)
     path = next((path for path in (Path(name), data_root / name) if exists(path)), None)
     if path is None:
         if "/" in name or PurePosixPath(name).suffix in (".npz", ".zip"):
@@ -301,7 +301,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-HELD_OUT = {"val", "valid", "validation", "test"}
+HELD_OUT_FOLDERS = {"val", "valid", "validation", "test"}
 """Folders beside one named train whose pictures are the victims."""
 
 
@@ -324,7 +324,7 @@ def pictures(path: Path, size: int) -> Dataset:
         return _pictures(path, readers, size)
     try:
         archive = zipfile.ZipFile(path)
-        check_zip(archive, LARGEST)
+        check_zip(archive, LARGEST_ARRAY)
     except Exception as error:  # zipfile raises all sorts
         raise FedtapError(
             f"{short(path, 100)} cannot be read as a zip ({short(error, 100)}): fetch or pack it again."
@@ -347,10 +347,10 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         raise FedtapError(
             f"{short(path, 100)} holds no images ({', '.join(sorted(SUFFIXES))}): name a folder or zip that does."
         )
-    if len(images) * size * size * 3 > LARGEST:
+    if len(images) * size * size * 3 > LARGEST_ARRAY:
         raise FedtapError(
             f"{short(path, 100)} holds {len(images):,} images, which at {size} pixels a side fill more than "
-            f"{LARGEST:,} bytes: lower --size, or take some out."
+            f"{LARGEST_ARRAY:,} bytes: lower --size, or take some out."
         )
     classes_of, held_out = _layout(images, path.stem)
     classes = tuple(sorted(set(classes_of.values())))
@@ -371,7 +371,7 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
     turns = cycle(("public", "train") if held_out else SIDES)
     side_of: dict[PurePosixPath, SideName] = {file: "victims" if file in held_out else next(turns) for file in fitted}
     alike = len(classes) == 1
-    if (not held_out and (alike or len(fitted) < SMALL)) or set(side_of.values()) != set(SIDES):
+    if (not held_out and (alike or len(fitted) < _SMALL)) or set(side_of.values()) != set(SIDES):
         labels = [classes.index(classes_of[file]) for file in fitted]
         return _beside_photos(
             path.stem, _stacked(list(fitted.values()), grey), None if alike else labels, classes, size
@@ -382,7 +382,7 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
     return _called(path.stem, sides, grey) if alike else _dataset(path.stem, classes, sides, grey)
 
 
-SMALL = 24
+_SMALL = 24
 """Images below which a folder is not split: a third of them would be less than one for each of a few clients."""
 
 PSEUDO_LABELS = 8
@@ -446,7 +446,7 @@ def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPat
         single = tops().pop()
         inner = {file: parts[1:] for file, parts in inner.items()}
     held_out: set[PurePosixPath] = set()
-    if "train" in tops() and {"train"} < tops() <= {"train"} | HELD_OUT:
+    if "train" in tops() and {"train"} < tops() <= {"train"} | HELD_OUT_FOLDERS:
         held_out = {file for file, parts in inner.items() if parts[0] != "train"}
         inner = {file: parts[1:] for file, parts in inner.items()}
     classes = {file: parts[0] if len(parts) > 1 else single for file, parts in inner.items()}
@@ -472,7 +472,7 @@ def npz(path: Path, classes: Sequence[str] = ()) -> Dataset:
     """
     try:
         with zipfile.ZipFile(path) as members:
-            check_zip(members, LARGEST)
+            check_zip(members, LARGEST_ARRAY)
             for name in ARRAYS:
                 _check_header(members, name)
         with np.load(path, allow_pickle=False) as archive:
@@ -502,7 +502,7 @@ def _check_header(members: zipfile.ZipFile, name: str) -> None:
         raise ValueError(f"{name} promises {short(shape, 30)} entries, and there are fewer")
 
 
-def cifar10(data_root: Path) -> Dataset:
+def cifar10_dataset(data_root: Path) -> Dataset:
     """CIFAR-10: the first cifar10*.npz in the data root, else torchvision's, downloaded there.
 
     Raises:
@@ -513,16 +513,16 @@ def cifar10(data_root: Path) -> Dataset:
         return dataclasses.replace(npz(found[0], CIFAR10_CLASSES), name="cifar10")
     from fedtap.simulator.data import vision
 
-    return _arrays("cifar10", vision.cifar10(data_root), CIFAR10_CLASSES)
+    return _arrays("cifar10", vision.cifar10_arrays(data_root), CIFAR10_CLASSES)
 
 
-LARGEST = 2**31
+LARGEST_ARRAY = 2**31
 """Bytes that a dataset's images may fill, unfolded and resized."""
 
 LARGEST_IMAGE, MOST_PIXELS = 2**28, 2**26
 """Bytes of an image file, and pixels of an image, at most."""
 
-MOST_CLASSES = 2**16
+MOST_LABELS = 2**16
 """Classes of an .npz, which are counted from its labels."""
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -556,8 +556,8 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
         raise ValueError(f"x_{part} has shape {images.shape}, not N x H x W x C with 1 or 3 channels")
     if labels.dtype.kind not in "iu" or labels.size != len(images) or (labels.size and int(labels.min()) < 0):
         raise ValueError(f"y_{part} is not one whole number from 0 for each image of x_{part}")
-    if labels.size and int(labels.max()) >= MOST_CLASSES:
-        raise ValueError(f"y_{part} holds {labels.max()}, where {MOST_CLASSES - 1:,} is the highest possible")
+    if labels.size and int(labels.max()) >= MOST_LABELS:
+        raise ValueError(f"y_{part} holds {labels.max()}, where {MOST_LABELS - 1:,} is the highest possible")
     channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return Side(torch.from_numpy(channels_first), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 

@@ -75,7 +75,7 @@ class Attention(nn.Module):
         for layer in (self.value, *([] if self.project is None else [self.project])):
             nn.init.normal_(layer.weight, 0.0, layer.in_features**-0.5, generator=generator)
 
-    def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
+    def forward(self, x: Float[Tensor, "*elements n d"]) -> Float[Tensor, "*elements n m"]:
         u = x if self.before is None else self.before(x)
         query, key, value = (
             layer(u).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for layer in (self.query, self.key, self.value)
@@ -97,7 +97,7 @@ class Words(nn.Module):
         )
         self.attention = attention
 
-    def embedded(self, words: Int[Tensor, "*lanes n"]) -> Float[Tensor, "*lanes n d"]:
+    def embedded(self, words: Int[Tensor, "*elements n"]) -> Float[Tensor, "*elements n d"]:
         """What the table says of these words.
 
         Raises:
@@ -110,7 +110,7 @@ class Words(nn.Module):
             )
         return self.table.detach()[words]
 
-    def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
+    def forward(self, x: Float[Tensor, "*elements n d"]) -> Float[Tensor, "*elements n m"]:
         return self.attention(x)  # type: ignore[no-any-return]
 
 
@@ -123,7 +123,7 @@ class Patches(nn.Module):
         self.position = nn.Parameter(torch.empty(tokens, attention.query.in_features))
         self.attention = attention
 
-    def forward(self, x: Float[Tensor, "*lanes n pixels"]) -> Float[Tensor, "*lanes n m"]:
+    def forward(self, x: Float[Tensor, "*elements n pixels"]) -> Float[Tensor, "*elements n m"]:
         return self.attention(self.embed(x) + self.position)  # type: ignore[no-any-return]
 
 
@@ -162,7 +162,7 @@ def first_attention(vit: ViT, *, residual: bool = True) -> Patches:
     return patches
 
 
-BLOCK = re.compile(r"attention\(heads=([1-9]\d{0,3}), around='(\w+)', vocabulary=(0|[1-9]\d{0,6})\)")
+_BLOCK = re.compile(r"attention\(heads=([1-9]\d{0,3}), around='(\w+)', vocabulary=(0|[1-9]\d{0,6})\)")
 """How a saved leak says what block it is of."""
 
 HALVES = {"vit(cut='sum')": True, "vit(cut='attention')": False}
@@ -183,7 +183,7 @@ def architecture(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     if len(shape) != 2:
         return build(name, shape, classes)
     tokens, numbers = shape
-    found = BLOCK.fullmatch(name)
+    found = _BLOCK.fullmatch(name)
     with torch.device("meta"):
         if found and found[2] in AROUND:
             attention = Attention(numbers, int(found[1]), **AROUND[found[2]])
@@ -201,7 +201,9 @@ MOVES = ((-4, -2, -5, -3), (-5, -4, -3, -2))
 """From (channel, row, y, column, x) to (row, column, channel, y, x)."""
 
 
-def cut(images: Float[Tensor, "*lanes channel height width"], high: int, wide: int) -> Float[Tensor, "*lanes n pixels"]:
+def patches_of(
+    images: Float[Tensor, "*elements channel height width"], high: int, wide: int
+) -> Float[Tensor, "*elements n pixels"]:
     """Pictures as patches, row by row; a patch's pixels channel by channel."""
     columns = images.unflatten(-1, (-1, wide))  # type: ignore[no-untyped-call]
     rows = columns.unflatten(-3, (-1, high))
@@ -209,8 +211,8 @@ def cut(images: Float[Tensor, "*lanes channel height width"], high: int, wide: i
 
 
 def joined(
-    patches: Float[Tensor, "*lanes n pixels"], shape: tuple[int, int, int], high: int, wide: int
-) -> Float[Tensor, "*lanes channel height width"]:
+    patches: Float[Tensor, "*elements n pixels"], shape: tuple[int, int, int], high: int, wide: int
+) -> Float[Tensor, "*elements channel height width"]:
     """Patches as a picture of this shape: `cut` undone."""
     channels, height, width = shape
     apart = patches.unflatten(-2, (height // high, width // wide)).unflatten(-1, (channels, high, wide))  # type: ignore[no-untyped-call]

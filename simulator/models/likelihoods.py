@@ -25,7 +25,7 @@ HIGHEST, WIDEST = 20, 500
 """Degree of a polynomial, and hidden units of a network, at most: beyond, powers are lost in rounding, and the Hessian
 of the log-posterior needs gigabytes."""
 
-HOW = "write linear_regression, polynomial(DEGREE) or bayesian_network(HIDDEN, NOISE)"
+HOW_TO_WRITE = "write linear_regression, polynomial(DEGREE) or bayesian_network(HIDDEN, NOISE)"
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class BayesianNetwork(Likelihood):
         return -0.5 * theta @ theta
 
 
-KINDS = ("linear_regression", "polynomial", "bayesian_network")
+LIKELIHOODS = ("linear_regression", "polynomial", "bayesian_network")
 
 NORMAL = "normal(1)"
 """The prior of a network's parameters."""
@@ -239,11 +239,13 @@ def likelihood(model: str, inputs: int, prior_of_sigma: str = "flat") -> Likelih
             hidden, noise = values
             return BayesianNetwork(inputs, int(hidden), float(noise))
         (degree,) = values if name == "polynomial" else ["1"] if not values else ["", ""]
-        if name in KINDS:
+        if name in LIKELIHOODS:
             return LinearRegression(inputs, int(degree), prior(prior_of_sigma))
     except ValueError as error:
-        raise FedtapError(f"{short(model)!r} cannot be read as a likelihood ({short(error)}): {HOW}.") from error
-    raise FedtapError(f"{short(model)!r} is no likelihood that fedtap knows: {HOW}.")
+        raise FedtapError(
+            f"{short(model)!r} cannot be read as a likelihood ({short(error)}): {HOW_TO_WRITE}."
+        ) from error
+    raise FedtapError(f"{short(model)!r} is no likelihood that fedtap knows: {HOW_TO_WRITE}.")
 
 
 def likelihood_of(protocol: Protocol) -> Likelihood:

@@ -31,7 +31,7 @@ from fedtap.simulator.defences.precode import with_bottleneck
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 from fedtap.simulator.models import likelihoods
-from fedtap.simulator.models.language import NAMES, build_language
+from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language
 
 Shape = tuple[int, ...]
 
@@ -222,7 +222,7 @@ BOTTLENECK = re.compile(r"(.+)\+precode\((\d{1,6})\)")
 """A model's name where it has a variational bottleneck before its last linear layer."""
 
 
-LARGEST = {"depth": 256, "width": 65_536}
+LARGEST_ARGUMENTS = {"depth": 256, "width": 65_536}
 """Sizes that a model's name may ask for, at most: more are a mistake, or meant to fill the memory."""
 
 OWN_MODELS = "FEDTAP_OWN_MODELS"
@@ -264,9 +264,9 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     Raises:
         FedtapError: no such model, or a user's function that does not return a module for these images.
     """
-    if name.partition("(")[0] in NAMES and len(shape) == 1:
+    if name.partition("(")[0] in LANGUAGE_MODELS and len(shape) == 1:
         return build_language(name, shape[0], classes, seed)
-    if name.partition("(")[0] in likelihoods.KINDS:  # a Bayesian model, which answers with a posterior
+    if name.partition("(")[0] in likelihoods.LIKELIHOODS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
     bottleneck = BOTTLENECK.fullmatch(name)
     plain = plain_name(name)
@@ -280,8 +280,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             if isinstance(network, LeNet) and seed is not None:
                 network.reset_parameters(torch.Generator().manual_seed(seed))
             if bottleneck:
-                if _numbers(network) > LARGE:
-                    raise ValueError(f"precode is for models of up to {LARGE:,} parameters")
+                if _numbers(network) > LARGE_MODEL:
+                    raise ValueError(f"precode is for models of up to {LARGE_MODEL:,} parameters")
                 if (last := _yields_logits(network, shape)) is None:  # not remembered: the layer's name changes here
                     raise ValueError("precode stands before the linear layer that yields the logits, and there is none")
                 with_bottleneck(network, last, int(bottleneck[2]))
@@ -299,7 +299,7 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             return checked(made("cpu"), "cpu")
         try:
             skeleton = made("meta")
-            large = _numbers(skeleton) > SMALL or math.prod(shape) > SMALL // 4
+            large = _numbers(skeleton) > SMALL_MODEL or math.prod(shape) > SMALL_MODEL // 4
             if large and not _counts(skeleton):
                 return on_meta(checked(skeleton, "meta"))
         except (Exception, SystemExit):  # a user's code may need real numbers as it is built
@@ -316,11 +316,11 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
         ) from error
 
 
-SMALL = 2**22
+SMALL_MODEL = 2**22
 """Parameters of a model, and four times the numbers of an example, up to which it is tried out with real numbers. That
 takes milliseconds; the first forward pass on the meta device loads torch's compiler, which takes seconds."""
 
-LARGE = 2**26
+LARGE_MODEL = 2**26
 """Parameters up to which the layer that yields the logits is looked for, which takes real numbers."""
 
 
@@ -339,15 +339,15 @@ def on_meta(network: nn.Module) -> nn.Module:
 
     `to` would untie weights that layers share, and take their values from masks and positions, which are no weights.
     """
-    drift_norm: dict[int, Any] = {}
+    on_meta: dict[int, Any] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
-                twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                module._parameters[name] = drift_norm.setdefault(id(parameter), twin)
+                copied = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = on_meta.setdefault(id(parameter), copied)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = drift_norm.setdefault(id(buffer), buffer.to("meta"))
+                module._buffers[name] = on_meta.setdefault(id(buffer), buffer.to("meta"))
     return network
 
 
@@ -396,13 +396,13 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
             z = functional_call(copied, {**weights, **buffers, **whole}, (torch.rand(1, *shape, generator=draw),))
             label, single = torch.zeros(1, dtype=torch.long), z.shape[1] == 1  # of one logit the softmax is constant
             loss = z.sum() if single else F.cross_entropy(z, label)
-            slopes = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
+            gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     except Exception as error:  # a user's code may raise anything
         raise FedtapError(
             f"The model cannot be run on one input with made-up weights ({short(error, 120)}), by which the layer that "
             "yields the logits is found: keep its tensors as parameters or buffers, and do without branches on data."
         ) from error
-    gradient = {name: slope for name, slope in zip(weights, slopes, strict=True) if slope is not None}
+    gradient = {name: gradient for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
     names = {id(weight): name for name, weight in copied.named_parameters()}
     ends = z.detach()[0] if single else z.detach().softmax(1)[0]
     d = torch.ones(1) if single else ends - F.one_hot(label, z.shape[1])[0]
@@ -473,11 +473,11 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
     fit = all(
         name in takes
         and type(size) is type(takes[name])
-        and (type(size) is not int or 1 <= size <= LARGEST.get(name, 0))
+        and (type(size) is not int or 1 <= size <= LARGEST_ARGUMENTS.get(name, 0))
         for name, size in sizes.items()
     )
     if bracket and not (sizes and fit):
-        most = " and ".join(f"{size} to {LARGEST[size]:,}" for size in LARGEST if size in takes)
+        most = " and ".join(f"{size} to {LARGEST_ARGUMENTS[size]:,}" for size in LARGEST_ARGUMENTS if size in takes)
         how = f"it has one: {base}"
         if takes:
             how = f"it takes whole numbers from 1, {most}: {base}({next(iter(takes))}=16)"

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Tensors
 
-LEAST, MOST = 1e-12, 1e12
+_LEAST, _MOST = 1e-12, 1e12
 """Strengths that double precision can tell beside a loss."""
 
 WRITTEN = re.compile(r"(fedprox|weight_decay)\(([^()]+)\)|(max_margin)")
@@ -43,10 +43,10 @@ class Regulariser:
                 f"{self.name} of strength {self.strength} pulls at no weight, so the trained weights show no sum of "
                 "gradients: give a number over 0."
             )
-        if not LEAST <= self.strength <= MOST:
+        if not _LEAST <= self.strength <= _MOST:
             raise FedtapError(
                 f"{self.name} of strength {self.strength:g} is lost in the losses' rounding, or they in its: give a "
-                f"number from {LEAST:g} to {MOST:g}."
+                f"number from {_LEAST:g} to {_MOST:g}."
             )
 
     @classmethod

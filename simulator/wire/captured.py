@@ -27,7 +27,7 @@ def leak(
     batch: int = 1,
     weights: Mapping[str, Tensor] | None = None,
     name: str = "",
-    **told: Any,
+    **terms: Any,
 ) -> GradientLeak:
     """The leak of one victim, or of several at the same weights: `leak(model, grads, shape=(3, 32, 32))`.
 
@@ -57,7 +57,7 @@ def leak(
     numbers = torch.arange(len(victims))
     found = GradientLeak(
         observed={name: torch.stack([victim[name] for victim in victims]) for name in victims[0]},
-        protocol=Protocol(name, tuple(shape), logits, batch, **told),
+        protocol=Protocol(name, tuple(shape), logits, batch, **terms),
         network=on_meta(copy.deepcopy(model)),
         weights=_plain(known),
         buffers=_plain(float_buffers(model)),

@@ -21,7 +21,7 @@ SERVER_NODE = 1
 CLIENT_FAILED = 2
 """Flower's own error code for a ClientApp that raised."""
 
-LONGEST = 400
+LONGEST_REASON = 400
 """Characters of what is kept of a client's error."""
 
 
@@ -99,7 +99,7 @@ class LocalGrid(Grid):
                 raise ValueError("the ClientApp answered another message than the one that it was sent")
             if answer.has_error():
                 failed = answer.error
-                return Message(Error(int(failed.code), short(failed.reason, LONGEST)), reply_to=asked)
+                return Message(Error(int(failed.code), short(failed.reason, LONGEST_REASON)), reply_to=asked)
             return Message(_arrived(answer.content), reply_to=asked)
         except KeyboardInterrupt:  # the user's
             raise
@@ -147,4 +147,4 @@ def _reason(error: BaseException) -> str:
     except BaseException:  # a client's own exception may raise as it is told
         said = "which does not say why"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {short(said, LONGEST)} (line {last.lineno} of {last.name})"
+    return f"{type(error).__name__}: {short(said, LONGEST_REASON)} (line {last.lineno} of {last.name})"

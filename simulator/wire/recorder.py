@@ -21,10 +21,10 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.leaks import Protocol, Tensors, check_protocol
 from fedtap.simulator.wire.soundness import doubts
-from fedtap.simulator.wire.threat_models import exchanged, weights_in
+from fedtap.simulator.wire.threat_models import leak_of_exchange, weights_in
 from fedtap.simulator.wire.wiretap import Ear
 
-EXAMPLES = ("num-examples", "num_examples")
+EXAMPLE_METRICS = ("num-examples", "num_examples")
 """Metrics that Flower's strategies weigh a client by, unless an app names another."""
 
 
@@ -73,7 +73,7 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
             )
             after = _as_weights(before, sent, network, client)
             examples = _examples(answer.content, weighted_by_key)
-            leak = exchanged(before, after, protocol, network, client, rnd, examples)
+            leak = leak_of_exchange(before, after, protocol, network, client, rnd, examples)
             found = doubts(leak)[0]
             leak.save(folder / f"round_{rnd}-client_{client}.safetensors")
         except Exception as error:  # the bytes are a client's, and may raise whatever they like
@@ -147,7 +147,7 @@ def _examples(answer: RecordDict, key: str) -> int | None:
     metrics: Mapping[str, Any] = {
         name: value for record in answer.metric_records.values() for name, value in record.items()
     }
-    found = next((metrics[name] for name in (key, *EXAMPLES) if name in metrics), None)
+    found = next((metrics[name] for name in (key, *EXAMPLE_METRICS) if name in metrics), None)
     return round(found) if isinstance(found, int | float) and 0 < found < 2**53 else None
 
 

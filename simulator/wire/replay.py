@@ -50,19 +50,23 @@ def undecayed(leak: Leak) -> dict[str, Tensor]:
     gradient, protocol = mean_gradient(leak), leak.protocol
     if not protocol.weight_decay or leak.weights is None or protocol.optimiser == "adam":
         return gradient
-    decay = _moved(leak, slope=0.0, start=1.0)
+    decay = _linear_response(leak, gradient=0.0, start=1.0)
     return {name: tensor - decay * leak.weights[name] for name, tensor in gradient.items()}
 
 
 def loss_gradient(leak: Leak) -> dict[str, Tensor]:
     """`undecayed` in units of one gradient of the mean loss; of several steps, a mean along them."""
-    gain = 1.0 if leak.protocol.optimiser == "adam" else _moved(leak, slope=1.0, start=0.0) * summands(leak.protocol)
+    gain = (
+        1.0
+        if leak.protocol.optimiser == "adam"
+        else _linear_response(leak, gradient=1.0, start=0.0) * summands(leak.protocol)
+    )
     return undecayed(leak) if gain == 1 else {name: tensor / gain for name, tensor in undecayed(leak).items()}
 
 
-def _moved(leak: Leak, slope: float, start: float) -> float:
+def _linear_response(leak: Leak, gradient: float, start: float) -> float:
     """What the optimiser makes of one weight, which begins at `start`, under an even slope."""
-    fixed, begun = ({"": torch.tensor(value, dtype=torch.float64)} for value in (slope, start))
+    fixed, begun = ({"": torch.tensor(value, dtype=torch.float64)} for value in (gradient, start))
     return float(descended(leak.protocol, local_steps(leak), begun, lambda here: fixed)[""])
 
 
@@ -90,7 +94,10 @@ def mean_loss(protocol: Protocol, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def descended(
-    protocol: Protocol, steps: int, start: dict[str, Tensor], slopes: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    protocol: Protocol,
+    steps: int,
+    start: dict[str, Tensor],
+    gradients: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """``(start - end) / (learning rate x steps)`` of torch.optim.SGD from empty state, with g the slope at w.
 
@@ -98,7 +105,7 @@ def descended(
     """
     here, velocity, total = start, dict[str, Tensor](), dict[str, Tensor]()
     for step in range(steps):
-        move = slopes(here)
+        move = gradients(here)
         if protocol.weight_decay:
             move = {name: tensor + protocol.weight_decay * here[name] for name, tensor in move.items()}
         if protocol.momentum:

@@ -20,7 +20,7 @@ from fedtap.simulator.wire.wiretap import Wiretap
 ASKED = "query.partition"
 """Message type by which a node is asked for its number."""
 
-PATIENCE = 600.0
+ROLL_TIMEOUT = 600.0
 """Seconds in which it has to say it: an engine may have to start a process first."""
 
 
@@ -41,25 +41,25 @@ class Roll:
         """Client -> its node, in the order of clients."""
         return {client: node for node, client in sorted(self.clients.items(), key=lambda both: both[1])}
 
-    def client(self, order: Message) -> int:
+    def client(self, message: Message) -> int:
         """Whose answer this order gets: the client's that was asked, whatever the answer says.
 
         Raises:
             FedtapError: the node is no client.
         """
-        node = order.metadata.dst_node_id
+        node = message.metadata.dst_node_id
         if node not in self.clients:
             raise FedtapError(self.strangers.get(node) or f"Node {node} came after the clients were counted.")
         return self.clients[node]
 
 
-def check_name(answer: RecordDict, client: int) -> None:
+def check_name(reply: RecordDict, client: int) -> None:
     """Refuse an answer that reports another partition than its client's.
 
     Raises:
         FedtapError: with both.
     """
-    for record in answer.metric_records.values():
+    for record in reply.metric_records.values():
         said = record.get("partition", client)
         if type(said) is not int or said != client:
             raise FedtapError(f"Client {client} answered in the name of client {short(said)}, which it is not.")
@@ -76,15 +76,15 @@ def call(grid: Grid) -> Roll:
     said: dict[int, Any] = {}
     strangers: dict[int, str] = {node: f"Node {node} did not say which client it is." for node in nodes}
 
-    def ear(order: Message, answer: Message) -> None:
-        node = order.metadata.dst_node_id
-        if answer.has_error():
-            strangers[node] = f"Node {node} did not say which client it is: {short(answer.error.reason, 150)}."
+    def ear(message: Message, reply: Message) -> None:
+        node = message.metadata.dst_node_id
+        if reply.has_error():
+            strangers[node] = f"Node {node} did not say which client it is: {short(reply.error.reason, 150)}."
             return
-        said[node] = answer.content.metric_records.get("metrics", MetricRecord()).get("partition")
+        said[node] = reply.content.metric_records.get("metrics", MetricRecord()).get("partition")
 
     asked = [Message(RecordDict({"config": ConfigRecord()}), node, ASKED) for node in nodes]
-    Wiretap(grid, ear).send_and_receive(asked, timeout=PATIENCE)
+    Wiretap(grid, ear).send_and_receive(asked, timeout=ROLL_TIMEOUT)
     sound = {node: number for node, number in said.items() if type(number) is int and 0 <= number < len(nodes)}
     for node, number in said.items():
         others = [str(other) for other in sound if other != node and sound[other] == number]
@@ -103,7 +103,7 @@ def call(grid: Grid) -> Roll:
     return Roll({node: number for node, number in sound.items() if node not in strangers}, strangers)
 
 
-def present(order: Message, context: Context) -> Message:
+def present(message: Message, context: Context) -> Message:
     """A node's answer: the partition of its configuration."""
     metrics = MetricRecord({"partition": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"metrics": metrics}), reply_to=order)
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -33,7 +33,7 @@ and 2 where a doubt counts as well: one attack had not converged, one image had 
 
 CAUSES = "not converged, or not this model, loss, range, batch or number of steps"
 
-ROOM = 2**24
+_ROOM = 2**24
 """Entries of the gradients that are computed at once."""
 
 RANDOM = {"noise", "laplace", "local_dp", "dp_sgd"}
@@ -63,7 +63,7 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
     shared = 0 if leak.stacked else None
     every = vmap(respond, in_dims=(shared, shared, 0, 0))
     target = targets(labels, protocol.classes).to(images.dtype)
-    at_once = max(1, ROOM // sum(tensor[0].numel() for tensor in leaked.values()))
+    at_once = max(1, _ROOM // sum(tensor[0].numel() for tensor in leaked.values()))
     values = []
     for some in torch.arange(len(leak)).split(at_once):  # type: ignore[no-untyped-call]
         model = leak[some]
@@ -71,12 +71,12 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
             sent = every(model.weights or {}, model.buffers, images[some].nan_to_num(), target[some])
         except (RuntimeError, TypeError, ValueError):
             return None  # not a model whose gradient can be computed for several victims at once
-        heard = {name: tensor[some] for name, tensor in leaked.items()}
+        leaked_here = {name: tensor[some] for name, tensor in leaked.items()}
         for part in parts:
-            sent = _defended(part, sent, heard, steps)
-        apart = _squares({name: sent[name] - heard[name] for name in heard})
-        noise = _noise(leak, heard, parts)
-        values.append(torch.where(noise > _squares(heard) / 2, torch.nan, (apart - noise).clamp_min(0)))
+            sent = _defended(part, sent, leaked_here, steps)
+        apart = _squares({name: sent[name] - leaked_here[name] for name in leaked_here})
+        noise = _noise(leak, leaked_here, parts)
+        values.append(torch.where(noise > _squares(leaked_here) / 2, torch.nan, (apart - noise).clamp_min(0)))
     length = _squares(plain) * (summands(protocol) ** 2)
     return (torch.cat(values) / length).to(images.dtype)
 
@@ -97,9 +97,9 @@ def _replayable(parts: Sequence[Part], alone: bool) -> bool:
     return set(names) <= known and (not noisy or set(names[noisy[0] :]) <= {*RANDOM, "quantise"})
 
 
-def _defended(part: Part, sent: dict[str, Tensor], heard: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+def _defended(part: Part, sent: dict[str, Tensor], leaked_here: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     if part.name == "prune":
-        return {name: torch.where(heard[name] == 0, 0.0, tensor) for name, tensor in sent.items()}
+        return {name: torch.where(leaked_here[name] == 0, 0.0, tensor) for name, tensor in sent.items()}
     if part.name in ("clip", "local_dp", "dp_sgd"):
         most = part["norm" if part.name == "clip" else "clip"] / steps  # norms are of the steps' sum
         share = (most / _squares(sent).clamp_min(1e-30).sqrt()).clamp_max(1)
@@ -107,16 +107,16 @@ def _defended(part: Part, sent: dict[str, Tensor], heard: dict[str, Tensor], ste
     return sent
 
 
-def _noise(leak: Leak, heard: dict[str, Tensor], parts: Sequence[Part]) -> Float[Tensor, "victims"]:
+def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Part]) -> Float[Tensor, "victims"]:
     """``E|e|^2`` of what is random in each victim's gradient, and three standard deviations of ``|e|^2``.
 
     A square has the variance ``2 s^4`` under Gaussian noise of variance ``s^2``, and ``5 s^4`` under Laplace's.
     """
-    first = next(iter(heard.values()))
-    entries = sum(tensor[0].numel() for tensor in heard.values())
+    first = next(iter(leaked_here.values()))
+    entries = sum(tensor[0].numel() for tensor in leaked_here.values())
     total = first.new_full((len(first),), (entries + 3 * math.sqrt(5 * entries)) * _error(leak) ** 2)
     for part in (part for part in parts if part.name == "quantise"):
-        for tensor in heard.values():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
+        for tensor in leaked_here.values():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
             flat = tensor.flatten(1)
             step = (flat.amax(1) - flat.amin(1)) / (2 ** part["bits"] - 1)
             total = total + flat.shape[1] * step.square() / 6
@@ -188,11 +188,16 @@ def _empty(leak: Leak, sent: dict[str, Tensor], defences: set[str]) -> list[str]
                 f"The gradient of {silent[0]}{more} is zero in every entry: the layer is frozen, unused or dead, or "
                 "its change was too small for the wire."
             ]
-    heard = whole[whole > 0]
-    alike = (heard - heard.median()).abs() < 1e-3 * heard.median()
-    if "sign" not in defences and leak.protocol.optimiser == "sgd" and len(heard) > 16 and alike.double().mean() > 0.5:
+    leaked_here = whole[whole > 0]
+    alike = (leaked_here - leaked_here.median()).abs() < 1e-3 * leaked_here.median()
+    if (
+        "sign" not in defences
+        and leak.protocol.optimiser == "sgd"
+        and len(leaked_here) > 16
+        and alike.double().mean() > 0.5
+    ):
         return [
-            f"Most entries have the size {heard.median():.2g}, which is no plain gradient: a step of Adam, a "
+            f"Most entries have the size {leaked_here.median():.2g}, which is no plain gradient: a step of Adam, a "
             "compression to signs, or rounding that left nothing else."
         ]
     return []
@@ -206,16 +211,16 @@ def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
     except FedtapError:  # a model that cannot be tried out shows nothing here
         name = None
     gradient, prefix = loss_gradient(leak), f"{name}." if name else ""
-    slopes, weight = gradient.get(f"{prefix}bias"), gradient.get(f"{prefix}weight")
+    logit_gradients, weight = gradient.get(f"{prefix}bias"), gradient.get(f"{prefix}weight")
     decayed = protocol.weight_decay and leak.weights is None  # by weights that are not known
-    if name is None or slopes is None or slopes.shape[1] != protocol.classes or decayed:
+    if name is None or logit_gradients is None or logit_gradients.shape[1] != protocol.classes or decayed:
         return found
     batch, classes, error = protocol.batch, protocol.classes, _error(leak) / summands(protocol)
     if leak.weights is not None and leak.resolution:  # a difference of float32 is known to an ulp of the weights
         scale = protocol.learning_rate * local_steps(leak) * summands(protocol)
         largest = max(float(leak.weights[part].abs().max()) for part in (f"{prefix}weight", f"{prefix}bias"))
         error = max(error, torch.finfo(torch.float32).eps * largest / scale / math.sqrt(6))
-    for victim, d in enumerate(slopes.double()):
+    for victim, d in enumerate(logit_gradients.double()):
         grain = _grain(d)
         slack = grain * float(d.abs().sum()) + SIGMAS * math.sqrt(classes) * error
         if abs(total := float(d.sum())) > slack:

@@ -23,7 +23,7 @@ Ear = Callable[[Message, Message], None]
 NONSENSE = 1001
 """Flower error code of an answer that the tap found unusable."""
 
-PATIENCE = 3600.0
+REPLY_TIMEOUT = 3600.0
 """Seconds that answers are waited for, where nobody names a limit: Flower's own default for a round."""
 
 PAUSE = 0.25
@@ -68,7 +68,7 @@ class Wiretap(Grid):
         """
         orders = list(messages)
         kept = {id(order): _keep(order) for order in orders}  # a grid may empty a message as it sends it
-        limit = PATIENCE if timeout is None else timeout
+        limit = REPLY_TIMEOUT if timeout is None else timeout
         if getattr(self._grid, "instant", False):
             answers = list(self._grid.send_and_receive(orders, timeout=limit))
             return _sorted(self._overhear(answers, {_id(order): kept[id(order)] for order in orders}))
@@ -143,8 +143,10 @@ class Wiretap(Grid):
         nodes = list(self._grid.get_node_ids())
         if nodes:
             self._seen = time.monotonic()
-        elif time.monotonic() - self._seen > PATIENCE:
-            raise FedtapError(f"No node has been connected for {PATIENCE:g} s: start the SuperNodes, and run again.")
+        elif time.monotonic() - self._seen > REPLY_TIMEOUT:
+            raise FedtapError(
+                f"No node has been connected for {REPLY_TIMEOUT:g} s: start the SuperNodes, and run again."
+            )
         return nodes
 
 

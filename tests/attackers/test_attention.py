@@ -24,7 +24,7 @@ from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.attack import Inputs
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import AttentionLeak, Leak, Protocol
-from fedtap.simulator.models.attention import AROUND, Attention, Patches, Words, cut, first_attention, joined
+from fedtap.simulator.models.attention import AROUND, Attention, Patches, Words, first_attention, joined, patches_of
 from fedtap.simulator.models.registry import ViT, build
 from fedtap.simulator.scores import mse, psnr, relative_error
 from fedtap.simulator.study import run_studies
@@ -280,16 +280,16 @@ def test_patches_are_cut_and_joined_and_the_cut_model_is_the_models_first_part()
     vit = build("vit", (3, 16, 16), 10, seed=5).eval()
     assert isinstance(vit, ViT)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(joined(cut(images, 2, 2), (3, 16, 16), 2, 2), images)
+    assert torch.equal(joined(patches_of(images, 2, 2), (3, 16, 16), 2, 2), images)
     unfolded = F.unfold(images, 2, stride=2).transpose(1, 2)
-    assert torch.equal(cut(images, 2, 2), unfolded)
+    assert torch.equal(patches_of(images, 2, 2), unfolded)
     heard: list[Tensor] = []
     vit.blocks[0].norm2.register_forward_pre_hook(lambda module, given: heard.append(given[0]))  # type: ignore[union-attr]
     with torch.no_grad():
         vit(images)
-        torch.testing.assert_close(first_attention(vit)(cut(images, 2, 2)), heard[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(first_attention(vit)(patches_of(images, 2, 2)), heard[0], atol=1e-5, rtol=1e-4)
         tokens = vit.embed(vit.normalise(images)).flatten(2).transpose(1, 2) + vit.position
-        own = first_attention(vit, residual=False)(cut(images, 2, 2))
+        own = first_attention(vit, residual=False)(patches_of(images, 2, 2))
         torch.testing.assert_close(own + tokens, heard[0], atol=1e-5, rtol=1e-4)
 
 
@@ -297,7 +297,7 @@ def test_a_photograph_comes_back_from_grey(tmp_path: Path) -> None:
     vit = build("vit", (1, 16, 16), 10, seed=5).eval()
     assert isinstance(vit, ViT)
     images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    leak = leak_of(first_attention(vit), cut(images, 2, 2))
+    leak = leak_of(first_attention(vit), patches_of(images, 2, 2))
     guess = AttentionNewton(steps=10)(leak)
     found = joined(guess.values.float(), (1, 16, 16), 2, 2)
     assert bool((psnr(mse(found, images)) > 50).all())

@@ -63,7 +63,7 @@ def leaked(case: Case, clients: int = 2, seed: int = 0) -> TrainedWeightsLeak:
 
 def recovered(guess_of: int, truth_of: int, case: Case, guess: object, seed: int = 0) -> float:
     points, weights = guess.points[guess_of], guess.weights[guess_of]  # type: ignore[attr-defined]
-    return float((scores.nearest(points, weights, case.private(seed, truth_of)[0]) < 0.01).double().mean())
+    return float((scores.matched_distances(points, weights, case.private(seed, truth_of)[0]) < 0.01).double().mean())
 
 
 def played(tmp_path: Path, case: Case, attack: StationaryMMD = QUICK, victims: int = 2) -> list[Row]:
@@ -222,7 +222,7 @@ def test_haims_form_explains_a_homogeneous_networks_weights_and_not_by_the_priva
     guess = StationaryMMD(restarts=6, rounds=3, steps=30)(leak)
     assert float(guess.objective) ** 0.5 < 1e-3
     assert int(torch.linalg.matrix_rank(trained["first.weight"], rtol=1e-6)) == 2
-    assert float(scores.nearest(guess.points[0], torch.ones(4), inputs).min()) > 0.01
+    assert float(scores.matched_distances(guess.points[0], torch.ones(4), inputs).min()) > 0.01
     logits = functional_call(Squared(), trained, (inputs,))
     slopes = (logits.softmax(1) - F.one_hot(labels, 2)) / 1e-2  # the KKT multipliers, by the training's stationarity
     terms = Terms(leak.network, (4,), 2)
@@ -307,8 +307,8 @@ def test_an_examples_distance_is_to_the_point_that_is_matched_to_it() -> None:
     truth = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     points = torch.tensor([[1.0, 0.1], [0.0, 1.0], [0.0, 2.0]])
     weights = torch.tensor([1.0, 1.0, 1e-3])  # the third stands for no example
-    torch.testing.assert_close(scores.nearest(points, weights, truth), torch.tensor([0.1, 0.5]))
-    assert scores.nearest(points[:1], weights[:1], truth).tolist() == pytest.approx([0.1, 1.0])
-    assert scores.nearest(points[:0], weights[:0], truth).tolist() == [1, 1]
+    torch.testing.assert_close(scores.matched_distances(points, weights, truth), torch.tensor([0.1, 0.5]))
+    assert scores.matched_distances(points[:1], weights[:1], truth).tolist() == pytest.approx([0.1, 1.0])
+    assert scores.matched_distances(points[:0], weights[:0], truth).tolist() == [1, 1]
     twice = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # one point is no two examples
-    assert sorted(scores.nearest(points[:1], weights[:1], twice).tolist()) == pytest.approx([0.1, 1.0])
+    assert sorted(scores.matched_distances(points[:1], weights[:1], twice).tolist()) == pytest.approx([0.1, 1.0])

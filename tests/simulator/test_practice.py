@@ -84,10 +84,10 @@ def test_a_auxiliary_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> Non
     chunk = sorted(made.folder.glob("pairs_*"))[1]
     content = chunk.read_bytes()
     chunk.write_bytes(content[: len(content) // 2])
-    with pytest.raises(FedtapError, match="the practice is not whole"):
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
         list(made)
-    (made.folder / "practice.json").write_text('{"format": 1}')
-    with pytest.raises(FedtapError, match="does not describe a practice"):
+    (made.folder / "auxiliary.json").write_text('{"format": 1}')
+    with pytest.raises(FedtapError, match="does not describe auxiliary pairs"):
         Auxiliary.saved(made.folder, build)
 
 
@@ -160,7 +160,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
 def test_wrappers_pass_their_auxiliary_on(tmp_path: Path) -> None:
     wrapped = Refine(LTI(width=8, epochs=1), IDLG(steps=2))
     assert wrapped.needs_auxiliary
-    with pytest.raises(FedtapError, match="has learned nothing yet"):
+    with pytest.raises(FedtapError, match="is not trained"):
         wrapped(heard())
     ready = wrapped.fit(auxiliary_for(heard(), tmp_path))
     assert not ready.needs_auxiliary
@@ -174,7 +174,7 @@ def test_what_it_has_not_practised_on_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FedtapError, match=said):
             made(leak)
     defended = dataclasses.replace(heard(), protocol=dataclasses.replace(heard().protocol, defence="noise(0.1)"))
-    with pytest.warns(UserWarning, match="practised under defence none and this leak's is noise"):
+    with pytest.warns(UserWarning, match="was trained under defence none and this leak's is noise"):
         made(defended)
     with pytest.raises(FedtapError, match="at least 2 auxiliary pairs"):
         LTI(width=8).fit(auxiliary_for(heard(), tmp_path).first(1))
@@ -264,7 +264,7 @@ def test_a_damaged_auxiliary_ends_the_run_and_pairs_that_teach_nothing_do_not(tm
     assert "auxiliary pairs" in str(rows[0]["error"])
     (chunk,) = (tmp_path / "one/auxiliary").rglob("pairs_00000.safetensors")
     chunk.write_bytes(chunk.read_bytes()[:-20])
-    with pytest.raises(FedtapError, match="the practice is not whole"):
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
         play(tmp_path / "one", attacks=(LTI(width=8, epochs=2),), model="lenet")
 
 

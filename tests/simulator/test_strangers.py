@@ -121,7 +121,7 @@ def test_a_trained_attacks_sizes_are_those_of_its_tensors(tmp_path: Path) -> Non
     with pytest.raises(FedtapError, match="does not hold what lti learns"):
         Saved(str(path))(leak)
     rewritten(path.with_suffix(".json"), attack="lti(width=3, features=20)", about__protocol__model="evil:net")
-    with pytest.raises(FedtapError, match="practised on"):
+    with pytest.raises(FedtapError, match="trained on"):
         Saved(str(path))(leak)
 
 
@@ -139,9 +139,9 @@ def test_every_learner_comes_back_from_its_tensors(tmp_path: Path, attack: str) 
 def test_auxiliary_data_name_no_code(tmp_path: Path, marker: Path) -> None:
     made = auxiliary_for(heard(), tmp_path, pairs=4)
     for code in CODE:
-        rewritten(made.folder / "practice.json", protocol__model=code)
+        rewritten(made.folder / "auxiliary.json", protocol__model=code)
         for wanted in (None, made.about):
-            with pytest.raises(FedtapError, match=r"practice\.json does not describe"):
+            with pytest.raises(FedtapError, match=r"auxiliary\.json does not describe"):
                 Auxiliary.saved(made.folder, build, wanted)
 
 
@@ -154,12 +154,12 @@ def test_auxiliary_data_name_no_code(tmp_path: Path, marker: Path) -> None:
 )  # fmt: skip
 def test_auxiliary_data_are_compared_with_what_is_wanted_before_anything_is_built(tmp_path: Path, change: Any) -> None:
     made = auxiliary_for(heard(), tmp_path, pairs=4)
-    rewritten(made.folder / "practice.json", **change)
+    rewritten(made.folder / "auxiliary.json", **change)
 
     def built(*_: object) -> nn.Module:
         raise AssertionError("it was built")
 
-    with pytest.raises(FedtapError, match="does not describe a practice"):
+    with pytest.raises(FedtapError, match="does not describe auxiliary pairs"):
         Auxiliary.saved(made.folder, built, made.about)
 
 
@@ -187,7 +187,7 @@ def test_the_tensors_of_auxiliary_data_are_checked_before_they_are_used(tmp_path
     (chunk,) = made.folder.glob("pairs_*")
     tensors = load_file(chunk)
     save_file(tensors | {name: CHUNKS[name](tensors[name])}, chunk)
-    with pytest.raises(FedtapError, match="the practice is not whole"):
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
         list(made)
 
 
@@ -313,7 +313,7 @@ def test_a_zip_that_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypa
             archive.writestr("a.json", bytes(100_000))
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("it was unfolded"))
     monkeypatch.setattr(datasets, "LARGEST", 50_000)
-    monkeypatch.setattr("fedtap.simulator.data.posteriordb.LARGEST", 50_000)
+    monkeypatch.setattr("fedtap.simulator.data.posteriordb.LARGEST_ARCHIVE", 50_000)
     for ask in (lambda: open_dataset(str(tmp_path / "w.zip"), tmp_path), lambda: read_draws(tmp_path / "d.json.zip")):
         with pytest.raises(FedtapError, match="unfolds to 100,000 bytes, and no more than 50,000 are read"):
             ask()
@@ -385,7 +385,7 @@ def tied_and_real(shape: Any, classes: int) -> nn.Module:
 @pytest.mark.parametrize("function", ["tied", "tied_and_real"])
 @pytest.mark.parametrize("small", [2**22, 0])
 def test_tied_weights_stay_tied_on_the_meta_device(monkeypatch: pytest.MonkeyPatch, function: str, small: int) -> None:
-    monkeypatch.setattr(fedtap.simulator.models.registry, "SMALL", small)
+    monkeypatch.setattr(fedtap.simulator.models.registry, "SMALL_MODEL", small)
     name = f"{__name__}:{function}"
     bare, real = build(name, (3, 4, 4), 4), build(name, (3, 4, 4), 4, seed=0)
     shapes = [{key: tensor.shape for key, tensor in net.named_parameters()} for net in (bare, real)]
