@@ -32,7 +32,7 @@ def _scan() -> dict[str, type[Attack[Any]]]:
 ATTACKS: dict[str, type[Attack[Any]]] = _scan()
 """Name on the command line -> attack."""
 
-HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
+_HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 """Remedy in the errors of `parse`."""
 
 
@@ -46,9 +46,9 @@ def parse(text: str) -> tuple[Attack, ...]:
     try:
         tree = ast.parse(f"({text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {HOW}.") from error
+        raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {_HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
-        raise FedtapError(f"--attack {short(text)!r} names no attack: {HOW}.")
+        raise FedtapError(f"--attack {short(text)!r} names no attack: {_HOW}.")
     attacks = tuple(_attack(node) for node in tree.elts)
     for place, attack in enumerate(attacks):
         if attack in attacks[:place]:
@@ -104,13 +104,13 @@ def suited(leak: Leak) -> str:
 def _attack(node: ast.expr) -> Attack:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if not isinstance(call.func, ast.Name):
-        raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {HOW}.")
+        raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {_HOW}.")
     if call.func.id not in ATTACKS:
         raise unknown("attack", call.func.id, ATTACKS)
     kind = ATTACKS[call.func.id]
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if len(call.args) > len(fields):
-        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {HOW}.")
+        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {_HOW}.")
     given = dict(zip((field.name for field in fields), call.args, strict=False))
     for keyword in call.keywords:
         if keyword.arg not in {field.name for field in fields}:
@@ -120,7 +120,7 @@ def _attack(node: ast.expr) -> Attack:
         given[str(keyword.arg)] = keyword.value
     for field in fields:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
-            raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {HOW}.")
+            raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {_HOW}.")
     kinds = typing.get_type_hints(kind)
     attack: Attack = kind(**{name: _value(node, kinds[name]) for name, node in given.items()})
     return attack
@@ -131,7 +131,7 @@ def _value(node: ast.expr, kind: Any) -> Any:
         attack = _attack(node)
         if attack.reconstructs is not Reconstruction:
             raise FedtapError(
-                f"{attack.name} in --attack brings back no images, and the attack around it needs some: {HOW}."
+                f"{attack.name} in --attack brings back no images, and the attack around it needs some: {_HOW}."
             )
         return attack
     try:

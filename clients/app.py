@@ -1,4 +1,4 @@
-"""The ClientApp of every node: it looks up what is played and who it is, and answers accordingly."""
+"""The ClientApp of every node: it looks up the scenario and its own number, and replies accordingly."""
 
 from __future__ import annotations
 

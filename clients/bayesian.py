@@ -34,7 +34,7 @@ Draws = Float[Tensor, "draws d"]
 def posterior_reply(
     message: Message, client: int, model: Likelihood, records: Records, sampler: str, draws: int, seed: int
 ) -> Message:
-    """What a client says to `train.posterior`.
+    """The reply to `train.posterior`.
 
     Raises:
         FedtapError: the records are too few or too alike for a posterior, or the sampler is not for this model.
@@ -50,7 +50,7 @@ def posterior_reply(
 
 
 def posterior(message: Message, client: int, tensors: dict[str, Tensor]) -> Message:
-    """The answer that holds these tensors; how many records they are of is not said."""
+    """The reply with these tensors; it does not hold the number of records."""
     content = RecordDict({"posterior": ArrayRecord(tensors), "metrics": MetricRecord({"partition": client})})
     return Message(content, reply_to=message)
 

@@ -1,8 +1,8 @@
 """The compromised client: an honest one whose channel the adversary can feed with examples of its own.
 
-It answers `query.auxiliary` with the weights that one step on each example it is fed would have it send, in the
-precision of an honest client's; where the adversary also feeds it images to train on, at the weights that it passes on
-the way.
+It replies to `query.auxiliary` with the weights that it would send after one step on each example of the message, in
+the precision of an honest client's reply. Where the message also holds images to train on, the steps are taken at the
+weights along that training.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fedtap.simulator.wire.records import tensors_of
 
 
 def compute_auxiliary(message: Message, private: PrivateData) -> Message:
-    """Public examples in (`pairs batch channel height width`, in [0, 1]), weights out (`pairs *parameter`).
+    """Auxiliary examples in (`pairs batch channel height width`, in [0, 1]), weights out (`pairs *parameter`).
 
     The weights are what an honest client would send after one local step on each example: on the wire, pairs are
-    rounded as victims' answers are.
+    rounded as victims' replies are.
     """
     dataset, rate = private.dataset, private.scenario.learning_rate
     net = network(private.scenario.architecture, dataset.shape, len(dataset.classes))

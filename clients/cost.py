@@ -82,7 +82,7 @@ def times_as_long(work: Callable[[], None], other: Callable[[], None]) -> float:
 
 
 def seconds(work: Callable[[], None], times: int = 1) -> float:
-    """Processor time of this process, so many times: other processes' does not count."""
+    """Processor time of this process for `times` calls, in seconds; other processes' does not count."""
     began = time.process_time()
     for _ in range(times):
         work()

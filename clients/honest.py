@@ -1,4 +1,4 @@
-"""The honest client: trains on its own data when told to, and answers nothing else."""
+"""The honest client: trains on its own data when asked to, and replies to nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def train_on_images(message: Message, context: Context, private: PrivateData) ->
     """One round of local training, defended as the scenario says.
 
     Raises:
-        KeyError, RuntimeError: the order carries another model's weights.
+        KeyError, RuntimeError: the message carries another model's weights.
     """
     scenario, dataset = private.scenario, private.dataset
     client = int(context.node_config["partition-id"])

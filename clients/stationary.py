@@ -21,10 +21,10 @@ from fedtap.simulator.models.regulariser import Regulariser
 from fedtap.simulator.wire.records import tensors_of
 
 TRAININGS = ("lbfgs", "adam")
-"""To the end, or 300 steps of Adam at 0.01, after which few trainings are there."""
+"""L-BFGS to a stationary point, or 300 steps of Adam at 0.01, which seldom reach one."""
 
 PRECISIONS = ("float64", "float32", "float16")
-"""In which weights travel back."""
+"""Floating point formats in which weights are sent back."""
 
 CLOSE = 1e-8
 """Length of the whole gradient, as a share of the regulariser's, at which a training has ended."""
@@ -41,9 +41,11 @@ class Training:
     """
 
     regulariser: Regulariser
+    """R, added to the sum of the examples' losses."""
     optimiser: str = "lbfgs"
+    """`lbfgs` or `adam`."""
     steps: int = 6_000
-    """Of L-BFGS, at most."""
+    """Steps of L-BFGS, at most."""
 
     def __post_init__(self) -> None:
         if self.regulariser.name == "max_margin":
@@ -129,7 +131,7 @@ def train_to_the_end(
     training: Training,
     precision: str,
 ) -> Message:
-    """Train from the weights of the order, and send the trained ones, as FedAvg expects them.
+    """Train from the weights of the order, and reply with the trained ones, as FedAvg expects them.
 
     Raises:
         KeyError: the order carries another model's weights.

@@ -25,7 +25,7 @@ def train_on_texts(
     defence: str,
     draw: torch.Generator,
 ) -> Message:
-    """The answer to an order to train; `draw` is where a defence's noise comes from."""
+    """The reply to a train message; `draw` gives a defence's noise."""
     before = receive(net, message.content.array_records["arrays"])
     sgd(net, texts, labels, 1, len(texts), learning_rate, _backward)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}

@@ -1,4 +1,4 @@
-"""What every client does when it is told to train: plain SGD from the broadcast weights, and weights back."""
+"""What every client does at a train message: plain SGD from the broadcast weights, and weights back."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def receive(net: nn.Module, arrays: ArrayRecord) -> dict[str, Tensor]:
 
 
 def carried(net: nn.Module) -> ArrayRecord:
-    """What travels: parameters and floating point buffers."""
+    """What is sent: parameters and floating point buffers."""
     tensors = dict(net.named_parameters()) | float_buffers(net)
     return ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()})
 
@@ -136,8 +136,8 @@ def weights_reply(
     """The reply FedAvg expects: one ArrayRecord, one MetricRecord, with no more than the server needs.
 
     Args:
-        moved: where victims drift, how far the client's weights had done so from the server's, as a share of their
-            length: for the scorer alone. None is not sent.
+        drift_norm: where victims drift, distance of the client's weights from the server's before the step, as a share
+            of their norm: for the scorer alone. None is not sent.
     """
     metrics = MetricRecord({"num-examples": examples, "partition": partition})
     if drift_norm is not None:

@@ -491,7 +491,8 @@ def check_trained_on(name: str, about: Provenance, leak: Leak) -> None:
     if ours.defence != theirs.defence:
         warnings.warn(
             f"{name} was trained under defence {short(ours.defence, 40)} and this leak's is "
-            f"{short(theirs.defence, 40)}: it takes the defence's traces for the image's, so train it on pairs under this leak's defence.",
+            f"{short(theirs.defence, 40)}: it takes the defence's traces for the image's, so train "
+            "it on pairs under this leak's defence.",
             stacklevel=3,
         )
 

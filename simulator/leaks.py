@@ -1,4 +1,4 @@
-"""What can be seen: leaks, each the attacker's whole knowledge and nothing else.
+"""Leaks: each is the attacker's whole knowledge, and nothing else.
 
 A leak is a frozen stack of victims: tensors plus the protocol's plain metadata, saved as safetensors beside JSON.
 It never holds private data, and it never names code: a user's own model is handed to `load` by the caller.
@@ -55,17 +55,19 @@ class Protocol:
     local_steps: int = 1
     """Local steps of the optimiser, each on the whole batch."""
     learning_rate: float = 1.0
+    """Step size of the client's optimiser."""
     defence: str = "none"
     """The defence as announced."""
     threat_model: str = "curious_server"
+    """Name of the threat model: what the attacker observes and knows."""
     summed: int = 1
-    """Clients whose answers are averaged into one; each has batch / summed of the images."""
+    """Clients whose replies are averaged into one; each has batch / summed of the images."""
     prior: str = "flat"
     """The prior over the parameters, or the regulariser that stands for its negative logarithm, as announced."""
     low: float | tuple[float, ...] = 0.0
     """What the model is fed for a pixel of 0: one number, or one a channel."""
     high: float | tuple[float, ...] = 1.0
-    """What it is fed for a pixel of 1, and ``low + (high - low) pixel`` in between."""
+    """What the model is fed for a pixel of 1; for any pixel, ``low + (high - low) pixel``."""
     loss: str = "cross_entropy"
     """`cross_entropy`; `bce`, binary cross-entropy with logits; `mse`, squared distance of the logits from one-hot."""
     reduction: str = "mean"
@@ -73,15 +75,17 @@ class Protocol:
     optimiser: str = "sgd"
     """`sgd` or `adam`, which each client begins with empty state."""
     momentum: float = 0.0
+    """Momentum of sgd, in [0, 1)."""
     nesterov: bool = False
+    """Whether momentum is Nesterov's, as in torch.optim."""
     weight_decay: float = 0.0
-    """Times the weights, this is added to the gradient before momentum, as in torch.optim."""
+    """Factor of the weights that are added to the gradient before momentum, as in torch.optim."""
     batchnorm: str = "train"
     """`train`, by the batch's own statistics, or `eval`, by the running ones."""
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> Protocol:
-        """From the form in JSON, where tuples are lists; what is missing has its default.
+        """From its JSON form, where tuples are lists and what is missing has its default.
 
         Raises:
             KeyError, TypeError: it is not of that form.
@@ -92,7 +96,7 @@ class Protocol:
 
 
 CONVENTIONS = ("low", "high", "loss", "reduction", "optimiser", "momentum", "nesterov", "weight_decay", "batchnorm")
-"""What of the protocol says how a client turns images into a gradient, and a gradient into an update."""
+"""Terms of the protocol that say how a client turns images into a gradient, and a gradient into an update."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Range:
 
 
 PIXELS = Range((0.0,), (1.0,))
-"""Of a model that takes pixels as they are."""
+"""Range of a model that takes pixels in [0, 1] as they are."""
 
 
 def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
@@ -141,37 +145,34 @@ _FED: WeakKeyDictionary[nn.Module, dict[Range, nn.Module]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Leak:
-    """A stack of answers, one victim an entry.
-
-    Args:
-        observed: what the victims sent, name -> tensor with a leading victims axis.
-        protocol: the public terms under which it was sent.
-        network: the architecture, on the meta device: no weights in it. Pixels in [0, 1] go in, whatever the range.
-        weights: the parameters the victims started from, or None where the listener does not know them.
-        buffers: likewise, what the network keeps beside parameters (BatchNorm's statistics).
-        clients: the partition that each victim answered from.
-        rounds: the federation's round of each answer, from 1.
-        restarts: which restart each entry is; 0 in a leak fresh from the wire.
-        stacked: whether weights and buffers carry a victims axis (they do where victims answered different models).
-        resolution: standard error of one entry of `observed` from rounding on the wire; 0 if sent as it is.
-        examples: how many examples each victim says it has (`num-examples`); None where that was not heard.
-    """
+    """A stack of replies, one victim an entry."""
 
     kind: ClassVar[str]
     precise: ClassVar[bool] = False
     """Whether a saved leak stays in double precision; all else is read as float32, which the weights have."""
 
     observed: Tensors
+    """What the victims sent, name -> tensor with a leading victims axis."""
     protocol: Protocol
+    """The public terms under which it was sent."""
     network: nn.Module = field(repr=False, compare=False)
+    """The architecture, on the meta device and without weights; it takes pixels in [0, 1], whatever the range."""
     weights: Tensors | None
+    """The parameters that the victims started from; None where the threat model does not know them."""
     buffers: Tensors
+    """The floating point buffers that they started from (BatchNorm's statistics); empty where not known."""
     clients: Int[Tensor, "victims"]
+    """Partition of each victim."""
     rounds: Int[Tensor, "victims"]
+    """The federation's round of each reply, from 1."""
     restarts: Int[Tensor, "victims"]
+    """Number of the restart of each entry; 0 in a leak as it was observed."""
     stacked: bool = False
+    """Whether weights and buffers have a victims axis, as where victims started from different weights."""
     resolution: float = 0.0
+    """Standard error of an entry of `observed` from rounding on the wire; 0 if it was sent as it is."""
     examples: Int[Tensor, "victims"] | None = None
+    """Number of examples that each victim reports (`num-examples`); None where it was not observed."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "network", fed(self.network, self.protocol))
@@ -197,7 +198,7 @@ class Leak:
         return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)
 
     def to(self: _AnyLeak, device: torch.device | str) -> _AnyLeak:
-        """The same leak on another device. Victims' names stay on the CPU."""
+        """This leak on another device; `clients`, `rounds` and `restarts` stay on the CPU."""
         return dataclasses.replace(
             self,
             observed=_each(self.observed, lambda tensor: tensor.to(device)),
@@ -250,7 +251,7 @@ class Leak:
             for name, tensor in tensors.items():
                 if not bool(tensor.isfinite().all()):
                     raise FedtapError(
-                        f"{group}/{short(name)} of the leak holds NaN or infinity, from which nothing can be matched: "
+                        f"{group}/{short(name)} of the leak holds NaN or infinity, which nothing can be matched to: "
                         "record the exchange again, or leave out the victim it belongs to."
                     )
 
@@ -281,7 +282,7 @@ class Leak:
 
 
 class GradientLeak(Leak):
-    """One gradient a victim, of the protocol's loss over its batch: what one step moved, over the learning rate."""
+    """One gradient a victim, of the protocol's loss over its batch; or ``(before - after) / learning_rate``."""
 
     kind = "gradient"
 
@@ -321,23 +322,23 @@ class PosteriorLeak(Leak):
 
 
 class AttentionLeak(Leak):
-    """What an attention block made of a client's private input: `output`, `victims tokens width`.
+    """The output of an attention block on a client's private input: `output`, `victims tokens width`.
 
-    Protocol's shape is that of the input, tokens and width; the weights are the block's, as they were broadcast.
+    The protocol's shape is that of the input, tokens and width; the weights are the block's, as they were broadcast.
     """
 
     kind = "attention"
     precise = True
 
     def sent(self) -> dict[str, tuple[int, ...]]:
-        """The shape in which the block answers an input of the protocol's shape."""
+        """Shape of the block's output for an input of the protocol's shape."""
         with torch.no_grad():
-            answer = self.network(torch.zeros(1, *self.protocol.shape, device="meta"))
-        return {"output": tuple(answer.shape[1:])}
+            output = self.network(torch.zeros(1, *self.protocol.shape, device="meta"))
+        return {"output": tuple(output.shape[1:])}
 
 
 class TrainedWeightsLeak(Leak):
-    """The weights of a model that its client trained to the end, shape of each parameter.
+    """The weights of a model that its client trained to a stationary point, shape of each parameter.
 
     `weights` are the ones that were broadcast; the regulariser of the training is the protocol's `prior`, and the
     client's number of examples its `batch`.
@@ -361,8 +362,10 @@ KINDS: dict[str, type[Leak]] = {
 
 
 VICTIM_NAMES = ("clients", "rounds", "restarts")
+"""Tensors of a saved leak that name its victims."""
+
 EXAMPLE_COUNTS = "examples"
-"""A tensor that a saved leak may have beside these."""
+"""A tensor that a saved leak may have beside `VICTIM_NAMES`."""
 
 MODEL_GROUPS = ("weights/", "buffers/")
 """Groups of tensors in a saved leak beside that of its kind."""
@@ -380,7 +383,7 @@ def stack(leaks: Sequence[Leak]) -> Leak:
         FedtapError: no leaks, or leaks of unequal kind or protocol.
     """
     if not leaks:
-        raise FedtapError("There is no leak to stack: no client's answer was heard, so ask for at least one victim.")
+        raise FedtapError("There is no leak to stack: no client's reply was observed, so ask for at least one victim.")
     first = leaks[0]
     if any((leak.kind, leak.protocol) != (first.kind, first.protocol) for leak in leaks):
         raise FedtapError(
@@ -410,14 +413,16 @@ def stack(leaks: Sequence[Leak]) -> Leak:
 
 
 def mean(leaks: Sequence[_AnyLeak]) -> _AnyLeak:
-    """What a client that answers the same again and again gives away: the mean of its answers, as one leak.
+    """The mean of one client's replies on the same examples, as one leak.
 
     Raises:
         FedtapError: they are of unequal protocols, or at unequal weights.
     """
     first, many = leaks[0], len(leaks)
     if any(leak.protocol != first.protocol or not _equal(first, leak) for leak in leaks[1:]):
-        raise FedtapError("Answers at different weights have no common gradient, so no mean: average those at one.")
+        raise FedtapError(
+            "Replies at different weights have no common gradient, so no mean: average replies at the same weights."
+        )
     defence = averaged(first.protocol.defence, many)
     return dataclasses.replace(
         first,
@@ -499,7 +504,7 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
     groups = (f"{written}/", *MODEL_GROUPS)
     if strange := [name for name in tensors if name not in known and not name.startswith(groups)]:
         raise FedtapError(
-            f"{short(path, 100)} holds {short(strange[0])}, which is no part of a {kind.kind} leak: take it out."
+            f"{short(path, 100)} holds {short(strange[0])}, which does not belong to a {kind.kind} leak: take it out."
         )
     leak = kind(
         observed=group(f"{written}/"),
@@ -562,12 +567,12 @@ def check_protocol(protocol: Protocol) -> None:
     try:
         sound(protocol)
     except (TypeError, ValueError) as error:
-        raise FedtapError(f"This protocol is none that a client could follow, since {error}: say it so.") from error
+        raise FedtapError(f"No client could follow this protocol, since {error}: change that term.") from error
 
 
 def with_terms(leak: Leak, **said: Any) -> Leak:
-    """The leak under what the caller knows of its protocol better than the file; a gradient of several steps is an
-    update, ``-learning_rate x`` what one step would have had as its gradient.
+    """The leak with these terms of its protocol replaced; where that makes a gradient one of several local steps, it
+    becomes an update, ``-learning_rate`` times the former gradient.
 
     Raises:
         FedtapError: the protocol has no such value.
@@ -583,12 +588,12 @@ def with_terms(leak: Leak, **said: Any) -> Leak:
 
 
 def float_buffers(network: nn.Module) -> dict[str, Tensor]:
-    """The buffers that travel: floating point ones (BatchNorm's step counter stays at home)."""
+    """The buffers that are sent: floating point ones (not BatchNorm's step counter)."""
     return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
 
 
 LONGEST_TEXT = 200
-"""Letters of a protocol's texts."""
+"""Characters of each text of a protocol, at most."""
 
 MOST_STEPS, MOST_CLASSES, MOST_NUMBERS = 10**6, 2**20, 2**28
 """Steps and clients of a sum, classes, and numbers in a batch of examples, at most: a leak of more is a mistake, or was
@@ -596,7 +601,7 @@ made to fill the memory."""
 
 
 def protocol_of(document: Any) -> Protocol:
-    """From the form in JSON; `sound` has not looked at it.
+    """From its JSON form, not yet checked by `sound`.
 
     Raises:
         KeyError, TypeError, ValueError: it is not of that form.
@@ -620,7 +625,7 @@ def sound(protocol: Protocol, resolution: float = 0.0) -> None:
     if any(
         len(text) > LONGEST_TEXT for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
     ):
-        raise ValueError(f"model, defence, listener and prior have {LONGEST_TEXT} letters at most")
+        raise ValueError(f"model, defence, threat_model and prior have {LONGEST_TEXT} letters at most")
 
 
 def _sound(protocol: Protocol, resolution: float) -> None:
@@ -630,7 +635,7 @@ def _sound(protocol: Protocol, resolution: float) -> None:
             "shape, classes, batch, local_steps and summed are whole numbers from 1, one to three in shape"
         )
     if protocol.batch % protocol.summed:
-        raise ValueError("batch is a multiple of summed: so many images are each client's")
+        raise ValueError("batch is a multiple of summed: each client has batch / summed images")
     if not (math.isfinite(protocol.learning_rate) and protocol.learning_rate > 0):
         raise ValueError("learning_rate is a number over 0")
     if not (math.isfinite(resolution) and resolution >= 0):
@@ -638,18 +643,18 @@ def _sound(protocol: Protocol, resolution: float) -> None:
     if not all(
         isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
     ):
-        raise ValueError("model, defence, listener and prior are text")
+        raise ValueError("model, defence, threat_model and prior are text")
     for name, known in CHOICES.items():
         if getattr(protocol, name) not in known:
             raise ValueError(f"{name} is {' or '.join(known)}")
     ends, channels = Range.of(protocol), protocol.shape[0]
     if any(len(end) not in (1, channels) or not all(map(_number, end)) for end in (ends.low, ends.high)):
-        raise ValueError("low and high are numbers, one or one a channel")
+        raise ValueError("low and high are numbers, one or one for each channel")
     low, high = (end * channels if len(end) == 1 else end for end in (ends.low, ends.high))
     if not all(below < above for below, above in zip(low, high, strict=True)):
         raise ValueError("low is below high")
     if len(protocol.shape) != 3 and ends != PIXELS:
-        raise ValueError("low and high are of images, and this shape is of none")
+        raise ValueError("low and high apply to images, and this shape is not an image's")
     if not (_number(protocol.momentum) and 0 <= protocol.momentum < 1):
         raise ValueError("momentum is a number from 0 and below 1")
     if not (_number(protocol.weight_decay) and protocol.weight_decay >= 0):

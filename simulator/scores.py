@@ -1,7 +1,7 @@
-"""How much of the private data came back: pure functions of (guess, truth), and the blind guesses to hold against.
+"""How much of the private data came back: pure functions of (reconstruction, truth), and blind guesses as baselines.
 
-Pixels are in [0, 1]; a guess is clamped there first. The images of a batch have no order, so they are matched to the
-truth's before they are scored.
+Pixels are in [0, 1]; reconstructions are clamped first. The images of a batch have no order, so they are matched to
+the true ones before they are scored.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ PSNR in dB. `python -m fedtap.scenarios.bench.levels` chose them on training ima
 how often they agree with it."""
 
 LEAST_SSIM, LEAST_CORRELATION = 0.35, 0.5
-"""And from these, whatever LPIPS says: two pictures of the same kind may be near in LPIPS and not in SSIM, and an image
-of one colour, near in all other scores to a picture that is nearly of one colour, has no correlation with it."""
+"""Least SSIM and correlation of a recognisable image, whatever its LPIPS: two pictures of the same kind may be near
+in LPIPS and not in SSIM, and an image of one colour, near in all other scores to a picture of almost one colour, has no
+correlation with it."""
 
 IDENTICAL_PSNR, IDENTICAL_SSIM = 30.0, 0.95
 """A recognisable image is identical from this PSNR in dB and this SSIM, where that has a value: closer than a JPEG copy
@@ -74,7 +75,7 @@ class Score(TypedDict):
     well it came back, read `levels`, `psnr_images`, or the PSNR of the mean error, ``-10 log10(mse)``."""
     ssim: float | None
     lpips: float | None
-    """0 is the same picture."""
+    """Perceptual distance, from 0 for equal images."""
     label_correct: float
     """Share of the batch's labels found, repeats counted: a batch has no order."""
     recovered: float
@@ -86,8 +87,9 @@ class Score(TypedDict):
     recognisable: float
     """Share of images that are recognisable at least."""
     identical: float
+    """Share of images that are identical."""
     matching: list[int]
-    """For each true image, which guess was matched to it."""
+    """For each true image, the number of the reconstructed image that was matched to it."""
     ssim_note: str | None
     lpips_note: str | None
 
@@ -164,14 +166,14 @@ def levels(
 
 
 def match(reconstruction: ImageBatch, truth: ImageBatch) -> Int[Tensor, " batch"]:
-    """For each true image the guess that is matched to it: the pairing with the least total squared error."""
+    """For each true image the reconstructed image matched to it: the pairing of least total squared error."""
     one, other = reconstruction.double().clamp(0, 1).flatten(1), truth.double().flatten(1)
     costs = torch.stack([(one - image).square().sum(1) for image in other])  # truth guess
     return torch.from_numpy(linear_sum_assignment(costs.numpy())[1])
 
 
 def label_correct(reconstruction: Int[Tensor, " batch"], truth: Int[Tensor, " batch"]) -> float:
-    """Share of the true labels that the guess holds, each as often as it is guessed; order does not count."""
+    """Share of the true labels that were found, counted with multiplicity and in any order."""
     classes = int(max(reconstruction.max(), truth.max())) + 1
     counts = (torch.bincount(labels[labels >= 0], minlength=classes) for labels in (reconstruction, truth))
     return int(torch.minimum(*counts).sum()) / len(truth)
@@ -183,7 +185,7 @@ def games_won(reconstruction: Int[Tensor, " games"], truth: Int[Tensor, " games"
 
 
 def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
-    """Clopper and Pearson's limits of the probability of winning; each, by itself, is wrong at most so often.
+    """Clopper and Pearson's limits of the probability of winning; each limit fails with probability `doubt` at most.
 
     Clopper and Pearson, Biometrika 1934, https://doi.org/10.1093/biomet/26.4.404.
 
@@ -209,7 +211,7 @@ def median_interval(values: Sequence[float], doubt: float = 0.05) -> tuple[float
 def relative_error(
     reconstruction: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]
 ) -> Float[Tensor, " victims"]:
-    """``|guess - truth| / |truth|`` of each victim."""
+    """``|reconstruction - truth| / |truth|`` of each victim."""
     return (reconstruction.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)  # type: ignore[no-any-return]
 
 
@@ -231,7 +233,7 @@ def score_all(
 ) -> list[Score]:
     """The scores of each victim.
 
-    A guess that holds NaN or infinity has recovered nothing: it has no distances, and 0 as its recovery rate.
+    A reconstruction with NaN or infinity has recovered nothing: its distances are None, and its recovery rate is 0.
     """
     reconstructed_images, true_images = reconstructed_images.detach().cpu(), true_images.detach().cpu()
     reconstructed_labels, true_labels = reconstructed_labels.detach().cpu(), true_labels.detach().cpu()
@@ -258,7 +260,7 @@ def score_all(
         values = columns[column]
         return float(values.view(victims, -1)[victim].mean()) if values is not None and sound[victim] else None
 
-    strange = "The guess holds NaN or infinity, so it has no distance to the truth."
+    strange = "The reconstruction holds NaN or infinity, so it has no distance to the truth."
     return [
         Score(
             mse=mean("mse", victim),
@@ -298,7 +300,7 @@ def matched_distances(
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's; NaN where all of one side are alike."""
+    """Spearman's rank correlation in [-1, 1]; NaN where one side is constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constant sides
         return float(spearmanr(one, other).statistic)
@@ -315,9 +317,9 @@ def training_mean(auxiliary: ImageBatch) -> Image:
 
 
 def blind(auxiliary: ImageBatch) -> Image:
-    """What one would guess without any leak: the better of the two floors.
+    """The blind guess: the better of `training_mean` and `best_constant`, chosen without any leak.
 
-    The public images alone decide: every other one makes the floors, the rest judge them.
+    The auxiliary images alone decide: every other one makes both baselines, and the rest compare them.
     """
     makers, judges = auxiliary[::2], auxiliary[1::2] if len(auxiliary) > 1 else auxiliary
     baselines = (training_mean, best_constant)
@@ -338,17 +340,17 @@ class TextScore(TypedDict):
     exact_tokens: float
     """Share of places at which the token is right."""
     exact_texts: float
-    """Share of texts of which all are."""
+    """Share of texts of which all tokens are right."""
     rouge1: float
     rouge2: float
     rouge_l: float
     """F1, over tokens."""
     matching: list[int]
-    """For each true text, which guess was matched to it."""
+    """For each true text, the number of the reconstructed text that was matched to it."""
 
 
 def match_texts(reconstruction: Texts, truth: Texts) -> Int[Tensor, " batch"]:
-    """For each true text the guess that is matched to it: the pairing with the most tokens right."""
+    """For each true text the reconstructed text matched to it: the pairing with the most tokens right."""
     right = (reconstruction[None] == truth[:, None]).sum(2)  # truth guess
     return torch.from_numpy(linear_sum_assignment(right.numpy(), maximize=True)[1])
 
@@ -393,5 +395,5 @@ def _f1(common: int, one: int, other: int) -> float:
 
 
 def blind_text(auxiliary: Int[Tensor, "texts tokens"]) -> Int[Tensor, " tokens"]:
-    """What one would guess without any leak: at each place the token that most public texts have there."""
+    """The blind guess: at each place the token that most auxiliary texts have there."""
     return auxiliary.mode(0).values

@@ -102,3 +102,77 @@ def test_every_field_of_an_attack_is_documented(file: Path) -> None:
 def test_a_field_without_a_docstring_is_found() -> None:
     source = '@dataclass\nclass A:\n    x: int = 1\n    """Steps."""\n    y: int = 2\n    z: ClassVar[int] = 3\n'
     assert undocumented(source) == ["A.y"]
+
+
+def defined(file: Path) -> set[str]:
+    """Public classes, functions and constants at the top of a module."""
+    names: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.AnnAssign):
+            names.add(ast.unparse(node.target))
+    return {name for name in names if not name.startswith("_")}
+
+
+SAID_TWICE = frozenset(
+    [
+        "ALL",
+        "ATTACK",
+        "ATTACKS",
+        "Batch",
+        "CLASSES",
+        "DEFENCES",
+        "Entry",
+        "FEW",
+        "FILES",
+        "FOUND",
+        "Heard",
+        "IMAGES",
+        "LEGEND",
+        "LONGEST",
+        "MOST",
+        "Made",
+        "NOTES",
+        "Named",
+        "Outcome",
+        "PAIRS",
+        "PANELS",
+        "Part",
+        "ROUNDS",
+        "Row",
+        "SCORES",
+        "SETTINGS",
+        "SHAPE",
+        "SHOWN",
+        "STYLE",
+        "SUCCESS",
+        "THREAT",
+        "TINY",
+        "apart",
+        "defended",
+        "entries",
+        "found",
+        "judged",
+        "main",
+        "parse",
+        "scenario",
+        "section",
+        "table",
+        "told",
+        "write",
+    ]
+)
+"""Names that still stand in two files: of scenarios, reports and defences, and `parse`, which is read with its module."""
+
+
+def test_a_public_name_is_defined_in_one_file() -> None:
+    files: dict[str, list[str]] = {}
+    for file in FILES:
+        for name in defined(file):
+            files.setdefault(name, []).append(str(file.relative_to(ROOT)))
+    twice = {name: sorted(found) for name, found in files.items() if len(found) > 1}
+    assert not (new := {name: twice[name] for name in twice.keys() - SAID_TWICE}), new
+    assert not (gone := SAID_TWICE - twice.keys()), f"no longer twice, so take out of SAID_TWICE: {sorted(gone)}"

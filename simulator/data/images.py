@@ -78,7 +78,7 @@ class Dataset:
     train: Side
     victims: Side
     note: str = ""
-    """What a reader of the results has to know of how it was made; the page says it."""
+    """What a reader of the results has to know about how the dataset was made; the page shows it."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -309,7 +309,8 @@ def pictures(path: Path, size: int) -> Dataset:
     """A folder or .zip of images, each resized (shorter side to `size`) and cropped at its centre.
 
     A class is a subfolder, below any folder that holds all the rest. In order of class and name the images go to
-    public, train and victims by turns, a third to each; but where the top folders are `train` and some of HELD_OUT, the
+    public, train and victims by turns, a third to each; but where the top folders are `train` and some of
+    HELD_OUT_FOLDERS, the
     latter are the victims' side, and `train` goes to the other two by turns. Images without subfolders have no labels:
     they get balanced pseudo-labels, and all of them are victims, as are all of a folder too small for three sides; the
     public and the training side are then the embedded photographs. Images that are all grey have one channel. Of images
@@ -436,7 +437,7 @@ def _luminance(
 
 
 def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPath, str], set[PurePosixPath]]:
-    """The class of each image, and those that lie in a folder of HELD_OUT beside one named train."""
+    """The class of each image, and the images in a folder of HELD_OUT_FOLDERS beside one named train."""
     inner = {file: file.parts for file in images}
 
     def tops() -> set[str]:

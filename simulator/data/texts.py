@@ -24,7 +24,7 @@ from fedtap.simulator.files import read_bytes
 
 UNKNOWN, START, END = "[UNK]", "[CLS]", "[SEP]"
 CONTINUED = "##"
-"""Of a piece that does not begin a word."""
+"""Prefix of a piece that does not begin a word."""
 
 LARGEST_TEXT_FILE = 1 << 28
 """Bytes of a file of texts."""
@@ -163,9 +163,8 @@ class TextDataset:
     victims: TextSide
 
     def __repr__(self) -> str:
-        return (
-            f"TextWorld({self.name!r}, classes={self.classes}, {len(self.public)} public, {len(self.victims)} victims)"
-        )
+        sides = f"{len(self.public)} public, {len(self.victims)} victims"
+        return f"TextDataset({self.name!r}, classes={self.classes}, {sides})"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -180,7 +179,7 @@ class Cut:
 
 
 def cut(side: TextSide, vocabulary: WordPieces, tokens: int) -> Cut:
-    """The side's texts, cut to so many tokens; shorter ones are left out.
+    """The side's texts, cut to `tokens` tokens; shorter ones are left out.
 
     Raises:
         FedtapError: all are shorter.

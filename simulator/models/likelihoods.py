@@ -1,4 +1,4 @@
-"""Bayesian models by name: how likely a record is under parameters, and how likely those are beforehand.
+"""Bayesian models by name: the likelihood of a record under parameters, and the prior of the parameters.
 
 A record is a point ``(inputs, output)``. The client samples the posterior of such a model, and the server, which chose
 it, knows it: its name is in the leak's protocol.
@@ -30,7 +30,7 @@ HOW_TO_WRITE = "write linear_regression, polynomial(DEGREE) or bayesian_network(
 
 @dataclass(frozen=True)
 class Prior:
-    """Of a standard deviation σ > 0: flat, or Half-Cauchy(0, `scale`)."""
+    """Prior of a standard deviation σ > 0: flat, or Half-Cauchy(0, `scale`)."""
 
     scale: float = math.inf
 
@@ -61,7 +61,7 @@ def prior(text: str) -> Prior:
 
 
 class Likelihood(ABC):
-    """What an attack on a posterior has to know of the model.
+    """The model as an attack on a posterior needs it.
 
     One whose log-likelihood is ``natural(θ) . statistics(point)`` says both, and is an exponential family.
     """
@@ -92,7 +92,7 @@ class Likelihood(ABC):
 
     @property
     def positive(self) -> tuple[int, ...]:
-        """Entries of θ that are over 0."""
+        """Indices of the entries of θ that are positive."""
         return ()
 
 
@@ -152,7 +152,7 @@ class LinearRegression(Likelihood):
         return [(0,) * self.columns, *inputs, units[-1]]
 
     def statistics(self, points: Float[Tensor, "*points columns"]) -> Float[Tensor, "*points statistics"]:
-        """What of a record the likelihood sees: its sums over all records are sufficient."""
+        """Sufficient statistics of a record; the likelihood depends on the records through their sums alone."""
         u, pairs = self._u, combinations_with_replacement(range(len(self._u)), 2)
         place = {_product(u[left], u[right]): (left, right) for left, right in pairs}  # of equal ones, any does
         left, right = zip(*(place[powers] for powers in self.monomials), strict=True)
@@ -169,7 +169,7 @@ class LinearRegression(Likelihood):
 
     @property
     def _gather(self) -> Float[Tensor, "statistics products"]:
-        """Which entries of uuᵀ are the same monomial."""
+        """Index, for each entry of uuᵀ, of its monomial among the statistics."""
         u, place = self._u, {powers: row for row, powers in enumerate(self.monomials)}
         gather = torch.zeros(len(place), len(u) ** 2)
         for row, left in enumerate(u):
@@ -227,7 +227,7 @@ NORMAL = "normal(1)"
 
 
 def likelihood(model: str, inputs: int, prior_of_sigma: str = "flat") -> Likelihood:
-    """The model of this name, as a protocol says it, on so many inputs.
+    """The model of this name, as a protocol says it, for this number of inputs.
 
     Raises:
         FedtapError: there is none of this name, or its values are not such.

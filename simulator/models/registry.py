@@ -86,6 +86,7 @@ class LeNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         hidden = images
         for number in range(self.depth):
+            # a_k = s(W_k * a_{k-1} + b_k): the sigmoid has the second derivatives that gradient matching needs
             hidden = torch.sigmoid(self.get_submodule(f"conv{number + 1}")(hidden))
         return self.fc(hidden.flatten(1))  # type: ignore[no-any-return]
 
@@ -95,6 +96,7 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         colour = images.shape[-3] == 3
+        # mean and standard deviation of ImageNet's training images, as torchvision's models take them
         mean = images.new_tensor([0.485, 0.456, 0.406] if colour else [0.449]).view(-1, 1, 1)
         std = images.new_tensor([0.229, 0.224, 0.225] if colour else [0.226]).view(-1, 1, 1)
         return (images - mean) / std
@@ -177,13 +179,14 @@ class EncoderBlock(nn.Module):
         query, key, value = (
             self.qkv(self.norm1(tokens)).view(images, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         )
+        # softmax(Q K^T / sqrt(columns)) V
         mixed = torch.softmax(query @ key.transpose(-1, -2) / (width // self.heads) ** 0.5, dim=-1) @ value
         tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(images, length, width))
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
 
-WIDTH, HEADS = 96, 4
-"""Of the vision transformer's tokens, and of each of its attentions."""
+VIT_WIDTH, VIT_HEADS = 96, 4
+"""Features of a token, and heads of each attention, of the vision transformer."""
 
 
 class ViT(nn.Module):
@@ -197,11 +200,11 @@ class ViT(nn.Module):
         channels, height, width = shape
         patch = (max(height // 8, 1), max(width // 8, 1))
         self.normalise = Normalise()
-        self.embed = nn.Conv2d(channels, WIDTH, patch, stride=patch)
-        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), WIDTH))
-        self.blocks = nn.Sequential(*(EncoderBlock(WIDTH, HEADS) for _ in range(4)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, classes)
+        self.embed = nn.Conv2d(channels, VIT_WIDTH, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), VIT_WIDTH))
+        self.blocks = nn.Sequential(*(EncoderBlock(VIT_WIDTH, VIT_HEADS) for _ in range(4)))
+        self.norm = nn.LayerNorm(VIT_WIDTH)
+        self.head = nn.Linear(VIT_WIDTH, classes)
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -370,7 +373,8 @@ _LOGITS_LAYERS: WeakKeyDictionary[nn.Module, dict[Shape, str | None]] = WeakKeyD
 
 
 def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
-    """Told from one backward pass at made-up weights: with z the logits of one input and ``d = softmax(z) - onehot``,
+    """The layer is found by one backward pass at made-up weights, with z the logits of one input and
+    ``d = softmax(z) - onehot``:
 
     the layer z = W e + b has the gradients ``dL/db = d`` and ``dL/dW = d e^T``, and its ``softmax(W e + b)`` is the
     network's. Neither views, dropout nor a log-softmax after the layer change that; anything else does.
@@ -417,6 +421,7 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
             return True
         if weight not in gradient:
             return False
+        # dL/dW = d e', so e = d' dL/dW / |d|^2
         e = d @ gradient[weight] / d.square().sum()
         off = gradient[weight] - torch.outer(d, e)
         there = weights[weight] @ e + (0 if bias is None else weights[bias])
@@ -429,7 +434,7 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
 
 
 def with_weights(network: nn.Module, path: Path) -> nn.Module:
-    """The network with the weights of a .safetensors file, parameter name -> tensor, buffers likewise.
+    """The network with the weights of a .safetensors file, parameters and buffers by name.
 
     Raises:
         FedtapError: the file is not there, damaged, or of another model.
@@ -486,7 +491,7 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
 
 
 def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
-    """The user's function of (shape, classes); what takes no such two is called without."""
+    """The user's function, called with (shape, classes), or without arguments where it takes none."""
     module, _, function = name.partition(":")
     try:
         try:

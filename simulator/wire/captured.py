@@ -40,7 +40,7 @@ def leak(
         batch: examples behind each gradient.
         weights: those of the model, where it has others by now; name -> tensor.
         name: of the model in rows; `module:function` lets `fedtap attack` build it again. Its class's where not given.
-        told: what else the protocol tells (`fedtap.simulator.leaks.Protocol`): `defence="noise(0.01)"`, …
+        terms: further terms of the protocol (`fedtap.simulator.leaks.Protocol`): `defence="noise(0.01)"`, …
 
     Raises:
         FedtapError: the model does not take such an input, or the gradients are not those of its parameters.

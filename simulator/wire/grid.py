@@ -26,10 +26,10 @@ LONGEST_REASON = 400
 
 
 class LocalGrid(Grid):
-    """Nodes 0 … `nodes` - 1, each with its own Context, answering with `app` as soon as a message is pushed."""
+    """Nodes 0 … `nodes` - 1, each with its own Context, replying with `app` as soon as a message is pushed."""
 
     instant = True
-    """All answers that there will be are there once messages are pushed."""
+    """All replies that there will be are there once messages are pushed."""
 
     def __init__(self, app: ClientApp, nodes: int, run_config: UserConfig | None = None) -> None:
         self._app = app
@@ -72,17 +72,17 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Let each node answer its message now; answers that nobody pulls are kept as `Unpulled` says."""
+        """Let each node reply its message now; replies that nobody pulls are kept as `Unpulled` says."""
         answers = {(name := _named(message)): self._answer(message, name) for message in messages}
         self._answers.put(answers, lambda answer: answer.metadata.src_node_id)
         return list(answers)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers to these messages, each handed out once."""
+        """The replies to these messages, each handed out once."""
         return [self._answers.pop(name) for name in list(message_ids) if name in self._answers]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push and pull. Every node has answered when this returns, so `timeout` never passes."""
+        """Push and pull. Every node has replied when this returns, so `timeout` never passes."""
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message, name: str) -> Message:

@@ -2,7 +2,7 @@
 
 A node says its number itself, so any node can say any number. It is asked once, and the number is then bound to the
 node: what comes from there later is that client's and nobody else's. Where two nodes say the same number neither is
-believed, so that it does not matter which of them answers first.
+believed, so that it does not matter which of them replies first.
 """
 
 from __future__ import annotations
@@ -21,20 +21,17 @@ ASKED = "query.partition"
 """Message type by which a node is asked for its number."""
 
 ROLL_TIMEOUT = 600.0
-"""Seconds in which it has to say it: an engine may have to start a process first."""
+"""Seconds in which a node has to reply: an engine may have to start a process first."""
 
 
 @dataclass(frozen=True)
 class Roll:
-    """The clients of a grid.
-
-    Args:
-        clients: node -> its client's number, from 0; no two nodes have the same.
-        strangers: node -> why it has none, in a sentence.
-    """
+    """The clients of a grid."""
 
     clients: Mapping[int, int]
+    """Node -> number of its client, from 0; no two nodes have the same."""
     strangers: Mapping[int, str]
+    """Node without a client -> the reason, in a sentence."""
 
     @property
     def nodes(self) -> dict[int, int]:
@@ -42,7 +39,7 @@ class Roll:
         return {client: node for node, client in sorted(self.clients.items(), key=lambda both: both[1])}
 
     def client(self, message: Message) -> int:
-        """Whose answer this order gets: the client's that was asked, whatever the answer says.
+        """The client from which a reply to this message comes: the one that was asked, whatever the reply says.
 
         Raises:
             FedtapError: the node is no client.
@@ -54,7 +51,7 @@ class Roll:
 
 
 def check_name(reply: RecordDict, client: int) -> None:
-    """Refuse an answer that reports another partition than its client's.
+    """Refuse a reply that reports another partition than its client's.
 
     Raises:
         FedtapError: with both.
@@ -104,6 +101,6 @@ def call(grid: Grid) -> Roll:
 
 
 def present(message: Message, context: Context) -> Message:
-    """A node's answer: the partition of its configuration."""
+    """A node's reply: the partition of its configuration."""
     metrics = MetricRecord({"partition": int(context.node_config["partition-id"])})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -1,8 +1,8 @@
-"""Whether a leak is what its protocol says: doubts before an attack, and after it what the guess leaves unexplained.
+"""Whether a leak is what its protocol says: doubts before an attack, and after it the share that stays unexplained.
 
-A failed attack is not privacy, and an attack on a leak that was misread is not even a failed attack. So what
-contradicts the protocol is said before an attack is tried, and after it how much of the gradient the guess does not
-cause.
+A failed attack is not privacy, and an attack on a leak that was misread is not even a failed attack. So contradictions
+to the protocol are reported before an attack is tried, and after it the share of the gradient that the reconstruction
+does not cause.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedtap.simulator.models.registry import logits_layer
 from fedtap.simulator.wire.replay import client_reply, local_steps, loss_gradient, mean_gradient, summands, targets
 
 EXPLAINED = 2.5e-3
-"""`unexplained` up to which a guess counts as an explanation.
+"""`unexplained` up to which a reconstruction counts as an explanation.
 
-Chosen on training images, between honest leaks and misread ones (tests/misread.py). Of 128 others it tells 4 wrongly,
-and 2 where a doubt counts as well: one attack had not converged, one image had next to no gradient.
+Chosen on training images, between honest leaks and misread ones (tests/misread.py). Of 128 further leaks it decides 4
+wrongly, and 2 where a doubt counts too: one attack had not converged, and one image had almost no gradient.
 """
 
 CAUSES = "not converged, or not this model, loss, range, batch or number of steps"
@@ -49,7 +49,7 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
     g is what a client of this protocol would send for them after all its steps. Weight decay does not count in the
     length of G. A clip and a pruning are done to g as well. Noise and rounding leave an error e of known ``E|e|^2``,
     which is subtracted with three of its standard deviations (down to 0), so that the truth has 0 under noise too;
-    NaN where it is over half of ``|G|^2``, since then next to any guess would have 0. None where the weights are not
+    NaN where it is over half of ``|G|^2``, since then almost any images would have 0. None where the weights are not
     known, where a defence or Adam leaves nothing to compare, and of a network that torch.func cannot differentiate.
     """
     protocol, steps = leak.protocol, local_steps(leak)
@@ -90,7 +90,7 @@ def _parts(defence: str) -> tuple[Part, ...] | None:
 
 
 def _replayable(parts: Sequence[Part], alone: bool) -> bool:
-    """Whether what these do is done to a guess's gradient as well, or is noise that nothing comes after."""
+    """Whether each of these defences can be applied to a reconstruction's gradient, or is noise that comes last."""
     names = [part.name for part in parts]
     known = {"clip", "prune", "quantise", *RANDOM} - (set() if alone else {"dp_sgd"})
     noisy = [number for number, name in enumerate(names) if name in RANDOM or name == "quantise"]

@@ -1,9 +1,9 @@
-"""The threat models: what a listener makes of one exchange between server and client.
+"""The threat models: what an attacker observes of one exchange between server and client.
 
 `curious_server` knows the weights it sent. `eavesdropper` sits on the clients' uplink: it sees what each client sends
 (as a difference to what the client was sent) and knows the architecture, but not the weights; GIT's threat model
-(https://arxiv.org/abs/2505.20026). `secure_aggregation` is a curious server to which the clients' answers come masked,
-so that it hears of each round their sum alone (Bonawitz et al., CCS 2017, https://eprint.iacr.org/2017/281).
+(https://arxiv.org/abs/2505.20026). `secure_aggregation` is a curious server to which the clients' replies come masked,
+so that it observes their sum alone in each round (Bonawitz et al., CCS 2017, https://eprint.iacr.org/2017/281).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def curious_server(leak: Leak) -> Leak:
 
 
 def eavesdropper(leak: Leak) -> Leak:
-    """Knows architecture and answers; neither weights nor buffers."""
+    """Knows architecture and replies; neither weights nor buffers."""
     return dataclasses.replace(leak, weights=None, buffers={}, stacked=False)
 
 
 def secure_aggregation(leak: Leak) -> Leak:
-    """Knows the weights; what it is told by its own client, outside the sum, is not masked. See `isolated`."""
+    """Knows the weights, and its own client's reply, which is not masked. See `isolated` for the sum."""
     return leak
 
 
@@ -65,19 +65,19 @@ OTHERS = ("honest", "silent", "identical", "colluding")
 tell the server what they send."""
 
 FEWEST = 2
-"""Answers of which a sum is unmasked, at least: as in Flower's SecAgg+."""
+"""Fewest replies of which a sum is unmasked, as in Flower's SecAgg+."""
 
 
 @dataclass(frozen=True)
 class Masked:
-    """One answer that goes into a sum, and the number of examples by which it is weighted there."""
+    """One reply of a masked sum, and the number of examples by which it is weighted there."""
 
     leak: Leak
     examples: float
 
 
 def isolated(replies: Mapping[int, Masked], clients: int, others: str) -> Leak:
-    """What a server behind secure aggregation learns of one round: the sum, less what it is told of it.
+    """What a server behind secure aggregation learns of one round: the sum, less the replies that it knows.
 
     It reads the channel of the compromised client (number `clients`), and it knows whether the `others`, clients 1 to
     `clients` - 1, send zero, send what the compromised client sends, or collude and tell it what they send. What is
@@ -85,7 +85,7 @@ def isolated(replies: Mapping[int, Masked], clients: int, others: str) -> Leak:
     over all their images.
 
     Raises:
-        FedtapError: an answer is missing, so that the sum is not unmasked, or is of fewer clients than announced.
+        FedtapError: a reply is missing, so that the sum is not unmasked, or is of fewer clients than announced.
     """
     _all_replied(replies, clients)
     revealed = _revealed(replies, clients, others)
@@ -116,12 +116,12 @@ def _all_replied(replies: Mapping[int, Masked], clients: int) -> None:
     if absent:
         raise FedtapError(
             f"Of the {clients} clients to be summed these dropped out: {', '.join(map(str, absent))}; the sum is of "
-            "fewer images than an attack is told of: play another round, or lower --clients."
+            "fewer images than the attack assumes: play another round, or lower --clients."
         )
 
 
 def _revealed(replies: Mapping[int, Masked], clients: int, others: str) -> dict[int, Tensors]:
-    """What the server knows of single answers: the compromised client's, and what it knows of the others'."""
+    """Replies that the server knows singly: the compromised client's, and those of clients that do not hide theirs."""
     revealed = {clients: replies[clients].leak.observed} if clients in replies else {}
     if others == "identical" and not revealed:
         raise FedtapError(
@@ -163,7 +163,7 @@ def leak_of_exchange(
     rnd: int,
     examples: int | None = None,
 ) -> Leak:
-    """What the weights that a client was sent and those that it sent back give away.
+    """The leak of an exchange: of the weights that a client was sent and those that it sent back.
 
     One prescribed step of SGD gives away the gradient, (before - after) / learning rate; several give away their
     sum, after - before. What else the protocol says of loss and optimiser is left to whoever reads the leak. Rounding
@@ -211,7 +211,7 @@ def _rounding(weights: Tensor) -> float:
 
 
 def difference(before: Tensor, after: Tensor, scale: float) -> Tensor:
-    """``(after - before) scale``, as a listener takes it from weights on the wire; of one client, or of a stack."""
+    """``(after - before) scale``, the change of the weights on the wire; of one client, or of a stack."""
     return ((after.double() - before.double()) * scale).float()
 
 
