@@ -165,7 +165,7 @@ SAID_TWICE = frozenset(
         "write",
     ]
 )
-"""Names that still stand in two files: of scenarios, reports and defences, and `parse`, which is read with its module."""
+"""Names that still stand in two files, most of them of scenarios and reports; `parse` is read with its module."""
 
 
 def test_a_public_name_is_defined_in_one_file() -> None:

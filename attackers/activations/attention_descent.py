@@ -58,15 +58,18 @@ class AttentionDescent(Attack[Inputs]):
         for _ in range(self.steps):
             residual = (block(x) - target).flatten(1).square().sum(1)
             loss = residual + self.gamma * x.flatten(1).square().sum(1)
+            # no start's loss depends on another's input, so the gradient of the sum is each one's own
             (gradient,) = torch.autograd.grad(loss.sum(), x)
             going = (residual.detach().sqrt() > _CONVERGED * size) & (length > _LEAST)
             if not going.any():
                 break
             with torch.no_grad():
+                # x - t grad: a step of length t, taken where it lowers |F(X) - B|^2 + gamma |X|^2
                 there = x - length[:, None, None] * gradient
                 after = (block(there) - target).flatten(1).square().sum(1)
                 kept = going & (after + self.gamma * there.flatten(1).square().sum(1) < loss)
                 x[kept] = there[kept]
+                # t grows by a tenth after a step that is kept, and is halved after one that is not
                 length *= torch.where(kept, _RISE, torch.where(going, _FALL, 1.0))
                 steps += going
         with torch.no_grad():

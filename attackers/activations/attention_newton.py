@@ -79,6 +79,7 @@ class AttentionNewton(Attack[Inputs]):
     def reconstruct(self, leak: Leak, start: Tensor) -> Inputs:
         block, target, x = float64_problem(leak, start, self.starts)
         dense = x[0].numel() <= DENSE
+        # a dense Jacobian has outputs x inputs entries for each element
         at_once = max(1, ENTRIES // (target[0].numel() * x[0].numel())) if dense else 1
         parts = zip(target.split(at_once), x.split(at_once), strict=True)  # type: ignore[no-untyped-call]
         found = [self._lowered(block, *some, Dense if dense else Products) for some in parts]
@@ -99,6 +100,7 @@ class AttentionNewton(Attack[Inputs]):
         for _ in range(self.steps):
             here, wanted = x[going], target[going]
             here_linear = jacobian(block, here)
+            # r = F(X) - B
             r, flat = (here_linear.out - wanted).flatten(1), here.flatten(1)
             down = -(here_linear.transposed_times(r) + self.gamma * flat)  # -(J^T r + gamma x)
             far = r.norm(dim=1) / size[going]
@@ -106,10 +108,13 @@ class AttentionNewton(Attack[Inputs]):
             added = (
                 damping[going] * far * here_linear.times(down).square().sum(1) / down.square().sum(1).clamp_min(_TINY)
             )
+            # d = (J'J + gamma + damping)^-1 (-(J'r + gamma x))
             move = here_linear.solve(down, self.gamma + (added if self.damped else 0 * added))
             there = here + move.reshape(here.shape)
+            # where H d = down, the quadratic model of the loss falls by d'down
             gain, whole = (move * down).sum(1), damping[going] * far <= _FIRST
             after = self._loss(block(there), wanted, there)
+            # NaN is not below, so a step to a non-finite loss is refused
             kept = after < loss[going] if self.damped else after.isfinite()
             x[going], loss[going] = torch.where(kept[:, None, None], there, here), torch.where(kept, after, loss[going])
             steps[going] += 1

@@ -49,6 +49,7 @@ class Norm:
         self, x: Float[Tensor, "*elements d"]
     ) -> tuple[Float[Tensor, "*elements d"], Float[Tensor, "*elements 1"]]:
         """Tokens of mean 0 and variance 1, and the standard deviations that they had."""
+        # z = (x - mean) / sqrt(variance + eps)
         centred = x - x.mean(-1, keepdim=True)
         std = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
         return centred / std, std
@@ -56,6 +57,7 @@ class Norm:
     def jacobian(self, x: BlockInput) -> Float[Tensor, "elements n d d"]:
         """Of each token by itself."""
         z, std = self.standard(x)
+        # (I - 1 1'/d - z z'/d) / std, with the gain on the left
         flat = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) - 1 / x.shape[-1]
         inner = flat - z[..., :, None] * z[..., None, :] / x.shape[-1]
         return self.gain[:, None] * inner / std[..., None]
@@ -94,9 +96,13 @@ class AttentionBlock:
 
     def _heads(self, u: BlockInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The heads' outputs side by side; and of each head P, y and F."""
+        # u_i' W u_j of each head
         scores = torch.einsum("lic,hcd,ljd->lhij", u, self.bilinear, u)
+        # P = softmax(s), with the bias's share w' u_j added to the scores
         attends = (scores + torch.einsum("hc,ljc->lhj", self.offset, u)[:, :, None]).softmax(-1)
+        # y_j = V' u_j
         values = torch.einsum("ljc,hcm->lhjm", u, self.value)
+        # F_i = sum_j P_ij y_j
         mixed = attends @ values
         return mixed.transpose(1, 2).flatten(2), attends, values, mixed
 
@@ -119,13 +125,16 @@ class AttentionBlock:
         spread = attends[..., None] * (values[:, :, None] - mixed[:, :, :, None])  # P_ij (y_j - F_i)
         queries = torch.einsum("lic,hcd->lhid", u, self.bilinear) + self.offset[:, None]  # W^T u_i + w
         keys = torch.einsum("hcd,ljd->lhjc", self.bilinear, u)  # W u_k
+        # [i = j] sum_k P_ik (y_k - F_i) (W u_k)'
         own = torch.einsum("lhikm,lhkc->lhimc", spread, keys) @ inner[:, None]
         query_bias = (queries[:, :, None] @ inner[:, None]).transpose(2, 3)  # elements heads i j q, or one j for all
         jacobian = spread.transpose(-1, -2)[..., None] * query_bias[:, :, :, None]  # elements heads i m j q
         through_values = (self.value.mT[:, None] @ inner[:, None]).transpose(
             2, 3
         )  # elements heads m j q, or one for all
+        # + P_ij V'
         jacobian.addcmul_(attends[:, :, :, None, :, None], through_values[:, :, None])
+        # the term [i = j] is on the diagonal of output token and input token
         jacobian.diagonal(dim1=2, dim2=4).add_(own.permute(0, 1, 3, 4, 2))
         jacobian = jacobian.transpose(1, 2).flatten(2, 3)  # elements i (heads m) j q
         if self.project is not None:
@@ -167,7 +176,9 @@ def block_of(leak: Leak) -> AttentionBlock:
     added = added if project is None else (added @ project.mT if added.ndim else added)
     added = added if bias is None else added + bias
     return AttentionBlock(
+        # W = scale Q' K of each head: rows of Q and K are the head's columns
         bilinear=attention.scale * torch.einsum("hkc,hkd->hcd", query.unflatten(0, (heads, -1)), keys),  # type: ignore[no-untyped-call]
+        # w = scale K' b_Q: (Q u_i + b_Q)' K u_j = u_i' Q'K u_j + (K' b_Q)' u_j
         offset=attention.scale * torch.einsum("hk,hkd->hd", _rows(query_bias, heads, keys), keys),
         value=value.unflatten(0, (heads, -1)).mT,  # type: ignore[no-untyped-call]
         project=None if project is None else project.mT,
@@ -208,6 +219,7 @@ def begun(leak: Leak, seed: int) -> BlockInput:
     block, output = block_of(leak), leak.observed["output"].double()
     again = (leak.restarts > 0).to(drawn)[:, None, None]
     if block.embed is not None:
+        # grey, and restarts around it by a quarter of the pixel range
         return 0.5 + 0.25 * again * drawn
     return output + again * drawn if block.residual else drawn
 
@@ -259,6 +271,7 @@ class Dense:
         self, right: Float[Tensor, "elements inputs"], added: Float[Tensor, "elements"]
     ) -> Float[Tensor, "elements inputs"]:
         """d of ``(J^T J + added) d = right``; NaN in elements where the matrix is singular."""
+        # J'J + added I
         normal = self.jacobian.mT @ self.jacobian
         normal.diagonal(dim1=1, dim2=2).add_(added[:, None])
         factor, failed = torch.linalg.cholesky_ex(normal)

@@ -45,6 +45,7 @@ class FlatGenerator(Generator):
         first = self.bootstrap[0]
         assert isinstance(first, nn.Linear)
         inputs = first.in_features + sum(room.entries for room in rooms)
+        # (inputs + pixels) units weights fit the stages' number of parameters
         units = max(1, budget // (inputs + math.prod(shape)))
         self.bootstrap = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Linear(units, math.prod(shape)))
         for parameter in self.bootstrap[-1].parameters():

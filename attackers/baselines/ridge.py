@@ -45,21 +45,26 @@ class Ridge(Learner):
         kept = len(seen) - max(1, len(seen) // HELD_OUT_EVERY)
         mean, grey = seen[:kept].mean(0), images[:kept].mean(0)
         x, y = seen[:kept] - mean, images[:kept] - grey
+        # K = X X', pairs x pairs
         gram = x @ x.T
         beside = (seen[kept:] - mean) @ x.T
+        # ridges are shares of the mean diagonal, so that they do not depend on the gradient's units
         unit = float(gram.diagonal().mean())
         best, chosen = float("inf"), torch.zeros_like(y)
         for strength in RIDGES:
             ridged = gram.clone()
             ridged.diagonal().add_(max(strength * unit, 1e-30))
             factor, failed = torch.linalg.cholesky_ex(ridged)
+            # a ridge too weak for this Gram matrix's rounding
             if failed:
                 continue
             dual = torch.cholesky_solve(y, factor)
             error = float((grey + beside @ dual).clamp(0, 1).sub(images[kept:]).square().mean())
             if error < best:
                 best, chosen = error, dual
+        # slope = X' (K + ridge)^-1 Y
         inverter.slope.copy_(x.T @ chosen)
+        # offset = mean(Y) - mean(X) slope
         inverter.offset.copy_(grey - mean @ inverter.slope)
         inverter.error.fill_(best)
 

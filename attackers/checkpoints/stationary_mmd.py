@@ -143,8 +143,10 @@ class StationaryMMD(Attack[PseudoData]):
         terms = Terms(leak.network, leak.protocol.shape, leak.protocol.classes)
         start = start.reshape(len(leak), self.starts, *start.shape[1:])
         draw = generator("stationary_mmd", "inputs")
+        # at least two made-up inputs for each unknown, so that their gradients span its directions
         made_up = torch.randn(max(self.inputs, 2 * start[0, 0].numel()), terms.size, generator=draw, dtype=start.dtype)
         whitener = self._whitener(terms, weights, made_up.to(start.device))
+        # in units of |whitened grad R|: SOLVED and ENDED are shares of it
         whitener = whitener / (regulariser[:, None] @ whitener).norm(dim=-1, keepdim=True)
         found, active = start.clone(), torch.arange(len(leak), device=start.device)
         for number in range(self.rounds):
@@ -160,14 +162,17 @@ class StationaryMMD(Attack[PseudoData]):
             if not len(active):
                 break
         found = found[:, 0]
+        # objective |grad R + sum|^2 / |grad R|^2, without whitening
         rest = regulariser + terms.sums(weights, found[:, None])[:, 0]
         return _judged(leak, terms, weights, found, rest.square().sum(1) / regulariser.square().sum(1))
 
     def _whitener(self, terms: Terms, weights: Tensors, inputs: Tensor) -> Float[Tensor, "victims entries directions"]:
         """``V (S² + whiten s_1²)^-½``, with S V the made-up gradients' root mean squares and their directions."""
+        # rows / sqrt(n): singular values are root mean squares of the directions
         rows = terms.directions(weights, inputs) / math.sqrt(len(inputs))
         _, spread, across = torch.linalg.svd(rows, full_matrices=False)
         largest = spread[:, :1]
+        # (S^2 + whiten s_1^2)^-1/2; directions below FAINTEST are rounding and are left out
         scale: Tensor = torch.where(spread > FAINTEST * largest, (spread**2 + self.whiten * largest**2).rsqrt(), 0.0)
         divided: Tensor = across * scale[:, :, None]
         return divided.transpose(1, 2)
@@ -183,11 +188,13 @@ class StationaryMMD(Attack[PseudoData]):
         for _ in progress(self.steps, "stationary_mmd"):
             jacobian = terms.jacobian(weights, found)
             jacobian = (jacobian.flatten(1, 2) @ whitener).reshape(*found.shape[:2], -1, whitener.shape[2])
+            # J'J of each victim and start, unknowns x unknowns
             normal = jacobian @ jacobian.transpose(-1, -2)
             diagonal = normal.diagonal(dim1=-2, dim2=-1)
             # Marquardt's scaling by the diagonal, and 1e-14 of its largest entry against rounding
             ridge = damping[..., None] * diagonal + 1e-14 * diagonal.amax(-1, keepdim=True)
             factor, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))
+            # d = (J'J + damping diag J'J)^-1 J'r, subtracted below
             step = torch.cholesky_solve(jacobian @ rest[..., None], factor)
             there = found - step.reshape(found.shape)
             tried = target + terms.sums(weights, there) @ whitener
@@ -196,6 +203,7 @@ class StationaryMMD(Attack[PseudoData]):
             kept = (value < cost) & (failed == 0) & going[:, None]
             found = torch.where(kept[..., None, None], there, found)
             rest, cost = torch.where(kept[..., None], tried, rest), torch.where(kept, value, cost)
+            # damping / 3 after a step that is kept, times 4 after one that is not
             damping = (damping * torch.where(kept, _FALL, _RISE)).clamp_min(_LEAST)
             if not bool(going.any()):
                 break
@@ -229,6 +237,7 @@ def recombined(
     gradients = gradients.reshape(victims, starts * many, len(unit), -1)
     size_of = gradients.square().sum((2, 3))
     draw = generator("stationary_mmd", "picks", number)
+    # the first start picks from 60 % of all points, the last from 10 %
     share = torch.linspace(*PICKED, starts)[:, None]
     barred = (torch.rand(starts, starts * many, generator=draw) > share).to(found.device)
     target = -(regulariser[:, None] @ whitener)
@@ -237,13 +246,16 @@ def recombined(
     elements = torch.arange(victims, device=found.device)[:, None, None]
     coefficients = rest[..., :0]
     for _ in range(many - fresh.shape[2]):
+        # matching pursuit: <r, a>^2 / |a|^2 of each point's gradients a
         gain = torch.einsum("vpuk,vsk->vspu", gradients, rest).square().sum(-1) / size_of[:, None].clamp_min(1e-300)
         gain = gain.masked_fill(barred, -1.0).scatter(2, picked, -2.0)
         picked = torch.cat([picked, gain.argmax(-1, keepdim=True)], 2)
+        # orthogonal: coefficients of all picked points are refitted, by their normal equations
         columns = gradients[elements, picked].flatten(2, 3)
         gram = columns @ columns.transpose(-1, -2)
         gram += torch.diag_embed(1e-12 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).expand(gram.shape[:-1]))
         coefficients, _ = torch.linalg.solve_ex(gram, (columns @ target[:, 0, :, None][:, None])[..., 0])
+        # r = target - A c
         rest = target - (coefficients[..., None, :] @ columns)[..., 0, :]
     chosen = torch.cat([points[elements, picked], coefficients.reshape(*picked.shape, len(unit))], -1)
     made = torch.cat([chosen, fresh], 2)
@@ -260,6 +272,7 @@ class Terms:
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...], classes: int) -> None:
         self.shape, self.size = shape, math.prod(shape)
+        # orthonormal basis of the vectors that sum to zero: QR of (1, e_1, e_2, ...), first column dropped
         ones = torch.ones(classes, 1, dtype=torch.float64)
         identity = torch.eye(classes, dtype=torch.float64)[:, : classes - 1]
         self.basis = torch.linalg.qr(torch.cat([ones, identity], dim=1)).Q[:, 1:]
@@ -361,10 +374,12 @@ def _warn(leak: Leak, regulariser: Tensor) -> None:
 def _judged(leak: Leak, terms: Terms, weights: Tensors, found: Tensor, objective: Tensor) -> PseudoData:
     """Labels and weights from the coefficients: ``c = w (p - e_y)``; for max_margin, w is the coefficient itself."""
     points, coefficients = found[..., : terms.size], found[..., terms.size :] @ terms.basis.to(found).T
+    # c = w (p - e_y) is negative at the label y alone
     label = coefficients.argmin(-1)
     weight = -coefficients.gather(-1, label[..., None])[..., 0]
     if Regulariser.parse(leak.protocol.prior).name != "max_margin":
         p = terms.logits(weights, points).softmax(-1)
+        # c_y = -w (1 - p_y), so w = -c_y / (1 - p_y)
         missing = 1 - p.gather(-1, label[..., None])[..., 0]
         weight = weight / missing.clamp_min(1e-12)
     points = points.reshape(*points.shape[:2], *leak.protocol.shape)

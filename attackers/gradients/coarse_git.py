@@ -74,6 +74,7 @@ class CoarseGIT(Learner):
         met = None
         if auxiliary.about.auxiliary_trainings >= FEWEST_TRAININGS:
             parts = trainings(len(auxiliary), auxiliary.about.auxiliary_trainings)
+            # number of the training in which each pair was recorded
             met = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(images.device)
         inverter.error.copy_(fit(inverter.generator, read, images, met, rate=self.rate, **how))
 

@@ -88,17 +88,22 @@ class ExactGIT(Attack):
         tensors = [layer.parameters(leak.weights or {}, len(leak), leak.stacked) for layer in layers]
         means = _grey(network, tensors)
         logit_gradients = leak.observed[str(layers[-1].bias)].double()
+        # d = p - onehot at the top
         a, variance, d = _top(gradients[-1], logit_gradients, self._noise(leak, gradients[-1]))
         for which in range(len(layers) - 2, -1, -1):
             layer, s, (weight, bias) = layers[which], layers[which].activation, tensors[which]
             a = s.inside(a)
             derivative = s.derivative(a)
+            # d = W'^T d' * s'(z)
             d = layer.by_place(gradients_below(layers[which + 1], tensors[which + 1][0], d, derivative))
+            # the prior is on pixels; the first layer's input is scale pixel + shift
             unit = network.scale if which == 0 else torch.ones_like(means[which][0])
             equations = Equations(
                 layer=layer,
                 weight=weight,
+                # W a = s^-1(a') - b
                 forward=layer.by_place(s.inverse(a)) - bias[:, None],
+                # Var s^-1(a') = Var a' / s'(z)^2, to first order
                 doubt=layer.by_place(variance / derivative.square()),
                 d=d,
                 gradient=gradients[which],
@@ -178,8 +183,10 @@ class Equations:
         ``(K'K / noise + W' diag(1 / doubt) W + diag(precision)) (a - mean) = K' (...) / noise + W' (...) / doubt``.
         """
         seen = self.layer.gather(self.mean)
+        # both right sides are taken relative to the prior mean
         forward = (self.forward - seen @ self.weight.transpose(1, 2)) / self.doubt
         gradient = (self.gradient - self.d.transpose(1, 2) @ seen) / self.noise[:, None, None]
+        # K'(G - K mean) / noise + W'(forward - W mean) / doubt
         right = self.layer.scatter(forward @ self.weight + self.d @ gradient)
         # scaled to a unit diagonal before it is factored: the entries span many orders of magnitude
         matrix = self.normal_matrix()
@@ -192,6 +199,7 @@ class Equations:
         a = self.mean + scale * torch.cholesky_solve((scale * right)[:, :, None], factor)[:, :, 0]
         if not variances:
             return a, torch.zeros_like(a)
+        # the posterior covariance is the inverse of the normal matrix; its diagonal is kept
         return a, torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * scale.square()
 
     def normal_matrix(self) -> Float[Tensor, "victims inputs inputs"]:

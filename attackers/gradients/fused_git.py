@@ -99,6 +99,7 @@ class FusedGIT(Learner):
                 for begun in starts
             ]
             images, objective = (torch.stack(parts) for parts in zip(*tries, strict=True))
+            # of both starts, the one that ends at the higher posterior density
             best = objective.argmin(0)
             elements = torch.arange(len(some), device=best.device)
             found.append((images[best, elements], objective[best, elements]))
@@ -138,6 +139,7 @@ class LearnedPrior(nn.Module):
         factor = ((1 - share) / n).sqrt() * errors
         inner = torch.linalg.cholesky(factor @ factor.T + c * torch.eye(n, dtype=errors.dtype, device=errors.device))
 
+        # Woodbury: (c I + F'F)^-1 = (I - F'(c I + F F')^-1 F) / c
         def product(v: Tensor) -> Tensor:
             return (v - torch.cholesky_solve(factor @ v.T, inner).T @ factor) / c
 

@@ -78,6 +78,7 @@ class GradInversion(Attack):
         decay = CosineAnnealingLR(adam, self.steps)
         for _ in progress(self.steps, "GradInversion"):
             loss = match(x, labels) + prior(x)
+            # no start's loss depends on another's images: its group's mean is detached
             (x.grad,) = torch.autograd.grad(loss.sum(), x)
             adam.step()
             decay.step()

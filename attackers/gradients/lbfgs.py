@@ -153,11 +153,13 @@ class _Memory:
         H is the inverse Hessian of an element's pairs: with R the upper triangle of S'Y (oldest first), D its diagonal
         and u = R^-1 S'g, H g = scale g + S R^-T ((D + scale Y'Y) u - scale Y'g) - scale Y u.
         """
+        # y = g_{k+1} - g_k
         y = gradient - gradient_before
         product, size = (s * y).sum(1), (y * y).sum(1)
         accept = accept & (product > 1e-10 * size.sqrt() * s.norm(dim=1))  # s'y > 0 keeps H positive definite
         rows = accept.nonzero().squeeze(1)
         slot = self.count[rows] % self.s.shape[1]
+        # a ring: the newest pair overwrites the oldest
         self.s[rows, slot], self.y[rows, slot] = s[rows], y[rows]
         self.count[rows] += 1
         # H_0 = (s'y / y'y) I
@@ -175,14 +177,17 @@ class _Memory:
         slots, count = torch.arange(history, device=gradient.device), self.count[:, None]
         by_age = torch.where(count > history, (count + slots) % history, slots)  # slot of each pair, oldest first
         triangle, squares = (_in_order(products, by_age) for products in (self.sy, self.yy))
+        # R: s_i'y_j for i <= j, oldest first
         triangle = triangle.triu()
         diagonal = triangle.diagonal(dim1=1, dim2=2)
         triangle = triangle + torch.diag_embed((diagonal == 0).double())  # slots not in use
         scale = self.scale[:, None]
+        # u = R^-1 S'g
         u = torch.linalg.solve_triangular(triangle, on_s.gather(1, by_age)[:, :, None], upper=True)
         right = diagonal[:, :, None] * u + scale[:, :, None] * (
             torch.bmm(squares, u) - on_y.gather(1, by_age)[:, :, None]
         )
+        # R^-T (D u + scale (Y'Y u - Y'g))
         along_s = torch.linalg.solve_triangular(triangle.transpose(1, 2), right, upper=False).squeeze(2)
         along_y = -scale * u.squeeze(2)
         back = by_age.argsort(1)

@@ -120,6 +120,7 @@ def _distinct(candidates: Float[Tensor, "rows pixels"], signal: Float[Tensor, "r
     violation = (candidates.clamp(0, 1) - candidates).abs().amax(1)
     # alike: root mean square distance below 1e-2, some two of 255 grey levels
     near = torch.cdist(candidates, candidates) / candidates.shape[1] ** 0.5 < 1e-2
+    # units that agree on an image in range come first; of others, the one least out of range
     worth = (violation < 1e-2) * near.sum(1) - violation
     chosen: list[Tensor] = []
     for _ in range(count):
@@ -137,6 +138,7 @@ def _unexplained(rows: Tensor, biases: Tensor, seen: Tensor) -> Float[Tensor, "v
     whole = torch.cat([rows, biases[:, :, None]], dim=2).double()
     basis = torch.cat([seen, torch.ones_like(seen[:, :, :1])], dim=2).double()
     basis = torch.linalg.qr(basis.transpose(1, 2)).Q
+    # residual of the projection on the span, by QR
     rest = whole - whole @ basis @ basis.transpose(1, 2)
     power = whole.square().sum((1, 2))
     return torch.where(power > 0, rest.square().sum((1, 2)) / power.clamp_min(1e-300), 1.0).to(rows.dtype)

@@ -51,6 +51,7 @@ class LTI(Learner):
         seen, images = rows(auxiliary, inverter.flat)
         optimiser = torch.optim.Adam(inverter.layers.parameters(), self.rate)
         steps = self.epochs * math.ceil(len(seen) / self.batch)
+        # a tenth of the rate after three quarters of the steps
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [3 * steps // 4])
         how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
         inverter.error.copy_(teach(inverter.layers, seen, images, optimiser, schedule, **how))

@@ -55,6 +55,7 @@ def undone(leak: Leak, solved: Solved, undo: Callable[[Leak, LayerChain], Tensor
     room = max([sum(tensor[0].numel() for tensor in leak.observed.values()), *map(_room, solved(network))])
     at_once = max(1, ENTRIES_AT_ONCE // room)
     fed = torch.cat([undo(leak[first : first + at_once], network) for first in range(0, len(leak), at_once)])
+    # the first layer's input is scale pixel + shift
     pixels = (fed - network.shift) / network.scale
     images, labels = pixels.reshape(len(leak), 1, *leak.protocol.shape).to(dtype).clamp(0, 1), recovered(as_sent)
     return Reconstruction(images, labels, Match(as_sent, squared_distance)(images, labels))
@@ -92,8 +93,10 @@ def normal_matrix(
     """
     patches, side = layer.patches, layer.inputs + 1
     total = weight.new_zeros(len(weight), side * side)
+    # sum_f worth w_i w_j at each place, on the inputs that the place sees
     of_places = torch.einsum("vpf,vfi,vfj->vpij", worth, weight, weight)
     _add_pairs(total, patches, of_places)
+    # sum_f d_p d_q trust, for each entry of a patch on the inputs that it meets at places p and q
     between = d @ d.transpose(1, 2) * trust[:, None, None]
     _add_pairs(total, patches.T, between[:, None].expand(-1, patches.shape[1], -1, -1))
     return total.reshape(-1, side, side)[:, :-1, :-1].contiguous()

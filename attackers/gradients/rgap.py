@@ -108,10 +108,13 @@ def _logit_gradients(
     rows = torch.arange(len(gradient), device=gradient.device)
     e = torch.nn.functional.normalize(-gradient[rows, labels], dim=1, eps=1e-150)
     long, u = torch.einsum("vci,vi->vc", gradient, e), torch.einsum("vci,vi->vc", weight, e)
+    # log (G e)_c has the standard error noise / (G e)_c, so weights are (G e)_c^2, and 0 for the label
     worth = long.clamp_min(0).square().index_put((rows, labels), long.new_zeros(()))
     worth = worth / worth.sum(1, keepdim=True).clamp_min(1e-300)
+    # weighted least squares of log (G e) - b on u, with an intercept
     u = u - (worth * u).sum(1, keepdim=True)
     length = (worth * u * (long.clamp_min(1e-150).log() - bias)).sum(1) / (worth * u.square()).sum(1).clamp_min(1e-300)
+    # d = G e / |a|
     return long / length.clamp_min(1e-9)[:, None]
 
 
@@ -126,6 +129,7 @@ def solve(
 
     By ``(W'W + K'K) a = W' forward + K' gradient``.
     """
+    # W'forward + K'G
     right = layer.scatter(forward @ weight + d @ gradient)
     matrix = normal_matrix(layer, weight, torch.ones_like(d), d, torch.ones_like(d[:, 0, 0]))
     size = matrix.abs().sum(2).amax(1)

@@ -91,6 +91,7 @@ class Adaptive:
         errors = {}
         for name, tensor in leaked.items():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
             step = (tensor.amax() - tensor.amin()) / (2**bits - 1)
+            # E f (1 - f) = 1/6, and the announced noise adds its variance
             errors[name] = (step.square() / 6 + self.error**2).sqrt().clamp_min(1e-12)
         return errors
 
@@ -102,6 +103,7 @@ class Adaptive:
                 return {**reply, self.last: torch.where(leaked[self.last] == 0, 0.0, reply[self.last])}
             case "sign":
                 roots = {name: (tensor.square().mean() + 1e-30).sqrt() for name, tensor in reply.items()}
+                # tanh(g / (softness rms(g)))
                 return {name: (tensor / (self.softness * roots[name])).tanh() for name, tensor in reply.items()}
             case "clip":  # g min(1, C / |g|)
                 return _shortened(reply, self.length * part["norm"])
@@ -124,6 +126,7 @@ class Absolute:
     """Scale b of the Laplace density."""
 
     def __call__(self, reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+        # sqrt(d^2 + (KINK b)^2) for |d|
         apart = [(reply[name] - leaked[name]).square() + (KINK * self.scale) ** 2 for name in leaked]
         size = torch.stack([tensor.square().sum() for tensor in leaked.values()]).sum().clamp_min(1e-30)
         return 4 * self.scale * torch.stack([square.sqrt().sum() for square in apart]).sum() / size
@@ -141,6 +144,7 @@ class Informed:
     def prior(self, images: Images, elements: Tensor | None = None) -> Float[Tensor, "elements"]:
         """Penalty of each batch element's images: weighted total variation, and squared distance from [0, 1]."""
         weights = self.weights if elements is None else self.weights[elements]
+        # squared distance from the box [0, 1]
         outside = (images - images.clamp(0, 1)).square().flatten(1).sum(1)
         return weights * smooth_variation(images) + INSIDE * outside
 
@@ -161,6 +165,7 @@ def informed(leak: Leak, distance: Distance, weighed: bool = True, softness: flo
     steps = leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
     alone = leak.protocol.batch == steps == 1
     error = sigma(leak.protocol) / steps
+    # pure Laplace noise on a single client's whole update, and nothing after it: its density is known
     alike = (
         parts[-1].name == "laplace" and leak.protocol.summed == 1 and not OTHER_NOISE & {part.name for part in parts}
     )
@@ -216,6 +221,7 @@ def _weights(known: Adaptive, leak: Leak) -> Float[Tensor, "elements"]:
     for element in range(len(leak)):
         one = {name: tensor[element] for name, tensor in leaked.items()}
         sizes = known.sizes(one)
+        # |leaked|^2 in units of the errors
         energy = torch.stack([(one[name] / sizes[name]).square().sum() for name in one]).sum()
         variance = 1.0 if "quantise" in names else known.error**2
         weights.append(2 * variance * ROUGHNESS * pixels / energy.clamp_min(1e-30) * random)

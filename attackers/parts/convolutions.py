@@ -28,6 +28,7 @@ def columns(images: Tensor, kernel: list[int], stride: list[int], padding: list[
     last = images.reshape(n, groups, channels // groups, high, wide).permute(1, 0, 3, 4, 2)
     padded = F.pad(last, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
     element, image, row, place, _ = padded.stride()
+    # output side (n + 2 p - k) / s + 1
     places = [(pixels - k) // s + 1 for pixels, k, s in zip(padded.shape[2:4], kernel, stride, strict=True)]
     # as_strided, so that a compiler lays the padded images down once instead of computing them anew for each tap
     windows = padded.as_strided(
@@ -56,6 +57,7 @@ def filters_gradient(
     outputs, inputs, *kernel = shape
     signals = signal.reshape(len(signal), groups, outputs // groups, -1).permute(1, 2, 0, 3)
     signals = signals.reshape(groups, outputs // groups, -1)
+    # dL/dW[o, tap] = sum over images and places of signal[o] times what the tap saw
     product = torch.bmm(signals, columns(images, kernel, stride, padding, groups))
     return product.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
 
@@ -69,7 +71,9 @@ def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], paddin
     outputs, inputs, *kernel = filters.shape
     taps, pads = [], []
     for k, s, p, pixels, places in zip(kernel, stride, padding, size, signal.shape[2:], strict=True):
+        # shifts e for which some tap i = r + padding - stride e lies in 0 ... k - 1
         first, last = -((k - 1 - p) // s), (s - 1 + p) // s
+        # tap of each phase r and shift e; k, one past the last, is a zero
         table = [[r + p - s * e for e in range(first, last + 1)] for r in range(s)]
         taps.append(torch.tensor([[i if 0 <= i < k else k for i in row] for row in table], device=filters.device))
         pads.append((-first, -(-pixels // s) - 1 + last - (places - 1)))

@@ -107,6 +107,7 @@ class Leaf:
         if self.bias is not None:
             return gradients[self.bias]
         gradient = gradients[self.weight]
+        # G G' has the error signal d as its leading eigenvector, at batch 1
         leading = torch.linalg.eigh(gradient @ gradient.transpose(1, 2))[1][:, :, -1:]
         largest = leading.gather(1, leading.abs().argmax(1, keepdim=True))
         # softmax - onehot: the label's entry is the largest, and negative
@@ -116,6 +117,7 @@ class Leaf:
     def row(self, gradients: Gradients) -> Float[Tensor, "victims features"]:
         """Its input, in closed form."""
         error = self.error(gradients)
+        # h = G'd / |d|^2
         length = error.square().sum(1, keepdim=True).clamp_min(1e-24)
         return torch.einsum("nof,no->nf", gradients[self.weight], error) / length
 
@@ -128,6 +130,7 @@ class Leaf:
     def lost(self) -> list[int]:
         """Rows and columns at the far edges of the input that no stride reaches."""
         return [
+            # what transposing a convolution of this stride cannot reach by itself
             side - (out - 1) * stride + 2 * padding - dilation * (kernel - 1) - 1
             for side, out, stride, padding, dilation, kernel in zip(
                 self.input[1:], self.output[1:], self.stride, self.padding, self.dilation, self.shape[2:], strict=True
@@ -329,6 +332,7 @@ class Generator(nn.Module):
             begin = sum(leaf.known for leaf in self.rows[: self.rows.index(first)])
             self.top = slice(begin, begin + first.known)
             channels, height, side = as_map(body[0].output)
+            # a row that is a flattened map is folded back into it; any other row is one place
             copies, rest = divmod(2 * first.known, channels * height * side)
             self.state = (2 * first.known, 1, 1) if rest or not copies else (copies * channels, height, side)
         state, above = self.state, 0
@@ -389,6 +393,7 @@ class Generator(nn.Module):
         """Between the start and the image: the start plus `trust` times the stages' correction."""
         if not self.drifted:
             return torch.where(self.trust > 0, image, start)
+        # start + t (image - start), t the regressions' trust by their shares
         return torch.lerp(start, image, (shares @ self.trust)[:, None, None, None])
 
     @torch.no_grad()
@@ -646,8 +651,10 @@ def _trust(generator: Generator, held: Sequence[tuple[Gradients, Tensor]]) -> Fl
         known, length, direction = generator._closed_form(gradients)
         start, shares = generator.start(*generator._standardised(known, length, direction), None)
         step, wanted = generator.images(gradients)[0].flatten(1) - start, truth.flatten(1) - start
+        # least squares of wanted = sum_r t_r share_r step in t
         normal += torch.einsum("na,nb,n->ab", shares, shares, step.square().sum(1))
         moment += torch.einsum("na,n->a", shares, (step * wanted).sum(1))
+    # a thousandth of the mean diagonal keeps t finite where a regression is hardly used
     ridge = 1e-3 * normal.diagonal().mean().clamp_min(1e-12) * torch.eye(size).to(normal)
     found: Tensor = torch.linalg.solve(normal + ridge, moment)
     return found.clamp(0, 1)
@@ -665,6 +672,7 @@ def _ridge(
         strengths: a regression each; where none are given there is one, whose strength serves the first fold best.
     """
     given, target = features.double(), wanted.double()
+    # X'X and X'Y of each fold: leaving one out is a subtraction
     normals = torch.stack([given[fold == k].T @ given[fold == k] for k in range(FOLDS)])
     moments = torch.stack([given[fold == k].T @ target[fold == k] for k in range(FOLDS)])
 

@@ -103,6 +103,7 @@ class Match:
             if isinstance(self.leak, UpdateLeak)
             else 1
         )
+        # E |e|^2 = resolution^2 for each entry
         return (self.leak.resolution / scale) ** 2 * sum(tensor[0].numel() for tensor in self.leaked.values())
 
     def __call__(self, images: Images, labels: AnyLabels, elements: Tensor | None = None) -> Float[Tensor, "elements"]:
@@ -137,6 +138,7 @@ class Match:
     def _chunk(self, images: Tensor, target: Tensor, elements: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
         """`_evaluate` for elements that fit into one program; `elements` is None where they are all, in order."""
         true = len(images)
+        # filled up with copies of the last element, whose values are dropped
         lacking = next(n for n in self.sizes if n >= true) - true
         if lacking and elements is not None:
             fill = torch.arange(true + lacking, device=images.device).clamp_max(true - 1)
@@ -177,7 +179,9 @@ class Match:
         if self._calls[count, soft] <= CALLS_BEFORE_TRACING and not self.compiled:
             return self._vmapped(soft)
         leak = self.leak
+        # what a trace depends on: shapes, dtype and device, and what the protocol computes
         where = (count, leak.device, inputs[3].dtype)
+        # traces are kept with the network, which the key's other parts describe
         key = (leak.kind, leak.protocol, leak.stacked, self.distance, self.extra, self.compiled, soft, where)
         programs = _PROGRAMS.setdefault(leak.network, {})
         if key not in programs:
@@ -224,6 +228,7 @@ def check_match(leak: Leak) -> None:
             f"left to "
             "be matched: attack clients of one step, whose gradient's signs are."
         )
+    # two steps and two images show all that more of them would use
     steps, batch = min(leak.protocol.local_steps, 2), min(leak.protocol.batch, 2)
     tried = (leak.kind, dataclasses.replace(leak.protocol, local_steps=steps, batch=batch))
     if tried in _TRIED.setdefault(network, set()):

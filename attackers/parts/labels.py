@@ -79,6 +79,7 @@ def paired(leak: Leak, images: Images) -> Images:
         for _ in range(batch):
             tried = ordered[victim][swaps]
             losses = match(tried, there, elements).nan_to_num(nan=float("inf"))
+            # steepest descent over exchanges of two images
             best = int(losses.argmin())
             if not bool(losses[best] < losses[0]):
                 break
@@ -131,6 +132,7 @@ def logit_gradients(leak: Leak) -> Float[Tensor, "victims classes"]:
         return gradients * _factor(leak.protocol)
     rows = gradient[f"{prefix}weight"]
     steepest = rows.norm(dim=2).argmax(dim=1)  # its class is there, so its row points against the embedding
+    # -G_y' is along the embedding for the label y
     against = rows[torch.arange(len(rows), device=rows.device), steepest]
     gradients = -torch.einsum("vcf,vf->vc", rows, against)
     return gradients / (gradients.shape[1] * gradients.amax(dim=1, keepdim=True)).clamp_min(1e-30)
@@ -147,13 +149,18 @@ def _denoised(
     iteration has to do, and the bias then counts by how much further the two are apart than its noise would have it.
     """
     classes, features = rows.shape[1:]
+    # the mean of n squares has the standard error sqrt(2 / n) noise^2
     sure = noise**2 * (1 + 2 * (2 / (classes * features)) ** 0.5)  # two standard errors of a mean of squares of noise
+    # S = classes (mean square - noise^2): |d|^2 h^2, averaged over features
     signal = classes * (rows.square().mean((1, 2), keepdim=True) - sure).clamp_min(0)
+    # [w G, g] with w^2 = S / (S + noise^2)
     matrix = torch.cat([(signal / (signal + noise**2)).sqrt() * rows, bias[:, :, None]], dim=2)
     found = bias
     for _ in range(ALIKE if batch == 1 else 1):
+        # power iteration: h = M'd / |M'd|
         h = torch.nn.functional.normalize(torch.einsum("vcf,vc->vf", matrix, found), dim=1)
         found = torch.einsum("vcf,vf->vc", matrix, h) * h[:, -1:]
+    # how far both differ beyond the noise's own variance
     apart = ((found - bias).square().mean(1, keepdim=True) - noise**2).clamp_min(0)
     return (apart * bias + noise**2 * found) / (apart + noise**2)
 

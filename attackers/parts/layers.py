@@ -129,6 +129,7 @@ def chain(leak: Leak) -> LayerChain:
     network = zeroed(leak.network).double()
     size = math.prod(leak.protocol.shape)
     random = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # input at pixels 0 is the shift, at pixels 1 shift + scale; the third image checks that it is affine
     pixels = torch.stack([torch.zeros_like(random), torch.ones_like(random), random])
     images = pixels.reshape(3, *leak.protocol.shape)
     try:
@@ -221,6 +222,7 @@ class _Step:
             patches = torch.arange(count)[None]
             usual = seen.ndim == 2
         else:
+            # unfold of the numbers 1 ... n shows which input each entry of a patch is; 0 is padding
             numbers = torch.arange(1, count + 1, dtype=torch.float64).reshape(1, *seen.shape[1:])
             how = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
             patches = F.unfold(numbers, weight.shape[2:], **how)[0].T.long() - 1

@@ -88,16 +88,19 @@ def fitted(
     for _ in range(steps):
         r, transposed = vjp(residuals, x)[:2]
 
+        # H v = J'J v + P v
         def curved(
             v: FlatImages, x: FlatImages = x, transposed: Callable[[Tensor], tuple[FlatImages]] = transposed
         ) -> FlatImages:
             return transposed(jvp(residuals, (x,), (v,))[1])[0] + precision(v)
 
+        # J'r + P (x - m)
         gradient = transposed(r)[0] + precision(x - mean)
         if damping is None:
             # a thousandth of the curvature along the gradient g, g'Hg / g'g
             damping = 1e-3 * (gradient * curved(gradient)).sum(1) / gradient.square().sum(1).clamp_min(1e-300)
         step = conjugate_gradients(lambda v, d=damping, c=curved: c(v) + d[:, None] * v, -gradient, inner)  # type: ignore[misc]
+        # (H + damping) d = -g
         there = x + step
         lower = cost(there)
         kept = lower < value
@@ -117,8 +120,10 @@ def conjugate_gradients(product: Product, right: FlatImages, steps: int) -> Flat
         if not going.any():
             break
         ahead = product(p)
+        # alpha = r'r / p'Ap
         length = torch.where(going, power / (p * ahead).sum(1).clamp_min(1e-300), 0.0)
         x, r = x + length[:, None] * p, r - length[:, None] * ahead
         before, power = power, torch.where(going, r.square().sum(1), power)
+        # beta = r_new'r_new / r'r
         p = r + torch.where(going, power / before, 0.0)[:, None] * p
     return x

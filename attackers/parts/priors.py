@@ -54,6 +54,7 @@ def statistics_gap(network: nn.Module, weights: Tensors, buffers: Tensors, image
     def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         (hidden,), mean, variance = inputs, norm.running_mean, norm.running_var
         if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            # mean and variance over images and places, as BatchNorm takes them
             over = [0, *range(2, hidden.ndim)]
             gaps.append(_length(hidden.mean(over) - mean))
             gaps.append(_length(hidden.var(over, correction=0) - variance))

@@ -51,6 +51,7 @@ class FlatGradient(nn.Module):
         if not len(self.where):
             return whole
         row = whole.new_zeros(len(whole), self.length)
+        # feature hashing: each entry is added to one of `most` numbers, with a random sign
         return row.index_add_(1, self.where, whole * self.sign)
 
 
@@ -84,6 +85,7 @@ def check_room(pairs: int, numbers: int) -> None:
     if not MEMORY.is_file():
         return  # this system does not say
     free = next(1024 * int(line.split()[1]) for line in MEMORY.read_text().splitlines() if "MemAvailable" in line)
+    # two copies of 4 bytes for each number
     if (needed := 8 * pairs * numbers) > free:
         raise FedtapError(
             f"{pairs:,} pairs of {numbers:,} numbers each take {needed / 1e9:.1f} GB to learn from, and "

@@ -68,6 +68,7 @@ def coordinates(draws: Float[Tensor, "victims draws d"], names: tuple[str, ...],
         )
     mean = draws.mean(1)
     centred = draws - mean[:, None]
+    # unbiased
     covariance = centred.mT @ centred / (many - 1)
     check_covariance(covariance, names)
     if not whiten:
@@ -94,6 +95,7 @@ def check_covariance(covariance: Float[Tensor, "victims d d"], names: tuple[str,
             "the draws of a chain that moved."
         )
     scale = spread.sqrt()
+    # of the correlations, which do not depend on the parameters' units
     values, vectors = torch.linalg.eigh(covariance / (scale[:, :, None] * scale[:, None]))
     if bool((values[:, 0] < SINGULAR).any()):
         victim = int((values[:, 0] < SINGULAR).nonzero()[0])
@@ -167,12 +169,15 @@ def divergence(
 
         score = grad(log_posterior)
         if estimator == "exact":
+            # Tr of the Hessian: sum_i e_i' H e_i
             bent = vmap(lambda v: v @ _along(score, phi, v)[1])(torch.eye(len(phi)).to(phi))
             return bent.sum() + 0.5 * score(phi).square().sum()  # type: ignore[no-any-return]
         if estimator == "sliced":
             gradient, along = _along(score, phi, noise)
             return noise @ along + 0.5 * gradient.square().sum()
+        # antithetic noise +n and -n: terms of odd order cancel
         one, other = score(phi + DENOISING_NOISE * noise), score(phi - DENOISING_NOISE * noise)
+        # n'(s(+) - s(-)) / 2 eps
         bent = noise @ (one - other) / (2 * DENOISING_NOISE)
         return bent + 0.25 * (one.square().sum() + other.square().sum())  # type: ignore[no-any-return]
 
@@ -266,6 +271,7 @@ def reduced(
         finite = squares.isfinite().flatten(2).all(-1) & traces.isfinite().all(-1)
         if not bool(finite.all()):
             raise FedtapError(not_finite(model, start + int((~finite).nonzero()[0, 1])))
+        # sum over draws of grad f grad f', whose mean is H with f = (log p, natural)
         second += squares.sum(1)
         first += traces.sum(1)
     second, first = second / many, first / many

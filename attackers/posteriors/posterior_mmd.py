@@ -143,6 +143,7 @@ class PosteriorMMD(Attack[PseudoData]):
             check_covariance(covariance, model.parameters)
             shape = (self.draws, mean.shape[-1])
             normal = torch.stack([torch.randn(shape, generator=draw).double() for draw in _draws_of(leak, "draws")])
+            # draws whitened by their own mean and covariance have the leaked ones exactly
             phi = coordinates(normal, model.parameters).inside(normal).to(mean)
             draws = mean[:, None] + phi @ torch.linalg.cholesky(covariance).mT
         check_draws(draws, model)
@@ -182,6 +183,7 @@ class PosteriorMMD(Attack[PseudoData]):
 
         A step that does not lower J is not taken, and λ grows tenfold; else it falls so.
         """
+        # H = K K'
         k, k_inverse = _root(quadratic.h)
         damping = torch.full(logs.shape[:1], 1e-3).to(logs)
         sums = _sums(model, units, logs, places)
@@ -190,9 +192,11 @@ class PosteriorMMD(Attack[PseudoData]):
         rested = torch.zeros_like(damping, dtype=torch.long)
         for _ in progress(self.steps, self.name):
             gradient = _derivative(model, units, logs, places) @ k  # victims unknowns statistics
+            # K'D'D K, statistics x statistics
             normal = gradient.mT @ gradient
             scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1)
             eye = torch.eye(normal.shape[-1]).to(normal)
+            # K^-1 (g + H S)
             right = k_inverse @ quadratic.gradient(sums)[..., None]
             step = -gradient @ torch.linalg.solve(normal + (damping * scale)[:, None, None] * eye, right)
             change = step.reshape(*places.shape[:2], -1)
@@ -281,10 +285,13 @@ class Units:
         beta, sigma = draws[..., :-1].mean(1), draws[..., -1].mean(1)
         centred = draws[..., :-1] - beta[:, None]
         covariance = centred.mT @ centred / (draws.shape[1] - 1)
+        # Psi'Psi = sigma^2 Cov(beta)^-1
         gram = sigma.square()[:, None, None] * torch.linalg.pinv(covariance, hermitian=True)
         gram = gram / gram[:, :1, :1]  # the mean of ψψᵀ
         mean = gram[:, 0]
+        # Cov psi = mean(psi psi') - mean(psi) mean(psi)'
         spread = gram - mean[:, :, None] * mean[:, None]
+        # E y = beta'E psi, and Var y = sigma^2 + beta'Cov(psi) beta
         y = (beta * mean).sum(-1)
         noise = sigma.square() + (beta[:, None] @ spread @ beta[..., None])[:, 0, 0]
         inputs = slice(1, 1 + model.inputs)

@@ -147,7 +147,9 @@ class Span:
         """
         _, values, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
         _, outputs, width = gradient.shape
+        # s^2 from the singular values beyond the tokens' number
         noise = values[:, most:].square().sum(1).div((outputs - most) * (width - most)).sqrt()
+        # largest singular value of an outputs x width matrix of noise s (Geman 1980), and rounding
         edge = noise * (outputs**0.5 + width**0.5) + values[:, 0] * width * torch.finfo(torch.float64).eps
         kept = values[:, :most] > edge[:, None]
         basis = (rows[:, :most] * kept[:, :, None]).transpose(1, 2).contiguous()
@@ -159,6 +161,7 @@ class Span:
     def distance(self, fed: Float[Tensor, "victims *batch width"]) -> Float[Tensor, "victims *batch"]:
         """Of each vector from its victim's span, as a share of its length: in [0, 1]."""
         flat = fed.flatten(1, -2)
+        # x - B B'x
         apart = flat - flat @ self.basis @ self.basis.transpose(1, 2)
         lengths = flat.square().sum(-1).clamp_min(1e-30)
         share = (apart.square().sum(-1) / lengths).sqrt()
@@ -177,6 +180,7 @@ def distances(net: LanguageModel, span: Span) -> Float[Tensor, "victims vocabula
     """
     norm = net.first_norm
     t, p = (part - part.mean(1, keepdim=True) for part in (net.embedding, net.position))
+    # s^2 = |t + p|^2 / width + eps: means are taken off already
     s = ((t.square().sum(1)[:, None] + p.square().sum(1) + 2 * t @ p.T) / net.width + norm.eps).sqrt()
     t, p, b = t * norm.weight, p * norm.weight, norm.bias
     length = (t.square().sum(1)[:, None] + p.square().sum(1) + s.square() * b.square().sum()) + 2 * (
@@ -199,6 +203,7 @@ def candidate_tokens(
 
     Those within `closeness` of the median's distance, and at least as many as there are texts.
     """
+    # most of the vocabulary is not in the batch, so its median distance is that of a wrong token
     limit = closeness * near.median(1).values
     most = max(int((near <= limit[:, None]).sum(1).max()), min(batch, near.shape[1]))
     by_distance = near.topk(most, dim=1, largest=False)
@@ -250,6 +255,7 @@ class Second:
             seen: keys and values of an element's text, `elements places heads size`.
             tried: those of the tokens that are tried in the text at `place`, `elements tries heads size`.
         """
+        # q_i'k_j / sqrt(size)
         scores = torch.einsum("lchs,lnhs->lchn", query, seen[0])
         scores[..., place] = (query * tried[0]).sum(-1)
         shares = (scores * query.shape[-1] ** -0.5).softmax(-1)

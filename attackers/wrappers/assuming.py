@@ -117,6 +117,7 @@ def _cut(tensors: list[torch.Tensor], network: nn.Module, lead: int) -> Tensors:
     """
     row = torch.cat([tensor.flatten(lead) for tensor in tensors], dim=-1)
     sizes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    # zeros before the row where the assumed model is larger, a cut there where it is smaller
     row = F.pad(row, (sum(shape.numel() for shape in sizes.values()) - row.shape[-1], 0))
     parts = torch.split(row, [shape.numel() for shape in sizes.values()], dim=-1)
     return {

@@ -62,6 +62,7 @@ class BestOf(Attack):
                 Reconstruction(images, reconstruction.labels, implausible(leak, images, reconstruction.labels), made_by)
             )
         one, other = reconstructions
+        # strictly below: `first` where both are equal
         better = other.objective < one.objective
         return Reconstruction(
             torch.where(better.view(-1, 1, 1, 1, 1), other.images, one.images),

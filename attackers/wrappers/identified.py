@@ -75,6 +75,7 @@ class Identified(Learner):
         leak = stack([pairs.leak for pairs in chunks])
         assert isinstance(leak, GradientLeak)
         images, labels = (torch.cat(parts) for parts in zip(*((p.images, p.labels) for p in chunks), strict=True))
+        # the larger of the wire's rounding and the announced noise
         noise = max(leak.resolution, sigma(leak.protocol))
         found = identify(dataclasses.replace(leak, resolution=noise), images, labels)
         inverter.network.load_state_dict(found, strict=False)

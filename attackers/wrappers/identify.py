@@ -83,6 +83,7 @@ def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Te
     logit_gradients = leak.gradient[str(last.bias)].double()
     fed = _input(last, logit_gradients[:, None], *_seen(leak, last))
     softmax = _Softmax.of(logit_gradients, labels[:, 0], _rounding(leak), leak.resolution)
+    # log p_c - log p_r = (W_c - W_r) h + b_c - b_r
     weight = softmax.weight(fed[0])
     pixels = network.scale * images.double().flatten(1) + network.shift
     few = slice(_PAIRS_MULTIPLE * max([leak.protocol.classes, *map(_needed, hidden)]))
@@ -97,6 +98,7 @@ def identify(leak: GradientLeak, images: Images, labels: Labels) -> dict[str, Te
     for _ in range(_ROUNDS if hidden else 0):
         below, before = pairs.below(weight, below), weight
         weight = pairs.top(below)
+        # a fixed point of the equations
         if float((weight - before).norm() / weight.norm()) < SETTLED:
             break
     pairs.check(below)
@@ -130,6 +132,7 @@ class _Softmax:
         """
         onehot = F.one_hot(labels, logit_gradients.shape[1]).to(logit_gradients)
         probabilities = logit_gradients + onehot
+        # standard error: the format's, at the magnitude of both summands, or the wire's
         deviation = (rounding * (probabilities.abs() + onehot)).clamp_min(max(resolution, SMALLEST))
         if bool((wrong := (probabilities < -10 * deviation).any(1)).any()):
             raise FedtapError(
@@ -140,6 +143,7 @@ class _Softmax:
 
     def relation(self, one: int, other: int) -> tuple[Tensor, Float[Tensor, "some"], Float[Tensor, "some"]]:
         """Which pairs show the difference of two logits, that difference, and its standard error."""
+        # to first order the error of log p is the relative error of p
         rows = (self.error[:, [one, other]] < 0.1).all(1)
         logs = self.probabilities[rows][:, [one, other]].log()
         return rows, logs[:, 0] - logs[:, 1], self.error[rows][:, [one, other]].norm(dim=1)
@@ -165,6 +169,7 @@ class _Softmax:
                     f"Of {len(inputs):,} auxiliary pairs {len(difference):,} show how the logits of classes {one} and "
                     f"{reference} differ, and the last layer needs {size:,}: give more pairs, of other labels."
                 )
+            # each equation divided by its standard error
             weight[one] = torch.linalg.lstsq(padded[rows[:, 0]] / error, difference / error).solution[:, 0]
         return _centred(weight[:, :-1])
 
@@ -174,6 +179,7 @@ class _Softmax:
         for one in set(range(len(weight))) - {reference}:
             rows, difference, error = self.relation(one, reference)
             rest = difference - inputs[rows] @ (weight[one] - weight[reference])
+            # mean with weights 1 / variance
             bias[one] = (rest / error.square()).sum() / (1 / error.square()).sum()
         return _centred(bias)
 
@@ -260,6 +266,7 @@ class PairEquations:
         for layer, affine in zip(self.layers[:-1], below, strict=True):
             inputs = _forward(layer, inputs, affine)
         shown = self.fed[0]
+        # 1 - R^2
         left = float((shown - inputs).square().sum() / (shown - shown.mean(0)).square().sum())
         if not left < _UNEXPLAINED:
             raise FedtapError(
@@ -275,6 +282,7 @@ def _input(layer: Layer, d: Tensor, gradient: Tensor, noise: Float[Tensor, "pair
     Entries that no entry of a patch has in common are apart: a stride of two splits a channel into four.
     """
     if len(layer.patches) == 1:
+        # h = G'd / |d|^2
         power = d[:, 0].square().sum(1, keepdim=True).clamp_min(1e-300)
         inputs = (d @ gradient)[:, 0] / power
         return inputs, (noise[:, None] / power.sqrt()).expand_as(inputs)
@@ -288,6 +296,7 @@ def _input(layer: Layer, d: Tensor, gradient: Tensor, noise: Float[Tensor, "pair
         matrix = matrix[:, :-1].flatten(2) / noise[:, None, None]
         right = matrix @ (gradient[:, :, columns].transpose(1, 2).flatten(1) / noise[:, None])[:, :, None]
         normal = matrix @ matrix.transpose(1, 2)
+        # the prior's precision: variance 1
         normal.diagonal(dim1=1, dim2=2).add_(1)
         factor, scale = _factored(normal)
         inputs[:, members] = (scale * torch.cholesky_solve(scale * right, factor))[:, :, 0]
@@ -300,6 +309,7 @@ def _parts(layer: Layer) -> list[tuple[Int[Tensor, "members"], Int[Tensor, "colu
     count, size = layer.inputs, layer.patches.shape[1]
     patches = layer.patches.cpu()
     places, columns = (patches < count).nonzero(as_tuple=True)
+    # a bipartite graph of inputs and patch entries: its components are solved apart
     ends = (patches[places, columns].numpy(), (count + columns).numpy())
     graph = coo_matrix((torch.ones(len(places)).numpy(), ends), shape=(count + size, count + size))
     parts, names = connected_components(graph, directed=False)
@@ -313,6 +323,7 @@ def _regressed(layer: Layer, inputs: Float[Tensor, "pairs inputs"], output: Acti
     The filters of a linear layer share their mean, so that one factorisation of what may be a large matrix does.
     """
     a = layer.activation.inside(output[0])
+    # sd(s^-1(a)) = sd(a) / s'(z)
     error = layer.by_place(output[1] / layer.activation.derivative(a)).flatten(0, 1)
     z = layer.by_place(layer.activation.inverse(a)).flatten(0, 1)
     patches = layer.gather(inputs).flatten(0, 1)

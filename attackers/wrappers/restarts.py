@@ -52,6 +52,7 @@ class Restarts(Attack):
         starts = start.reshape(len(leak), self.times, self.attack.starts, *start.shape[1:])
         at_once = 1 if self.enough > 0 else self.times
         reconstruction = self._best(leak, starts[:, :at_once])
+        # not (objective <= enough) is true for NaN as well
         rows = (~(reconstruction.objective <= self.enough)).nonzero().squeeze(1).cpu()
         if self.enough > 0 and self.times > 1 and len(rows):
             again = self._best(leak[rows], starts[rows, 1:])

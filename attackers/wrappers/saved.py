@@ -106,6 +106,7 @@ def _described(path: Path) -> tuple[Learner, Provenance, str]:
 def _restored(path: Path, network: nn.Module) -> Learned:
     learner, about, digest = _described(path)
     content = read_bytes(path, LARGEST_TENSORS)
+    # the digest is in the .json, written last: both files are of one save
     if hashlib.blake2b(content, digest_size=8).hexdigest() != digest:
         raise FedtapError(
             f"{short(path, 100)} is not the file that its .json describes, so one of them was cut short or replaced: "

@@ -55,9 +55,11 @@ class TransformerBlock(nn.Module):
         self, hidden: Float[Tensor, "*batch width"], mixed: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch width"]:
         """Output of the block, from its input and the mixture of values by its attention."""
+        # pre-norm: x + f(norm(x))
         hidden = hidden + self.proj(mixed)
         if self.causal:
             return hidden + self._mlp(self.norm2(hidden))
+        # post-norm: norm(x + f(x))
         hidden = self.norm1(hidden)
         return self.norm2(hidden + self._mlp(hidden))  # type: ignore[no-any-return]
 
