@@ -249,7 +249,7 @@ def test_no_points_explain_what_is_of_too_high_a_rank() -> None:
     idle = dataclasses.replace(
         leak, observed={name: value.expand(2, *value.shape).double() for name, value in weights_of(leak).items()}
     )
-    with pytest.raises(FedtapError, match=r"client 0 are where fedprox.*let the client train"):
+    with pytest.raises(FedtapError, match=r"client 0 are at the minimum of fedprox.*let the client train"):
         QUICK(idle)
 
 

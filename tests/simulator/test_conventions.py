@@ -216,8 +216,8 @@ def test_a_leak_without_conventions_has_fedtaps_own(tmp_path: Path) -> None:
     ("name", "value", "sentence"),
     [
         ("loss", "hinge", "cross_entropy or bce or mse"),
-        ("low", [0.0, 1.0], "one or one a channel"),
-        ("low", "dark", "one or one a channel"),
+        ("low", [0.0, 1.0], "one or one for each channel"),
+        ("low", "dark", "one or one for each channel"),
         ("low", 2.0, "low is below high"),
         ("momentum", 1.0, "momentum is a number from 0 and below 1"),
         ("weight_decay", -1, "weight_decay is a number from 0"),

@@ -276,7 +276,7 @@ def test_images_have_a_limit_that_the_error_states(tmp_path: Path, monkeypatch: 
         (tmp_path / "x.png").write_bytes(image_of(width, 10_000))
         with pytest.raises(FedtapError, match="more than 67,108,864 pixels"):
             open_dataset(str(tmp_path), tmp_path, 8)
-    monkeypatch.setattr(datasets, "LARGEST", 8 * 8 * 3 - 1)
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY", 8 * 8 * 3 - 1)
     with pytest.raises(FedtapError, match="holds 1 images, which at 8 pixels a side fill more than"):
         open_dataset(str(tmp_path), tmp_path, 8)
 
@@ -302,7 +302,7 @@ def test_small_npz_files_that_would_fill_the_memory(tmp_path: Path, monkeypatch:
             archive.writestr(name, header.getvalue() if name == "x_test.npy" else content)
     with pytest.raises(FedtapError, match=r"x_test promises \(1099511627776, 8, 8, 3\) entries"):
         open_dataset(str(tmp_path / "w.npz"), tmp_path)
-    monkeypatch.setattr(datasets, "LARGEST", 1000)
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY", 1000)
     with pytest.raises(FedtapError, match="unfolds to 2,"):
         open_dataset(str(npz(tmp_path)), tmp_path)
 
@@ -312,7 +312,7 @@ def test_a_zip_that_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypa
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("a.json", bytes(100_000))
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("it was unfolded"))
-    monkeypatch.setattr(datasets, "LARGEST", 50_000)
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY", 50_000)
     monkeypatch.setattr("fedtap.simulator.data.posteriordb.LARGEST_ARCHIVE", 50_000)
     for ask in (lambda: open_dataset(str(tmp_path / "w.zip"), tmp_path), lambda: read_draws(tmp_path / "d.json.zip")):
         with pytest.raises(FedtapError, match="unfolds to 100,000 bytes, and no more than 50,000 are read"):
