@@ -25,7 +25,7 @@ TURNS = 7
 TURN = 0.03
 """Seconds that a turn takes at least: what is quicker is done several times in it."""
 
-ENOUGH = 5.0
+LONGEST_TIMING = 5.0
 """Seconds after which there is no further turn."""
 
 
@@ -76,14 +76,14 @@ def times_as_long(work: Callable[[], None], other: Callable[[], None]) -> float:
         each()
     often = [max(1, round(TURN / seconds(each))) for each in (work, other)]
     began, found = time.perf_counter(), list[float]()
-    while len(found) < TURNS and (not found or time.perf_counter() - began < ENOUGH):
+    while len(found) < TURNS and (not found or time.perf_counter() - began < LONGEST_TIMING):
         one, two = (seconds(each, times) / times for each, times in zip((work, other), often, strict=True))
         found.append(one / two)
     return statistics.median(found)
 
 
 def seconds(work: Callable[[], None], times: int = 1) -> float:
-    """Processor time of this process, so many times: other processes' does not count."""
+    """Processor time of this process for `times` calls, in seconds; other processes' does not count."""
     began = time.process_time()
     for _ in range(times):
         work()

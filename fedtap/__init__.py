@@ -23,7 +23,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 from pkgutil import extend_path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
     from torch import nn
 
-    from fedtap.simulator.attack import Attack, Kind
+    from fedtap.simulator.attack import Attack, Reconstructed
     from fedtap.simulator.leaks import GradientLeak, Leak
-    from fedtap.simulator.report.folder import Row
+    from fedtap.simulator.scenario import Row
     from fedtap.simulator.wire.captured import Captured
     from fedtap.simulator.wire.wiretap import Wiretap
+
+Made = TypeVar("Made", bound="Reconstructed")
 
 __all__ = ["__version__", "attack", "leak", "load", "run", "tap"]
 
@@ -67,7 +69,7 @@ def leak(
 
 
 @overload
-def attack(leak: Leak, attack: Attack[Kind], *, seed: int = 0) -> Kind: ...
+def attack(leak: Leak, attack: Attack[Made], *, seed: int = 0) -> Made: ...
 @overload
 def attack(leak: Leak, attack: str, *, seed: int = 0) -> Any: ...
 def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:

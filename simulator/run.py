@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from fedtap.simulator.attack import Attack, Guess, Reconstruction
+from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
@@ -264,7 +264,7 @@ class _Run:
 
 
 def _judged(
-    rows: Sequence[Row], found: Guess, left: Sequence[float | None], doubted: Sequence[str | None]
+    rows: Sequence[Row], found: Reconstructed, left: Sequence[float | None], doubted: Sequence[str | None]
 ) -> list[Row]:
     """Rows of one victim each, with what speaks against them: what is left unexplained, and what contradicts the
     protocol."""
@@ -281,7 +281,7 @@ def _judged(
     ]
 
 
-def unexplained_of(leak: Leak, found: Guess) -> list[float | None]:
+def unexplained_of(leak: Leak, found: Reconstructed) -> list[float | None]:
     """Of each victim, the share of its gradient that a reconstruction leaves unexplained; None where it is not
     known."""
     shares = unexplained(leak, found.images, found.labels) if isinstance(found, Reconstruction) else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedtap.simulator.attack import Attack, Guess, Reconstruction
+from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import THREATS
 from fedtap.simulator.leaks import Leak, Protocol
@@ -93,7 +93,7 @@ def attack_saved(
         try:
             if why_not:
                 raise why_not
-            guess: Guess = attack(there := leak.to(device), seed=seed)
+            guess: Reconstructed = attack(there := leak.to(device), seed=seed)
         except FedtapError as error:
             told = {"error": str(error), **last}
             folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
@@ -104,7 +104,7 @@ def attack_saved(
         rows = []
         for victim, (client, rnd) in enumerate(victims):
             objective = finite(float(guess.objective[victim]))
-            row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
+            row = common | {"client": client, "round": rnd} | guess.columns(victim) | {"objective": objective}
             row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
             if isinstance(guess, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, options_of
@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # so that a scenario's options can be shown without torch
     from fedtap.simulator.auxiliary import Auxiliary
     from fedtap.simulator.leaks import Leak
     from fedtap.simulator.report.page import Picture
+
+Setting = TypeVar("Setting", bound="Scenario")
 
 Row = dict[str, Any]
 """One victim under one attack; the README lists the columns."""
@@ -179,9 +181,9 @@ class Scenario(ABC):
             FedtapError: an attack brings back something else than this scenario asks for.
         """
         for attack in self.attacks:
-            if attack.guesses.__name__ != self.reconstructs:
+            if attack.reconstructs.__name__ != self.reconstructs:
                 raise FedtapError(
-                    f"{attack.name} brings back {attack.guesses.__name__}, and {self.name or 'this scenario'} is "
+                    f"{attack.name} brings back {attack.reconstructs.__name__}, and {self.name or 'this scenario'} is "
                     f"about {self.reconstructs}: `fedtap list` names the attacks on each kind of leak."
                 )
 
@@ -309,6 +311,6 @@ def question_of(scenario: type[Scenario]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def same_but(scenario: Scenario, **changes: Any) -> Scenario:
+def same_but(scenario: Setting, **changes: Any) -> Setting:
     """The setting with these changes, whatever is swept in its run."""
     return dataclasses.replace(scenario, swept=(), **changes)

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fedtap.simulator.report.curves import GREY, STYLE, element, scale
-from fedtap.simulator.report.folder import Row
+from fedtap.simulator.scenario import Row
 
 FOUND = 1e-6
 """Relative error from which an input counts as found."""

@@ -110,10 +110,10 @@ class AttentionViT(SplitLearning):
 
     def private(self, client: int, data_root: Path) -> Tensor:
         """A client's photograph, in patches."""
-        from fedtap.simulator.models.attention import cut
+        from fedtap.simulator.models.attention import patches_of
 
         images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
-        return cut(images[0], *self.patch(data_root))
+        return patches_of(images[0], *self.patch(data_root))
 
     def settled(self, attack: Attack[Any], label: str, observed: Observed) -> Row:
         """Where the model is cut."""

@@ -32,6 +32,8 @@ from fedtap.simulator.options import GROUPS, options_of
 from fedtap.simulator.scenario import Scenario, question_of
 
 if TYPE_CHECKING:
+    from flwr.app import UserConfig
+
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
 
@@ -98,7 +100,7 @@ def run_command(
     where = place(
         described_run(settings, used), out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite
     )
-    config = {"scenario": name, "options": shlex.join(context.args), "data-root": str(data_root)}
+    config: UserConfig = {"scenario": name, "options": shlex.join(context.args), "data-root": str(data_root)}
 
     def grid(setting: Scenario) -> LocalGrid:
         return LocalGrid(client_app(plan_of), setting.nodes, config)
@@ -151,6 +153,8 @@ def attack_command(
     }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
     said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
+    from fedtap.attackers import code_named, models_named, parse, suited
+
     _own_code(*code_named(attack))
     _prepared()
     from fedtap.scenarios.attacked import with_trained
@@ -188,8 +192,11 @@ def _leaks_in(path: Path) -> list[Path]:
 
 def _read(path: Path, model: str, known: Mapping[str, Any]) -> Leak | FedtapError:
     """The leak, with what is known of its protocol; or why it is none."""
+    from fedtap.simulator.leaks import load, with_terms
+    from fedtap.simulator.models.attention import architecture
+
     try:
-        return told(load(path, architecture, model or None), **known)
+        return with_terms(load(path, architecture, model or None), **known)
     except FedtapError as error:
         return error
 

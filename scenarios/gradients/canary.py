@@ -270,7 +270,7 @@ def _white(canaries: int, trials: int, secrets: tuple[int, ...]) -> Dataset:
 
     channels, height, width = SHAPE
     train = 2 * (trials + 2) + canaries  # enough for every client to have one, which none uses
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "x_train": np.full((train, height, width, channels), 255, np.uint8),
         "y_train": np.arange(train) % canaries,
         "x_test": np.full((max(trials, 1), height, width, channels), 255, np.uint8),

@@ -196,7 +196,7 @@ class Regression(Study):
             return bayesian.posterior(order, client, {"draws": _draws(_found(self.draws, data_root))[1]})
         records = self.records(client, data_root)
         assert records is not None
-        return bayesian.answer(
+        return bayesian.posterior_reply(
             order, client, self.likelihood(data_root), records, self.sampler, self.samples, self.seed
         )
 

@@ -83,7 +83,7 @@ class TextGradients(Attacked):
         from fedtap.simulator.defences.notation import described, written
 
         check_defence(self.defence)
-        if len(self.attacks) != 1 or self.attacks[0].guesses.__name__ != self.reconstructs:
+        if len(self.attacks) != 1 or self.attacks[0].reconstructs.__name__ != self.reconstructs:
             raise FedtapError(
                 f"This scenario asks for one attack that brings back tokens, and {self.named} is none: use dager."
             )
@@ -109,14 +109,14 @@ class TextGradients(Attacked):
 
     def reply(self, message: Message, context: Context, data_root: Path) -> Message:
         """Weights after a step on this client's texts."""
-        from fedtap.clients.texts import train
+        from fedtap.clients.texts import train_on_texts
         from fedtap.scenarios.texts.federation import corpus_of, network_of, private
         from fedtap.simulator.attack import generator
 
         client, corpus = int(context.node_config["partition-id"]), corpus_of(self, data_root)
         texts, labels = private(self, corpus, client)
         draw, net = generator(self.seed, "defence", client), network_of(self, corpus)
-        return train(message, net, texts, labels, client, self.learning_rate, self.defence, draw)
+        return train_on_texts(message, net, texts, labels, client, self.learning_rate, self.defence, draw)
 
     def observe(self, session: Session) -> Observed:
         """A round of Flower's FedAvg with a tap on it."""

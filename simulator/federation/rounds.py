@@ -22,13 +22,13 @@ from fedtap.simulator.defences.notation import described
 from fedtap.simulator.defences.suited import check_model, check_summed
 from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.federation.private_data import PrivateData
-from fedtap.simulator.federation.settings import Federation
+from fedtap.simulator.federation.settings import SECURE, Federation
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
-from fedtap.simulator.wire.threat_models import SECURE, Masked, difference, hear, isolated, threat_model
-from fedtap.simulator.wire.wiretap import PATIENCE, Wiretap
+from fedtap.simulator.wire.threat_models import Masked, difference, hear, isolated, threat_model
+from fedtap.simulator.wire.wiretap import REPLY_TIMEOUT, Wiretap
 
 METRICS = ("num-examples", "partition")
 """What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
@@ -391,7 +391,7 @@ def _fed(
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
         content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})
     order = Message(content, heard.nodes[private.clients], PRACTICE)
-    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=PATIENCE)
+    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=REPLY_TIMEOUT)
     if not answers or answers[0].has_error():
         why = short(answers[0].error.reason, LONGEST // 2) if answers else "no answer"
         raise ClientError(

@@ -72,7 +72,7 @@ def test_what_was_learned_is_of_the_assumed_model(tmp_path: Path) -> None:
     assert learned.about.protocol.model == "lenet(width=4)"
     assert "pairs=40" in repr(learned.about)
     fitted.accepts(leak)
-    with pytest.raises(FedtapError, match="practised on"):
+    with pytest.raises(FedtapError, match="trained on"):
         learned.accepts(leak)
 
 

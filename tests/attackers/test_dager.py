@@ -109,7 +109,7 @@ def test_a_strangers_gradient_tells_nothing(kind: str) -> None:
 def test_a_victims_texts_do_not_depend_on_its_neighbours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leak = leak_of(texts_of(3, 2), kind)
     together = DAGER()(leak)
-    monkeypatch.setattr(dager, "PAIRS", 1)
+    monkeypatch.setattr(dager, "PAIRS_AT_ONCE", 1)
     for alone, victims in ((DAGER()(leak), [0, 1, 2]), (DAGER()(leak[1]), [1])):
         for found, victim in zip(alone.ids, victims, strict=True):
             assert sorted(found.tolist()) == sorted(together.ids[victim].tolist())

@@ -38,7 +38,7 @@ from fedtap.simulator.data.posteriordb import read_columns, read_draws
 from fedtap.simulator.data.texts import WordPieces, read_texts
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import AttentionLeak, Leak, PosteriorLeak, Protocol, StationaryLeak, float_buffers, load
+from fedtap.simulator.leaks import AttentionLeak, Leak, PosteriorLeak, Protocol, TrainedWeightsLeak, float_buffers, load
 from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.likelihoods import likelihood, prior
 from fedtap.simulator.models.registry import build, with_weights
@@ -109,7 +109,7 @@ TEXTS: dict[str, tuple[Callable[[str], object], tuple[str, ...]]] = {
     "attack": (parse, (*ATTACKS, *FIELDS,
                        "idlg(steps=300),dlg", "restarts(attack=idlg, times=2)", "assuming('mlp', idlg)",
                        "refine(start=lti, finish=idlg(steps=3))", "identified(exact_git)", "saved('a.safetensors')",
-                       "idlg(" + "1+" * 2000 + "1)", "panel(idlg,dlg)", "-" * 3000 + "1", "idlg" + ".a" * 3000)),
+                       "idlg(" + "1+" * 2000 + "1)", "best_of(idlg,dlg)", "-" * 3000 + "1", "idlg" + ".a" * 3000)),
     "defence": (described, ("none", "clip(1.0)+noise(0.01)", "prune(0.9)", "local_dp(1,1,1,0.1)", "precode(8)")),
     "model": (lambda text: build(text, (3, 8, 8), 4), ("mlp", "lenet(width=16, depth=4)", "mlp(activation='tanh')",
                                                        "convnet", "vit", "resnet20", "lenet+precode(8)")),
@@ -218,7 +218,7 @@ def samples(folder: Path) -> dict[str, Reader]:
              {"output": (3, 8)}).save(folder / "attention/leak.safetensors")  # fmt: skip
     small = build("mlp(width=3, depth=1)", (2,), 2)
     trained = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
-    stack_of(StationaryLeak, "mlp(width=3, depth=1)", (2,), small, trained,
+    stack_of(TrainedWeightsLeak, "mlp(width=3, depth=1)", (2,), small, trained,
              classes=2, prior="fedprox(0.05)").save(folder / "stationary/leak.safetensors")  # fmt: skip
     made = auxiliary_for(leak, folder / "made", pairs=4)
     shutil.copytree(made.folder, folder / "auxiliary")

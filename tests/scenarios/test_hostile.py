@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedtap.attackers import ATTACKS
-from fedtap.scenarios.command import main as command
 from fedtap.scenarios.command import entry
+from fedtap.scenarios.command import main as command
 from fedtap.scenarios.command.entry import _hook
 from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator.errors import FedtapError

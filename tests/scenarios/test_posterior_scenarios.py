@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD
-from fedtap.clients.bayesian import exact, laplace
+from fedtap.clients.bayesian import exact, laplace_approximation
 from fedtap.scenarios.command.plan import plan
 from fedtap.scenarios.posteriors.posterior_features import Moments
 from fedtap.scenarios.posteriors.regression import Regression
@@ -117,7 +117,7 @@ def test_draws_of_which_no_posterior_is_known_are_refused(change: object, said: 
 
 
 def test_a_covariance_that_is_none_is_refused() -> None:
-    mean, covariance = laplace(MODELS[0], records())
+    mean, covariance = laplace_approximation(MODELS[0], records())
     flat = covariance.clone()
     flat[:, 0], flat[0, :] = flat[:, 1], flat[1, :]
     flat[0, 0] = flat[1, 1]

@@ -129,7 +129,7 @@ def test_rows_that_repeat_each_other_are_summed_up_by_setting_and_word() -> None
 @dataclass(frozen=True)
 class Echo(Attack[PseudoData]):
     leaks = (PosteriorLeak,)
-    guesses = PseudoData
+    reconstructs = PseudoData
     needs_weights = False
     features: int = FEATURES
 
@@ -157,4 +157,4 @@ def test_a_scenario_about_images_refuses_an_attack_that_brings_back_none() -> No
 def test_draws_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(FedtapError, match="posterior/draws"):
         leak_of(torch.zeros(shape), [0, 1]).check()
-    assert set(KINDS) == {"gradient", "update", "posterior", "attention", "stationary"}
+    assert set(KINDS) == {"gradient", "update", "posterior", "attention", "trained_weights"}

@@ -92,7 +92,7 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
         "leaks/mine.safetensors",
         "guesses/best.png",
         "trained_attacks/tuned.json",
-        "auxiliary/a/practice.json",
+        "auxiliary/a/auxiliary.json",
     ]
     left(tmp_path)
     for name in ours + mine:

@@ -18,12 +18,12 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.parts import teaching
-from fedtap.attackers.parts.teaching import Flat, check_room, ordered, teach
+from fedtap.attackers.parts.teaching import FlatGradient, check_room, ordered, teach
 from fedtap.attackers.wrappers.refine import Refine
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.clients.app import client_app
 from fedtap.simulator.attack import Learned
-from fedtap.simulator.auxiliary import About, Auxiliary, gradients, trainings
+from fedtap.simulator.auxiliary import Auxiliary, Provenance, gradients, trainings
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import auxiliary as hear_pairs
@@ -84,10 +84,10 @@ def test_a_auxiliary_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> Non
     chunk = sorted(made.folder.glob("pairs_*"))[1]
     content = chunk.read_bytes()
     chunk.write_bytes(content[: len(content) // 2])
-    with pytest.raises(FedtapError, match="the practice is not whole"):
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
         list(made)
-    (made.folder / "practice.json").write_text('{"format": 1}')
-    with pytest.raises(FedtapError, match="does not describe a practice"):
+    (made.folder / "auxiliary.json").write_text('{"format": 1}')
+    with pytest.raises(FedtapError, match="does not describe auxiliary pairs"):
         Auxiliary.saved(made.folder, build)
 
 
@@ -97,7 +97,7 @@ def test_hashing_is_linear_and_keeps_lengths_on_average(most: int, seed: int) ->
     network = nn.Linear(6, 5)
     draw = torch.Generator().manual_seed(seed)
     gradient = {name: torch.randn(200, *p.shape, generator=draw) for name, p in network.named_parameters()}
-    flat = Flat(network, most)
+    flat = FlatGradient(network, most)
     hashed = flat(gradient)
     assert hashed.shape == (200, min(most, 35))
     doubled = flat({name: 2 * tensor for name, tensor in reversed(gradient.items())})  # whatever the order
@@ -160,7 +160,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
 def test_wrappers_pass_their_auxiliary_on(tmp_path: Path) -> None:
     wrapped = Refine(LTI(width=8, epochs=1), IDLG(steps=2))
     assert wrapped.needs_auxiliary
-    with pytest.raises(FedtapError, match="has learned nothing yet"):
+    with pytest.raises(FedtapError, match="is not trained"):
         wrapped(heard())
     ready = wrapped.fit(auxiliary_for(heard(), tmp_path))
     assert not ready.needs_auxiliary
@@ -174,7 +174,7 @@ def test_what_it_has_not_practised_on_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FedtapError, match=said):
             made(leak)
     defended = dataclasses.replace(heard(), protocol=dataclasses.replace(heard().protocol, defence="noise(0.1)"))
-    with pytest.warns(UserWarning, match="practised under defence none and this leak's is noise"):
+    with pytest.warns(UserWarning, match="was trained under defence none and this leak's is noise"):
         made(defended)
     with pytest.raises(FedtapError, match="at least 2 auxiliary pairs"):
         LTI(width=8).fit(auxiliary_for(heard(), tmp_path).first(1))
@@ -262,8 +262,8 @@ def test_a_damaged_auxiliary_ends_the_run_and_pairs_that_teach_nothing_do_not(tm
     assert "auxiliary pairs" in str(rows[0]["error"])
     (chunk,) = (tmp_path / "one/auxiliary").rglob("pairs_00000.safetensors")
     chunk.write_bytes(chunk.read_bytes()[:-20])
-    with pytest.raises(FedtapError, match="the practice is not whole"):
-        play(tmp_path / "one", attack=LTI(width=8, epochs=2).written(), model="lenet")
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
+        play(tmp_path / "one", attack="lti(width=8,epochs=2)", model="lenet")
 
 
 def test_each_learner_is_saved_under_a_name_of_its_own(tmp_path: Path) -> None:
@@ -332,6 +332,6 @@ def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path
 
 
 def test_about_says_what_it_is() -> None:
-    about = About(heard().protocol, "photos", 1200)
+    about = Provenance(heard().protocol, "photos", 1200)
     assert "1,200 pairs of lenet on 3x16x16 images of photos in 10 classes, batch 1" in str(about)
-    assert About.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about
+    assert Provenance.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about

@@ -149,7 +149,7 @@ def test_a_push_of_many_messages_to_one_node_is_answered_whole() -> None:
 
 def test_a_wait_ends_and_what_came_before_was_heard_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wiretap, "PAUSE", 0.001)
-    monkeypatch.setattr(wiretap, "PATIENCE", 0.05)
+    monkeypatch.setattr(wiretap, "REPLY_TIMEOUT", 0.05)
     heard: list[int] = []
 
     class Slow(Engine):
@@ -174,7 +174,7 @@ def test_a_wait_ends_and_what_came_before_was_heard_as_it_came(monkeypatch: pyte
 def test_a_grid_without_nodes_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     tap = Wiretap(LocalGrid(app_of(echo), 0), lambda order, answer: None)
     assert tap.get_node_ids() == []
-    monkeypatch.setattr(wiretap, "PATIENCE", -1.0)
+    monkeypatch.setattr(wiretap, "REPLY_TIMEOUT", -1.0)
     with pytest.raises(FedtapError, match="No node has been connected"):
         tap.get_node_ids()
 
