@@ -33,7 +33,7 @@ def overhead(scenario: Scenario, private: PrivateData) -> float | None:
 
     Local steps and batch are those of the exchange. What the server does costs a client nothing.
     """
-    if not any(part.kind.hook != "server" for part in described(scenario.defence)):
+    if not any(part.hook != "server" for part in described(scenario.defence)):
         return None
     dataset = private.dataset
     indices = torch.arange(scenario.batch * scenario.local_steps) % len(dataset.train)

@@ -48,8 +48,8 @@ def check_defence(defence: str) -> None:
         FedtapError: it acts on something else, or cannot be read.
     """
     for part in described(defence):
-        if part.kind.hook != "update":
+        if part.hook != "update":
             raise FedtapError(
-                f"{part.name} acts on the {part.kind.hook} of an image model, and these clients train on texts: use a "
+                f"{part.name} acts on the {part.hook} of an image model, and these clients train on texts: use a "
                 "defence of what is sent, such as clip(1.0) or noise(0.001)."
             )

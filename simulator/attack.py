@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
 from fedtap.simulator.auxiliary import About, Auxiliary
+from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
@@ -237,10 +238,9 @@ class Attack(ABC, Generic[Kind]):
             or any(part.adapts for part in self._parts().values())
         )
 
-    @property
-    def models(self) -> frozenset[str]:
-        """Names of the defences whose effect on an answer it takes into account where they are announced."""
-        return frozenset()
+    def knows(self, defence: Defence) -> bool:
+        """Whether it takes into account all that this defence does to an answer, where it is announced."""
+        return False
 
     def unknown(self, defence: str) -> tuple[str, ...]:
         """The parts of an announced defence that neither it nor an attack that it wraps takes into account.
@@ -251,11 +251,8 @@ class Attack(ABC, Generic[Kind]):
         if self.needs_auxiliary:
             return ()
         known = [wrapped.unknown(defence) for wrapped in self._parts().values()]
-        return tuple(
-            part
-            for part in answered(defence)
-            if part.partition("(")[0] not in self.models and all(part in missing for missing in known)
-        )
+        strange = [part for part in answered(defence) if isinstance(part, str) or not self.knows(part)]
+        return tuple(str(part) for part in strange if all(str(part) in missing for missing in known))
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Tensor) -> Kind:
@@ -431,7 +428,7 @@ class Learned(Attack):
 
     def unknown(self, defence: str) -> tuple[str, ...]:
         """Nothing of the defence that it practised under; all of another one."""
-        return () if defence == self.about.protocol.defence else answered(defence)
+        return () if defence == self.about.protocol.defence else tuple(map(str, answered(defence)))
 
     def learned(self) -> list[Learned]:
         """Itself."""
@@ -463,10 +460,10 @@ class Learned(Attack):
         return self.learner.invert(self.inverter.to(leak.device), leak, start)
 
 
-def answered(defence: str) -> tuple[str, ...]:
-    """The parts of a defence that shape a client's answer, as they are written; a user's own is one part."""
+def answered(defence: str) -> tuple[Defence | str, ...]:
+    """The parts of a defence that shape a client's answer; what is not known here is one part, as it is written."""
     try:
-        return tuple(str(part) for part in described(defence) if part.kind.hook != "server")
+        return tuple(part for part in described(defence) if part.hook != "server")
     except FedtapError:
         return (defence,)
 

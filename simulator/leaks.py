@@ -21,7 +21,6 @@ from jaxtyping import Int
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from fedtap.simulator.defences.notation import averaged
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 
@@ -402,8 +401,11 @@ def stack(leaks: Sequence[Leak]) -> Leak:
     )
 
 
-def mean(leaks: Sequence[Kind]) -> Kind:
+def mean(leaks: Sequence[Kind], defence: str) -> Kind:
     """What a client that answers the same again and again gives away: the mean of its answers, as one leak.
+
+    Args:
+        defence: what the mean is defended by; noise wears off.
 
     Raises:
         FedtapError: they are of unequal protocols, or at unequal weights.
@@ -411,7 +413,6 @@ def mean(leaks: Sequence[Kind]) -> Kind:
     first, many = leaks[0], len(leaks)
     if any(leak.protocol != first.protocol or not _equal(first, leak) for leak in leaks[1:]):
         raise FedtapError("Answers at different weights have no common gradient, so no mean: average those at one.")
-    defence = averaged(first.protocol.defence, many)
     return dataclasses.replace(
         first,
         observed={name: torch.stack([leak.observed[name] for leak in leaks]).mean(0) for name in first.observed},

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fedtap.attackers.gradients.lbfgs import minimise
-from fedtap.attackers.parts.adaptive import MODELLED, Objective
+from fedtap.attackers.parts.adaptive import Objective, replayable
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import check_match
 from fedtap.simulator.attack import Attack, Images, Reconstruction
+from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 
@@ -39,10 +40,9 @@ class DLG(Attack):
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """What an aware attack models."""
-        return MODELLED if self.adaptive else frozenset()
+    def knows(self, defence: Defence) -> bool:
+        """What can be replayed, where it is adaptive."""
+        return self.adaptive and replayable(defence)
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched."""

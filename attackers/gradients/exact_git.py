@@ -29,7 +29,8 @@ from fedtap.attackers.gradients.recursion import along, check_undoable, dtype_of
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.layers import Chain, Layer, chain
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.defences.announced import NOISY, sigma
+from fedtap.simulator.defences.chain import sigma
+from fedtap.simulator.defences.defence import Defence, Trace
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
 from fedtap.simulator.wire.replay import trained
@@ -58,10 +59,9 @@ class ExactGIT(Attack):
     def __post_init__(self) -> None:
         check_fields(self, prior_std=1e-6)
 
-    @property
-    def models(self) -> frozenset[str]:
+    def knows(self, defence: Defence) -> bool:
         """Noise, and the clipping of one image's gradient: a layer's input is a ratio of gradients."""
-        return NOISY | {"clip", "dp_sgd", "local_dp"}
+        return Trace.RATIOS in defence.survives
 
     def accepts(self, leak: Leak) -> None:
         """One image a victim, and a network of layers and activations that can be undone."""

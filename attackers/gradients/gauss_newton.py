@@ -16,7 +16,7 @@ from fedtap.attackers.parts.gradients import check_match
 from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.newton import fitted, residual
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.defences.announced import NOISY
+from fedtap.simulator.defences.defence import Defence, Trace
 from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 
 LANES = 16
@@ -44,10 +44,9 @@ class GaussNewton(Attack):
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1, prior_std=1e-6)
 
-    @property
-    def models(self) -> frozenset[str]:
+    def knows(self, defence: Defence) -> bool:
         """Noise."""
-        return NOISY
+        return {Trace.SCALE, Trace.RATIOS} <= defence.survives
 
     def accepts(self, leak: Leak) -> None:
         """Leaks of networks that can be differentiated twice and whose last layer shows the labels."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from fedtap.attackers.parts.adaptive import MODELLED, informed
+from fedtap.attackers.parts.adaptive import informed, replayable
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import Match, check_match, cosine_distance
 from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.priors import total_variation
 from fedtap.simulator.attack import Attack, Images, Reconstruction
+from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 from fedtap.simulator.progress import progress
 
@@ -41,10 +42,9 @@ class InvertingGradients(Attack):
     def __post_init__(self) -> None:
         check_fields(self, steps=1)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """What an aware attack models."""
-        return MODELLED if self.adaptive else frozenset()
+    def knows(self, defence: Defence) -> bool:
+        """What can be replayed, where it is adaptive."""
+        return self.adaptive and replayable(defence)
 
     def accepts(self, leak: Leak) -> None:
         """Models that can be matched and end in a layer that shows the labels."""

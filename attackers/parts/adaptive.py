@@ -21,35 +21,26 @@ from torch import Tensor
 from fedtap.attackers.parts.gradients import Labels, Match, Misfit, relative_distance, squared_distance
 from fedtap.attackers.parts.priors import smooth_variation
 from fedtap.simulator.attack import Images
-from fedtap.simulator.defences.announced import sigma
-from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.defences.chain import sigma
+from fedtap.simulator.defences.defence import Defence, Density, Error, Exchange, Replay
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.defences.sign import Sign
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import Leak, UpdateLeak
-from fedtap.simulator.models.registry import logits_layer
-from fedtap.simulator.wire.replay import mean_gradient, trained
-
-MODELLED = frozenset({"soteria", "dp_sgd", "clip", "noise", "laplace", "prune", "sign", "quantise", "local_dp"})
-"""Defences that an aware attack models. Not `precode`: its draw is the client's own, and no part of what is sent shows
-it, so the guess's gradient is computed as if there were no bottleneck noise to know of."""
+from fedtap.simulator.leaks import Leak
+from fedtap.simulator.wire.replay import exchange_of, mean_gradient
 
 SOFTNESS, HARD = 0.3, 1e-4
 """Of the sign: ``tanh(g / (softness rms(g)))``, for a slope to follow; and so that next to nothing is left of it."""
 
 ROUGHNESS = 5.0
-"""Pictures have the density ``exp(-roughness sum |x - its neighbour|)``, across plus down. Chosen, as those below, on
-training images."""
-
-PRUNED, SIGNED = 1e-3, 1.0
-"""Weight of the variation where nothing is random: beside a squared distance relative to what was sent."""
+"""Pictures have the density ``exp(-roughness sum |x - its neighbour|)``, across plus down.
+Chosen on training images."""
 
 KINK = 0.3
 """Of a Laplace density's peak: residuals smaller than this share of its scale count as in a Gaussian one."""
 
-OTHER_NOISE = {"noise", "dp_sgd", "local_dp", "quantise"}
-"""What added to Laplace noise gives another density."""
-
 INSIDE = 0.01
-"""Likewise of the squares of what is outside [0, 1]."""
+"""Weight of the squares of what is outside [0, 1], beside a distance relative to what was sent."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +49,22 @@ class Adaptive:
 
     Args:
         parts: the defence.
+        replays: what is done to an answer, part by part.
         error: standard deviation of the noise on an entry.
-        length: 1 over the local steps that an entry is a mean of: norms are of their sum.
-        last: name of the last layer's weight.
-        alone: whether a step's batch is one image, whose gradient is then the whole gradient.
         weighed: whether entries are divided by the size of their error.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Defence, ...]
+    replays: tuple[Replay, ...]
     misfit: Misfit
     error: float
-    length: float
-    last: str
-    alone: bool
     weighed: bool = True
-    softness: float = SOFTNESS
 
     def __call__(self, answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
-        for part in self.parts:
-            answer = self._defended(part, answer, leaked)
+        one, heard = ({name: tensor[None] for name, tensor in side.items()} for side in (answer, leaked))
+        for replay in self.replays:
+            one = replay.does(one, heard)
+        answer = {name: tensor[0] for name, tensor in one.items()}
         if not self.weighed:
             return self.misfit(answer, leaked)
         sizes = self.sizes(leaked)
@@ -85,31 +73,21 @@ class Adaptive:
 
     def sizes(self, leaked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Standard deviation of what is random in an entry of each tensor; 1 where it is the same for all."""
-        bits = next((part["bits"] for part in self.parts if part.name == "quantise"), None)
-        if bits is None:
+        heard = {name: tensor[None] for name, tensor in leaked.items()}
+        found = [error.steps(heard) for error in self._errors if error.steps]
+        if not found:
             return {name: tensor.new_ones(()) for name, tensor in leaked.items()}
-        errors = {}
-        for name, tensor in leaked.items():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
-            step = (tensor.amax() - tensor.amin()) / (2**bits - 1)
-            errors[name] = (step.square() / 6 + self.error**2).sqrt().clamp_min(1e-12)
-        return errors
+        squares = {name: torch.stack([steps[name][0].square() / 6 for steps in found]).sum(0) for name in leaked}
+        return {name: (square + self.error**2).sqrt().clamp_min(1e-12) for name, square in squares.items()}
 
-    def _defended(self, part: Part, answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        match part.name:
-            case "prune":
-                return {name: torch.where(leaked[name] == 0, 0.0, tensor) for name, tensor in answer.items()}
-            case "soteria":
-                return {**answer, self.last: torch.where(leaked[self.last] == 0, 0.0, answer[self.last])}
-            case "sign":
-                roots = {name: (tensor.square().mean() + 1e-30).sqrt() for name, tensor in answer.items()}
-                return {name: (tensor / (self.softness * roots[name])).tanh() for name, tensor in answer.items()}
-            case "clip":
-                return _shortened(answer, self.length * part["norm"])
-            case "local_dp":
-                return _shortened(answer, self.length * part["clip"])
-            case "dp_sgd":
-                return _shortened(answer, part["clip"]) if self.alone else _scaled(answer, leaked)
-        return dict(answer)
+    @property
+    def uneven(self) -> bool:
+        """Whether the error on an entry depends on its tensor."""
+        return any(error.steps for error in self._errors)
+
+    @property
+    def _errors(self) -> list[Error]:
+        return [error for part in self.parts if (error := part.error(batch=1))]
 
 
 @dataclass(frozen=True)
@@ -152,24 +130,29 @@ def informed(leak: Leak, misfit: Misfit, weighed: bool = True, softness: float =
 
     Neither does a defence that is not fedtap's. After a step of Adam there are signs.
     """
-    signs = described("sign()") if leak.protocol.optimiser == "adam" else ()
+    signs = (Sign(),) if leak.protocol.optimiser == "adam" else ()
     try:
-        parts = tuple(part for part in described(leak.protocol.defence) if part.kind.hook in ("step", "update"))
+        announced = described(leak.protocol.defence)
     except FedtapError:
-        parts = ()
-    parts = signs + parts  # one step of Adam is g / (|g| + ε), which a defence of the update comes after
+        announced = ()
+    # one step of Adam is g / (|g| + ε), which a defence of the update comes after
+    parts = signs + tuple(part for part in announced if replayable(part))
     if not parts:
         return None
-    steps = leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
-    alone = leak.protocol.batch == steps == 1
-    error = sigma(leak.protocol) / steps
-    alike = (
-        parts[-1].name == "laplace" and leak.protocol.summed == 1 and not OTHER_NOISE & {part.name for part in parts}
-    )
-    if misfit is relative_distance and alike:
+    exchange = exchange_of(leak, softness)
+    replays = tuple(replay for part in parts if (replay := part.replay(exchange)))
+    error = sigma(leak.protocol) / exchange.steps
+    densities = {noise.density for part in parts if (noise := part.error(batch=1))}
+    last = parts[-1].error(batch=1)
+    if misfit is relative_distance and leak.protocol.summed == 1 and last and densities == {Density.LAPLACE}:
         misfit = Absolute(error / math.sqrt(2))
-    adaptive = Adaptive(parts, misfit, error, 1 / steps, _last(leak), alone, weighed, softness)
+    adaptive = Adaptive(parts, replays, misfit, error, weighed)
     return Informed(adaptive, _weights(adaptive, leak))
+
+
+def replayable(defence: Defence) -> bool:
+    """Whether an attack can do to its own guess's gradient what this defence did to the victim's."""
+    return defence.replay(Exchange()) is not None
 
 
 class Objective:
@@ -199,36 +182,20 @@ class Objective:
         return misfit + prior.detach(), slope + push
 
 
-def _last(leak: Leak) -> str:
-    """Soteria's layer; of a model that has none, or has it frozen, any name would do."""
-    name = f"{logits_layer(leak.network, leak.protocol.shape)}.weight".removeprefix(".")
-    return name if name in trained(leak.network) else trained(leak.network)[-1]
-
-
 def _weights(known: Adaptive, leak: Leak) -> Float[Tensor, "lanes"]:
     """Of the variation: ``|d|^2 / 2 s^2 + roughness sum |dx|`` is the posterior, here times ``2 s^2 / |leaked|^2``."""
     weights = []
-    names = {part.name for part in known.parts}
-    random = known.error > 0 or "quantise" in names
+    random = known.error > 0 or known.uneven
     pixels = leak.protocol.batch * torch.Size(leak.protocol.shape).numel()
     leaked = mean_gradient(leak)
     for lane in range(len(leak)):
         one = {name: tensor[lane] for name, tensor in leaked.items()}
         sizes = known.sizes(one)
         energy = torch.stack([(one[name] / sizes[name]).square().sum() for name in one]).sum()
-        variance = 1.0 if "quantise" in names else known.error**2
+        variance = 1.0 if known.uneven else known.error**2
         weights.append(2 * variance * ROUGHNESS * pixels / energy.clamp_min(1e-30) * random)
     total = torch.stack(weights)
-    return total + PRUNED * ("prune" in names) + SIGNED * ("sign" in names)
-
-
-def _shortened(answer: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    length = torch.stack([tensor.square().sum() for tensor in answer.values()]).sum().clamp_min(1e-30).sqrt()
-    return {name: tensor * (norm / length).clamp_max(1) for name, tensor in answer.items()}
-
-
-def _scaled(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """At the length at which it is nearest: of examples that are clipped one by one only the mean's is not known."""
-    product = torch.stack([(answer[name] * leaked[name]).sum() for name in leaked]).sum()
-    square = torch.stack([answer[name].square().sum() for name in leaked]).sum().clamp_min(1e-30)
-    return {name: tensor * (product / square).clamp_min(0) for name, tensor in answer.items()}
+    priors = {type(part): replay.prior for part, replay in zip(known.parts, known.replays, strict=True)}
+    for prior in sorted(priors.values()):
+        total = total + prior  # what is done twice takes away no more
+    return total

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fedtap.simulator.attack import Labels
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chain import sigma
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.wire.replay import answer, mean_gradient, targets
 

@@ -52,7 +52,7 @@ class Saved(Attack):
     def unknown(self, defence: str) -> tuple[str, ...]:
         """Nothing of the defence that it practised under; all of another one."""
         trained_under = _described(Path(self.path))[1].protocol.defence
-        return () if defence == trained_under else answered(defence)
+        return () if defence == trained_under else tuple(map(str, answered(defence)))
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, of the kind that it practised on."""

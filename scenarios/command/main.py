@@ -33,7 +33,8 @@ from fedtap.scenarios.gradients.game_report import play_games, table_of
 from fedtap.scenarios.gradients.image import with_trained
 from fedtap.simulator.attack import Attack
 from fedtap.simulator.data.images import DATASETS
-from fedtap.simulator.defences.notation import WORDS, usage
+from fedtap.simulator.defences.defence import HOOKS
+from fedtap.simulator.defences.notation import kind_of, names, summary, usage
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
 from fedtap.simulator.federation.settings import Scenario
 from fedtap.simulator.leaks import KINDS, Leak, load, told
@@ -211,7 +212,8 @@ def list_command() -> None:
     """Scenarios with their questions, attacks with their papers, defences, datasets, models."""
     _catalogue("scenario", {name: question(name).splitlines()[0] for name in sorted(catalogue())})
     _catalogue("attack", {name: _about(attack) for name, attack in sorted(ATTACKS.items())})
-    _catalogue("defence", {usage(name): f"{kind.about} [dim]({kind.hook})[/dim]" for name, kind in WORDS.items()})
+    defences = sorted(names(), key=lambda name: HOOKS.index(kind_of(name).hook))
+    _catalogue("defence", {usage(name): f"{summary(name)} [dim]({kind_of(name).hook})[/dim]" for name in defences})
     _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
     _catalogue("model", {name: (made.__doc__ or "").splitlines()[0] for name, made in MODELS.items()})
 

@@ -30,6 +30,7 @@ from fedtap.scenarios.command.options import Knob
 from fedtap.simulator import scores
 from fedtap.simulator.attack import Attack, Tokens, generator
 from fedtap.simulator.data.texts import Cut, WordPieces, cut, open_texts
+from fedtap.simulator.defences.noise import Noise
 from fedtap.simulator.defences.notation import described, written
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.rounds import as_expected
@@ -284,7 +285,7 @@ def _sigma(defence: str) -> float | None:
     parts = described(defence)
     if not parts:
         return 0.0
-    return parts[0]["sigma"] if [part.name for part in parts] == ["noise"] else None
+    return parts[0].sigma if len(parts) == 1 and isinstance(parts[0], Noise) else None
 
 
 def _texts(

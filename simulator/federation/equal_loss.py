@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.defences.defence import Defence
+from fedtap.simulator.defences.notation import described, strength_of
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import Scenario
 
@@ -36,12 +37,13 @@ def strengths_of(parts: Sequence[Scenario], part: Scenario) -> list[int]:
     return [number for number, other in enumerate(parts) if _but_for_strength(other) == mine]
 
 
-def _but_for_strength(part: Scenario) -> tuple[Scenario, tuple[Part, ...], str, dict[str, float]]:
+def _but_for_strength(part: Scenario) -> tuple[Scenario, tuple[Defence, ...], str, dict[str, float]]:
     parts, same = described(part.defence), dataclasses.replace(part, defence="none", swept=())
     if not parts:
         return same, (), "none", {}
     last = parts[-1]
-    values = {number.name: last[number.name] for number in last.kind.arguments if number.name != last.kind.strength}
+    named = zip(last.arguments(), last.values, strict=True)
+    values = {argument.name: value for argument, value in named if argument != strength_of(last)}
     return same, parts[:-1], last.name, values
 
 

@@ -160,7 +160,7 @@ class Scenario:
     @property
     def architecture(self) -> str:
         """The model's name, with what a defence puts into it."""
-        parts = [part for part in described(self.defence) if part.kind.hook == "model"]
+        parts = [part for part in described(self.defence) if part.hook == "model"]
         return self.model + "".join(f"+{part}" for part in parts)
 
     def protocol(self, dataset: Dataset) -> Protocol:
