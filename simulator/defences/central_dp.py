@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, Strategy
 from torch import nn
@@ -65,7 +65,7 @@ class CentralDP(ServerDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return None  # nothing was done to what was sent
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> CentralDP:
         return self
 
     def bound(self, norm: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Clip(UpdateDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return Replay(lambda guess, sent: shortened(guess, self.norm / exchange.steps), exact=True, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Clip:
         return self
 
     def bound(self, norm: float) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Annotated, ClassVar, Self, final, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, final, get_args, get_origin, get_type_hints
 
 from flwr.serverapp.strategy import Strategy
 from jaxtyping import Float, Int
@@ -170,8 +170,8 @@ class Defence(ABC):
         cls.name = cls.__module__.rpartition(".")[2]
 
     def __post_init__(self) -> None:
-        for argument, value in zip(self.arguments(), self.values, strict=True):
-            object.__setattr__(self, argument.name, self.checked(argument, value))
+        for argument in self.arguments():
+            object.__setattr__(self, argument.name, self.checked(argument, getattr(self, argument.name)))
 
     @classmethod
     @final
@@ -217,7 +217,7 @@ class Defence(ABC):
         and then no attack counts as adaptive against it that does not say by itself that it knows it."""
 
     @abstractmethod
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Defence:
         """What the mean of so many answers of one client to the same question is defended by, as far as is known."""
 
     # What it guarantees.

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -148,7 +148,7 @@ class DPSGD(StepDefence):
             return Replay(lambda guess, sent: shortened(guess, self.clip), exact=True, prior=0.0)
         return Replay(_scaled, exact=False, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> DPSGD:
         return self
 
     def bound(self, norm: float) -> float:

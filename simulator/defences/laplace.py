@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ class Laplace(UpdateDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return Replay(unchanged, exact=True, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Laplace:
         return self  # a mean of Laplace variables is no Laplace variable
 
     def bound(self, norm: float) -> float:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from flwr.app import DEFAULT_TTL, Array, ArrayRecord, Context, Message, MessageType, Metadata, RecordDict
@@ -87,7 +87,7 @@ class LocalDP(UpdateDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return Replay(lambda guess, sent: shortened(guess, self.clip / exchange.steps), exact=True, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> LocalDP:
         return self
 
     def bound(self, norm: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ class Noise(UpdateDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return Replay(unchanged, exact=True, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Noise:
         return type(self)(self.sigma / math.sqrt(times))
 
     def bound(self, norm: float) -> float:

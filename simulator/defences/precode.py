@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -62,7 +62,7 @@ class Precode(ModelDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return None  # its draw is the client's own, and no part of what is sent shows it
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Precode:
         return self
 
     def bound(self, norm: float) -> float:

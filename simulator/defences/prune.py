@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Prune(UpdateDefence):
         """What was sent shows which entries were kept."""
         return Replay(_kept, exact=True, prior=1e-3)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Prune:
         return self
 
     def bound(self, norm: float) -> float:

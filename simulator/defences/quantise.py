@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Quantise(UpdateDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         return Replay(unchanged, exact=True, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Quantise:
         return self
 
     def bound(self, norm: float) -> float:

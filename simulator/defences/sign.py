@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ class Sign(UpdateDefence):
 
         return Replay(softly, exact=False, prior=1.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Sign:
         return self
 
     def bound(self, norm: float) -> float:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
@@ -104,7 +104,7 @@ class Soteria(StepDefence):
 
         return Replay(told, exact=False, prior=0.0)
 
-    def averaged(self, times: int) -> Self:
+    def averaged(self, times: int) -> Soteria:
         return self
 
     def bound(self, norm: float) -> float:
