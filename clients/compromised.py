@@ -17,7 +17,7 @@ from fedtap.clients.mod import defended
 from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, seeded, sgd
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest, gradients
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.wire.records import tensors_of
 

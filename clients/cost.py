@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtap.clients.mod import defended
 from fedtap.clients.training import network, one_thread, plain_backward, seeded, sgd
 from fedtap.simulator.attack import generator
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.settings import Federation
@@ -34,7 +34,7 @@ def overhead(scenario: Federation, private: PrivateData) -> float | None:
 
     Local steps and batch are those of the exchange. What the server does costs a client nothing.
     """
-    if not any(part.kind.hook != "server" for part in described(scenario.defence)):
+    if not any(part.hook != "server" for part in described(scenario.defence)):
         return None
     dataset = private.dataset
     indices = torch.arange(scenario.batch * scenario.local_steps) % len(dataset.train)

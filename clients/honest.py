@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtap.clients.mod import defended
 from fedtap.clients.training import Backward, drifted, network, plain_backward, receive, seeded, sgd, weights_reply
 from fedtap.simulator.attack import generator
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.federation.private_data import PrivateData
 
 

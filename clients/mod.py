@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor
 
-from fedtap.simulator.defences.hooks import UpdateDefence
+from fedtap.simulator.defences.defence import Update
 from fedtap.simulator.defences.source import Source
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Tensors
@@ -19,7 +19,7 @@ Drawing = TypeVar("Drawing")
 
 
 def mod_of(
-    defence: UpdateDefence,
+    defence: Update,
     learning_rate: float = 1.0,
     parameters: Collection[str] | None = None,
     draw: Source = None,
@@ -82,7 +82,7 @@ def defended(
     """The weights to send in the place of `after`, where `before` were received: a client's, or a stack of exchanges'.
 
     Args:
-        defence: an `UpdateDefence`, or for a stack its `stacked`, with a source for each exchange.
+        defence: an `Update`, or for a stack its `stacked`, with a source for each exchange.
     """
     gradient = defence({name: (before[name] - after[name]) / learning_rate for name in after}, draw)
     return {name: before[name] - learning_rate * gradient[name] for name in after}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedtap.clients.mod import defended
 from fedtap.clients.training import receive, sgd, weights_reply
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.language import LanguageModel
@@ -48,8 +48,8 @@ def check_defence(defence: str) -> None:
         FedtapError: it acts on something else, or cannot be read.
     """
     for part in described(defence):
-        if part.kind.hook != "update":
+        if part.hook != "update":
             raise FedtapError(
-                f"{part.name} acts on the {part.kind.hook} of an image model, and these clients train on texts: use a "
+                f"{part.name} acts on the {part.hook} of an image model, and these clients train on texts: use a "
                 "defence of what is sent, such as clip(1.0) or noise(0.001)."
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest
-from fedtap.simulator.defences.precode import bottlenecks, training_loss
+from fedtap.simulator.defences.layers import inserted, training_loss
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models.registry import Shape, build
@@ -23,8 +23,8 @@ from fedtap.simulator.wire.records import tensors_of
 def network(model: str, shape: Shape, classes: int) -> nn.Module:
     """A network to fill with weights, kept between rounds: building one costs as much as a training step."""
     net = build(model, shape, classes, seed=0)
-    for bottleneck in bottlenecks(net):
-        bottleneck.draws = True
+    for layer in inserted(net):
+        layer.draws = True
     return net
 
 

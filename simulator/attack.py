@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import TypeVar
 
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
+from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
@@ -237,10 +238,9 @@ class Attack(ABC, Generic[_Result]):
             or any(part.adapts for part in self._parts().values())
         )
 
-    @property
-    def models(self) -> frozenset[str]:
-        """Names of the defences whose effect on a reply it takes into account where they are announced."""
-        return frozenset()
+    def knows(self, defence: Defence) -> bool:
+        """Whether it takes into account all that this defence does to an reply, where it is announced."""
+        return False
 
     def unknown(self, defence: str) -> tuple[str, ...]:
         """The parts of an announced defence that neither it nor an attack that it wraps takes into account.
@@ -251,11 +251,8 @@ class Attack(ABC, Generic[_Result]):
         if self.needs_auxiliary:
             return ()
         known = [wrapped.unknown(defence) for wrapped in self._parts().values()]
-        return tuple(
-            part
-            for part in reply_parts(defence)
-            if part.partition("(")[0] not in self.models and all(part in missing for missing in known)
-        )
+        strange = [part for part in reply_parts(defence) if isinstance(part, str) or not self.knows(part)]
+        return tuple(str(part) for part in strange if all(str(part) in missing for missing in known))
 
     @abstractmethod
     def reconstruct(self, leak: Leak, start: Tensor) -> _Result:
@@ -428,7 +425,7 @@ class Learned(Attack):
 
     def unknown(self, defence: str) -> tuple[str, ...]:
         """None of the defence's parts where it was trained on pairs under that defence; all of them otherwise."""
-        return () if defence == self.about.protocol.defence else reply_parts(defence)
+        return () if defence == self.about.protocol.defence else tuple(map(str, reply_parts(defence)))
 
     def learned(self) -> list[Learned]:
         """Itself."""
@@ -460,10 +457,10 @@ class Learned(Attack):
         return self.learner.invert(self.inverter.to(leak.device), leak, start)
 
 
-def reply_parts(defence: str) -> tuple[str, ...]:
-    """The parts of a defence that shape a client's reply, as they are written; a user's own defence is one part."""
+def reply_parts(defence: str) -> tuple[Defence | str, ...]:
+    """The parts of a defence that shape a client's reply; what is not known here is one part, as it is written."""
     try:
-        return tuple(str(part) for part in described(defence) if part.kind.hook != "server")
+        return tuple(part for part in described(defence) if part.hook != "server")
     except FedtapError:
         return (defence,)
 

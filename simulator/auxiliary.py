@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedtap.simulator.defences.precode import training_loss
+from fedtap.simulator.defences.layers import training_loss
 from fedtap.simulator.errors import DamagedError, FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors, protocol_of, sound

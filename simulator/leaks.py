@@ -21,7 +21,6 @@ from jaxtyping import Int
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from fedtap.simulator.defences.notation import averaged
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 
@@ -412,8 +411,11 @@ def stack(leaks: Sequence[Leak]) -> Leak:
     )
 
 
-def mean(leaks: Sequence[_AnyLeak]) -> _AnyLeak:
+def mean(leaks: Sequence[_AnyLeak], defence: str) -> _AnyLeak:
     """The mean of one client's replies on the same examples, as one leak.
+
+    Args:
+        defence: what the mean is defended by; noise wears off.
 
     Raises:
         FedtapError: they are of unequal protocols, or at unequal weights.
@@ -423,7 +425,6 @@ def mean(leaks: Sequence[_AnyLeak]) -> _AnyLeak:
         raise FedtapError(
             "Replies at different weights have no common gradient, so no mean: average replies at the same weights."
         )
-    defence = averaged(first.protocol.defence, many)
     return dataclasses.replace(
         first,
         observed={name: torch.stack([leak.observed[name] for leak in leaks]).mean(0) for name in first.observed},

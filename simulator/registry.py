@@ -1,8 +1,9 @@
 """What a folder offers, by name: attacks, defences and scenarios are all found in this one way.
 
 A file defines one class that is named after it: `exact_git.py` defines `ExactGIT`. Names and docstrings are read from
-the source, so that a list of them imports nothing; a class is imported when somebody asks for it, and one that cannot
-be imported is an error for whoever asks, and for nobody else. Installed packages add theirs by an entry point.
+the source, so that a list of them imports nothing (what several share stands in folders called `parts`); a class is
+imported when somebody asks for it, and one that cannot be imported is an error for whoever asks, and for nobody else.
+Installed packages add theirs by an entry point.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Registry(Mapping[str, type[Kind]], Generic[Kind]):
         for root in map(Path, (spec.submodule_search_locations if spec else None) or ()):
             for file in sorted(root.rglob("*.py")):
                 path = ".".join((self.package, *file.relative_to(root).with_suffix("").parts))
-                if path == self.base.partition(":")[0]:
+                if "parts" in file.parts or path == self.base.partition(":")[0]:
                     continue
                 named = [name for name in CLASS.findall(file.read_text(encoding="utf-8")) if _named(name, file.stem)]
                 if named:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fedtap.attackers.gradients.lbfgs import minimise
-from fedtap.attackers.gradients.matching import MATCHED, modelled
-from fedtap.attackers.parts.adaptive import MatchingObjective
+from fedtap.attackers.gradients.matching import MATCHED
+from fedtap.attackers.parts.adaptive import MatchingObjective, replayable
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import check_match
 from fedtap.simulator.attack import Attack, Images, Reconstruction
+from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 
@@ -40,10 +41,9 @@ class DLG(Attack):
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """The defences that are replayed where `adaptive` is set, and none otherwise."""
-        return modelled(self.adaptive)
+    def knows(self, defence: Defence) -> bool:
+        """Whether it is adaptive and can replay this defence."""
+        return self.adaptive and replayable(defence)
 
     def accepts(self, leak: Leak) -> None:
         """Networks of two or more logits that torch.func can differentiate twice."""

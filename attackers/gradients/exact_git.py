@@ -36,7 +36,8 @@ from fedtap.attackers.gradients.recursion import (
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.layers import Layer, LayerChain, chain
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.defences.announced import NOISY, sigma
+from fedtap.simulator.defences.chained import sigma
+from fedtap.simulator.defences.defence import Defence, Trace
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
 from fedtap.simulator.wire.replay import trained
@@ -63,10 +64,9 @@ class ExactGIT(Attack):
     def __post_init__(self) -> None:
         check_fields(self, prior_std=1e-6)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """Noise, and clipping: a layer's input is a ratio of gradients, from which a common factor cancels."""
-        return NOISY | {"clip", "dp_sgd", "local_dp"}
+    def knows(self, defence: Defence) -> bool:
+        """Noise, and the clipping of one image's gradient: a layer's input is a ratio of gradients."""
+        return Trace.RATIOS in defence.survives
 
     def accepts(self, leak: Leak) -> None:
         """One image a victim, and a chain of layers whose activations have an inverse."""

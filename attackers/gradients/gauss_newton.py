@@ -16,7 +16,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import fitted, residual
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.defences.announced import NOISY
+from fedtap.simulator.defences.defence import Defence, Trace
 from fedtap.simulator.leaks import Leak
 
 VICTIMS_AT_ONCE = 16
@@ -43,10 +43,9 @@ class GaussNewton(Attack):
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1, prior_std=1e-6)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """Gaussian noise, whose size weighs the residuals."""
-        return NOISY
+    def knows(self, defence: Defence) -> bool:
+        """Noise, whose size weighs the residuals."""
+        return {Trace.SCALE, Trace.RATIOS} <= defence.survives
 
     def accepts(self, leak: Leak) -> None:
         """Networks that torch.func can differentiate twice and whose last layer shows the labels."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from fedtap.attackers.gradients.matching import MATCHED, check_matching, modelled
-from fedtap.attackers.parts.adaptive import informed
+from fedtap.attackers.gradients.matching import MATCHED, check_matching
+from fedtap.attackers.parts.adaptive import informed, replayable
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import Match, cosine_distance
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.priors import total_variation
 from fedtap.simulator.attack import Attack, Images, Reconstruction
+from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
 
@@ -43,10 +44,9 @@ class InvertingGradients(Attack):
     def __post_init__(self) -> None:
         check_fields(self, steps=1)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """The defences that are replayed where `adaptive` is set, and none otherwise."""
-        return modelled(self.adaptive)
+    def knows(self, defence: Defence) -> bool:
+        """Whether it is adaptive and can replay this defence."""
+        return self.adaptive and replayable(defence)
 
     def accepts(self, leak: Leak) -> None:
         """Networks that torch.func can differentiate twice and whose last layer shows the labels."""

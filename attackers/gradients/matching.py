@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtap.attackers.parts.adaptive import MODELLED
 from fedtap.attackers.parts.checks import check_magnitudes
 from fedtap.attackers.parts.gradients import check_match
 from fedtap.attackers.parts.labels import last_linear
@@ -28,8 +27,3 @@ def check_matching(attack: Attack[Any], leak: Leak, *, signs: bool = False) -> N
         check_magnitudes(attack, leak)
     last_linear(leak)
     check_match(leak)
-
-
-def modelled(adaptive: bool) -> frozenset[str]:
-    """Names of the defences that a matching attack replays on the gradient of its own reconstruction."""
-    return MODELLED if adaptive else frozenset()

@@ -21,33 +21,24 @@ from torch import Tensor
 from fedtap.attackers.parts.gradients import AnyLabels, Distance, Match, relative_distance, squared_distance
 from fedtap.attackers.parts.priors import smooth_variation
 from fedtap.simulator.attack import Images
-from fedtap.simulator.defences.announced import sigma
-from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.defences.chained import sigma
+from fedtap.simulator.defences.defence import Defence, Density, Error, Exchange, Replay
+from fedtap.simulator.defences.notation import described
+from fedtap.simulator.defences.sign import Sign
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import Leak, UpdateLeak
-from fedtap.simulator.models.registry import logits_layer
-from fedtap.simulator.wire.replay import mean_gradient, trained
-
-MODELLED = frozenset({"soteria", "dp_sgd", "clip", "noise", "laplace", "prune", "sign", "quantise", "local_dp"})
-"""Defences that an adaptive attack models. PRECODE is not among them: its random draw stays with the client, and the
-reconstruction's gradient is computed without the bottleneck's noise."""
+from fedtap.simulator.leaks import Leak
+from fedtap.simulator.wire.replay import exchange_of, mean_gradient
 
 SOFTNESS, HARD = 0.3, 1e-4
 """Softness of the sign ``tanh(g / (softness rms(g)))``: one that gradient descent can follow, and one close to the
 sign itself, for comparing reconstructions."""
 
 ROUGHNESS = 5.0
-"""Prior density of images: ``exp(-roughness sum |x - its neighbour|)``, across plus down. This constant and those
-below were chosen on training images."""
-
-PRUNED, SIGNED = 1e-3, 1.0
-"""Weights of total variation under pruning and under signs, beside a relative squared distance."""
+"""Pictures have the density ``exp(-roughness sum |x - its neighbour|)``, across plus down.
+Chosen on training images."""
 
 KINK = 0.3
 """Residuals below this share of a Laplace density's scale are smoothed, so that the loss is differentiable at 0."""
-
-OTHER_NOISE = {"noise", "dp_sgd", "local_dp", "quantise"}
-"""Defences whose errors, added to Laplace noise, give a density that is no longer a Laplace one."""
 
 INSIDE = 0.01
 """Weight of the squared distance of pixels from [0, 1]."""
@@ -57,26 +48,22 @@ INSIDE = 0.01
 class Adaptive:
     """`distance`, after the announced defence has been applied to the reply, as it was to the leaked one."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Defence, ...]
     """The parts of the announced defence, in the order in which they are applied."""
+    replays: tuple[Replay, ...]
+    """What each of them does to a reply."""
     distance: Distance
     """Distance between the defended reply and the leaked one."""
     error: float
     """Standard deviation of the announced noise on an entry."""
-    length: float
-    """1 / local steps: an update is a mean over them, and norms are bounded for their sum."""
-    last: str
-    """Name of the last layer's weight, which Soteria prunes."""
-    alone: bool
-    """Whether one step's batch is one image, so that its gradient is the whole gradient."""
     weighed: bool = True
     """Whether entries are divided by the standard deviation of their error."""
-    softness: float = SOFTNESS
-    """Softness of the sign: ``tanh(g / (softness rms(g)))``."""
 
     def __call__(self, reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
-        for part in self.parts:
-            reply = self._defended(part, reply, leaked)
+        one, leaked_one = ({name: tensor[None] for name, tensor in side.items()} for side in (reply, leaked))
+        for replay in self.replays:
+            one = replay.does(one, leaked_one)
+        reply = {name: tensor[0] for name, tensor in one.items()}
         if not self.weighed:
             return self.distance(reply, leaked)
         sizes = self.sizes(leaked)
@@ -85,33 +72,22 @@ class Adaptive:
 
     def sizes(self, leaked: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Standard deviation of the random error of each tensor's entries; 1 where all tensors have the same."""
-        bits = next((part["bits"] for part in self.parts if part.name == "quantise"), None)
-        if bits is None:
+        leaked_one = {name: tensor[None] for name, tensor in leaked.items()}
+        found = [error.steps(leaked_one) for error in self._errors if error.steps]
+        if not found:
             return {name: tensor.new_ones(()) for name, tensor in leaked.items()}
-        errors = {}
-        for name, tensor in leaked.items():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
-            step = (tensor.amax() - tensor.amin()) / (2**bits - 1)
-            # E f (1 - f) = 1/6, and the announced noise adds its variance
-            errors[name] = (step.square() / 6 + self.error**2).sqrt().clamp_min(1e-12)
-        return errors
+        # rounding at random has the variance step^2 f (1 - f) with f in U(0, 1), and E f (1 - f) = 1/6
+        squares = {name: torch.stack([steps[name][0].square() / 6 for steps in found]).sum(0) for name in leaked}
+        return {name: (square + self.error**2).sqrt().clamp_min(1e-12) for name, square in squares.items()}
 
-    def _defended(self, part: Part, reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        match part.name:
-            case "prune":
-                return {name: torch.where(leaked[name] == 0, 0.0, tensor) for name, tensor in reply.items()}
-            case "soteria":
-                return {**reply, self.last: torch.where(leaked[self.last] == 0, 0.0, reply[self.last])}
-            case "sign":
-                roots = {name: (tensor.square().mean() + 1e-30).sqrt() for name, tensor in reply.items()}
-                # tanh(g / (softness rms(g)))
-                return {name: (tensor / (self.softness * roots[name])).tanh() for name, tensor in reply.items()}
-            case "clip":  # g min(1, C / |g|)
-                return _shortened(reply, self.length * part["norm"])
-            case "local_dp":
-                return _shortened(reply, self.length * part["clip"])
-            case "dp_sgd":
-                return _shortened(reply, part["clip"]) if self.alone else _scaled(reply, leaked)
-        return dict(reply)
+    @property
+    def uneven(self) -> bool:
+        """Whether the error on an entry depends on its tensor."""
+        return any(error.steps for error in self._errors)
+
+    @property
+    def _errors(self) -> list[Error]:
+        return [error for part in self.parts if (error := part.error(batch=1))]
 
 
 @dataclass(frozen=True)
@@ -154,25 +130,30 @@ def informed(leak: Leak, distance: Distance, weighed: bool = True, softness: flo
 
     A step of Adam counts as the defence `sign()`, since it sends the signs of the gradient.
     """
-    signs = described("sign()") if leak.protocol.optimiser == "adam" else ()
+    signs = (Sign(),) if leak.protocol.optimiser == "adam" else ()
     try:
-        parts = tuple(part for part in described(leak.protocol.defence) if part.kind.hook in ("step", "update"))
+        announced = described(leak.protocol.defence)
     except FedtapError:
-        parts = ()
-    parts = signs + parts  # one step of Adam is g / (|g| + ε), which a defence of the update comes after
+        announced = ()
+    # one step of Adam is g / (|g| + ε), which a defence of the update comes after
+    parts = signs + tuple(part for part in announced if replayable(part))
     if not parts:
         return None
-    steps = leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
-    alone = leak.protocol.batch == steps == 1
-    error = sigma(leak.protocol) / steps
+    exchange = exchange_of(leak, softness)
+    replays = tuple(replay for part in parts if (replay := part.replay(exchange)))
+    error = sigma(leak.protocol) / exchange.steps
+    densities = {noise.density for part in parts if (noise := part.error(batch=1))}
+    last = parts[-1].error(batch=1)
     # pure Laplace noise on a single client's whole update, and nothing after it: its density is known
-    alike = (
-        parts[-1].name == "laplace" and leak.protocol.summed == 1 and not OTHER_NOISE & {part.name for part in parts}
-    )
-    if distance is relative_distance and alike:
+    if distance is relative_distance and leak.protocol.summed == 1 and last and densities == {Density.LAPLACE}:
         distance = Absolute(error / math.sqrt(2))
-    adaptive = Adaptive(parts, distance, error, 1 / steps, _last(leak), alone, weighed, softness)
+    adaptive = Adaptive(parts, replays, distance, error, weighed)
     return Informed(adaptive, _weights(adaptive, leak))
+
+
+def replayable(defence: Defence) -> bool:
+    """Whether an attack can do to its own guess's gradient what this defence did to the victim's."""
+    return defence.replay(Exchange()) is not None
 
 
 class MatchingObjective:
@@ -205,17 +186,10 @@ class MatchingObjective:
         return distance + prior.detach(), input_gradient + prior_gradient
 
 
-def _last(leak: Leak) -> str:
-    """Name of the weight that Soteria prunes; where that layer is absent or frozen, any other weight."""
-    name = f"{logits_layer(leak.network, leak.protocol.shape)}.weight".removeprefix(".")
-    return name if name in trained(leak.network) else trained(leak.network)[-1]
-
-
 def _weights(known: Adaptive, leak: Leak) -> Float[Tensor, "elements"]:
     """Weight of the variation: ``|d|^2 / 2 s^2 + R sum |dx|`` is -log posterior, here times ``2 s^2 / |leaked|^2``."""
     weights = []
-    names = {part.name for part in known.parts}
-    random = known.error > 0 or "quantise" in names
+    random = known.error > 0 or known.uneven
     pixels = leak.protocol.batch * torch.Size(leak.protocol.shape).numel()
     leaked = mean_gradient(leak)
     for element in range(len(leak)):
@@ -223,19 +197,10 @@ def _weights(known: Adaptive, leak: Leak) -> Float[Tensor, "elements"]:
         sizes = known.sizes(one)
         # |leaked|^2 in units of the errors
         energy = torch.stack([(one[name] / sizes[name]).square().sum() for name in one]).sum()
-        variance = 1.0 if "quantise" in names else known.error**2
+        variance = 1.0 if known.uneven else known.error**2
         weights.append(2 * variance * ROUGHNESS * pixels / energy.clamp_min(1e-30) * random)
     total = torch.stack(weights)
-    return total + PRUNED * ("prune" in names) + SIGNED * ("sign" in names)
-
-
-def _shortened(reply: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    length = torch.stack([tensor.square().sum() for tensor in reply.values()]).sum().clamp_min(1e-30).sqrt()
-    return {name: tensor * (norm / length).clamp_max(1) for name, tensor in reply.items()}
-
-
-def _scaled(reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reply scaled to the least distance: the norm of a mean of clipped examples is unknown."""
-    product = torch.stack([(reply[name] * leaked[name]).sum() for name in leaked]).sum()
-    square = torch.stack([reply[name].square().sum() for name in leaked]).sum().clamp_min(1e-30)
-    return {name: tensor * (product / square).clamp_min(0) for name, tensor in reply.items()}
+    priors = {type(part): replay.prior for part, replay in zip(known.parts, known.replays, strict=True)}
+    for prior in sorted(priors.values()):
+        total = total + prior  # what is done twice takes away no more
+    return total

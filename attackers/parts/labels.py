@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedtap.attackers.parts.gradients import Match, check_match, squared_distance
 from fedtap.simulator.attack import Images
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Protocol, UpdateLeak
 from fedtap.simulator.models.registry import logits_layer

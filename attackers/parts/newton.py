@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fedtap.simulator.attack import Labels
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.wire.replay import client_reply, mean_gradient, targets
 

@@ -17,7 +17,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.wrappers.identify import check_identifiable, identify
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, stack
 

@@ -62,7 +62,7 @@ class Saved(Attack):
     def unknown(self, defence: str) -> tuple[str, ...]:
         """None of the defence's parts where it was trained on pairs under that defence; all of them otherwise."""
         trained_under = _described(Path(self.path))[1].protocol.defence
-        return () if defence == trained_under else reply_parts(defence)
+        return () if defence == trained_under else tuple(map(str, reply_parts(defence)))
 
     def accepts(self, leak: Leak) -> None:
         """What the attack accepts, among leaks of the kind that it was trained on."""

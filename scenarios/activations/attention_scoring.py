@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedtap.attackers.activations.block import block_of
+from fedtap.attackers.activations.block import block_of, nearest_embeddings
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.scenario import Row, Trial
 from fedtap.simulator.scores import relative_error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option
 from fedtap.simulator.scenario import Observed, Row, Session

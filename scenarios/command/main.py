@@ -26,9 +26,11 @@ from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import models_of, plan, scenario_named
 from fedtap.simulator.data import DATASETS
+from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
 from fedtap.simulator.models import MODELS
 from fedtap.simulator.options import GROUPS, options_of
+from fedtap.simulator.registry import Registry
 from fedtap.simulator.scenario import Scenario, question_of
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def attack_command(
 
     _own_code(*code_named(attack))
     _prepared()
-    from fedtap.scenarios.attacked import with_trained
+    from fedtap.scenarios.attack_options import with_trained
     from fedtap.simulator.report import page
     from fedtap.simulator.report.folder import place
     from fedtap.simulator.run import device_named
@@ -210,9 +212,9 @@ def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
 @cli.command("list")
 def list_command() -> None:
     """Scenarios with their questions, attacks with their papers, defences, datasets, models."""
-    _catalogue("scenario", {name: SCENARIOS.about(name).splitlines()[0] for name in SCENARIOS})
+    _catalogue("scenario", {name: _first(SCENARIOS, name) for name in SCENARIOS})
     _catalogue("attack", {name: _about(name) for name in ATTACKS})
-    _catalogue("defence", {usage(name): f"{kind.about} [dim]({kind.hook})[/dim]" for name, kind in WORDS.items()})
+    _catalogue("defence", {f"{name}({', '.join(DEFENCES.fields(name))})": _first(DEFENCES, name) for name in DEFENCES})
     _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
     _catalogue("model", dict(MODELS))
 
@@ -385,6 +387,14 @@ def _catalogue(kind: str, entries: dict[str, str]) -> None:
     for name, text in entries.items():
         table.add_row(f"[bold]{name}[/bold]", text)
     console.print(table, "")
+
+
+def _first(registry: Registry[Any], name: str) -> str:
+    """The first line of what is said of an entry, which may not load."""
+    try:
+        return (registry.about(name).splitlines() or [""])[0]
+    except FedtapError as error:
+        return f"[red]{short(error)}[/red]"
 
 
 def _about(name: str) -> str:

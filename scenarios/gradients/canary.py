@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.errors import ClientError, FedtapError
 from fedtap.simulator.options import Option, sweep
@@ -171,7 +171,7 @@ class Canary(Attacked):
 
         from fedtap.simulator.attack import generator
         from fedtap.simulator.auxiliary import gradients
-        from fedtap.simulator.defences.chain import parse
+        from fedtap.simulator.defences.chained import parse
         from fedtap.simulator.models.registry import build
 
         images = torch.ones(self.canaries, 1, *SHAPE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import Federation, ImageObserved
 from fedtap.simulator.scenario import Row, Scenario, Session

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedtap.simulator import scores
 from fedtap.simulator.data.texts import WordPieces
+from fedtap.simulator.defences.noise import Noise
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.report import curves
 from fedtap.simulator.scenario import Row
@@ -49,7 +50,7 @@ def _sigma(defence: str) -> float | None:
     parts = described(defence)
     if not parts:
         return 0.0
-    return parts[0]["sigma"] if [part.name for part in parts] == ["noise"] else None
+    return parts[0].sigma if len(parts) == 1 and isinstance(parts[0], Noise) else None
 
 
 def table(

@@ -227,7 +227,7 @@ class Federation(Scenario):
         """The model's name, with what a defence puts into it."""
         from fedtap.simulator.defences.notation import described
 
-        parts = [part for part in described(self.defence) if part.kind.hook == "model"]
+        parts = [part for part in described(self.defence) if part.hook == "model"]
         return self.model + "".join(f"+{part}" for part in parts)
 
     def protocol(self, dataset: Dataset) -> Protocol:

@@ -27,7 +27,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedtap.simulator.data import vision
-from fedtap.simulator.defences.precode import with_bottleneck
+from fedtap.simulator.defences.defence import ModelDefence
+from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 from fedtap.simulator.models import likelihoods
@@ -229,8 +230,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-BOTTLENECK = re.compile(r"(.+)\+precode\((\d{1,6})\)")
-"""A model's name where it has a variational bottleneck before its last linear layer."""
+INSTALLED = re.compile(r"(.+)\+(\w+\([^()]*\))")
+"""A model's name with what a defence put into it: lenet+precode(64)."""
 
 
 LARGEST_ARGUMENTS = {"depth": 256, "width": 65_536}
@@ -243,9 +244,20 @@ CODE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 def plain_name(name: str) -> str:
-    """A model's name without the bottleneck that a defence put into it."""
-    bottleneck = BOTTLENECK.fullmatch(name)
-    return bottleneck[1] if bottleneck else name
+    """A model's name without what a defence put into it."""
+    return _installed(name)[0]
+
+
+def _installed(name: str) -> tuple[str, ModelDefence | None]:
+    """A model's name without a defence, and that defence."""
+    if found := INSTALLED.fullmatch(name):
+        try:
+            (part,) = described(found[2])
+        except FedtapError:
+            return name, None
+        if isinstance(part, ModelDefence):
+            return found[1], part
+    return name, None
 
 
 def allow(names: Iterable[str]) -> None:
@@ -279,8 +291,7 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
         return build_language(name, shape[0], classes, seed)
     if name.partition("(")[0] in likelihoods.LIKELIHOODS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
-    bottleneck = BOTTLENECK.fullmatch(name)
-    plain = plain_name(name)
+    plain, defence = _installed(name)
     own = CODE.fullmatch(plain) is not None
     factory = _users_own(plain) if own else _sized(plain)
 
@@ -290,12 +301,10 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             network = factory(shape, classes)
             if isinstance(network, LeNet) and seed is not None:
                 network.reset_parameters(torch.Generator().manual_seed(seed))
-            if bottleneck:
+            if defence:
                 if _numbers(network) > LARGE_MODEL:
-                    raise ValueError(f"precode is for models of up to {LARGE_MODEL:,} parameters")
-                if (last := _yields_logits(network, shape)) is None:  # not remembered: the layer's name changes here
-                    raise ValueError("precode stands before the linear layer that yields the logits, and there is none")
-                with_bottleneck(network, last, int(bottleneck[2]))
+                    raise ValueError(f"{defence.name} is for models of up to {LARGE_MODEL:,} parameters")
+                network = defence.install(network, _yields_logits(network, shape))  # not remembered: its name changes
         return network
 
     def checked(network: nn.Module, device: str) -> nn.Module:

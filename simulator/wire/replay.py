@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 
+from fedtap.simulator.defences.defence import Exchange
+from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak
+from fedtap.simulator.models.registry import logits_layer
 
 Reply = Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]
 """Of (weights, buffers, images `batch channel height width`, targets `batch classes`): a tensor a trained parameter."""
@@ -29,6 +32,17 @@ def trained(network: nn.Module) -> list[str]:
 def local_steps(leak: Leak) -> int:
     """Local steps behind what was sent; 1 for a gradient."""
     return leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
+
+
+def exchange_of(leak: Leak, softness: float = Exchange.softness) -> Exchange:
+    """What the protocol tells of the exchange, for defences that are replayed on `mean_gradient`."""
+    try:
+        layer = logits_layer(leak.network, leak.protocol.shape)
+    except FedtapError:  # a model that cannot be tried out shows nothing
+        layer = None
+    steps = local_steps(leak)
+    last = "" if layer is None else f"{layer}.weight".removeprefix(".")
+    return Exchange(steps, alone=leak.protocol.batch == steps == 1, last=last, softness=softness)
 
 
 def mean_gradient(leak: Leak) -> dict[str, Tensor]:

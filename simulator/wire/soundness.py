@@ -17,12 +17,21 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedtap.simulator.attack import Images, Labels
-from fedtap.simulator.defences.announced import sigma
-from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.defences.chained import sigma
+from fedtap.simulator.defences.defence import EVERYTHING, Defence, Exchange, Trace
+from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 from fedtap.simulator.models.registry import logits_layer
-from fedtap.simulator.wire.replay import client_reply, local_steps, loss_gradient, mean_gradient, summands, targets
+from fedtap.simulator.wire.replay import (
+    client_reply,
+    exchange_of,
+    local_steps,
+    loss_gradient,
+    mean_gradient,
+    summands,
+    targets,
+)
 
 EXPLAINED = 2.5e-3
 """`unexplained` up to which a reconstruction counts as an explanation.
@@ -36,12 +45,6 @@ CAUSES = "not converged, or not this model, loss, range, batch or number of step
 _ROOM = 2**24
 """Entries of the gradients that are computed at once."""
 
-RANDOM = {"noise", "laplace", "local_dp", "dp_sgd"}
-"""Defences that add noise of a size that is announced."""
-
-BLURS = {"prune", "sign", "quantise"}
-"""Defences after which the last layer's bias no longer shows what it showed."""
-
 
 def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "victims"] | None:
     """``|g(x) - G|^2 / |G|^2``: the share of each victim's gradient G that these images and labels do not cause.
@@ -52,12 +55,12 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
     NaN where it is over half of ``|G|^2``, since then almost any images would have 0. None where the weights are not
     known, where a defence or Adam leaves nothing to compare, and of a network that torch.func cannot differentiate.
     """
-    protocol, steps = leak.protocol, local_steps(leak)
-    parts = _parts(protocol.defence)
+    protocol, parts = leak.protocol, _parts(leak.protocol.defence)
     comparable = isinstance(leak, GradientLeak | UpdateLeak) and len(protocol.shape) == 3
     if not comparable or leak.weights is None or protocol.optimiser != "sgd" or parts is None:
         return None
-    if not _replayable(parts, alone=protocol.batch == steps == 1):
+    exchange = exchange_of(leak) if parts else Exchange()
+    if not _replayable(parts, exchange):
         return None
     respond, leaked, plain = client_reply(leak), mean_gradient(leak), loss_gradient(leak)
     shared = 0 if leak.stacked else None
@@ -73,7 +76,8 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
             return None  # not a model whose gradient can be computed for several victims at once
         leaked_here = {name: tensor[some] for name, tensor in leaked.items()}
         for part in parts:
-            sent = _defended(part, sent, leaked_here, steps)
+            if replay := part.replay(exchange):
+                sent = replay.does(sent, leaked_here)
         apart = _squares({name: sent[name] - leaked_here[name] for name in leaked_here})
         noise = _noise(leak, leaked_here, parts)
         values.append(torch.where(noise > _squares(leaked_here) / 2, torch.nan, (apart - noise).clamp_min(0)))
@@ -81,33 +85,22 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
     return (torch.cat(values) / length).to(images.dtype)
 
 
-def _parts(defence: str) -> tuple[Part, ...] | None:
-    """What is done to a gradient, as announced; None where that is no defence of ours."""
+def _parts(defence: str) -> tuple[Defence, ...] | None:
+    """What is done to a gradient, as announced; None where that is no defence known here."""
     try:
-        return tuple(part for part in described(defence) if part.kind.hook in ("step", "update"))
+        return tuple(part for part in described(defence) if part.hook in ("step", "update"))
     except FedtapError:
         return None
 
 
-def _replayable(parts: Sequence[Part], alone: bool) -> bool:
-    """Whether each of these defences can be applied to a reconstruction's gradient, or is noise that comes last."""
-    names = [part.name for part in parts]
-    known = {"clip", "prune", "quantise", *RANDOM} - (set() if alone else {"dp_sgd"})
-    noisy = [number for number, name in enumerate(names) if name in RANDOM or name == "quantise"]
-    return set(names) <= known and (not noisy or set(names[noisy[0] :]) <= {*RANDOM, "quantise"})
+def _replayable(parts: Sequence[Defence], exchange: Exchange) -> bool:
+    """Whether what these do is done to a guess's gradient as well, or is noise that nothing comes after."""
+    replays = [part.replay(exchange) for part in parts]
+    errors = [part.error(batch=1) is not None for part in parts]
+    return all(replay is not None and replay.exact for replay in replays) and errors == sorted(errors)
 
 
-def _defended(part: Part, sent: dict[str, Tensor], leaked_here: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-    if part.name == "prune":
-        return {name: torch.where(leaked_here[name] == 0, 0.0, tensor) for name, tensor in sent.items()}
-    if part.name in ("clip", "local_dp", "dp_sgd"):
-        most = part["norm" if part.name == "clip" else "clip"] / steps  # norms are of the steps' sum
-        share = (most / _squares(sent).clamp_min(1e-30).sqrt()).clamp_max(1)
-        return {name: tensor * share.view(-1, *(1 for _ in tensor.shape[1:])) for name, tensor in sent.items()}
-    return sent
-
-
-def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Part]) -> Float[Tensor, "victims"]:
+def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Defence]) -> Float[Tensor, "victims"]:
     """``E|e|^2`` of what is random in each victim's gradient, and three standard deviations of ``|e|^2``.
 
     A square has the variance ``2 s^4`` under Gaussian noise of variance ``s^2``, and ``5 s^4`` under Laplace's.
@@ -115,11 +108,10 @@ def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Part]) ->
     first = next(iter(leaked_here.values()))
     entries = sum(tensor[0].numel() for tensor in leaked_here.values())
     total = first.new_full((len(first),), (entries + 3 * math.sqrt(5 * entries)) * _error(leak) ** 2)
-    for part in (part for part in parts if part.name == "quantise"):
-        for tensor in leaked_here.values():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
-            flat = tensor.flatten(1)
-            step = (flat.amax(1) - flat.amin(1)) / (2 ** part["bits"] - 1)
-            total = total + flat.shape[1] * step.square() / 6
+    for error in (part.error(batch=1) for part in parts):
+        if error and error.steps:
+            for name, step in error.steps(leaked_here).items():
+                total = total + leaked_here[name][0].numel() * step.square() / 6
     return total
 
 
@@ -148,13 +140,13 @@ def doubts(leak: Leak) -> list[list[str]]:
     if not isinstance(leak, GradientLeak | UpdateLeak):
         return [[] for _ in range(len(leak))]
     gradient, parts = mean_gradient(leak), _parts(leak.protocol.defence)
-    names = {part.name for part in parts or ()}
+    left = EVERYTHING.intersection(*(part.survives for part in parts or ()))
     sent = [{name: tensor[victim] for name, tensor in gradient.items()} for victim in range(len(leak))]
-    found = [_empty(leak, one, names) for one in sent]
+    found = [_empty(leak, one, left) for one in sent]
     plain = leak.protocol.optimiser == "sgd" and leak.protocol.loss == "cross_entropy"
-    readable = plain and parts is not None and not names & BLURS and not any(found)
+    readable = plain and parts is not None and Trace.BIAS in left and not any(found)
     if readable and len(leak.protocol.shape) == 3:
-        found = _of_last_layer(leak, names)
+        found = _of_last_layer(leak, left)
     for victim in range(len(leak)):
         if leak.examples is not None and leak.protocol.local_steps == 1:
             said, batch = int(leak.examples[victim]), leak.protocol.batch
@@ -175,12 +167,12 @@ def warned(leak: Leak, found: Sequence[Sequence[str]]) -> list[str]:
     return [f"{same[0]} ({len(same)} of {len(leak)} victims)" for same in groups.values()]
 
 
-def _empty(leak: Leak, sent: dict[str, Tensor], defences: set[str]) -> list[str]:
+def _empty(leak: Leak, sent: dict[str, Tensor], left: frozenset[Trace]) -> list[str]:
     """Of a gradient, or a weight's part of it, that says nothing."""
     whole = torch.cat([tensor.flatten() for tensor in sent.values()]).abs()
     if not bool(whole.any()):
         return ["The gradient is zero in every entry: the client did not train, or its update was lost on the way."]
-    if "prune" not in defences and "soteria" not in defences:
+    if Trace.LAYERS in left:
         silent = [name for name, tensor in sent.items() if tensor.ndim > 1 and not bool(tensor.any())]
         if silent:
             more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
@@ -191,7 +183,7 @@ def _empty(leak: Leak, sent: dict[str, Tensor], defences: set[str]) -> list[str]
     leaked_here = whole[whole > 0]
     alike = (leaked_here - leaked_here.median()).abs() < 1e-3 * leaked_here.median()
     if (
-        "sign" not in defences
+        Trace.SIZES in left
         and leak.protocol.optimiser == "sgd"
         and len(leaked_here) > 16
         and alike.double().mean() > 0.5
@@ -203,7 +195,7 @@ def _empty(leak: Leak, sent: dict[str, Tensor], defences: set[str]) -> list[str]
     return []
 
 
-def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
+def _of_last_layer(leak: Leak, left: frozenset[Trace]) -> list[list[str]]:
     """What the gradient by the logits contradicts; nothing where the model does not end in a layer that shows it."""
     protocol, found = leak.protocol, [list[str]() for _ in range(len(leak))]
     try:
@@ -240,7 +232,7 @@ def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
                 "most: more images than the protocol tells of, several or smoothed labels, or another loss."
             )
         most = batch * local_steps(leak)
-        if weight is None or "soteria" in defences:
+        if weight is None or Trace.RANK not in left:
             continue
         sizes = torch.linalg.svdvals(torch.cat([weight[victim].double(), d[:, None]], dim=1))
         noise = 2 * error * (math.sqrt(classes) + math.sqrt(weight.shape[2] + 1))

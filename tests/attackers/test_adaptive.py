@@ -26,9 +26,8 @@ from fedtap.clients.app import client_app
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.attack import Attack
 from fedtap.simulator.auxiliary import gradients
-from fedtap.simulator.defences.announced import sigma
-from fedtap.simulator.defences.chain import parse
-from fedtap.simulator.defences.notation import WORDS, described
+from fedtap.simulator.defences.chained import parse, sigma
+from fedtap.simulator.defences.notation import described, kind_of, names
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import adaptation, run
@@ -246,7 +245,7 @@ def test_a_panel_judges_signs_and_not_how_soft_they_are() -> None:
 def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
     parts = plan("defences", {})
     named = {part.name for one in parts for part in described(one.defence)}
-    assert named == {name for name, kind in WORDS.items() if kind.hook != "server"}
+    assert named == {name for name in names() if kind_of(name).hook != "server"}
     for one in parts:
         assert [attack.adapts for attack in one.attacks] == [False, True, False, True]
 

@@ -15,7 +15,7 @@ from torch import nn
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.parts import labels as labels_module
 from fedtap.attackers.parts.labels import last_linear, logit_gradients, paired, recovered
-from fedtap.simulator.defences.steps import Soteria
+from fedtap.simulator.defences.soteria import Soteria
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import Shape, build, logits_layer

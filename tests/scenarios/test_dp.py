@@ -276,7 +276,7 @@ def test_training_goes_on_before_the_repetitions() -> None:
 def test_answers_at_other_weights_have_no_mean() -> None:
     found, _ = heard()
     with pytest.raises(FedtapError, match="different weights"):
-        mean([found.leaks[0, 1], found.leaks[0, 2]])
+        mean([found.leaks[0, 1], found.leaks[0, 2]], "none")
 
 
 def test_only_gaussian_noise_that_comes_last_wears_off_by_a_root() -> None:

@@ -158,7 +158,7 @@ def test_examples_that_are_not_the_batch_are_doubted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("defence", ["noise(0.01)", "clip(0.5)+noise(0.001)", "laplace(0.01)", "clip(0.5)"])
 def test_noise_that_is_announced_is_neither_doubted_nor_unexplained(defence: str) -> None:
     from fedtap.clients.mod import defended
-    from fedtap.simulator.defences.chain import parse as defences
+    from fedtap.simulator.defences.chained import parse as defences
 
     true = said(defence=defence)
     images, labels = pictures(1, 1, SHAPE[1])

@@ -111,13 +111,13 @@ def test_a_mean_of_answers_is_as_precise_as_it_says() -> None:
         )
         for _ in range(9)
     ]
-    average = mean(answers)
+    average = mean(answers, "none")
     wrong = torch.cat([(average.observed[name] - tensor).flatten() for name, tensor in true.observed.items()])
     assert float(wrong.square().mean().sqrt()) == pytest.approx(average.resolution, rel=0.05)
     with pytest.raises(FedtapError, match="different weights"):
-        mean([true, leak(1, seed=1)])
+        mean([true, leak(1, seed=1)], "none")
     with pytest.raises(FedtapError, match="different weights"):
-        mean([true, dataclasses.replace(true, weights=None)])
+        mean([true, dataclasses.replace(true, weights=None)], "none")
 
 
 def test_leaks_of_unequal_protocol_are_not_stacked() -> None:

@@ -24,7 +24,7 @@ from fedtap.attackers.gradients.lti import LTI
 from fedtap.clients.app import client_app
 from fedtap.clients.training import sgd
 from fedtap.scenarios.command.plan import plan
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import play

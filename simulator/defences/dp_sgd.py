@@ -1,30 +1,48 @@
-"""Defences inside a client's local step."""
+"""DP-SGD by Opacus.
+
+Abadi et al. 2016, https://arxiv.org/abs/1607.00133; Opacus, Yousefpour et al. 2021, https://arxiv.org/abs/2109.12298.
+Departs from the paper in one way: a batch is the client's own, of one size, and not a Poisson sample.
+"""
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vmap
 
 from fedtap.simulator.auxiliary import gradients
-from fedtap.simulator.defences.hooks import Named, StepDefence
-from fedtap.simulator.defences.precode import training_loss
+from fedtap.simulator.defences.accountant import Gaussian
+from fedtap.simulator.defences.clip import Clip, shortened
+from fedtap.simulator.defences.defence import (
+    EVERYTHING,
+    FIXED,
+    FROM_0,
+    HOW_TO_FIX,
+    RISING,
+    Density,
+    Error,
+    Exchange,
+    Range,
+    Replay,
+    StepDefence,
+    Trace,
+)
+from fedtap.simulator.defences.layers import training_loss
 from fedtap.simulator.defences.source import Source, gaussian
-from fedtap.simulator.defences.suited import check_model
-from fedtap.simulator.defences.updates import Clip
+from fedtap.simulator.defences.stacks import along
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.models.registry import logits_layer
+from fedtap.simulator.leaks import Tensors
 
 
 @dataclass(frozen=True, repr=False)
-class DPSGD(Named, StepDefence):
-    """DP-SGD by Opacus: each example's gradient clipped, Gaussian noise on their sum, all over the batch's size.
+class DPSGD(StepDefence):
+    """Clips each example's gradient and adds Gaussian noise to their sum, all over the batch's size: DP-SGD by Opacus.
 
     Abadi et al. 2016, https://arxiv.org/abs/1607.00133; Opacus, Yousefpour et al. 2021,
     https://arxiv.org/abs/2109.12298. Departs from the paper in one way: a batch is the client's own, of one size, and
@@ -46,10 +64,10 @@ class DPSGD(Named, StepDefence):
             ``noise_multiplier clip / batch``.
     """
 
-    name = "dp_sgd"
+    clip: Annotated[float, Range()]
+    noise_multiplier: Annotated[float, Range(ends=FROM_0, strengths=RISING)]
 
-    clip: float
-    noise_multiplier: float
+    survives = EVERYTHING - {Trace.SCALE}
 
     def backward(
         self,
@@ -61,7 +79,7 @@ class DPSGD(Named, StepDefence):
         from opacus.grad_sample import GradSampleModule  # takes a second to import
         from opacus.optimizers import DPOptimizer
 
-        check_model((self.part,), network, tuple(images.shape[1:]))
+        self.check(network, tuple(images.shape[1:]))
         for module in network.modules():
             if getattr(module, "inplace", False) is True:  # Opacus keeps what layers return, which must stay as it is
                 setattr(module, "inplace", False)  # noqa: B010
@@ -107,7 +125,7 @@ class DPSGD(Named, StepDefence):
         labels: Int[Tensor, "exchanges batch"],
         draws: Sequence[Source],
     ) -> dict[str, Float[Tensor, "exchanges *parameter"]]:
-        check_model((self.part,), network, tuple(images.shape[2:]))
+        self.check(network, tuple(images.shape[2:]))
         batch, found = images.shape[1], []
         at_once = max(1, len(images) // batch)  # in memory are no more gradients than there are exchanges
         for some in torch.arange(len(images)).split(at_once):  # type: ignore[no-untyped-call]
@@ -121,86 +139,46 @@ class DPSGD(Named, StepDefence):
                 mean[name] = torch.stack(list(noisy))
         return mean
 
+    def error(self, batch: int) -> Error | None:
+        return Error(Density.GAUSSIAN, self.spread(batch))
 
-@dataclass(frozen=True, repr=False)
-class Soteria(Named, StepDefence):
-    """The last layer is not told of those features from which the images could be told best.
+    def replay(self, exchange: Exchange) -> Replay | None:
+        """One image's gradient is clipped; of several, clipped one by one, the mean's length is not known."""
+        if exchange.alone:
+            return Replay(lambda guess, sent: shortened(guess, self.clip), exact=True, prior=0.0)
+        return Replay(_scaled, exact=False, prior=0.0)
 
-    With r what is fed to the last linear layer, the columns of that layer's weight gradient for which
-    ``|r_i| / |dr_i/dx|`` is largest, summed over the batch, are set to 0.
-    Sun et al. 2021, https://arxiv.org/abs/2012.06043. Departs from the authors' code in two ways: there 0.1 is added to
-    r, so that features that are off come first although their columns are 0 anyway, and a batch's inverses are summed.
+    def averaged(self, times: int) -> DPSGD:
+        return self
 
-    Args:
-        share: of the features that are left out, rounded to whole ones; one at least stays.
-    """
+    def bound(self, norm: float) -> float:
+        return math.inf
 
-    name = "soteria"
+    def release(self, clip: float, adjacency: str, releases: int, steps: int) -> Gaussian | None:
+        return Gaussian(self.noise_multiplier * self.clip, self.clip, "example", "replace", releases * steps)
 
-    share: float
+    def check(self, network: nn.Module, shape: tuple[int, ...]) -> None:
+        from opacus.grad_sample import GradSampleModule  # takes a second to import
+        from opacus.validators import ModuleValidator
 
-    def backward(
-        self,
-        network: nn.Module,
-        images: Float[Tensor, "images channel height width"],
-        labels: Int[Tensor, "images"],
-        draw: Source,
-    ) -> Float[Tensor, ""]:
-        kept = self.kept(network, images[None])[0]
-        loss = training_loss(network, images, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        slope = network.get_parameter(_last(network, images.shape[1:])).grad
-        if slope is not None:
-            slope.mul_(kept)
-        return loss
-
-    def stacked(
-        self,
-        network: nn.Module,
-        images: Float[Tensor, "exchanges batch channel height width"],
-        labels: Int[Tensor, "exchanges batch"],
-        draws: Sequence[Source],
-    ) -> dict[str, Float[Tensor, "exchanges *parameter"]]:
-        found = gradients(network, images, labels)
-        found[_last(network, images.shape[2:])].mul_(self.kept(network, images)[:, None])
-        return found
-
-    def kept(
-        self, network: nn.Module, images: Float[Tensor, "exchanges batch channel height width"]
-    ) -> Float[Tensor, "exchanges features"]:
-        """1 for each feature that the last layer is told of, 0 for the others."""
-        each = effects(network, images)
-        left_out = min(round(self.share * each.shape[1]), each.shape[1] - 1)
-        first = each.sort(dim=1, descending=True, stable=True).indices[:, :left_out]
-        return torch.ones_like(each).scatter(1, first, 0.0)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+            raise FedtapError(
+                "dp_sgd clips each example's own gradient, and there is none in this model, since BatchNorm mixes the "
+                f"examples of a batch: {HOW_TO_FIX}."
+            )
+        why = "dp_sgd clips each example's own gradient, which Opacus does not find in this model"
+        if wrong := ModuleValidator.validate(network):
+            raise FedtapError(f"{why} ({_sentence(wrong[0])}): {FIXED}.")
+        if wrong := GradSampleModule.validate(network):
+            raise FedtapError(f"{why} ({_sentence(wrong[0])}): use a model without this layer.")
 
 
-def _last(network: nn.Module, shape: torch.Size) -> str:
-    """Name of the weight of the layer that yields the logits."""
-    return f"{logits_layer(network, tuple(shape))}.weight".removeprefix(".")
+def _scaled(guess: Tensors, sent: Tensors) -> dict[str, Tensor]:
+    """At the length at which it is nearest."""
+    product = torch.stack([(guess[name] * sent[name]).flatten(1).sum(1) for name in sent]).sum(0)
+    square = torch.stack([guess[name].flatten(1).square().sum(1) for name in sent]).sum(0).clamp_min(1e-30)
+    return {name: tensor * along((product / square).clamp_min(0), tensor) for name, tensor in guess.items()}
 
 
-def effects(
-    network: nn.Module, images: Float[Tensor, "exchanges batch channel height width"]
-) -> Float[Tensor, "exchanges features"]:
-    """``sum over the batch of |r_i| / |dr_i/dx|`` of each feature that is fed to the layer that yields the logits."""
-    stateless = replace_all_batch_norm_modules_(copy.deepcopy(network).train())
-    layer = stateless.get_submodule(str(logits_layer(network, tuple(images.shape[2:]))))
-    weights = {name: weight.detach() for name, weight in stateless.named_parameters()}
-
-    def features(x: Tensor) -> Tensor:
-        fed: list[Tensor] = []
-        hook = layer.register_forward_pre_hook(lambda layer, inputs: fed.append(inputs[0]))
-        try:
-            functional_call(stateless, weights, (x,))
-        finally:
-            hook.remove()
-        return fed[0]
-
-    def one(x: Tensor) -> Tensor:
-        r, pull = vjp(features, x)[:2]
-        slopes = vmap(lambda which: pull(which.expand_as(r))[0], chunk_size=64)(torch.eye(r.shape[1]))
-        each: Tensor = r.abs().T / slopes.flatten(2).square().sum(2).sqrt()
-        return each.nan_to_num(nan=0.0, posinf=torch.inf).sum(1)  # 0 / 0: a feature that is off says nothing
-
-    return vmap(one, chunk_size=8, randomness="different")(images)
+def _sentence(error: Exception) -> str:
+    return short(" ".join(str(error).split()).partition(". ")[0], 100)

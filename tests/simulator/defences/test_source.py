@@ -14,9 +14,14 @@ from torch import Tensor
 
 from fedtap.simulator.defences import source
 from fedtap.simulator.defences.accountant import flower_local_dp
-from fedtap.simulator.defences.hooks import Chain, UpdateDefence
-from fedtap.simulator.defences.steps import DPSGD
-from fedtap.simulator.defences.updates import Clip, Laplace, LocalDP, Noise, Quantise
+from fedtap.simulator.defences.chained import Chain
+from fedtap.simulator.defences.clip import Clip
+from fedtap.simulator.defences.defence import Update
+from fedtap.simulator.defences.dp_sgd import DPSGD
+from fedtap.simulator.defences.laplace import Laplace
+from fedtap.simulator.defences.local_dp import LocalDP
+from fedtap.simulator.defences.noise import Noise
+from fedtap.simulator.defences.quantise import Quantise
 from fedtap.simulator.models.registry import build
 
 RANDOM = (Noise(0.3), Laplace(0.2), Quantise(3), LocalDP(1.0, 2.0, 8.0, 1e-5), Chain((Clip(1.0), Noise(0.1))))
@@ -35,9 +40,9 @@ def system(patch: pytest.MonkeyPatch, seed: int, change: Callable[[bytes], bytes
     return asked
 
 
-def inside(defence: UpdateDefence | DPSGD, draw: source.Source = None) -> list[Tensor]:
+def inside(defence: Update | DPSGD, draw: source.Source = None) -> list[Tensor]:
     """What a defence of either kind makes of one gradient."""
-    if isinstance(defence, UpdateDefence):
+    if isinstance(defence, Update):
         return list(defence(GRADIENT, draw).values())
     net, images = build("mlp", (1, 8, 8), 4, seed=1), torch.linspace(0, 1, 128).view(2, 1, 8, 8)
     labels = torch.tensor([0, 1])
@@ -47,7 +52,7 @@ def inside(defence: UpdateDefence | DPSGD, draw: source.Source = None) -> list[T
 
 
 @pytest.mark.parametrize("defence", [*RANDOM, DPSGD(0.5, 2.0)], ids=repr)
-def test_noise_follows_the_operating_system_alone(defence: UpdateDefence | DPSGD) -> None:
+def test_noise_follows_the_operating_system_alone(defence: Update | DPSGD) -> None:
     found = []
     for seed, others in ((0, 1), (0, 2), (1, 1)):
         with pytest.MonkeyPatch.context() as patch:

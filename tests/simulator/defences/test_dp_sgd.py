@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedtap.simulator.defences.accountant import Gaussian, mechanism_of
+from fedtap.simulator.defences.dp_sgd import DPSGD
 from fedtap.simulator.defences.gaussian import epsilon_of
 from fedtap.simulator.defences.notation import described
-from fedtap.simulator.defences.steps import DPSGD
 from fedtap.simulator.run import ADJACENCY
 
 CLIP, MULTIPLIER, DELTA = 0.5, 1.0, 1e-5
