@@ -33,12 +33,14 @@ from fedtap.simulator.federation.settings import PrivateData, Scenario, private_
 from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.progress import progress
-from fedtap.simulator.report import page as report
-from fedtap.simulator.report import study_report
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import Folder, Row, judged
+from fedtap.simulator.report.images import page_of
 from fedtap.simulator.report.outcomes import outcome
+from fedtap.simulator.report.page import Page, write
+from fedtap.simulator.report.pictures import Picture, png
 from fedtap.simulator.wire.records import tensors_of
-from fedtap.simulator.wire.soundness import doubts, unexplained, warned
+from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED, doubts, unexplained, warned
 from fedtap.simulator.wire.threat_models import SECURE
 
 PICTURES = 8
@@ -97,7 +99,7 @@ def run(
         if part.accuracy_loss:
             undefended(parts, part)
     folder: Folder | None = None
-    pictures: dict[Any, report.Picture] = {}
+    pictures: dict[Any, Picture] = {}
     leak: Leak | None = None
     notes: dict[str, None] = {}
     trainings = Trainings(parts, grid_for, data_root)
@@ -515,7 +517,7 @@ def _finite(value: float) -> float | None:
 
 
 def _show(
-    pictures: dict[Any, report.Picture], played: Played, attack: Attack, guess: Reconstruction, rows: Sequence[Row]
+    pictures: dict[Any, Picture], played: Played, attack: Attack, guess: Reconstruction, rows: Sequence[Row]
 ) -> None:
     """Add a guess to its victims' pictures. Parts that attack the same victims share them."""
     part, unit = played.part, _unit(f"part_{played.number}-{played.part.attacks.index(attack)}", attack)
@@ -533,7 +535,7 @@ def _show(
         if key not in pictures and len(pictures) < 2 * PICTURES:
             who = "sum" if part.summed > 1 else f"client {client}"
             title = who + (f", round {rnd}" if rnd > 1 else "") + said
-            pictures[key] = report.Picture(title, truth, {}, played.floor.expand_as(truth))
+            pictures[key] = Picture(title, truth, {}, played.floor.expand_as(truth))
         if key in pictures:
             psnr = float(scores.psnr(scores.mse(found, truth).mean()))
             column = f"{_label(attack, part.attacks)} on {part.model}"
@@ -619,7 +621,7 @@ def _report(
     folder: Folder,
     parts: Sequence[Scenario],
     leak: Leak | None,
-    pictures: list[report.Picture],
+    pictures: list[Picture],
     notes: Iterable[str],
     *,
     finished: bool,
@@ -635,15 +637,16 @@ def _report(
     attacks = dict.fromkeys(
         f"{row['attack']} on {row['model']}: {row['settings']}" for row in folder.rows if "attack" in row
     )
-    about = report.About(
-        scenario=part.name,
+    page = Page(
+        title=part.name,
         question=part.question,
         threat="\n".join([_threat(parts, leak.network if leak is not None else None), *notes]),
         settings=settings | {"attacks": "\n".join(attacks)},
         environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
         finished=finished,
+        pictures=pictures,
     )
-    report.write(folder.path, about, folder.rows, pictures)
+    write(folder.path, *page_of(page, folder.rows))
 
 
 ATTACK = "attack"
@@ -699,7 +702,7 @@ def attack_saved(
     panel = list(dict.fromkeys(attack for _, attacks in tried.values() for attack in attacks))
     source = _source(leaks)
     folder = Folder(out, about, overwrite=overwrite)
-    pictures: dict[Any, report.Picture] = {}
+    pictures: dict[Any, Picture] = {}
     folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
     doubted = {name: _joined(_warn(leak)) for name, (leak, _) in tried.items()}
     for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
@@ -726,12 +729,12 @@ def attack_saved(
             row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
             if isinstance(guess, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"
-                folder.write(file, report.png(guess.images[victim]))
+                folder.write(file, png(guess.images[victim]))
                 row |= {"picture": file}
                 key = (name, victim)
                 if key not in pictures and len(pictures) < PICTURES:
                     title = f"client {client}, round {rnd}"
-                    pictures[key] = report.Picture(f"{name}, {title}" if many else title, None, {}, None)
+                    pictures[key] = Picture(f"{name}, {title}" if many else title, None, {}, None)
                 if key in pictures:
                     pictures[key].guesses[common["attack"]] = (guess.images[victim], None)
             rows.append(row | last | ({} if objective is not None else {"error": DIVERGED}))
@@ -739,10 +742,10 @@ def attack_saved(
     folder.describe(finished=True)
     protocols = dict.fromkeys(leak.protocol for leak, _ in tried.values())
     kinds = " or ".join(dict.fromkeys(leak.kind for leak, _ in tried.values()))
-    page = report.About(
-        scenario=f"What is in {source}?",
+    page = Page(
+        title=f"What is in {source}?",
         question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
-        "gradients how much a guess leaves unexplained.",
+        "gradients how much a reconstruction leaves unexplained.",
         threat="\n".join(
             dict.fromkeys(THREATS.get(p.threat_model, f"Its listener was: {p.threat_model}.") for p in protocols)
         ),
@@ -751,11 +754,33 @@ def attack_saved(
             for field in dataclasses.fields(Protocol)
         },
         environment=folder.about["versions"] | {"device": folder.about["device"]},
+        columns=columns_of_found(folder.rows),
+        pictures=[*pictures.values()],
+        notes=["Reconstructions are in guesses/, images also in pictures/."],
     )
-    if pictures:
-        folder.write("strip.png", report.strip([*pictures.values()]))
-    folder.write("report.html", study_report.saved(page, folder.rows, [*pictures.values()]).encode())
+    write(folder.path, page, folder.rows)
     return folder.rows
+
+
+FOUND = (
+    Column("objective", "the attack's own, lower is better", over="rows"),
+    Column("sum_w", "private examples that the points stand for", over="rows"),
+    Column("seconds", "for each victim", over="rows"),
+    Column(
+        "unexplained",
+        f"share of the gradient that the reconstruction does not cause; over {EXPLAINED:g} it is {CAUSES}",
+        over="rows",
+    ),
+    Column("error", over="rows", page=True),
+    *(Column(name, over="hidden") for name in ("model", "settings", "unit", "ids")),
+)
+
+
+def columns_of_found(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """A column for each value that attacks on saved leaks gave, whatever they reconstruct; an error stands last."""
+    known = {column.name: column for column in FOUND}
+    names = dict.fromkeys(name for row in rows for name in row if name != "error")
+    return (*(known.get(name, Column(name, over="rows")) for name in names), known["error"])
 
 
 DIVERGED = "the attack diverged: its objective is no finite number"

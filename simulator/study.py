@@ -6,6 +6,7 @@ its own. It is as much a frozen value as a `Scenario` is, and planned, swept and
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
@@ -21,9 +22,10 @@ from flwr.serverapp import Grid
 from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
-from fedtap.simulator.report import study_report
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import Folder, Row, judged
-from fedtap.simulator.report.page import Picture
+from fedtap.simulator.report.page import Page, write
+from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.run import described_run
 from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
@@ -49,15 +51,11 @@ class Study(ABC):
     """One question, with these settings. Subclasses add their knobs, all with defaults.
 
     Class attributes:
-        columns: those of its rows that its tables show, in this order.
-        settings: those of them whose numbers say what was played, so that no median is taken over them.
-        legend: what they mean, in a line.
+        columns: all that its rows measure, in this order; what else a row holds is a setting, shown where it varies.
         threat: who listens, and what they know.
     """
 
-    columns: ClassVar[tuple[str, ...]]
-    settings: ClassVar[tuple[str, ...]] = ()
-    legend: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]]
     threat: ClassVar[str]
 
     name: str = ""
@@ -256,7 +254,29 @@ def run_studies(
         pictures += outcome.pictures
         sound = [row for row in folder.rows if not isinstance(row.get("error"), str)]  # in some, a number
         drawn = dict(first.charts(sound)) if sound else {}
-        study_report.write(folder, parts, drawn | charts, pictures, finished=number == len(parts) - 1)
+        page = _page(folder, parts, drawn | charts, pictures, finished=number == len(parts) - 1)
+        write(folder.path, page, folder.rows)
     assert folder is not None
     folder.finish()
     return folder.rows
+
+
+def _page(
+    folder: Folder, parts: Sequence[Study], charts: Mapping[str, str], pictures: Sequence[Picture], *, finished: bool
+) -> Page:
+    first = parts[0]
+    return Page(
+        title=first.name,
+        question=first.question,
+        threat=first.threat,
+        settings={
+            field.name: " or ".join(dict.fromkeys(str(getattr(part, field.name)) for part in parts))
+            for field in dataclasses.fields(first)
+            if field.name not in ("name", "question", "swept")
+        },
+        environment=folder.about["versions"] | {"device": folder.about["device"], "started": folder.about["started"]},
+        finished=finished,
+        columns=first.columns,
+        charts=charts,
+        pictures=pictures,
+    )

@@ -29,6 +29,7 @@ from fedtap.simulator.attack import Attack, Inputs, generator
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.attention import AROUND, Attention, Words, block_name
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import Row
 from fedtap.simulator.scores import relative_error
 from fedtap.simulator.study import Outcome, rows_of_failed
@@ -47,23 +48,18 @@ LARGE = 1024
 class AttentionStudy(Split):
     """Standard normal tokens, or words of a vocabulary, through one block of random weights."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client",
-        "relative_error",
-        "standardised_error",
-        "iterations",
-        "converged",
-        "residual",
-        "condition",
-        "tokens_right",
-        "blind",
-        "attack",
-        "error",
-    )
-    legend: ClassVar[str] = (
-        "relative error: |guess - input| / |input|; standardised: with tokens brought to mean 0 and one length; blind: "
-        "relative error of zero, or tokens right at random; residual: |output of the guess - output| / |output|; "
-        "condition: of the Jacobian at the input; tokens right: share of words found by the nearest embedding"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("relative_error", "|reconstruction - input| / |input|"),
+        Column("standardised_error", "that with tokens brought to mean 0 and one length"),
+        Column("iterations"),
+        Column("converged", over="share"),
+        Column("residual", "|output of the reconstruction - output| / |output|"),
+        Column("condition", "of the Jacobian at the input"),
+        Column("tokens_right", "share of words found by the nearest embedding"),
+        Column("blind", "relative error of zero, or tokens right at random"),
+        Column("error", over="same"),
+        *(Column(name, over="hidden") for name in ("objective", "path")),
     )
 
     n: int = 8

@@ -23,8 +23,9 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import dataset_of
 from fedtap.simulator.models.attention import Patches, cut, first_attention, joined
 from fedtap.simulator.models.registry import ViT, build, with_weights
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import Row
-from fedtap.simulator.report.page import Picture
+from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scores import blind, mse, psnr, relative_error
 from fedtap.simulator.study import Outcome, rows_of_failed
 
@@ -36,21 +37,19 @@ CUTS = ("sum", "attention")
 class AttentionViT(Split):
     """Photographs through a vision transformer's patch embedding and first attention."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client",
-        "psnr",
-        "psnr_blind",
-        "psnr_stranger",
-        "relative_error",
-        "iterations",
-        "converged",
-        "residual",
-        "attack",
-        "error",
-    )
-    legend: ClassVar[str] = (
-        "psnr: of the picture, dB, at most 100; blind: of the best guess without the answer; stranger: of the guess "
-        "from another client's answer; relative error: of its pixels; residual: likewise, of the guess's output"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("psnr", "of the picture, dB, at most 100", "PSNR", ".1f"),
+        Column("psnr_blind", "of the best guess without the reply", "blind PSNR", ".1f"),
+        Column(
+            "psnr_negative_control", "of the reconstruction from another client's reply", "negative control PSNR", ".1f"
+        ),
+        Column("relative_error", "of its pixels"),
+        Column("iterations"),
+        Column("converged", over="share"),
+        Column("residual", "relative error of the reconstruction's output"),
+        Column("error", over="same"),
+        Column("objective", over="hidden"),
     )
 
     dataset: str = "photos"
@@ -132,7 +131,7 @@ class AttentionViT(Split):
                         "noise": self.noise,
                         "psnr": own[victim],
                         "psnr_blind": none[victim],
-                        "psnr_stranger": strange[victim] if len(leak) > 1 else None,
+                        "psnr_negative_control": strange[victim] if len(leak) > 1 else None,
                         "relative_error": errors[victim],
                         "iterations": int(guess.iterations[victim]),
                         "converged": bool(guess.converged[victim]),

@@ -29,7 +29,7 @@ from fedtap.clients.cost import overhead
 from fedtap.scenarios.command.options import knobs_of, pairs
 from fedtap.scenarios.command.plan import catalogue, models_of, plan, plan_of, question, sorted_out
 from fedtap.scenarios.gradients.game import Game, check
-from fedtap.scenarios.gradients.game_report import play_games, table_of
+from fedtap.scenarios.gradients.game_report import play_games
 from fedtap.scenarios.gradients.image import with_trained
 from fedtap.simulator.attack import Attack
 from fedtap.simulator.data.images import DATASETS
@@ -39,10 +39,19 @@ from fedtap.simulator.federation.settings import Scenario
 from fedtap.simulator.leaks import KINDS, Leak, load, told
 from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.registry import MODELS, allow
-from fedtap.simulator.report import defence_report, privacy_report, study_report
-from fedtap.simulator.report import page as report
+from fedtap.simulator.report import defences, images
+from fedtap.simulator.report.columns import table
 from fedtap.simulator.report.folder import place
-from fedtap.simulator.run import ATTACK, attack_saved, described_attack, described_run, device_named, run
+from fedtap.simulator.report.page import failures
+from fedtap.simulator.run import (
+    ATTACK,
+    attack_saved,
+    columns_of_found,
+    described_attack,
+    described_run,
+    device_named,
+    run,
+)
 from fedtap.simulator.study import Study, run_studies
 from fedtap.simulator.wire.grid import LocalGrid
 
@@ -178,7 +187,7 @@ def attack_command(
     where = place(about, out, Path("runs") / ATTACK, overwrite=overwrite)
     with _stoppable(where):
         rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
-    console.print(study_report.found(rows))
+    console.print(table(rows, columns_of_found(rows), failures(rows)))
     _files("Page", where)
     _all_failed(rows)
 
@@ -311,8 +320,7 @@ def _games(games: tuple[Game, ...], where: Path, overwrite: bool) -> None:
     console.print(question(games[0].name).splitlines()[0], highlight=False)
     with _stoppable(where):
         rows = play_games(games, where, overwrite)
-    console.print(table_of(rows))
-    _files("Chart", where)
+    _say(rows, where)
     check(rows)
 
 
@@ -328,7 +336,7 @@ def _studies(
 
     with _stoppable(where):
         rows = run_studies(studies, grid, where, device=device, data_root=data_root, overwrite=overwrite)
-    console.print(study_report.table(studies[0], rows))
+    console.print(table(rows, studies[0].columns))
     _files("Page", where)
 
 
@@ -393,11 +401,14 @@ def _about(attack: type[Attack]) -> str:
 
 
 def _say(rows: list[dict[str, object]], out: Path) -> None:
-    console.print(privacy_report.table(rows) if privacy_report.told(rows) else report.table(rows))
-    if defence_report.told(rows):
-        console.print(defence_report.table(rows))
-    for line in (*(f"⚠ {sentence}" for sentence in report.alarms(rows)), *report.answers(rows)):
-        console.print(line, highlight=False, markup=False, emoji=False)
+    attacked, shown = ([row for row in rows if names & row.keys()] for names in ({"attack"}, {"attack", "games"}))
+    console.print(table(shown, images.columns(shown), images.notes(attacked)))
+    if compared := defences.table(rows):
+        console.print(compared)
+    for sentence in (*failures(attacked), *images.alarms(attacked)):
+        console.print(f"⚠ {sentence}", highlight=False, markup=False, emoji=False)
+    for sentence in images.answers(attacked):
+        console.print(sentence, highlight=False, markup=False, emoji=False)
     _files("Page", out)
 
 

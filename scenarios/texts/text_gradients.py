@@ -8,6 +8,7 @@ in the batch as easily, but which of them make a text is a search that grows wit
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.rounds import as_expected
 from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
 from fedtap.simulator.models.language import NAMES, LanguageModel, build_language, minilm_folder
-from fedtap.simulator.report import curves
+from fedtap.simulator.report.charts import Panel, Series, chart, unzipped
+from fedtap.simulator.report.columns import Column, Html, listing
 from fedtap.simulator.report.folder import Row
 from fedtap.simulator.study import Outcome, Study, rows_of_failed, without
 from fedtap.simulator.wire.records import reading
@@ -105,14 +107,18 @@ def scenario(
 class TextGradients(Study):
     """Clients train a language model on a batch of texts each, and the server attacks the gradients."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client", "batch", "tokens", "exact_tokens", "exact_texts", "rouge1", "rouge2", "rouge_l", "blind", "stranger",
-        "candidates", "rank", "seconds", "error",
-    )  # fmt: skip
-    legend: ClassVar[str] = (
-        "exact: share of tokens, and of whole texts; "
-        "rouge: F1; blind: exact tokens of the most common public token at each place; stranger: of what another "
-        "client's gradient gave; candidates: tokens left at a place after the first block, mean; rank: of its span"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("exact_tokens", "share that is right", form=".3g"),
+        Column("exact_texts", "share of texts that are right as a whole", form=".3g"),
+        *(Column(name, words, form=".3g") for name, words in (("rouge1", "F1"), ("rouge2", "F1"), ("rouge_l", "F1"))),
+        Column("blind", "exact tokens of the most common public token at each place", form=".3g"),
+        Column("negative_control", "exact tokens of what another client's gradient gave", form=".3g"),
+        Column("candidates", "tokens left at a place after the first block, mean"),
+        Column("rank", "of the gradient's span"),
+        Column("seconds", "for each victim"),
+        Column("error", over="same"),
+        *(Column(name, over="hidden") for name in ("filled", "objective")),
     )
     threat: ClassVar[str] = (
         "A curious server: it knows the weights and the embeddings that it sent, the vocabulary, and what each client "
@@ -206,7 +212,7 @@ class TextGradients(Study):
                 score |= {"candidates": float(guess.candidates[victim]), "rank": int(guess.rank[victim])}
             score["blind"] = scores.score_texts(blind.expand_as(truth), truth)["exact_tokens"]
             if len(clients) > 1:
-                score["stranger"] = scores.score_texts(guess.ids[victim - 1], truth)["exact_tokens"]
+                score["negative_control"] = scores.score_texts(guess.ids[victim - 1], truth)["exact_tokens"]
             told = {"client": client, "objective": float(guess.objective[victim]), "seconds": seconds, "error": None}
             rows.append(common | score | told)
         page = {"What was written, and what was read": _texts(side.vocabulary, clients, truths, guess.ids)}
@@ -261,12 +267,26 @@ class TextGradients(Study):
         noisy = _series("sigma", [row for row in alike if row["sigma"] is not None])
         charts = {}
         if filled:
-            charts["Where it stops"] = curves.share_svg(
-                "tokens in the batch for each dimension of the model", filled, limit=1.0
-            )
+            charts["Where it stops"] = _share("tokens in the batch for each dimension of the model", filled, limit=1.0)
         if noisy:
-            charts["Under noise"] = curves.share_svg("standard deviation of the noise on an entry", noisy)
+            charts["Under noise"] = _share("standard deviation of the noise on an entry", noisy)
         return charts
+
+
+def _share(across: str, points: Mapping[str, Sequence[tuple[float, float]]], limit: float | None = None) -> str:
+    """The share of tokens that are right against a setting: each victim a dot, and their mean as a line.
+
+    Args:
+        limit: a value of the setting that is marked.
+    """
+    series = []
+    for label, some in points.items():
+        means = {at: statistics.fmean(share for value, share in some if value == at) for at, _ in sorted(some)}
+        series.append(Series(label, [*means], [*means.values()], "smooth"))
+        series.append(Series("", *unzipped(some), "pale", like=label))
+    ticks = [value for some in points.values() for value, _ in some]
+    panel = Panel(across, "share of tokens that are right", series, share=True, ticks=ticks, mark=limit)
+    return chart([panel], f"share of right tokens against {across}")
 
 
 def _series(knob: str, rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
@@ -302,10 +322,9 @@ def _texts(
                 (escape(vocabulary.pieces[token]), token == right) for token, right in zip(found, text, strict=True)
             ]
             marked = " ".join(piece if right else f"<mark>{piece}</mark>" for piece, right in pieces)
-            cells = "".join(f"<td class='attack'>{words}</td>" for words in (escape(vocabulary.decode(text)), marked))
-            rows.append(f"<tr><td>{client}</td>{cells}</tr>")
-    head = "<tr><th>client</th><th>text</th><th>read off its gradient, by tokens</th></tr>"
-    return f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+            rows.append([{"client": client, "text": vocabulary.decode(text), "read": Html(marked)}])
+    heading = "read off its gradient, by tokens"
+    return listing(rows, [Column("client"), Column("text"), Column("read", heading=heading)])
 
 
 @dataclass(frozen=True, eq=False)
