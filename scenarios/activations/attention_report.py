@@ -92,7 +92,8 @@ def _steps_to(tolerance: float) -> Column:
         there = [step for path in _pathes(rows) if (step := reached(path, tolerance)) is not None]
         return statistics.median(there) if there and 2 * len(there) >= len(_pathes(rows)) else None
 
-    return Column(f"to {tolerance:g}", of=median)
+    said = "median steps until the error is at most this" if tolerance == TOLERANCES[0] else ""
+    return Column(f"to {tolerance:g}", said, of=median)
 
 
 COLUMNS = (

@@ -351,9 +351,8 @@ class Regression(Study):
             around = kind == "mean"
             spread = [value for one in series for value in one.y if value > 0]
             log = not around and bool(spread) and max(spread) > 10 * min(spread)
-            levels = {f"{reference} ({'0' if around else '1'})": 0.0 if around else 1.0}
-            across, height = "iteration", f"{title} {reference}"
-            panels.append(Panel(across, height, series, levels=levels, log=log))
+            levels = {reference: 0.0 if around else 1.0}
+            panels.append(Panel("iteration", "", series, f"{title} {reference}", levels, log=log))
         return {"How they converge": chart(panels, "statistics of the pseudo-data against iterations", height=4.0)}
 
 
@@ -369,7 +368,7 @@ def points_chart(
     """The first and the last column: private records, and reconstructed points, as large as their weights."""
     private = []
     if real is not None:
-        private = [Series("private records", real[:, 0].tolist(), real[:, -1].tolist(), "pale", color=GREY)]
+        private = [Series("private records", real[:, 0].tolist(), real[:, -1].tolist(), "specks", color=GREY)]
     panels = []
     for label, (found, weights) in reconstructions.items():
         x, y, sizes = (column.tolist() for column in (found[:, 0], found[:, -1], LARGEST * weights / weights.max()))

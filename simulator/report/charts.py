@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "faint": {"linestyle": "-", "alpha": 0.2, "linewidth": 0.8},
     "dots": {"linestyle": "", "marker": "o", "markersize": 6},
     "pale": {"linestyle": "", "marker": "o", "markersize": 5, "alpha": 0.35},
+    "specks": {"linestyle": "", "marker": "o", "markersize": 3, "alpha": 0.45, "markeredgewidth": 0},
     "open": {"linestyle": "", "marker": "o", "markersize": 5, "alpha": 0.7, "markerfacecolor": "none"},
     "bars": {"linestyle": "", "marker": "o", "markersize": 4, "capsize": 3},
 }
@@ -52,7 +53,7 @@ class Series:
     """In the legend, where it is said once; of several series without one, each has that of another, `like`."""
     x: Sequence[float]
     y: Sequence[float]
-    kind: Literal["line", "smooth", "dashed", "dotted", "faint", "dots", "pale", "open", "bars"] = "line"
+    kind: Literal["line", "smooth", "dashed", "dotted", "faint", "dots", "pale", "specks", "open", "bars"] = "line"
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     """The ends of what y may be: a band around a line, or bars."""
@@ -99,7 +100,7 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
 
     Args:
         words: what is seen, for those who do not see it.
-        height: of a row of panels, of which the width is 11, or 8 where there is one.
+        height: of a row of panels, of which the width is 11, or 9 where there is one.
         across: panels in a row, at most; they share an axis that has the same words.
     """
     from matplotlib import rc_context
@@ -110,7 +111,12 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
     with rc_context(STYLE):
         width = 11 if len(panels) > 1 else 9
         figure = Figure(figsize=(width, height * lines), layout="constrained")
-        places = figure.subplots(lines, -(-len(panels) // lines), squeeze=False).flatten()
+        one_x, one_y = (
+            len(panels) > 1 and len({*axis}) == 1 and "" not in axis
+            for axis in ([panel.across for panel in panels], [panel.up for panel in panels])
+        )
+        grid = figure.subplots(lines, -(-len(panels) // lines), sharex=one_x, sharey=one_y, squeeze=False)
+        places = grid.flatten()
         colors: dict[str, str] = {}
         entries: dict[str, Any] = {"": None}
         for axes, panel in zip(places, panels, strict=False):
@@ -138,6 +144,8 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
                 if axes.get_xlim()[1] > 100:
                     axes.set_xscale("symlog", linthresh=10)
             _name(axes, panel.series)
+        for axes in grid[:, 1:].flatten() if one_y else ():
+            axes.set_ylabel("")
         for axes in places[len(panels) :]:
             axes.set_axis_off()
         del entries[""]
@@ -186,7 +194,7 @@ def scale(axes: Axes, values: Sequence[float]) -> None:
             axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
             axes.set_xlim(left=-positive[0] / 4)
     ticks = values if len(values) <= MANY else values[:: -(-len(values) // MANY)]
-    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
 
 

@@ -180,18 +180,19 @@ def terminal(groups: Sequence[Group], columns: Sequence[Column], notes: Sequence
             break
         kept.append(column)
     drawn = Table(box=None, padding=(0, 1, 0, 0))
+    spare = max(room, 0) // max(1, sum(not _figures(cells[column]) for column in kept))  # for words that are wrapped
     for column in kept:
         words, wide = not _figures(cells[column]), widths[column]
         heading = column.title.replace(" ", "\n") if len(column.title) > wide else column.title
         justify: Literal["left", "right"] = "left" if words else "right"
-        spare = max(room, 0) if words else 0  # what is left is for words that are wrapped
+        most = wide + spare * words
         drawn.add_column(
-            Text(heading), justify=justify, no_wrap=not words, overflow="fold", min_width=wide, max_width=wide + spare
+            Text(heading), justify=justify, no_wrap=not words, overflow="fold", min_width=wide, max_width=most
         )
     for number in range(min(len(groups), MOST_ROWS)):
         lines = [cells[column][number] for column in kept]
         drawn.add_row(*(Text(cell, style="red" if isinstance(cell, Alarm) else "") for cell in lines))
-    left_out = ["The page has all rows and columns."] * (len(groups) > MOST_ROWS or room < 0)
+    left_out = ["The page has all rows and columns."] * (len(groups) > MOST_ROWS or len(kept) < len(columns))
     drawn.caption = Text("\n".join(filter(None, (legend(kept, groups), *left_out, *notes))))
     return drawn
 
@@ -249,7 +250,8 @@ def _kind(cells: Sequence[str]) -> str:
 
 
 def _drawn(cell: str, kind: str) -> str:
-    words = cell if isinstance(cell, Html) else breakable(cell).replace("\n", "<br>")
+    words = breakable(cell) if kind in ("words", "sentence") else escape(cell)  # a wbr breaks where nothing else may
+    words = cell if isinstance(cell, Html) else words.replace("\n", "<br>")
     return f"<td class='{kind}{' leak' if isinstance(cell, Alarm) else ''}'>{words}</td>"
 
 

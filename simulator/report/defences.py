@@ -42,7 +42,7 @@ def short(value: float | None) -> str:
 def attacker(rows: Group) -> str:
     """Who made these rows."""
     first = rows[0]
-    return f"{first['canaries']} canaries, best attacker" if "canaries" in first else str(first.get("attack"))
+    return f"best attacker, {first['canaries']} canaries" if "canaries" in first else str(first.get("attack"))
 
 
 def price(rows: Group) -> dict[str, str]:
@@ -60,13 +60,14 @@ def price(rows: Group) -> dict[str, str]:
             points.setdefault(attacker(some), []).append(point)
     covered = " or ".join(dict.fromkeys(str(row["not_covered"]) for row in told if "not_covered" in row))
     said = (
-        f"δ = {told[0]['delta']:g}. The images' bound is empty, since nobody knows with what probability they could be "
-        "guessed blindly; what stopped this attack may not stop another, while no attacker passes the bound. "
-        + f"ε speaks of the update alone. Beside it travels in the clear: {covered}."
-        * bool(covered)
+        f"δ = {told[0]['delta']:g}. No attacker passes the bound. "
+        + "The images' bound is empty, since nobody knows with what probability they could be guessed blindly; what "
+        "stopped this attack may not stop another. "
+        * any("attack" in row for row in told)
+        + f"ε speaks of the update alone. Beside it travels in the clear: {covered}." * bool(covered)
     )
     drawn = trade_chart(points, "success (share of images)") + games_chart(told)
-    return {"Privacy and its price": f"{drawn}<p class='pale'>{escape(said)}</p>"}
+    return {"Privacy and its price" if points else "Success against ε": f"{drawn}<p class='pale'>{escape(said)}</p>"}
 
 
 def trade_chart(points: Mapping[str, Sequence[Trade]], share: str) -> str:

@@ -41,6 +41,8 @@ SENTENCES = 8
 UNCONVERGED = 0.1
 """Share of an undefended gradient, left unexplained, above which an attack did not converge."""
 
+DOTS = "the mark is a blind guess, and what is over 60 dB stands at the end"
+
 CAUTION = "An attack that fails shows that this attack fails here: it does not show that the data are private."
 
 
@@ -57,10 +59,11 @@ def columns(rows: Group) -> tuple[Column, ...]:
     )
     alone = [] if len({row.get("seed") for row in rows}) > 1 else ["seed"]
     hidden = [*HIDDEN, *["epsilon_all", "protects"] * (not asked), *alone]
-    measure = "games won" if rows and all("games" in row for row in rows) else outcome(rows).measure
+    attacked = not rows or any("attack" in row for row in rows)
+    measure = outcome(rows).measure if attacked else "games won"
     back = "share of images, with its 95 % interval (Clopper-Pearson)"
     if any("games" in row for row in rows):
-        back += "; of games, with limits that are wrong in one honest run of 10,000"
+        back += "; of games won, with one-sided limits that are wrong in one honest run of 10,000"
     middle = "median over images, with its 95 % interval (order statistics, of few the least and the largest)"
     left = f"share of the gradient that the reconstruction does not cause; over {EXPLAINED:g} it is {CAUSES}"
     return (
@@ -68,23 +71,23 @@ def columns(rows: Group) -> tuple[Column, ...]:
         *[Column("sigma", "", "σ", ".3g", "median" if asked else "hidden")] * any("epsilon" in row for row in rows),
         Column("attack", over="same", of=attacker),
         *(Column(name, over="rows") for name in ("client", "round", "seed") if name not in hidden),
-        Column("dots", "", "PSNR of each image", over="group", of=_dots, page=True),
+        Column("dots", DOTS, "PSNR of each image (0–60 dB)", over="group", of=_dots, page=True),
         Column("n", "victims (× images of each)" + ", or games" * asked, over="group", of=_count),
         Column("levels", back, measure, over="group", of=_back),
-        Column("levels", "", measure, ".0%", "rows", lambda some: outcome(some).share),
+        Column("levels", "", measure, ".0%", "rows", _own),
         Column("identical", form=".0%", of=_identical, page=asked),
         Column("psnr", middle, "PSNR dB", of=lambda some: ranged(psnrs(some))),
         BLIND,
+        Column("accuracy", "of the trained model, on test images", "", ".0%", "median" if asked else "rows"),
         Column("bound", "on the share, where a prior is known, as of canaries: 2302.07225", "", ".3f"),
-        Column("bound_renyi", "another bound: 2201.04845", "Rényi", ".3f"),
-        Column("expected", "what the optimal attacker expects of these canaries", "best", ".3f"),
+        Column("bound_renyi", "another bound: 2201.04845", "Rényi", ".3f", page=attacked),
+        Column("expected", "what the optimal attacker expects of these canaries", "best", ".3f", page=attacked),
         Column("mse", "mean over victims, whose PSNR is -10 log10(MSE)", "MSE", ".2g", "mean", page=True),
         Column("ssim", "", "SSIM", ".3f", page=True),
         Column("lpips", "", "LPIPS", ".3f", page=True),
         Column("label_correct", "share that is right", "label", ".0%", "mean", page=asked),
         Column("unexplained", left, "left", ".0e", page=asked),
         Column("objective", "the attack's own, lower is better", "", ".2g", "rows"),
-        Column("accuracy", "of the trained model, on test images", "", ".0%", "median" if asked else "rows"),
         Column("seconds", "for each victim", "", ".2f", "mean", page=True),
         *guarantee[: 2 * asked + (asked and len(pairs) == len(epsilons))],
         *(Column(name, over="rows") for name in ("labels", "adaptive_note", "doubts", "error")),
@@ -106,6 +109,10 @@ def _back(rows: Group) -> str:
     return Alarm(words) if first["success_low"] > first["bound"] else words
 
 
+def _own(rows: Group) -> str | float | None:
+    return _back(rows) if "games" in rows[0] else outcome(rows).share
+
+
 def _identical(rows: Group) -> float | None:
     back = outcome(rows)
     return None if back.identical is None or not back.images else back.identical / back.images
@@ -120,7 +127,7 @@ def _dots(rows: Group) -> str | None:
         f"<i style='left:{_percent(value)};top:{6 + number * 7 % 15}px'></i>"
         for number, value in enumerate(psnrs(rows))
     )
-    return Html(f"<span class='dots' title='0 to 60 dB; the mark is a blind guess'>{''.join((*blind, *dots))}</span>")
+    return Html(f"<span class='dots'>{''.join((*blind, *dots))}</span>")
 
 
 def _percent(decibels: float | None) -> str:
