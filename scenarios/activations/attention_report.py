@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from fedtap.simulator.report.charts import GREY, Panel, Series, chart, unzipped
-from fedtap.simulator.report.columns import Column, Group, grouped, legend, listing, setting
+from fedtap.simulator.report.columns import Column, Group, grouped, label, legend, listing, setting
 
 FOUND = 1e-6
 """Relative error from which an input counts as found."""
@@ -35,9 +35,9 @@ def charts(rows: Group, swept: Mapping[str, str]) -> dict[str, str]:
         swept: the settings that have several values in it.
     """
     groups = _labelled(rows, [*swept])
-    columns = [Column("", over="same", of=lambda some: _label(some, rows, [*swept])), *COLUMNS]
-    figures = f"{listing([*groups.values()], columns)}<p class='pale'>{escape(legend(columns, [*groups.values()]))}</p>"
-    made = {"How often, and how fast": figures}
+    columns = [Column("", of=lambda some: next(name for name, one in groups.items() if one == some)), *COLUMNS]
+    some = [*groups.values()]
+    made = {"How often, and how fast": f"{listing(some, columns)}<p class='pale'>{escape(legend(columns, some))}</p>"}
     if any(row["path"] for row in rows):
         made["Error after each step"] = _paths(groups)
     for name, words in AGAINST.items():
@@ -47,15 +47,11 @@ def charts(rows: Group, swept: Mapping[str, str]) -> dict[str, str]:
     return made
 
 
-def _label(some: Group, rows: Group, names: Sequence[str]) -> str:
-    """The values of these settings, and the attack where there are several."""
-    several = len({row["attack"] for row in rows}) > 1
-    words = [f"{name.replace('_', ' ')} {some[0][name]}" for name in names if name in some[0]]
-    return ", ".join([some[0]["attack"]] * several + words) or str(some[0]["attack"])
-
-
 def _labelled(rows: Group, names: Sequence[str]) -> dict[str, Group]:
-    return {_label(some, rows, names): some for some in grouped(rows, [*map(setting, ("attack", *names))])}
+    """Rows that have the attack and these settings alike, by what is not the same in all; by the attack if all is."""
+    keys = [setting(name) for name in ("attack", *names)]
+    vary = [key for key in keys if len(grouped(rows, [key])) > 1] or keys[:1]
+    return {label(some, vary): some for some in grouped(rows, keys)}
 
 
 def found(rows: Group, steps: float = math.inf) -> float:
@@ -83,14 +79,14 @@ def order(paths: Sequence[Path]) -> float | None:
     return statistics.linear_regression(*zip(*pairs, strict=True)).slope
 
 
-def _pathes(rows: Group) -> list[Path]:
+def _played(rows: Group) -> list[Path]:
     return [row["path"] for row in rows if row["path"]]
 
 
 def _steps_to(tolerance: float) -> Column:
     def median(rows: Group) -> float | None:
-        there = [step for path in _pathes(rows) if (step := reached(path, tolerance)) is not None]
-        return statistics.median(there) if there and 2 * len(there) >= len(_pathes(rows)) else None
+        there = [step for path in _played(rows) if (step := reached(path, tolerance)) is not None]
+        return statistics.median(there) if there and 2 * len(there) >= len(_played(rows)) else None
 
     said = "median steps until the error is at most this" if tolerance == TOLERANCES[0] else ""
     return Column(f"to {tolerance:g}", said, of=median)
@@ -98,10 +94,10 @@ def _steps_to(tolerance: float) -> Column:
 
 COLUMNS = (
     Column("found", f"relative error at most {FOUND:g}", form=".0%", of=found),
-    Column(f"in {FEW} steps", form=".0%", of=lambda rows: found(rows, FEW) if _pathes(rows) else None),
+    Column(f"in {FEW} steps", form=".0%", of=lambda rows: found(rows, FEW) if _played(rows) else None),
     Column("iterations", "until the attack stopped", "median steps"),
     Column("order", f"slope of log error on the log error a step before, in {TAIL[0]:g} … {TAIL[1]:g}", form=".2f",
-           of=lambda rows: order(_pathes(rows))),
+           of=lambda rows: order(_played(rows))),
     *map(_steps_to, TOLERANCES),
 )  # fmt: skip
 
@@ -109,40 +105,30 @@ COLUMNS = (
 def _paths(groups: Mapping[str, Group]) -> str:
     """Each victim's error in pale, and the median in full: after its last step an attack keeps its error."""
     series = []
-    for label, rows in groups.items():
-        paths = _pathes(rows)
-        series += [Series("", *unzipped(path), "faint", like=label) for path in paths]
+    for name, rows in groups.items():
+        paths = _played(rows)
+        series += [Series("", *unzipped(path), "faint", like=name) for path in paths]
         stops = sorted({step for path in paths for step, _ in path})
         ends = [[next(error for step, error in reversed(path) if step <= stop) for path in paths] for stop in stops]
         if paths:
-            series.append(Series(label, stops, [statistics.median(errors) for errors in ends]))
+            series.append(Series(name, stops, [statistics.median(errors) for errors in ends]))
     panel = Panel("step", "relative error (median; pale: victims)", series, levels={"found": FOUND}, log=True)
     return chart([panel], "relative error after each step")
 
 
 def _against(groups: Mapping[str, Group], name: str, words: str) -> str:
     """Error, and share of inputs found, against a setting."""
-    errors: list[Series] = []
-    shares: list[Series] = []
-    ticks: set[float] = set()
-    for label, rows in groups.items():
-        here = {
-            value: [row for row in rows if row[name] == value]
-            for value in sorted({row[name] for row in rows if row[name] is not None})
-        }
-        ends = [
-            [_quantile([row["relative_error"] for row in some], at) for some in here.values()]
-            for at in (0.25, 0.5, 0.75)
-        ]
-        errors.append(Series(label, [*here], ends[1], low=ends[0], high=ends[2]))
-        shares.append(Series(label, [*here], [found(some) for some in here.values()]))
-        ticks |= here.keys()
-    if name == "gamma" and (known := sorted(ticks - {0.0})):
-        errors.append(Series("error = gamma", [known[0], known[-1]], [known[0], known[-1]], "dotted", color=GREY))
-    panels = [Panel(words, "relative error (median, quartiles)", errors, log=True, ticks=[*ticks])]
-    panels += [Panel(words, f"inputs found, to {FOUND:g}", shares, share=True, ticks=[*ticks])]
+    errors, shares = [], []
+    ticks = sorted({row[name] for rows in groups.values() for row in rows if row[name] is not None})
+    for said, rows in groups.items():
+        here = {value: some for value in ticks if (some := [row for row in rows if row[name] == value])}
+        spread = [sorted(row["relative_error"] for row in some) for some in here.values()]
+        low, high = ([ends[round(at * (len(ends) - 1))] for ends in spread] for at in (0.25, 0.75))
+        errors.append(Series(said, [*here], [*map(statistics.median, spread)], low=low, high=high))
+        shares.append(Series(said, [*here], [found(some) for some in here.values()]))
+    if name == "gamma" and any(ticks):
+        ends = [min(filter(None, ticks)), ticks[-1]]
+        errors.append(Series("error = gamma", ends, ends, "dotted", color=GREY))
+    panels = [Panel(words, "relative error (median, quartiles)", errors, log=True, ticks=ticks)]
+    panels += [Panel(words, f"inputs found, to {FOUND:g}", shares, share=True, ticks=ticks)]
     return chart(panels, f"relative error, and inputs found, against {words}")
-
-
-def _quantile(values: Sequence[float], at: float) -> float:
-    return statistics.median(values) if at == 0.5 else sorted(values)[round(at * (len(values) - 1))]

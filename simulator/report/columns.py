@@ -212,6 +212,15 @@ def telling(columns: Sequence[Column], groups: Sequence[Group]) -> list[Column]:
     return left
 
 
+def label(group: Group, columns: Iterable[Column]) -> str:
+    """The group's values of these settings in words, such as `dlg, noise 0.1`; settings that it lacks are left out."""
+    cells = {column: column.cell(group) for column in columns}
+    words = (
+        cell if column.name == "attack" else f"{column.title} {cell}" for column, cell in cells.items() if cell != NONE
+    )
+    return ", ".join(words)
+
+
 def _figures(cells: Sequence[str]) -> bool:
     return all(map(FIGURE.match, cells))
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fedtap.simulator.report.charts import Panel, Series, chart
 from fedtap.simulator.report.columns import (
-    NONE,
     Alarm,
     Column,
     Group,
     Html,
-    Row,
     follows,
     grouped,
+    label,
     setting,
     settings,
     telling,
 )
 from fedtap.simulator.report.defences import BLIND, attacker, epsilon_of, price, section, short
 from fedtap.simulator.report.outcomes import median, outcome, psnrs, ranged
-from fedtap.simulator.report.page import REASONS, Page
+from fedtap.simulator.report.page import Page
 from fedtap.simulator.scores import LEVELLED
 from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED
 
@@ -164,38 +163,24 @@ def _answer(rows: Group, keys: Sequence[Column]) -> str:
     groups = [some for some in grouped(rows, keys) if outcome(some).images]
     if not groups:
         return f"{attack}: no result{lost}."
-    names, measure = (
-        telling([key for key in keys if len({key.cell(some) for some in groups}) > 1], groups),
-        outcome(rows).measure,
-    )
+    names = telling([key for key in keys if len({key.cell(some) for some in groups}) > 1], groups)
     blinds = sorted(value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None)
     ends = dict.fromkeys(f"{value:.1f}" for value in (*blinds[:1], *blinds[-1:]))
-    blind = f" (blind guess {'–'.join(ends)} dB)" if ends else ""
-
-    def counted(some: Group) -> str:
-        back = outcome(some)
-        return f"{back.won} of {back.images} {'images' if back.images > 1 else 'image'}"
-
-    def where(some: Group) -> str:
-        told = (f"{name.title} {name.cell(some)}" for name in names if name.cell(some) != NONE)
-        return ", ".join(told) or "otherwise"
-
-    def rank(some: Group) -> tuple[float, float]:
-        return outcome(some).share or 0.0, median(psnrs(some)) or 0.0
-
+    blind, measure = f" (blind guess {'–'.join(ends)} dB)" * bool(ends), outcome(rows).measure
+    backs, middles = [outcome(some) for some in groups], [median(psnrs(some)) for some in groups]
+    counted = [f"{back.won} of {back.images} {'images' if back.images > 1 else 'image'}" for back in backs]
     if len(groups) == 1:
-        back, middle = outcome(rows), median(psnrs(rows))
-        low, high = (f"{100 * end:.0f}" for end in back.interval)
-        same = "" if back.identical is None else f", {back.identical} of them identical"
-        decibels = "" if middle is None else f"; median {middle:.1f} dB{blind}"
-        return f"{attack}: {counted(rows)} {measure} (95 % interval {low}–{high} %){same}{decibels}{lost}."
+        low, high = (f"{100 * end:.0f}" for end in backs[0].interval)
+        same = "" if backs[0].identical is None else f", {backs[0].identical} of them identical"
+        decibels = "" if middles[0] is None else f"; median {middles[0]:.1f} dB{blind}"
+        return f"{attack}: {counted[0]} {measure} (95 % interval {low}–{high} %){same}{decibels}{lost}."
+    where = [label(some, names) or "otherwise" for some in groups]
     if len(groups) > SENTENCES:
-        span = " to ".join(
-            f"{counted(some)} ({where(some)})" for some in (min(groups, key=rank), max(groups, key=rank))
-        )
+        ranked = sorted(range(len(groups)), key=lambda at: (backs[at].share or 0.0, middles[at] or 0.0))
+        span = " to ".join(f"{counted[at]} ({where[at]})" for at in (ranked[0], ranked[-1]))
         return f"{attack}: over {len(groups)} settings from {span} {measure}{blind}{lost}."
-    middles = ["" if (middle := median(psnrs(some))) is None else f", {middle:.1f} dB" for some in groups]
-    each = "; ".join(f"{where(some)}: {counted(some)}{middle}" for some, middle in zip(groups, middles, strict=True))
+    words = ["" if middle is None else f", {middle:.1f} dB" for middle in middles]
+    each = "; ".join(f"{one}: {many}{middle}" for one, many, middle in zip(where, counted, words, strict=True))
     return f"{attack}, images {measure}{blind}: {each}{lost}."
 
 
@@ -221,24 +206,16 @@ def _unexplained(rows: Group) -> tuple[str, bool]:
 def alarms(rows: Group) -> list[str]:
     """What has to be known before a figure of these rows is believed; nothing of a sound run."""
     sentence, alarm = _unexplained(rows)
-    return [*[sentence] * alarm, *_once(rows, "doubts", lambda row: f"The gradient is doubted: {row['doubts']}")]
+    doubted = (f"The gradient is doubted: {row['doubts']}" for row in rows if row.get("doubts"))
+    return [*[sentence] * alarm, *dict.fromkeys(doubted)]
 
 
 def notes(rows: Group) -> list[str]:
-    """Why scores are empty, what attacks do not know, what is doubted, and why attacks failed: each reason once."""
+    """Why scores are empty, what attacks do not know, and what is left unexplained: each reason once."""
     sentence, alarm = _unexplained(rows)
-    return [
-        *_once(rows, "ssim_note", lambda row: str(row["ssim_note"])),
-        *_once(rows, "lpips_note", lambda row: str(row["lpips_note"])),
-        *_once(rows, "adaptive_note", lambda row: f"{row['attack']} {row['adaptive_note']}"),
-        *[sentence] * (bool(sentence) and not alarm),
-        *_once(rows, "doubts", lambda row: f"Client {row.get('client')}: {row['doubts']}")[:REASONS],
-        *_once(rows, "error", lambda row: f"{row.get('attack')} failed: {row['error']}")[:REASONS],
-    ]
-
-
-def _once(rows: Group, name: str, words: Callable[[Row], str]) -> list[str]:
-    return list(dict.fromkeys(words(row) for row in rows if row.get(name)))
+    empty = dict.fromkeys(str(row[name]) for name in ("ssim_note", "lpips_note") for row in rows if row.get(name))
+    unknown = dict.fromkeys(f"{row['attack']} {row['adaptive_note']}" for row in rows if row.get("adaptive_note"))
+    return [*empty, *unknown, *[sentence] * (bool(sentence) and not alarm)]
 
 
 def page_of(page: Page, rows: Group) -> tuple[Page, Group]:
@@ -262,19 +239,18 @@ def curves(rows: Group) -> dict[str, str]:
         others = [other for other in keys if other != key and not follows(other, [attack, key], groups)]
         lines: dict[str, list[tuple[float, Group]]] = {}
         for some in groups:
-            label = ", ".join([some[0]["attack"], *(f"{other.title} {other.cell(some)}" for other in others)])
             if (value := _number(key.cell(some))) is not None:
-                lines.setdefault(label, []).append((value, some))
+                lines.setdefault(label(some, [attack, *others]), []).append((value, some))
         ticks = sorted({value for points in lines.values() for value, _ in points})
         if len(ticks) < 2:
             continue
         quality, error = [], []
-        for label, points in lines.items():
+        for name, points in lines.items():
             points.sort(key=lambda point: point[0])
             at = [value for value, _ in points]
             low, middle, high = zip(*(_quartiles(psnrs(some)) for _, some in points), strict=True)
-            quality.append(Series(label, at, middle, low=low, high=high))
-            error.append(Series(label, at, [statistics.fmean(row["mse"] for row in some) for _, some in points]))
+            quality.append(Series(name, at, middle, low=low, high=high))
+            error.append(Series(name, at, [statistics.fmean(row["mse"] for row in some) for _, some in points]))
         blinds = [value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None]
         levels = {"blind guess": statistics.median(blinds)} if blinds else {}
         panels = [Panel(key.title, "PSNR, dB (median, quartiles)", quality, levels=levels, ticks=ticks)]
