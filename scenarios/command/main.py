@@ -160,10 +160,11 @@ def attack_command(
     _own_code(*code_named(attack))
     _prepared()
     from fedtap.scenarios.attack_options import with_trained
-    from fedtap.simulator.report import page
+    from fedtap.simulator.report.columns import table
     from fedtap.simulator.report.folder import place
+    from fedtap.simulator.report.page import failures
     from fedtap.simulator.run import device_named
-    from fedtap.simulator.saved_leak import ATTACK, attack_saved, described_attack
+    from fedtap.simulator.saved_leak import ATTACK, attack_saved, columns_of_found, described_attack
 
     named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
     _own_code(model, *(name for attack in named for name in models_named(attack)))
@@ -178,7 +179,7 @@ def attack_command(
     where = place(about, out, Path("runs") / ATTACK, overwrite=overwrite)
     with _stoppable(where):
         rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
-    console.print(page.found(rows))
+    console.print(table(rows, columns_of_found(rows), failures(rows)))
     _files("Page", where)
     _all_failed(rows)
 
@@ -402,14 +403,18 @@ def _about(name: str) -> str:
     return f"{' '.join(text.split())} [dim]({ATTACKS.entries[name].room})[/dim]"
 
 
-def _say(rows: Sequence[Mapping[str, Any]], settings: Sequence[Scenario]) -> None:
-    """The rows' table, and the answers in sentences."""
-    from fedtap.simulator.report import adapter
+def _say(rows: Sequence[dict[str, Any]], settings: Sequence[Scenario]) -> None:
+    """The rows' tables, what has to be known first, and the answers in sentences."""
+    from fedtap.simulator.report.columns import table
+    from fedtap.simulator.report.page import Page, failures
 
-    for line in adapter.said(rows, settings):
-        console.print(line, highlight=False, markup=False, emoji=False) if isinstance(line, str) else console.print(
-            line
-        )
+    first = settings[0]
+    page, shown = first.shown_on(Page(first.name, first.question, "", {}, {}), rows)
+    console.print(table(shown, page.columns, page.notes))
+    for other in page.beside:
+        console.print(other)
+    for sentence in (*(f"⚠ {said}" for said in (*failures(shown), *page.alarms)), *page.answers):
+        console.print(sentence, highlight=False, markup=False, emoji=False)
 
 
 def _files(what: str, out: Path) -> None:

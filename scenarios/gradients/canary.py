@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from fedtap.scenarios.attack_options import Attacked
 from fedtap.scenarios.gradients.images import ImageScenario
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fedtap.simulator.data.images import Dataset
     from fedtap.simulator.defences.accountant import Gaussian
     from fedtap.simulator.leaks import Leak, Protocol
+    from fedtap.simulator.report.columns import Group
+    from fedtap.simulator.report.page import Page
 
 SHAPE = (1, 16, 16)
 """Of the canaries' image, which is white: a gradient's norm is 16 √(1 - 1/K)."""
@@ -233,10 +235,11 @@ class Canary(Attacked):
                     "its clip and its noise."
                 )
 
-    @property
-    def columns(self) -> Sequence[Any]:
-        """The measured success beside every bound."""
-        return ()
+    def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:
+        """With the measured success beside every bound."""
+        from fedtap.simulator.report.images import page_of
+
+        return page_of(page, rows)
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The attacker of the bound."""

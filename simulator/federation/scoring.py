@@ -13,7 +13,7 @@ from fedtap.simulator.attack import Attack, reply_parts
 from fedtap.simulator.federation.guarantees import promised
 from fedtap.simulator.federation.settings import SECURE, THREATS, Federation, ImageObserved
 from fedtap.simulator.leaks import Leak, float_buffers
-from fedtap.simulator.report.page import Picture
+from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Row, Scored, Trial
 
 PICTURES = 8

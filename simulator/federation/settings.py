@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fedtap.simulator.federation.private_data import PrivateData
     from fedtap.simulator.federation.rounds import Heard
     from fedtap.simulator.leaks import Leak, Protocol
+    from fedtap.simulator.report.columns import Group
+    from fedtap.simulator.report.page import Page
 
 Half = Literal["all", "low", "high"]
 """Which classes: all, or a half of them."""
@@ -350,10 +352,11 @@ class Federation(Scenario):
         share = success_of(rows)
         return [row | share for row in rows]
 
-    @property
-    def columns(self) -> Sequence[Any]:
-        """The scores of images."""
-        return ()
+    def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:
+        """With answers, alarms, curves, and the price of privacy where it is asked for."""
+        from fedtap.simulator.report.images import page_of
+
+        return page_of(page, rows)
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The threat model, and what every client of the federation does."""

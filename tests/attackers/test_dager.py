@@ -226,7 +226,7 @@ def test_the_scenario_reads_the_texts_through_flowers_fedavg(news: Path, tmp_pat
     study = small()
     rows = played(study, news, tmp_path / "out")
     assert [row["exact_tokens"] for row in rows] == [1.0] * 3
-    assert all(row["stranger"] < 0.7 and row["blind"] < 0.7 for row in rows)  # type: ignore[operator]
+    assert all(row["negative_control"] < 0.7 and row["blind"] < 0.7 for row in rows)  # type: ignore[operator]
     page = (tmp_path / "out/report.html").read_text()
     assert "<b>epsilon" not in page
     leak = load(tmp_path / "out/leaks/part_0.safetensors", build)

@@ -32,9 +32,10 @@ from fedtap.simulator.federation.guarantees import promised, success_of
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
 from fedtap.simulator.leaks import mean
-from fedtap.simulator.report import privacy_report
-from fedtap.simulator.report.curves import apart
-from fedtap.simulator.report.page import summarise
+from fedtap.simulator.report.charts import apart
+from fedtap.simulator.report.columns import summary, table
+from fedtap.simulator.report.defences import price
+from fedtap.simulator.report.images import columns
 from fedtap.simulator.run import run as run_parts
 from fedtap.simulator.scores import limits
 from fedtap.simulator.wire.grid import LocalGrid
@@ -294,22 +295,24 @@ def test_defences_act_in_training_rounds_too() -> None:
 
 def test_the_table_holds_every_attack_and_every_game(left: Path) -> None:
     console = Console(width=80, record=True)
-    console.print(privacy_report.table(rows(left)))
+    console.print(table(rows(left), columns(rows(left))))
     shown = console.export_text()
     assert shown.count("linear") == 2
     assert "∞" in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
-    assert privacy_report.section([{"attack": "dlg"}]) == ""
+    assert price([{"attack": "dlg"}]) == {}
 
 
 def test_defences_of_the_same_epsilon_are_told_apart(left: Path) -> None:
     unprotected = [row for row in rows(left) if row["epsilon"] is None]
     pruned = [row | {"defence": "prune(0.9)"} for row in unprotected]
-    assert [entry.victims for entry in summarise([*unprotected, *pruned])] == [2, 2]
+    both = [*unprotected, *pruned]
+    groups, shown = summary(both, columns(both))
+    assert [len(group) for group in groups] == [2, 2]
+    assert "prune(0.9)" in [column.cell(groups[1]) for column in shown]
     console = Console(width=100, record=True)
-    console.print(privacy_report.table([*unprotected, *pruned]))
+    console.print(table(both, columns(both)))
     assert "prune(0.9)" in console.export_text()
-    assert "prune(0.9)" in privacy_report.section([*unprotected, *pruned])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=18).map(sorted))

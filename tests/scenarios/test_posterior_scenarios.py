@@ -89,7 +89,7 @@ def test_moments_to_2p_are_told_and_no_more(tmp_path: Path, monkeypatch: pytest.
         kind, order = str(row["statistic"]).split("_")[0], str(row["statistic"]).split("_")[1:]
         told = kind == "sum" or int(order[0]) <= row["degree"] * (1 if len(order) > 1 else 2)
         assert row["told"] == told
-        assert (row["twins_differ"] < 1e-6) == told, row
+        assert (row["seconds_differ"] < 1e-6) == told, row
         if told:
             assert row["error"] < 0.08
 

@@ -18,7 +18,7 @@ from fedtap.clients.app import client_app
 from fedtap.simulator.attack import Attack, PseudoData
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import KINDS, Leak, PosteriorLeak, Protocol, load
-from fedtap.simulator.report.study_report import said, summary
+from fedtap.simulator.report.columns import Column, said, summary
 from fedtap.simulator.study import Outcome, Study, ask, run_studies
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.records import tensors_of
@@ -34,8 +34,11 @@ def network(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Ask(Study):
-    columns: ClassVar[tuple[str, ...]] = ("client", "mean", "nothing")
-    legend: ClassVar[str] = "mean: of all that a client drew"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("mean", "of all that a client drew"),
+        Column("nothing"),
+    )
     threat: ClassVar[str] = "A curious server."
     nodes: int = 3
     broken: bool = False
@@ -107,20 +110,23 @@ def test_a_federation_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_that_repeat_each_other_are_summed_up_by_setting_and_word() -> None:
-    study = Ask(name="ask", swept=(("nodes", "3"),))
     rows = [
         {"nodes": nodes, "client": client, "mean": float(client), "nothing": None}
         for nodes in (3, 5)
         for client in range(5)
     ]
-    assert summary(study, rows) == [
-        {"nodes": 3, "rows": 5, "mean": 2.0},
-        {"nodes": 5, "rows": 5, "mean": 2.0},
+
+    def summed(rows: list[dict[str, object]]) -> list[dict[str, str]]:
+        groups, columns = summary(rows, Ask.columns)
+        return [{column.name: column.cell(group) for column in columns} for group in groups]
+
+    assert summed(rows) == [
+        {"nodes": "3", "rows": "5", "mean": "2", "nothing": "–"},
+        {"nodes": "5", "rows": "5", "mean": "2", "nothing": "–"},
     ]
-    assert summary(study, rows[:5]) == []
-    assert summary(study, [row | {"nodes": number} for number, row in enumerate(rows)]) == []
-    named = [row | {"mean": row["client"] > 0} for row in rows]
-    assert [row["mean"] for row in summary(study, named)] == ["80%", "80%"]
+    assert summed(rows[:5]) == []
+    assert summed([row | {"nodes": number} for number, row in enumerate(rows)]) == []
+    assert Column("mean", over="share").cell([row | {"mean": row["client"] > 0} for row in rows]) == "80%"
     assert [said(value) for value in (1.5e-9, 0.0, 12345.678, 2.0, True, None, 7)] == (
         ["1.5e-09", "0", "1.2e+04", "2", "yes", "–", "7"]
     )

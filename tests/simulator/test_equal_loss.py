@@ -17,8 +17,7 @@ from fedtap.scenarios.gradients.defences import Defences
 from fedtap.simulator.defences.notation import described, strengths
 from fedtap.simulator.federation.equal_loss import compared, nearest, strengths_of, undefended
 from fedtap.simulator.options import options_of
-from fedtap.simulator.report import defence_report
-from fedtap.simulator.report.page import summarise
+from fedtap.simulator.report import defences, images
 from tests.scenarios.test_cli import run
 
 SMALL = {"model": "mlp", "size": "16", "attack": "linear,grey", "victims": "1", "clients": "1"}
@@ -127,20 +126,21 @@ def test_rows_tell_an_epsilon_where_one_is_known(left: Path) -> None:
 
 def test_the_report_has_a_line_for_each_defence_and_marks_what_needs_the_truth(left: Path) -> None:
     found = rows(left)
-    entries = defence_report.entries(found)
-    assert len(entries) == 3
-    for entry in entries:
-        assert entry.psnr[defence_report.UPPER] >= entry.psnr[defence_report.PLAIN]
+    groups, _ = defences.compared(found)
+    assert len(groups) == 3
+    for group in groups:
+        psnr = {who: middle for who, (middle, _) in defences.attackers(group).items()}
+        assert psnr[defences.UPPER] >= psnr[defences.PLAIN]
     console = Console(width=80, record=True)
-    console.print(defence_report.table(found))
+    console.print(defences.table(found))
     shown = console.export_text()
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "needs the" in shown
     page = (left / "report.html").read_text()
     assert "What each defence leaves, and what it costs" in page
     assert "privacy against accuracy" in page
-    assert {tuple(entry.knobs) for entry in summarise(found)} == {("defence",)}
-    assert defence_report.section([row for row in found if row["defence"] == "none"]) == ""
+    assert [column.name for column in images.chosen([row for row in found if "attack" in row])] == ["defence"]
+    assert defences.section([row for row in found if row["defence"] == "none"]) == {}
 
 
 @pytest.mark.parametrize(
