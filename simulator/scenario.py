@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, options_of
@@ -76,6 +76,7 @@ class Observed:
         )
 
 
+@runtime_checkable
 class Observations(Protocol):
     """What was observed in each of a run's settings, by its number."""
 
