@@ -91,7 +91,7 @@ class SplitLearning(Attacked):
         from fedtap.simulator.leaks import stack
         from fedtap.simulator.wire.messages import ask, check_nodes, read
 
-        check_nodes(session.grid, self.name, self.nodes)
+        check_nodes(session.grid, self.nodes, self.name)
         half, shape = self.half(session.data_root), self.shape(session.data_root)
         weights = {name: weight.detach() for name, weight in half.named_parameters()}
         failed: dict[int, str] = {}

@@ -120,7 +120,7 @@ class TextGradients(Attacked):
         from fedtap.scenarios.texts.federation import corpus_of, play
         from fedtap.simulator.wire.messages import check_nodes
 
-        check_nodes(session.grid, self.name, self.nodes)
+        check_nodes(session.grid, self.nodes, self.name)
         leak, failed = play(self, session.grid, session.number, corpus_of(self, session.data_root))
         missing = {(client, 1): why for client, why in sorted(failed.items())}
         return Observed(leak, missing, keep=len(leak.packed()) <= KEPT)

@@ -134,7 +134,10 @@ class Folder:
 
     def keep(self, unit: str, guess: Reconstructed) -> None:
         """Save a guess, so that a resumed run can show it."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in guess.tensors().items()}
+        # a copy of each: an attack may bring back one tensor under two names, which safetensors refuses
+        tensors = {
+            name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in guess.tensors().items()
+        }
         self.write(f"guesses/{unit}.safetensors", save(tensors))
 
     def kept(self, unit: str, attack: Attack[Any], leak: Leak) -> Reconstructed | None:

@@ -27,14 +27,14 @@ class Exchange:
     answer: RecordDict
 
 
-def check_nodes(grid: Grid, name: str, needed: int) -> None:
-    """Refuse a federation of another size than the scenario of this name needs.
+def check_nodes(grid: Grid, nodes: int, name: str) -> None:
+    """Refuse a federation that has more or fewer nodes than this scenario needs.
 
     Raises:
-        FedtapError: with both sizes.
+        FedtapError: with both numbers.
     """
-    if (nodes := len(list(grid.get_node_ids()))) != needed:
-        raise FedtapError(f"The federation has {nodes} nodes, and {name} needs {needed}: start as many SuperNodes.")
+    if (many := len(list(grid.get_node_ids()))) != nodes:
+        raise FedtapError(f"The federation has {many} nodes, and {name} needs {nodes}: start as many SuperNodes.")
 
 
 def ask(

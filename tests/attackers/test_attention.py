@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,20 +16,28 @@ from torch.nn import functional as F
 from fedtap.attackers.activations.attention_descent import AttentionDescent
 from fedtap.attackers.activations.attention_newton import AttentionNewton
 from fedtap.attackers.activations.block import Dense, Products, block_of, nearest_embeddings
-from fedtap.clients.app import client_app
 from fedtap.scenarios.activations import attention, attention_vit
 from fedtap.scenarios.activations.attention_report import found, order, reached
-from fedtap.scenarios.command.plan import plan
-from fedtap.simulator.attack import Inputs
+from fedtap.scenarios.activations.split import SplitLearning
+from fedtap.simulator.attack import Attack, Inputs
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import AttentionLeak, Leak, Protocol
-from fedtap.simulator.models.attention import AROUND, Attention, Patches, Words, first_attention, joined, patches_of
+from fedtap.simulator.models.attention import (
+    AROUND,
+    HALVES,
+    Attention,
+    Patches,
+    Words,
+    first_attention,
+    joined,
+    patches_of,
+)
 from fedtap.simulator.models.registry import ViT, build
+from fedtap.simulator.options import options_of
+from fedtap.simulator.scenario import Observed, Row
 from fedtap.simulator.scores import mse, psnr, relative_error
-from fedtap.simulator.study import run_studies
-from fedtap.simulator.wire.grid import LocalGrid
-
-CPU = torch.device("cpu")
+from tests.support.playing import no_attack_runs, planned, reconstructions
+from tests.support.playing import played as run_settings
 
 
 def block_with(d: int, heads: int, seed: int = 0, columns: int = 0, **around: object) -> Attention:
@@ -225,6 +232,9 @@ def test_a_strangers_output_gives_a_stranger_and_a_run_repeats_itself(
     x = tokens(6, 6, 6)
     leak = leak_of(block_with(6, 4), x)
     one, two = attack(leak, seed=3), attack(leak, seed=3)
+    start = near(x, 0.1)
+    attack(leak, start=start)
+    assert torch.equal(start, near(x, 0.1))
     assert torch.equal(one.values, two.values)
     others = leak[torch.arange(6).roll(1)]
     theirs = attack(others, start=near(x, 0.1))
@@ -304,20 +314,12 @@ def test_a_photograph_comes_back_from_grey(tmp_path: Path) -> None:
     assert bool((psnr(mse(found.roll(1, dims=0), images)) < 15).all())
 
 
-def played(tmp_path: Path, name: str, **knobs: object) -> list[dict[str, object]]:
-    parts = plan(name, knobs)
-    run_studies(
-        parts,  # type: ignore[arg-type]
-        lambda part: LocalGrid(client_app(lambda config: parts), part.clients),
-        tmp_path / "out",
-        device=CPU,
-        data_root=tmp_path,
-    )
-    return [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+def played(tmp_path: Path, name: str, **options: object) -> list[Row]:
+    return planned(name, options, tmp_path / "out", tmp_path)
 
 
-def test_the_scenario_hears_clients_and_says_how_often_and_how_fast(tmp_path: Path) -> None:
-    rows = played(tmp_path, "attention", n=3, d=3, victims=2, heads="4", start_off="0.05,0.1", vocabulary=20)
+def test_the_scenario_says_how_often_and_how_fast(tmp_path: Path) -> None:
+    rows = played(tmp_path, "attention", n=3, d=3, victims=2, start_near_truth="0.05,0.1", vocabulary=20)
     wanted = {"relative_error", "iterations", "converged", "residual", "condition", "tokens_right", "blind", "heads"}
     assert all(wanted <= row.keys() for row in rows)
     assert [(row["heads"], row["start_error"]) for row in rows] == [(4, 0.05)] * 2 + [(4, 0.1)] * 2
@@ -328,11 +330,91 @@ def test_the_scenario_hears_clients_and_says_how_often_and_how_fast(tmp_path: Pa
         assert heading in page
 
 
-def test_noise_on_the_output_comes_back_as_error_and_differs_between_clients(tmp_path: Path) -> None:
-    rows = played(tmp_path, "attention", n=4, d=4, victims=4, noise=1e-3)
-    errors = [float(str(row["relative_error"])) for row in rows]
+@pytest.mark.parametrize("attack", ["attention_newton", "attention_descent(steps=30)"])
+def test_the_errors_path_begins_at_the_start(tmp_path: Path, attack: str) -> None:
+    for row in played(tmp_path, "attention", n=3, d=3, victims=2, start_near_truth=0.1, attack=attack):
+        steps, errors = zip(*row["path"], strict=True)
+        assert errors[0] == pytest.approx(0.1)
+        assert errors[-1] == row["relative_error"]
+        assert list(steps) == sorted(set(steps))
+
+
+def test_noise_comes_back_as_error_and_differs_by_client(tmp_path: Path) -> None:
+    errors = [row["relative_error"] for row in played(tmp_path, "attention", n=4, d=4, victims=4, noise=1e-3)]
     assert all(1e-5 < error < 1e-1 for error in errors)
     assert len(set(errors)) == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Attack[Inputs]):
+    """Brings back its start, without a regulariser."""
+
+    leaks = (AttentionLeak,)
+    guesses = Inputs
+
+    def reconstruct(self, leak: Leak, start: Tensor) -> Inputs:
+        steps = torch.zeros(len(leak), dtype=torch.long)
+        return Inputs(start, steps.double(), steps, steps.bool())
+
+
+def test_gamma_of_the_scenario_is_that_of_its_attacks() -> None:
+    setting = attention.Attention(gamma=0.01)
+    assert setting.attacks == attention.Attention(attack="attention_newton(gamma=0.01)").attacks
+    row = setting.settled(setting.attacks[0], "", Observed(None))
+    assert (row["gamma"], row["attack"]) == (0.01, "attention_newton")  # as it is written on the command line
+    with pytest.raises(FedtapError, match="has no regulariser that --gamma could weigh"):
+        attention.Attention(gamma=0.01, attack=f"{__name__}:Plain")
+
+
+def test_an_attack_of_a_users_own_is_scored_as_any(tmp_path: Path) -> None:
+    rows = played(tmp_path, "attention", n=3, d=3, victims=2, start_near_truth=0.5, attack=f"{__name__}:Plain")
+    assert [row["relative_error"] for row in rows] == pytest.approx([0.5] * 2)
+    assert [(row["gamma"], row["path"]) for row in rows] == [(None, [])] * 2
+
+
+PLAYED: dict[str, dict[str, object]] = {
+    "attention": {"n": 3, "d": 3, "victims": 3, "attack": "attention_newton,attention_descent(steps=20)"},
+    "attention_vit": {"size": 8, "victims": 3, "attack": "attention_newton(steps=2),attention_descent(steps=2)"},
+}
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_a_resumed_run_makes_only_the_attack_that_is_missing(name: str, tmp_path: Path) -> None:
+    before = played(tmp_path, name, **PLAYED[name])
+    pictures = (tmp_path / "out/report.html").read_text().count("<img")
+    (lost,) = (tmp_path / "out/guesses").glob("part_0-1-*")
+    lost.unlink()
+    with no_attack_runs(AttentionNewton):
+        again = planned(name, PLAYED[name], tmp_path / "out", tmp_path, resume=True)
+    assert again[:3] == before[:3]
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
+    assert lost.is_file()
+    assert (tmp_path / "out/report.html").read_text().count("<img") == pictures
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_no_attack_on_a_block_is_helped_by_the_truth(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scorer is given another client's truth: the scores change, and not one bit of what came back."""
+    options = PLAYED[name] | ({"start_near_truth": 0} if name == "attention" else {})
+    honest = played(tmp_path / "honest", name, **options)
+    truth = SplitLearning.truth
+    monkeypatch.setattr(SplitLearning, "truth", lambda *given: truth(*given).roll(1, dims=0))
+    deceived = played(tmp_path / "deceived", name, **options)
+    one, other = (reconstructions(tmp_path / which / "out") for which in ("honest", "deceived"))
+    assert one.keys() == other.keys()
+    assert len(one) == 2
+    for file, tensors in one.items():
+        assert all(torch.equal(tensor, other[file][key]) for key, tensor in tensors.items())
+    assert all(row["relative_error"] != lied["relative_error"] for row, lied in zip(honest, deceived, strict=True))
+    assert [row["objective"] for row in honest] == [row["objective"] for row in deceived]
+
+
+def test_choices_are_those_that_the_models_know() -> None:
+    assert options_of(attention.Attention)["around"].choices == tuple(AROUND)
+    cuts = {f"vit(cut={cut!r})" for cut in options_of(attention_vit.AttentionViT)["cut"].choices}
+    assert cuts == set(HALVES)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 16), (24, 40), (4, 8)])
@@ -344,27 +426,35 @@ def test_a_vit_cuts_an_image_into_eight_patches_a_side(size: tuple[int, int]) ->
 
 def test_the_vit_scenario_leaves_a_strip_of_pictures(tmp_path: Path) -> None:
     rows = played(tmp_path, "attention_vit", victims=2, size=8, attack="attention_newton(steps=6)")
-    assert all(float(str(row["psnr"])) > float(str(row["psnr_blind"])) + 20 for row in rows)
+    assert all(row["psnr"] > row["psnr_blind"] + 20 for row in rows)
+    assert all(row["psnr_negative_control"] < row["psnr"] - 20 for row in rows)
     assert (tmp_path / "out/strip.png").stat().st_size > 1000
 
 
-def test_an_output_of_another_shape_and_other_nonsense_is_refused(tmp_path: Path) -> None:
-    study = dataclasses.replace(attention.scenario(n=4, d=4, victims=2), name="attention")
+def test_the_inputs_shape_is_told_without_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = attention_vit.AttentionViT(size=16)
+    shape = tuple(setting.private(0, Path("data")).shape)
+    monkeypatch.setattr(attention_vit.AttentionViT, "private", lambda *_: pytest.fail("it is private"))
+    assert setting.shape(Path("data")) == shape
 
-    @dataclasses.dataclass(frozen=True)
-    class Odd(attention.AttentionStudy):
-        sent: str = "wide"
 
-        def answer(self, order: Message, client: int, data_root: Path) -> Message:
-            output = torch.zeros(4, 17 if self.sent == "wide" else 16, dtype=torch.float64)
-            output = output + (torch.nan if self.sent == "nan" else 0)
-            records = {"attention": ArrayRecord({"output": output})} if self.sent != "nothing" else {}
-            return Message(RecordDict(records | {"metrics": MetricRecord({"partition": client})}), reply_to=order)
+@dataclasses.dataclass(frozen=True)
+class Odd(attention.Attention):
+    sent: str = "wide"
 
-    for sent, said in (("wide", "shape"), ("nan", "NaN"), ("nothing", "missing output")):
-        odd = Odd(**{field.name: getattr(study, field.name) for field in dataclasses.fields(study)}, sent=sent)
-        with pytest.raises(FedtapError, match=said):
-            odd.play(LocalGrid(client_app(lambda config, odd=odd: (odd,)), 2), 0, CPU, tmp_path)  # type: ignore[misc]
+    def reply(self, message: Message, context: Context, data_root: Path) -> Message:
+        output = torch.zeros(4, 17 if self.sent == "wide" else 16, dtype=torch.float64)
+        output = output + (torch.nan if self.sent == "nan" else 0)
+        records = {"attention": ArrayRecord({"output": output})} if self.sent != "nothing" else {}
+        metrics = MetricRecord({"partition": int(context.node_config["partition-id"])})
+        return Message(RecordDict(records | {"metrics": metrics}), reply_to=message)
+
+
+@pytest.mark.parametrize(("sent", "said"), [("wide", "shape"), ("nan", "NaN"), ("nothing", "missing output")])
+def test_an_output_of_another_shape_and_other_nonsense_is_refused(sent: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(FedtapError, match=said):
+        run_settings([Odd(n=4, d=4, victims=2, name="attention", sent=sent)], tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_start_that_is_no_number_or_of_another_shape_is_refused() -> None:
@@ -396,9 +486,11 @@ def test_blocks_that_are_not_ours_and_attacks_on_other_leaks_are_refused() -> No
     with pytest.raises(FedtapError, match=r"no block of fedtap\.simulator\.models\.attention"):
         AttentionNewton()(foreign)
     with pytest.raises(FedtapError, match="looks for no attention block's input"):
-        attention.scenario(attack="idlg")
+        attention.Attention(attack="idlg")
+    with pytest.raises(FedtapError, match="looks for no attention block's input"):
+        attention_vit.AttentionViT(attack="attention_newton,linear")
     with pytest.raises(FedtapError, match="one word"):
-        attention.scenario(vocabulary=1)
+        attention.Attention(vocabulary=1)
     with pytest.raises(FedtapError, match="lower --victims"):
-        attention_vit.scenario(victims=999).dataset_at(Path("data"))
+        attention_vit.AttentionViT(victims=999).dataset_at(Path("data"))
     assert AttentionNewton.reconstructs is Inputs

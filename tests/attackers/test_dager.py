@@ -16,15 +16,16 @@ from torch import Tensor
 from fedtap.attackers import parse
 from fedtap.attackers.texts import dager
 from fedtap.attackers.texts.dager import DAGER, Read, Span, distances, fed_once, filled
-from fedtap.clients.app import client_app
-from fedtap.scenarios.texts.text_gradients import TextGradients, scenario
+from fedtap.scenarios.texts import text_gradients
+from fedtap.scenarios.texts.text_gradients import TextGradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
+from fedtap.simulator.models.language import NAMES as MODELS
 from fedtap.simulator.models.language import LanguageModel, build_language
 from fedtap.simulator.models.registry import build
+from fedtap.simulator.options import options_of
 from fedtap.simulator.scores import score_texts
-from fedtap.simulator.study import run_studies
-from fedtap.simulator.wire.grid import LocalGrid
+from tests.support.playing import no_attack_runs, played, reconstructions
 
 PIECES, TOKENS, WIDTH = 60, 5, 48
 NAMES = {"gpt": f"gpt(width={WIDTH}, heads=4)", "bert": f"bert(vocabulary={PIECES}, width={WIDTH}, heads=4)"}
@@ -210,23 +211,15 @@ def news(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def played(study: TextGradients, root: Path, out: Path) -> list[dict[str, object]]:
-    def grid(part: object) -> LocalGrid:
-        return LocalGrid(client_app(lambda config: (study,)), study.clients, {"data-root": str(root)})
-
-    return run_studies([study], grid, out, device=torch.device("cpu"), data_root=root)
-
-
-def small(**knobs: object) -> TextGradients:
-    settings = {"dataset": "news", "batch": 2, "tokens": 6, "width": 48, "victims": 3} | knobs
-    return dataclasses.replace(scenario(**settings), name="text_gradients")  # type: ignore[arg-type]
+def small(**options: object) -> TextGradients:
+    settings = {"dataset": "news", "batch": 2, "tokens": 6, "width": 48, "victims": 3} | options
+    return TextGradients(**settings, name="text_gradients")  # type: ignore[arg-type]
 
 
 def test_the_scenario_reads_the_texts_through_flowers_fedavg(news: Path, tmp_path: Path) -> None:
-    study = small()
-    rows = played(study, news, tmp_path / "out")
+    rows = played([small()], tmp_path / "out", news)
     assert [row["exact_tokens"] for row in rows] == [1.0] * 3
-    assert all(row["negative_control"] < 0.7 and row["blind"] < 0.7 for row in rows)  # type: ignore[operator]
+    assert all(row["negative_control"] < 0.7 and row["blind"] < 0.7 for row in rows)
     page = (tmp_path / "out/report.html").read_text()
     assert "<b>epsilon" not in page
     leak = load(tmp_path / "out/leaks/part_0.safetensors", build)
@@ -240,20 +233,54 @@ def test_the_scenario_reads_the_texts_through_flowers_fedavg(news: Path, tmp_pat
 
 
 def test_a_batch_that_fills_the_span_is_a_row_with_its_reason(news: Path, tmp_path: Path) -> None:
-    rows = played(small(batch=8), news, tmp_path / "out")
+    setting = small(batch=8)
+    rows = played([setting], tmp_path / "out", news)
     assert [row.get("exact_tokens") for row in rows] == [None] * 3
     assert all("every token seems to be in it" in str(row["error"]) for row in rows)
+    assert {(row["model"], row["batch"], row["defence"]) for row in rows} == {("gpt", 8, "none")}
+    assert played([setting], tmp_path / "out", news, resume=True) == rows
+
+
+def test_a_resumed_run_reads_no_texts_again_and_shows_them(news: Path, tmp_path: Path) -> None:
+    settings = [small(), small(batch=1, swept=(("batch", "1"),))]
+    rows = played(settings, tmp_path / "out", news)
+    with no_attack_runs(DAGER):
+        assert played(settings, tmp_path / "out", news, resume=True) == rows
+    page = (tmp_path / "out/report.html").read_text()
+    assert "What was written, and what was read<" in page
+    assert "What was written, and what was read (batch 1)<" in page
+
+
+def test_no_reading_is_helped_by_the_truth(news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scorer is given another client's texts: the scores change, and not one bit of what was read."""
+    honest = played([small()], tmp_path / "honest", news)
+    truth = TextGradients.truth
+    monkeypatch.setattr(TextGradients, "truth", lambda *given: [*truth(*given)[1:], *truth(*given)[:1]])
+    deceived = played([small()], tmp_path / "deceived", news)
+    ((file, one),) = reconstructions(tmp_path / "honest").items()
+    other = reconstructions(tmp_path / "deceived")[file]
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert [row["exact_tokens"] for row in honest] == [1.0] * 3
+    assert all(row["exact_tokens"] < 0.7 for row in deceived)
+    assert [row["objective"] for row in honest] == [row["objective"] for row in deceived]
+
+
+def test_a_large_leak_is_not_kept(news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_gradients, "KEPT", 1000)
+    assert len(played([small(victims=1)], tmp_path / "out", news)) == 1
+    assert not (tmp_path / "out/leaks").exists()
 
 
 def test_defended_clients_send_what_they_say(news: Path, tmp_path: Path) -> None:
-    loud = played(small(defence="noise(1.0)"), news, tmp_path / "loud")
-    assert np.mean([row["exact_tokens"] for row in loud]) < 0.7  # type: ignore[arg-type]
-    clipped = played(small(defence="clip(0.01)"), news, tmp_path / "clipped")
-    assert np.mean([row["exact_tokens"] for row in clipped]) > 0.9  # type: ignore[arg-type]
+    loud = played([small(defence="noise(1.0)")], tmp_path / "loud", news)
+    assert np.mean([row["exact_tokens"] for row in loud]) < 0.7
+    clipped = played([small(defence="clip(0.01)")], tmp_path / "clipped", news)
+    assert np.mean([row["exact_tokens"] for row in clipped]) > 0.9
 
 
 @pytest.mark.parametrize(
-    ("knobs", "why"),
+    ("options", "why"),
     [
         ({"attack": "dlg"}, "brings back tokens"),
         ({"attack": "dager,dager(rounds=2)"}, "asks for one attack"),
@@ -263,16 +290,20 @@ def test_defended_clients_send_what_they_say(news: Path, tmp_path: Path) -> None
         ({"model": "minilm"}, "MiniLM is 384 wide"),
     ],
 )
-def test_knobs_that_do_not_fit_are_refused(knobs: dict[str, object], why: str) -> None:
+def test_options_that_do_not_fit_are_refused(options: dict[str, object], why: str) -> None:
     with pytest.raises(FedtapError, match=why):
-        small(**knobs)
+        small(**options)
+
+
+def test_choices_are_the_models_that_there_are() -> None:
+    assert options_of(TextGradients)["model"].choices == MODELS
 
 
 def test_more_victims_than_texts_are_refused(news: Path, tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match="has 40 of 6 tokens or more"):
-        played(small(victims=21), news, tmp_path / "out")
+        played([small(victims=21)], tmp_path / "out", news)
     with pytest.raises(FedtapError, match="lower --tokens"):
-        played(small(tokens=60, batch=1, victims=1), news, tmp_path / "out")
+        played([small(tokens=60, batch=1, victims=1)], tmp_path / "out", news)
 
 
 def test_minilm_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

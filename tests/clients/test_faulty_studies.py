@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtap.clients.app import client_app
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.report.folder import Row
-from fedtap.simulator.study import Study, run_studies
-from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.scenario import Row, Scenario
+from fedtap.simulator.wire.roll import ASKED
 from tests.attackers.test_dager import news  # noqa: F401 - a fixture
 from tests.support.faulty_clients import FAULTS, Reply
+from tests.support.playing import played
 
 STUDIES: dict[str, dict[str, str]] = {
     "attention": {"n": "3", "d": "4", "heads": "2", "victims": "3", "attack": "attention_newton(steps=3)"},
@@ -31,22 +30,23 @@ SOME = (
 )  # fmt: skip
 
 
-def rows_of(name: str, knobs: dict[str, str], fault: str, root: Path) -> list[Row]:
-    parts: Any = plan(name, knobs)
-    sound = client_app(lambda config: parts)
-    app = ClientApp()
+class Faulty(ClientApp):
+    """Clients of these settings, of which client 1 spoils its replies."""
 
-    @app.train()
-    @app.train("posterior")
-    @app.query("attention")
-    def answer(order: Message, context: Context) -> Message:
-        reply = sound(order, context)
-        return FAULTS[fault](Reply(order, reply)) if context.node_config["partition-id"] == 1 else reply  # type: ignore[no-any-return]
+    def __init__(self, settings: Sequence[Scenario], fault: str) -> None:
+        super().__init__()
+        self._sound, self._fault = client_app(lambda config: settings), FAULTS[fault]
 
-    def grid(study: Study) -> LocalGrid:
-        return LocalGrid(app, study.clients, {"data-root": str(root)})
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = self._sound(message, context)
+        if message.metadata.message_type == ASKED or context.node_config["partition-id"] != 1:
+            return reply
+        return self._fault(Reply(message, reply))  # type: ignore[no-any-return]
 
-    return run_studies(parts, grid, root / "out", device=torch.device("cpu"), data_root=root)
+
+def rows_of(name: str, options: dict[str, str], fault: str, root: Path) -> list[Row]:
+    settings = plan(name, options)
+    return played(settings, root / "out", root, Faulty(settings, fault))
 
 
 @pytest.mark.parametrize(("number", "fault"), enumerate(SOME))

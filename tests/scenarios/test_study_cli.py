@@ -18,7 +18,7 @@ from fedtap.scenarios.deploy import check_nodes
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import PosteriorLeak, Protocol
 from fedtap.simulator.models.likelihoods import likelihood
-from fedtap.simulator.study import client_failed
+from fedtap.simulator.wire.messages import client_failed
 
 
 def fedtap(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -44,7 +44,7 @@ def fedtap(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
         ("attention --n 256 --d 256 --heads 64", "fill gigabytes"),
         ("attention --vocabulary 1000000 --d 256", "fill gigabytes"),
         ("attention --gamma 0.5 --attack attention_newton(gamma=0.1)", "say the same twice"),
-        ("attention --attack attention_newton(restarts=5)", "add --start-off 0"),
+        ("attention --attack attention_newton(restarts=5)", "add --start-near-truth 0"),
         ("fedprox --width 4096 --depth 8", "fill gigabytes"),
         ("fedprox --attack stationary_mmd(surplus=1e9)", "fill gigabytes"),
         ("fedprox --regulariser weight_decay(1e-300)", "lost in the losses' rounding"),
