@@ -1,4 +1,4 @@
-"""Charts of studies of trained models: recovery against width, and scores of vulnerability against recovery."""
+"""Charts about trained models: recovery against width, and scores of vulnerability against recovery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fedtap.simulator.report.curves import GREY, STYLE, element
-from fedtap.simulator.report.folder import Row
+from fedtap.simulator.scenario import Row
 
 ACROSS = 3
 """Charts beside each other."""

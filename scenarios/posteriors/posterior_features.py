@@ -7,50 +7,65 @@ pseudo-data that fit the posterior equally well agree to 8 digits up to 2p, and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from fedtap.scenarios.posteriors.regression import RegressionPosterior
+from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.scenario import Row, Scored, Trial
 
-from fedtap.scenarios.command.options import Knob
-from fedtap.scenarios.posteriors.regression import MOST, Regression, Sums
-from fedtap.simulator.attack import PseudoData
-from fedtap.simulator.models.likelihoods import Likelihood
-from fedtap.simulator.report import pseudo_charts
-from fedtap.simulator.report.folder import Row
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from fedtap.scenarios.posteriors.scoring import Sums
+    from fedtap.simulator.models.likelihoods import Likelihood
 
 BEYOND = 2
 """Orders beyond 2p that are looked at."""
 
+COLUMNS = {
+    "degree": "p of the regression",
+    "statistic": "moment_k: mean of x^k; moment_k_y: of x^k y",
+    "told": "whether theory says that the posterior tells it",
+    "value": "of the pseudo-data",
+    "truth": "of the private records",
+    "oracle": "of the exact minimiser",
+    "error": "|value / truth − 1|",
+    "second": "of the pseudo-data from a second initialisation",
+    "seconds_differ": "|value − second| / |truth|",
+}
+"""Column of a table -> what it means."""
+
 
 @dataclass(frozen=True)
-class Moments(Regression):
+class PosteriorFeatures(RegressionPosterior):
     """One client, and the raw moments of its records: x is skewed, so that odd ones are not 0."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "degree", "statistic", "told", "value", "truth", "oracle", "error", "twin", "twins_differ"
-    )  # fmt: skip
-    legend: ClassVar[str] = (
-        "moment_k: mean of x^k; told: whether theory says that the posterior tells it; error: |value / truth − 1|; "
-        "twin: of pseudo-data that began elsewhere; twins differ: |value − twin| / |truth|"
-    )
+    panels: ClassVar[Mapping[str, str]] = {}
 
-    @property
-    def degree(self) -> int:
-        """p."""
-        return int(self.model.removeprefix("polynomial(").removesuffix(")")) if "(" in self.model else 1
+    degree: Annotated[int, Option("p: y is regressed on 1, x, …, x^p", 1, 6, "model")] = sweep(1, 2, 3, 4, 5)
+    samples: int = 100_000
+    iterations: Annotated[
+        int, Option("posterior_mmd's Gauss-Newton steps; 0: as many as it takes", 0, group="attack")
+    ] = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", "linear_regression" if self.degree == 1 else f"polynomial({self.degree})")
+        super().__post_init__()
 
     def made(self) -> Float[Tensor, "records columns"]:
         """x from two normals, between about −1 and 2; y a cubic with noise."""
+        import numpy as np
+        import torch
+
         draw = np.random.default_rng(self.seed)
         x = np.where(draw.random(500) < 0.7, draw.normal(0.0, 0.4, 500), draw.normal(1.2, 0.3, 500))
         return torch.from_numpy(np.stack([x, 1 + x - 0.5 * x**3 + draw.normal(0, 0.5, 500)], axis=1))
 
-    def readings(self, sums: Sums, model: Likelihood) -> dict[str, Float[Tensor, "victims"]]:
+    def statistics(self, sums: Sums, model: Likelihood) -> dict[str, Float[Tensor, "victims"]]:
         """Σw, and the moments that are known, to two orders beyond what is told."""
         total = sums((0, 0))
         assert total is not None
@@ -59,62 +74,50 @@ class Moments(Regression):
         found = {name: sums(powers) for name, powers in orders.items()}
         return {"sum_w": total} | {name: some / total for name, some in found.items() if some is not None}
 
-    def rows_of(
-        self,
-        readings: Mapping[str, Mapping[str, Float[Tensor, "victims"]]],
-        model: Likelihood,
-        guess: PseudoData,
-        twin: PseudoData,
-    ) -> list[Row]:
-        """As for any regression, and whether theory says that it is told."""
-        rows = []
-        for row in super().rows_of(readings, model, guess, twin):
-            differ = abs(row["value"] - row["twin"]) / abs(row["truth"])
-            told = row["statistic"] in readings["oracle"]
-            rows.append({"degree": self.degree} | row | {"told": told, "twins_differ": differ})
-        return rows
+    def told_of(self, statistic: str) -> bool:
+        """Whether theory says that the posterior tells it: Σw, moments of x to 2p and of x times y to p."""
+        _, *order = statistic.split("_")
+        return statistic == "sum_w" or int(order[0]) <= self.degree * (1 if statistic.endswith("y") else 2)
 
-    def _columns_of(self, statistic: str) -> str:
-        return {"sum_w": ""}.get(statistic, "x, y" if statistic.endswith("y") else "x")
+    def column(self, statistic: str) -> str:
+        """Moments are of x, or of x times y."""
+        return "" if statistic == "sum_w" else "x, y" if statistic.endswith("y") else "x"
 
-    def elsewhere(self, start: Float[Tensor, "victims pseudo columns"]) -> Float[Tensor, "victims pseudo columns"]:
+    def elsewhere(self, start: Tensor) -> Tensor:
         """All points below the mean of x, so that odd moments begin far off."""
         below = start.clone()
         below[..., 0] = -below[..., 0].abs()
         return below
 
-    def charts_of(
-        self,
-        steps: Sequence[int],
-        course: Sequence[Mapping[str, Float[Tensor, "victims"]]],
-        readings: Mapping[str, Mapping[str, Float[Tensor, "victims"]]],
-    ) -> dict[str, str]:
-        """None of one degree alone."""
-        return {}
+    def score(self, trial: Trial) -> Scored:
+        """As for any regression, and whether theory says that a moment is told."""
+        scored = super().score(trial)
+        rows = [
+            {"degree": self.degree}
+            | row
+            | {"told": self.told_of(row["statistic"])}
+            | {"seconds_differ": abs(row["value"] - row["second"]) / abs(row["truth"])}
+            for row in scored.rows
+        ]
+        return dataclasses.replace(scored, rows=rows)
+
+    @property
+    def columns(self) -> Sequence[Any]:
+        """Moments, and what they are to be."""
+        return tuple(COLUMNS)
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
-        """Each degree's moments: how far from the truth, and how far two guesses are from each other."""
+        """Each degree's moments: how far from the truth, and how far two reconstructions are from each other."""
+        from fedtap.simulator.report import pseudo_charts
+
+        off, differ = "off the truth", "second initialisation differs"
         panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
         told: dict[str, float] = {}
         for row in rows:
             name = str(row["statistic"])
             if name.startswith("moment") and not name.endswith("y"):
-                panel = panels.setdefault(title := f"degree {row['degree']}", {"off the truth": [], "twins differ": []})
-                panel["off the truth"].append((order := int(name.split("_")[1]), row["error"]))
-                panel["twins differ"].append((order, row["twins_differ"]))
+                panel = panels.setdefault(title := f"degree {row['degree']}", {off: [], differ: []})
+                panel[off].append((order := int(name.split("_")[1]), row["error"]))
+                panel[differ].append((order, row["seconds_differ"]))
                 told[title] = 2 * row["degree"]
         return {"Moments that are told, and those that are not": pseudo_charts.differences(panels, told, "order")}
-
-
-def scenario(
-    *,
-    degree: Annotated[int, Knob("p: y is regressed on 1, x, …, x^p", 1, 6)] = (1, 2, 3, 4, 5),  # type: ignore[assignment]
-    prior: Annotated[str, Knob("of σ: flat, or halfcauchy(SCALE); β is flat")] = "halfcauchy(2.5)",
-    samples: Annotated[int, Knob("draws that the client makes", 2, 10_000_000)] = 100_000,
-    pseudo: Annotated[int, Knob("pseudo-points", 2, MOST)] = 200,
-    iterations: Annotated[int, Knob("of Gauss-Newton; 0: as many as it takes", 0)] = 0,
-    seed: Annotated[int, Knob("seed of all that is drawn", 0, 2**31)] = 0,
-) -> Moments:
-    """One Bayesian client, regressions of rising degree on the same records."""
-    model = "linear_regression" if degree == 1 else f"polynomial({degree})"
-    return Moments(model=model, prior=prior, samples=samples, pseudo=pseudo, iterations=iterations, seed=seed)

@@ -27,6 +27,16 @@ class Exchange:
     answer: RecordDict
 
 
+def check_nodes(grid: Grid, nodes: int, name: str) -> None:
+    """Refuse a federation that has more or fewer nodes than this scenario needs.
+
+    Raises:
+        FedtapError: with both numbers.
+    """
+    if (many := len(list(grid.get_node_ids()))) != nodes:
+        raise FedtapError(f"The federation has {many} nodes, and {name} needs {nodes}: start as many SuperNodes.")
+
+
 def ask(
     grid: Grid,
     kind: str,
