@@ -32,14 +32,14 @@ class Attacked(Scenario):
 
     @cached_property
     def attacks(self) -> tuple[Attack[Any], ...]:
-        """The attacks to run.
+        """The attacks to run; none where none is named.
 
         Raises:
             FedtapError: there is no such attack, or it takes other settings.
         """
         from fedtap.attackers import parse
 
-        return parse(self.named)
+        return parse(self.named) if self.named else ()
 
 
 def with_trained(attack: str, trained_attack: str) -> str:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, options_of
@@ -76,6 +76,7 @@ class Observed:
         )
 
 
+@runtime_checkable
 class Observations(Protocol):
     """What was observed in each of a run's settings, by its number."""
 
@@ -138,10 +139,14 @@ class Scenario(ABC):
     seed: Annotated[int, Option("seed of all that is drawn", 0, 2**31)] = 0
     name: str = ""
     """As it is called on the command line: whoever plans a run fills it in."""
-    given: tuple[str, ...] = ()
-    """The options that were named, and not left to their defaults."""
+    given: tuple[str, ...] | None = None
+    """The options that were named, and not left to their defaults; None where whoever made this chose all of them."""
     swept: tuple[tuple[str, str], ...] = ()
     """The options that have several values in this run, with the value that they have here."""
+
+    def chose(self, option: str) -> bool:
+        """Whether an option's value was asked for, and not left to its default."""
+        return self.given is None or option in self.given
 
     # What is played.
 

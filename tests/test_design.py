@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,18 +59,10 @@ def test_no_room_touches_flowers_legacy_api() -> None:
         ]
 
 
-def test_flwr_run_knows_every_knob() -> None:
-    from fedtap.scenarios.command.options import knobs_of
-    from fedtap.scenarios.command.plan import RUN_OPTIONS, catalogue
-
-    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    knobs = {knob for function in catalogue().values() for knob in knobs_of(function)}
-    assert set(app["config"]) == knobs | {"scenario", *RUN_OPTIONS}
-
-
 def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
-    from fedtap.scenarios.command.plan import catalogue, question
+    from fedtap.scenarios import SCENARIOS
+    from fedtap.simulator.scenario import question_of
 
-    for name in catalogue():
-        assert question(name).splitlines()[0].endswith("?")
-        assert "Expect:" in question(name)
+    for kind in SCENARIOS.values():
+        assert question_of(kind).splitlines()[0].endswith("?")
+        assert "Expect:" in question_of(kind)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message
     from torch import Tensor
 
+    from fedtap.simulator.attack import Attack
     from fedtap.simulator.data.images import Dataset
     from fedtap.simulator.defences.accountant import Gaussian
     from fedtap.simulator.leaks import Leak, Protocol
@@ -177,6 +178,10 @@ class Canary(Attacked):
     def dataset(self) -> Dataset:
         """White images; a victim's label is its secret."""
         return _white(self.canaries, self.played, tuple(self.truth[: self.played].tolist()))
+
+    def settled(self, attack: Attack, label: str, observed: Observed) -> Row:
+        """Nothing: the row is about trials, and not about a victim of an attack."""
+        return {}
 
     def score(self, trial: Trial) -> Scored:
         """One row. Success is the share of trials in which the label is right; its limits are Clopper and Pearson's,

@@ -39,7 +39,7 @@ class ImageScenario(Attacked, Federation):
             return self.played(attack=self.matching), self.played(attack="linear", model="mlp")
         if not self.panels:
             return (self.played(),)
-        chosen = [self.threat_model] if "threat_model" in self.given else list(self.panels)
+        chosen = [self.threat_model] if self.chose("threat_model") else list(self.panels)
         if self.named:
             return (self.played(threat_model=self._fit(chosen)),)
         if chosen[0] not in self.panels:

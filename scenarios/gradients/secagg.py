@@ -53,7 +53,7 @@ class SecAgg(ImageScenario):
             return ()
         if self.clients == 1:
             return dataclasses.replace(self, threat_model="curious_server")._each()
-        kinds = OTHERS if self.clients == KNOWN_AT and "others" not in self.given else (self.others,)
+        kinds = OTHERS if self.clients == KNOWN_AT and not self.chose("others") else (self.others,)
         return tuple(one for kind in kinds for one in dataclasses.replace(self, others=kind)._each())
 
     def _each(self) -> Sequence[Scenario]:

@@ -29,8 +29,8 @@ from safetensors.torch import save
 from fedtap.attackers import ATTACKS, parse, suited
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
-from fedtap.scenarios.command.options import knobs_of
-from fedtap.scenarios.command.plan import catalogue, plan, plan_of
+from fedtap.scenarios import SCENARIOS
+from fedtap.scenarios.command.plan import plan, plan_of
 from fedtap.simulator.auxiliary import Auxiliary
 from fedtap.simulator.data.images import open_dataset
 from fedtap.simulator.data.posteriordb import read_columns, read_draws
@@ -42,6 +42,7 @@ from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.likelihoods import likelihood, prior
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.models.regulariser import Regulariser
+from fedtap.simulator.options import options_of
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 SECONDS, BYTES, CASES = 20, 2 << 30, 20_000
@@ -293,12 +294,11 @@ class Fuzz:
         if kind == "paths":
             path, which = self.folder / draw.choice(PATHS), draw.choice(list(self.readers))
             return kind, lambda: self.readers[which](path)
-        name = draw.choice(sorted(catalogue()))
-        known = knobs_of(catalogue()[name])
+        name = draw.choice(sorted(SCENARIOS))
+        known = options_of(SCENARIOS[name])
         knobs = {}
         for knob in draw.sample(list(known), draw.randrange(1, 4)):
-            values = known[knob][2] if isinstance(known[knob][2], tuple) else (known[knob][2],)
-            knobs[knob] = text_mutated(draw.choice((*map(str, values), "1", "0.5,2", "mlp", "idlg")), draw)
+            knobs[knob] = text_mutated(draw.choice((*map(str, known[knob].values), "1", "0.5,2", "mlp", "idlg")), draw)
         if kind == "knobs":
             return kind, lambda: plan(name, knobs)
         return kind, lambda: plan_of({**knobs, "scenario": name, "seed": draw.choice((1, 1.5, True, "2"))})

@@ -208,10 +208,10 @@ def test_a_sentence_is_short_and_a_mistake_of_ours_stays_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(error: Exception) -> None:
-        def catalogue() -> None:
+        def catalogue(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(command, "catalogue", catalogue)
+        monkeypatch.setattr(command, "_catalogue", catalogue)
 
     fails(FedtapError("long " * 1000 + "\n: end."))
     assert run(monkeypatch, "list") == 2

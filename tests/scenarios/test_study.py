@@ -17,12 +17,12 @@ from torch import nn
 from fedtap.clients.app import client_app
 from fedtap.simulator.attack import Attack, PseudoData
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import Scenario
 from fedtap.simulator.leaks import KINDS, Leak, PosteriorLeak, Protocol, load
 from fedtap.simulator.report.study_report import said, summary
 from fedtap.simulator.study import Outcome, Study, ask, run_studies
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.records import tensors_of
+from tests.support.scenes import Scene
 
 DRAWS, FEATURES = 5, 3
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def test_an_attack_may_guess_other_things_than_images() -> None:
 
 def test_a_scenario_about_images_refuses_an_attack_that_brings_back_none() -> None:
     with pytest.raises(FedtapError, match="brings back no images"):
-        Scenario(attacks=(Echo(),))  # type: ignore[arg-type]
+        Scene(attack=Echo().written())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(2, DRAWS, FEATURES), (2, DRAWS, FEATURES + 2), (3, DRAWS, FEATURES + 1)])

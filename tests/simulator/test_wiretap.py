@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 
 from fedtap.clients.app import client_app
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
-from fedtap.simulator.federation.settings import Scenario, private_data
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
 from fedtap.simulator.study import ask
 from fedtap.simulator.wire import roll, wiretap
@@ -24,8 +24,9 @@ from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
 from fedtap.simulator.wire.recorder import recorder
 from fedtap.simulator.wire.wiretap import NONSENSE, UNPULLED, Wiretap
 from tests.simulator.test_recorder import net
+from tests.support.scenes import Scene
 
-BASE = Scenario(attacks=(), name="test", model="mlp", size=8, victims=3)
+BASE = Scene(attack="", name="test", model="mlp", size=8, victims=3)
 
 
 def echo(order: Message, context: Context) -> Message:
