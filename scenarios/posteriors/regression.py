@@ -110,7 +110,7 @@ class RegressionPosterior(Attacked):
         if self.draws and (self._said("sampler") or self._said("samples")):
             raise FedtapError("With --draws nothing is sampled: leave out --sampler and --samples, or the draws.")
         if self.attack and (
-            said := [f"--{name}" for name in HYPERPARAMETERS if name in self.given or self._said(name)]
+            said := [f"--{name}" for name in HYPERPARAMETERS if name in (self.given or ()) or self._said(name)]
         ):
             raise FedtapError(
                 f"{' and '.join(said)} belong to the posterior_mmd in whose place --attack {short(self.attack)} puts "

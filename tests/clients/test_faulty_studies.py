@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
-from fedtap.clients.app import client_app
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.report.folder import Row
-from fedtap.simulator.study import Study, run_studies
-from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.scenario import Row
 from tests.attackers.test_dager import news  # noqa: F401 - a fixture
-from tests.support.faulty_clients import FAULTS, Reply
+from tests.support.played import play
 
 STUDIES: dict[str, dict[str, str]] = {
     "attention": {"n": "3", "d": "4", "heads": "2", "victims": "3", "attack": "attention_newton(steps=3)"},
@@ -31,22 +24,8 @@ SOME = (
 )  # fmt: skip
 
 
-def rows_of(name: str, knobs: dict[str, str], fault: str, root: Path) -> list[Row]:
-    parts: Any = plan(name, knobs)
-    sound = client_app(lambda config: parts)
-    app = ClientApp()
-
-    @app.train()
-    @app.train("posterior")
-    @app.query("attention")
-    def answer(order: Message, context: Context) -> Message:
-        reply = sound(order, context)
-        return FAULTS[fault](Reply(order, reply)) if context.node_config["partition-id"] == 1 else reply  # type: ignore[no-any-return]
-
-    def grid(study: Study) -> LocalGrid:
-        return LocalGrid(app, study.clients, {"data-root": str(root)})
-
-    return run_studies(parts, grid, root / "out", device=torch.device("cpu"), data_root=root)
+def rows_of(name: str, options: dict[str, str], fault: str, root: Path) -> list[Row]:
+    return play(plan(name, options), root / "out", fault=fault)
 
 
 @pytest.mark.parametrize(("number", "fault"), enumerate(SOME))
