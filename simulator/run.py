@@ -175,11 +175,11 @@ class _Run:
         before = folder.done(unit)
         if before is not None:
             kept = None if observed.leak is None else folder.kept(unit, attack, observed.leak)
-            if kept is not None or all(row.get("error") for row in before):
+            if kept is not None or all(is_failure(row) for row in before):
                 folder.replace(unit, before)
                 if kept is not None and observed.leak is not None:
                     trial = Trial(session, observed, attack, observed.leak.to(session.device), kept, label)
-                    self._show(setting, setting.shown(trial))
+                    self._show(setting, setting.shown(trial), label)
                 return
 
         common = settled | setting.measured(session, observed) | compared
@@ -212,7 +212,7 @@ class _Run:
                 scored = setting.score(Trial(session, observed, ready, leak, found, label))
                 rows += [common | timing | row for row in _judged(scored.rows, found, left, doubted)]
                 folder.keep(unit, found)
-                self._show(setting, scored)
+                self._show(setting, scored, label)
         folder.complete(unit, [self._named(setting, row, unit) for row in setting.finished(rows)])
 
     def _trained(
@@ -229,22 +229,23 @@ class _Run:
             learned.save(self._folder().path / f"trained_attacks/{unit_of(where, learned)}.safetensors")
         return ready
 
-    def _show(self, setting: Scenario, scored: Scored) -> None:
+    def _show(self, setting: Scenario, scored: Scored, label: str) -> None:
         """Add a trial's pictures and sections to the page. Settings that attack the same victims share their
-        pictures."""
+        pictures; a section says of which setting it is, and of which attack where there are several."""
         for key, picture in scored.pictures.items():
             if key in self.pictures:
                 self.pictures[key].guesses.update(picture.guesses)
                 self.pictures[key].levels.update(picture.levels)
             elif len(self.pictures) < PICTURES:
                 self.pictures[key] = picture
-        where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setting.swept)
+        said = [f"{name.replace('_', ' ')} {value}" for name, value in setting.swept]
+        where = ", ".join(said + [label] * (len(setting.attacks) > 1))
         self.sections |= {f"{head}{f' ({where})' if where else ''}": one for head, one in scored.sections.items()}
 
     def _write(self, *, finished: bool) -> None:
         """strip.png and report.html of all that is done by now."""
         folder, first = self._folder(), self.settings[0]
-        sound = [row for row in folder.rows if not isinstance(row.get("error"), str)]  # in some rows it is a number
+        sound = [row for row in folder.rows if not is_failure(row)]
         swept = dict(first.swept)
         told: dict[str, dict[str, None]] = {}
         for setting in self.settings:
@@ -280,6 +281,11 @@ def _judged(
         row | {name: value for name, value in one.items() if name in row or value is not None}
         for row, one in zip(rows, more, strict=True)
     ]
+
+
+def is_failure(row: Row) -> bool:
+    """Whether the row says why its victim was not attacked; in some scenarios' rows `error` is a relative error."""
+    return isinstance(row.get("error"), str)
 
 
 def unexplained_of(leak: Leak, found: Reconstructed) -> list[float | None]:

@@ -13,29 +13,25 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-from flwr.serverapp import Grid
-
-from fedtap.attackers import parse
-from fedtap.attackers.checkpoints.stationary_mmd import StationaryMMD
-from fedtap.clients.stationary import PRECISIONS, TRAININGS
-from fedtap.scenarios.checkpoints.stationary import Case, Trained
-from fedtap.scenarios.command.options import Knob
+from fedtap.scenarios.checkpoints.stationary import Case, TrainedModels, TrainedObserved
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.models.registry import ACTIVATIONS
-from fedtap.simulator.models.regulariser import Regulariser
-from fedtap.simulator.report.charts import Panel, Series, chart
-from fedtap.simulator.report.columns import Column, grouped, setting
-from fedtap.simulator.report.folder import Row
-from fedtap.simulator.study import Outcome, rows_of_failed
+from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.report.columns import Column
+from fedtap.simulator.scenario import Row, Scored, Session, Trial
+
+if TYPE_CHECKING:
+    from fedtap.simulator.attack import Attack
 
 
 @dataclass(frozen=True)
-class FedProx(Trained):
-    """One case, one attack."""
+class FedProx(TrainedModels):
+    """Clients train once, to the end, from the same weights; the server looks at each.
+
+    Raises:
+        FedtapError: a regulariser that no client can train to the end with.
+    """
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("client", over="rows"),
@@ -51,25 +47,75 @@ class FedProx(Trained):
         *(Column(name, over="hidden") for name in ("blind", "one_label", "parameters")),
     )
 
-    case: Case = Case()  # noqa: RUF009 - frozen
-    attack: StationaryMMD = StationaryMMD()  # noqa: RUF009 - frozen
+    width: Annotated[int, Option("hidden units of a layer", 1, 4096, "model")] = sweep(8, 16, 32, 64, 128)
+    depth: Annotated[int, Option("hidden layers", 1, 8, "model")] = 1
+    activation: Annotated[
+        Literal["relu", "tanh", "sigmoid", "softplus", "gelu"], Option("of the hidden units", group="model")
+    ] = "tanh"
+    examples: Annotated[int, Option("private examples of a client", 1, 1000, "data")] = 10
+    features: Annotated[int, Option("numbers in an example", 1, 1000, "data")] = 10
+    regulariser: Annotated[
+        str, Option("fedprox(μ) or weight_decay(μ), beside the sum of the losses", group="federation")
+    ] = "fedprox(0.05)"
+    training: Annotated[
+        Literal["lbfgs", "adam"], Option("how clients train: to the end, or 300 steps", group="federation")
+    ] = "lbfgs"
+    precision: Annotated[
+        Literal["float64", "float32", "float16"], Option("in which weights travel back", group="federation")
+    ] = "float64"
+    attack: str = "stationary_mmd(rounds=1),stationary_mmd"
+
+    def __post_init__(self) -> None:
+        from fedtap.attackers.checkpoints.stationary_mmd import StationaryMMD
+        from fedtap.simulator.models.regulariser import Regulariser
+
+        regular = Regulariser.parse(self.regulariser)
+        if regular.name == "max_margin":
+            raise FedtapError(
+                "No client trains to max_margin in finite time: write weight_decay(1e-4), which comes near."
+            )
+        object.__setattr__(self, "regulariser", str(regular))  # one spelling, for all who read it
+        super().__post_init__()
+        for attack in self.attacks:
+            if isinstance(attack, StationaryMMD):  # before anyone trains
+                attack.check_size(self.victims, self.trained.protocol, self.trained.entries)
 
     @property
-    def cases(self) -> Sequence[Case]:
-        """The one."""
-        return (self.case,)
+    def trained(self) -> Case:
+        """The options, as a case."""
+        return Case(
+            width=self.width,
+            depth=self.depth,
+            activation=self.activation,
+            examples=self.examples,
+            features=self.features,
+            regulariser=self.regulariser,
+            training=self.training,
+            precision=self.precision,
+        )
 
-    def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
-        """One exchange, attacked."""
-        failed: dict[int, str] = {}
-        heard = self.hear(grid, part, 0, failed)
-        guess = self.attack(heard.leak.to(device), seed=self.seed).on_cpu()
-        told = {"width": self.case.width, "attack": self.attack.written(), "regulariser": self.case.regulariser}
-        rows = [told | row for row in self.judged(self.case, heard, guess)]
-        return Outcome(rows + rows_of_failed(failed, told), heard.leak)
+    def observe(self, session: Session) -> TrainedObserved:
+        """One exchange; it goes on without a client that fails."""
+        from fedtap.scenarios.checkpoints.exchange import trained_weights
+
+        return trained_weights(session, self.trained, self.seed, failed={})
+
+    def settled(self, attack: Attack[Any], label: str, observed: TrainedObserved) -> Row:
+        """What is compared."""
+        return {"width": self.width, "attack": attack.written(), "regulariser": self.regulariser}
+
+    def score(self, trial: Trial) -> Scored:
+        """A row for each client."""
+        from fedtap.scenarios.checkpoints.scoring import judged
+
+        assert isinstance(trial.observed, TrainedObserved)
+        return Scored(judged(self.trained, self.seed, trial.observed, trial.reconstruction))
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Recovery against width, where that is swept: each client a dot, and their mean."""
+        from fedtap.simulator.report.charts import Panel, Series, chart
+        from fedtap.simulator.report.columns import grouped, setting
+
         widths = sorted({row["width"] for row in rows})
         series: list[Series] = []
         for some in grouped(rows, [setting("attack"), setting("regulariser")]):
@@ -85,29 +131,3 @@ class FedProx(Trained):
         levels = {"random points": statistics.fmean(row["blind"] for row in rows)}
         panel = Panel("width", "share of examples recovered", series, levels=levels, share=True, ticks=widths)
         return {"Recovery against width": chart([panel], "share recovered against width")}
-
-
-def scenario(
-    *,
-    width: Annotated[int, Knob("hidden units of a layer", 1, 4096)] = (8, 16, 32, 64, 128),  # type: ignore[assignment]
-    depth: Annotated[int, Knob("hidden layers", 1, 8)] = 1,
-    activation: Annotated[str, Knob("of the hidden units", choices=tuple(ACTIVATIONS))] = "tanh",
-    examples: Annotated[int, Knob("private examples of a client", 1, 1000)] = 10,
-    features: Annotated[int, Knob("numbers in an example", 1, 1000)] = 10,
-    regulariser: Annotated[str, Knob("fedprox(μ) or weight_decay(μ), beside the sum of the losses")] = "fedprox(0.05)",
-    training: Annotated[str, Knob("how clients train: to the end, or 300 steps", choices=TRAININGS)] = "lbfgs",
-    precision: Annotated[str, Knob("in which weights travel back", choices=PRECISIONS)] = "float64",
-    attack: Annotated[str, Knob("stationary_mmd, with its settings")] = ("stationary_mmd(rounds=1)", "stationary_mmd"),  # type: ignore[assignment]
-    victims: Annotated[int, Knob("clients, each attacked", 1, 1000)] = 4,
-    seed: Annotated[int, Knob("seed of all that is drawn", 0, 2**31)] = 0,
-) -> FedProx:
-    """Clients train once, to the end, from the same weights; the server looks at each."""
-    regular = Regulariser.parse(regulariser)
-    if regular.name == "max_margin":
-        raise FedtapError("No client trains to max_margin in finite time: write weight_decay(1e-4), which comes near.")
-    (found, *others) = parse(attack)
-    if others or not isinstance(found, StationaryMMD):
-        raise FedtapError(f"--attack {attack} is none on a trained model's weights: write stationary_mmd.")
-    case = Case(width, depth, activation, examples, features, str(regular), training, precision)
-    found.check_size(victims, case.protocol, case.entries)  # before anyone trains
-    return FedProx(case=case, attack=found, victims=victims, seed=seed)

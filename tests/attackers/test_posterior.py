@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fedtap.attackers.posteriors.fisher import ESTIMATORS, coordinates, directions, divergence, reduced
 from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD, Units
-from fedtap.clients.bayesian import exact, hmc, laplace_approximation
-from fedtap.scenarios.posteriors.regression import Regression, all_of, apart, sums_in, sums_of
+from fedtap.clients.bayesian import exact, hmc
+from fedtap.scenarios.posteriors.posterior import Posterior
+from fedtap.scenarios.posteriors.scoring import all_of, apart, sums_in, sums_of
 from fedtap.simulator.attack import PseudoData
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import PosteriorLeak, Protocol
@@ -139,24 +140,24 @@ def test_an_exponential_family_says_the_same_twice(inputs: int, degree: int, see
 
 
 def statistics(guess: PseudoData) -> dict[str, Tensor]:
-    return Regression().readings(sums_of(*all_of(guess)), LinearRegression(guess.points.shape[-1]))
+    return Posterior().statistics(sums_of(*all_of(guess)), LinearRegression(guess.points.shape[-1]))
 
 
 @pytest.mark.parametrize("points", [50, 200, 800])
 def test_the_optimiser_reaches_the_oracle(points: int) -> None:
     leak, attack = leaked(2), PosteriorMMD(points)
-    oracle = Regression().readings(sums_in(MODELS[0], attack.quadratic(leak).minimum()), MODELS[0])
+    oracle = Posterior().statistics(sums_in(MODELS[0], attack.quadratic(leak).minimum()), MODELS[0])
     found = statistics(attack(leak))
     for name, value in oracle.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0, msg=name)
 
 
 def test_adam_reaches_it_slowly_and_not_at_all_in_raw_parameters() -> None:
-    leak = leak_of(MODELS[0], {"draws": exact(MODELS[0], Regression().made(), 2000)[None]})
+    leak = leak_of(MODELS[0], {"draws": exact(MODELS[0], Posterior().made(), 2000)[None]})
     off = {}
     for whiten in (True, False):
         attack = PosteriorMMD(50, whiten=whiten, optimiser="adam", iterations=800, step_size=0.05)
-        oracle = Regression().readings(sums_in(MODELS[0], attack.quadratic(leak).minimum()), MODELS[0])
+        oracle = Posterior().statistics(sums_in(MODELS[0], attack.quadratic(leak).minimum()), MODELS[0])
         off[whiten] = float((statistics(attack(leak))["var_x"] / oracle["var_x"] - 1).abs())
     assert off[True] < 0.05
     assert off[False] > 0.5
@@ -165,7 +166,7 @@ def test_adam_reaches_it_slowly_and_not_at_all_in_raw_parameters() -> None:
 def test_a_client_s_statistics_come_back_and_a_stranger_s_do_not() -> None:
     guess = statistics(PosteriorMMD()(leaked(2, 20_000)))
     for victim, many in enumerate((200, 250)):
-        own = Regression().readings(sums_of(torch.ones(1, many).double(), records(many, seed=victim)[None]), MODELS[0])
+        own = Posterior().statistics(sums_of(torch.ones(1, many).double(), records(many, seed=victim)[None]), MODELS[0])
         close = {"sum_w": 0.05, "mean_x": 0.01, "mean_y": 0.01, "var_x": 0.06, "var_y": 0.05}
         for name, off in close.items():
             assert abs(float(guess[name][victim] / own[name][0]) - 1) < off, name
@@ -187,7 +188,7 @@ def test_a_stack_is_attacked_as_each_of_it_alone() -> None:
 def test_two_guesses_of_equal_divergence_lie_far_apart() -> None:
     leak, attack = leaked(), PosteriorMMD(60)
     start = attack.begin(leak, 0)
-    one, other = attack(leak, start=start), attack(leak, start=Regression().elsewhere(start))
+    one, other = attack(leak, start=start), attack(leak, start=Posterior().elsewhere(start))
     torch.testing.assert_close(one.objective, other.objective, rtol=1e-8, atol=0)
     assert apart(one, other)[0] > 0.5
     assert apart(one, one)[0] < 1e-6
@@ -248,6 +249,15 @@ def test_a_networks_posterior_is_attacked_by_its_likelihood_alone(monkeypatch: p
         slope = torch.autograd.functional.jacobian(energy, one)
         plain.append(torch.autograd.functional.hessian(energy, one).trace() + 0.5 * slope @ slope)
     torch.testing.assert_close(found[0], torch.stack(plain).mean())
+
+
+def test_batches_of_draws_do_not_depend_on_neighbours() -> None:
+    model = BayesianNetwork(1, 2, 0.3)
+    leak = leak_of(model, {"draws": torch.randn(2, 40, 7, generator=torch.Generator().manual_seed(0)).double()})
+    attack = PosteriorMMD(pseudo=4, iterations=5, batch=8)
+    together = attack(leak)
+    for victim in range(2):
+        torch.testing.assert_close(attack(leak[victim]).points[0], together.points[victim], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0, 40.0, math.inf])

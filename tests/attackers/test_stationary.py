@@ -24,9 +24,8 @@ from fedtap.attackers.checkpoints.stationary_mmd import (
     regulariser_gradient,
     unexplainable,
 )
-from fedtap.clients.app import client_app
 from fedtap.clients.stationary import Training
-from fedtap.scenarios.checkpoints.fedprox import FedProx, scenario
+from fedtap.scenarios.checkpoints.fedprox import FedProx
 from fedtap.scenarios.checkpoints.stationary import Case
 from fedtap.simulator import scores
 from fedtap.simulator.attack import generator
@@ -34,11 +33,9 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, TrainedWeightsLeak, load
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.models.regulariser import Regulariser
-from fedtap.simulator.report.folder import Row
-from fedtap.simulator.study import run_studies
-from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.scenario import Row
+from tests.support.played import play
 
-CPU = torch.device("cpu")
 SMALL = Case(width=24, examples=3, features=4)
 QUICK = StationaryMMD(restarts=5, rounds=2, steps=20)
 
@@ -67,9 +64,8 @@ def recovered(guess_of: int, truth_of: int, case: Case, guess: object, seed: int
 
 
 def played(tmp_path: Path, case: Case, attack: StationaryMMD = QUICK, victims: int = 2) -> list[Row]:
-    study = FedProx(name="fedprox", question="?", case=case, attack=attack, victims=victims)
-    grid = LocalGrid(client_app(lambda config: (study,)), victims)
-    return run_studies([study], lambda part: grid, tmp_path / "out", device=CPU, data_root=tmp_path)
+    setting = FedProx(name="fedprox", attack=attack.written(), victims=victims, **dataclasses.asdict(case))
+    return play([setting], tmp_path / "out")
 
 
 def test_the_points_pull_as_their_losses_do() -> None:
@@ -286,9 +282,10 @@ def test_trainings_that_cannot_end_are_refused() -> None:
     with pytest.raises(FedtapError, match="never arrives"):
         Training(Regulariser("max_margin"))
     with pytest.raises(FedtapError, match="write weight_decay"):
-        scenario(width=8, attack="stationary_mmd", regulariser="max_margin")
-    with pytest.raises(FedtapError, match="write stationary_mmd"):
-        scenario(width=8, attack="idlg")
+        FedProx(regulariser="max_margin")
+    for attack in ("idlg", "posterior_mmd", "stationary_mmd,dager"):
+        with pytest.raises(FedtapError, match="write stationary_mmd"):
+            FedProx(attack=attack)
 
 
 @given(st.sampled_from(["fedprox", "weight_decay"]), st.floats(1e-12, 1e6))

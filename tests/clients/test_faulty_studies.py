@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
-from fedtap.clients.app import client_app
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.scenario import Row, Scenario
-from fedtap.simulator.wire.roll import ASKED
+from fedtap.simulator.scenario import Row
 from tests.attackers.test_dager import news  # noqa: F401 - a fixture
-from tests.support.faulty_clients import FAULTS, Reply
-from tests.support.playing import played
+from tests.support.played import play
 
 STUDIES: dict[str, dict[str, str]] = {
     "attention": {"n": "3", "d": "4", "heads": "2", "victims": "3", "attack": "attention_newton(steps=3)"},
@@ -30,23 +24,8 @@ SOME = (
 )  # fmt: skip
 
 
-class Faulty(ClientApp):
-    """Clients of these settings, of which client 1 spoils its replies."""
-
-    def __init__(self, settings: Sequence[Scenario], fault: str) -> None:
-        super().__init__()
-        self._sound, self._fault = client_app(lambda config: settings), FAULTS[fault]
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        reply = self._sound(message, context)
-        if message.metadata.message_type == ASKED or context.node_config["partition-id"] != 1:
-            return reply
-        return self._fault(Reply(message, reply))  # type: ignore[no-any-return]
-
-
 def rows_of(name: str, options: dict[str, str], fault: str, root: Path) -> list[Row]:
-    settings = plan(name, options)
-    return played(settings, root / "out", root, Faulty(settings, fault))
+    return play(plan(name, options), root / "out", fault=fault)
 
 
 @pytest.mark.parametrize(("number", "fault"), enumerate(SOME))

@@ -17,15 +17,18 @@ from torch import Tensor
 from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD
 from fedtap.clients.bayesian import exact, laplace_approximation
 from fedtap.scenarios.command.plan import plan
-from fedtap.scenarios.posteriors.posterior_features import Moments
-from fedtap.scenarios.posteriors.regression import Regression
+from fedtap.scenarios.posteriors.posterior import Posterior
+from fedtap.scenarios.posteriors.posterior_features import PosteriorFeatures
+from fedtap.scenarios.posteriors.regression import RegressionPosterior
 from fedtap.simulator.data.posteriordb import read_columns, read_draws
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import PosteriorLeak, load
 from fedtap.simulator.models.likelihoods import LinearRegression, Prior, likelihood, prior
 from fedtap.simulator.models.registry import build
 from tests.attackers.test_posterior import MODELS, leak_of, leaked, records
-from tests.scenarios.test_cli import run
+from tests.support.played import check_resumed, check_truth, command, play, untimed
+
+FEW_STEPS = "posterior_mmd(6, iterations=3)"
 
 
 def rows_of(folder: Path) -> list[dict[str, object]]:
@@ -49,7 +52,7 @@ def files(folder: Path, many: int = 100, draws: int = 500) -> tuple[str, ...]:
 def test_posteriordb_s_draws_are_attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = files(tmp_path, many=300, draws=4000)
     more = ("--x", "a,b", "--pseudo", "20,60", "--prior", "halfcauchy(2.5)", "--out", str(tmp_path / "out"))
-    assert run(monkeypatch, "run", "posterior", *words, *more) == 0
+    assert command(monkeypatch, "run", "posterior", *words, *more) == 0
     rows = rows_of(tmp_path / "out")
     assert {row["pseudo"] for row in rows} == {20, 60}
     named = {row["statistic"]: row for row in rows if row["pseudo"] == 60}
@@ -71,7 +74,7 @@ def test_posteriordb_s_draws_are_attacked(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_shards_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    assert run(monkeypatch, "run", "posterior_shards", "--shards", "4", "--samples", "4000", "--out", str(out)) == 0
+    assert command(monkeypatch, "run", "posterior_shards", "--shards", "4", "--samples", "4000", "--out", str(out)) == 0
     rows = rows_of(out)
     totals = [row for row in rows if row["statistic"] == "sum_w"]
     assert [row["client"] for row in totals] == [0, 1, 2, 3, "all"]
@@ -84,7 +87,7 @@ def test_shards_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_moments_to_2p_are_told_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--degree", "1,3", "--samples", "6000", "--pseudo", "50", "--out", str(tmp_path / "out"))
-    assert run(monkeypatch, "run", "posterior_features", *words) == 0
+    assert command(monkeypatch, "run", "posterior_features", *words) == 0
     for row in rows_of(tmp_path / "out"):
         kind, order = str(row["statistic"]).split("_")[0], str(row["statistic"]).split("_")[1:]
         told = kind == "sum" or int(order[0]) <= row["degree"] * (1 if len(order) > 1 else 2)
@@ -141,6 +144,13 @@ def test_a_covariance_that_is_none_is_refused() -> None:
         (["--x", "a,b", "--model", "bayesian_network(0, 1)"], "give it at least one input"),
         (["--x", "a,b", "--model", "bayesian_network(3)"], "cannot be read as a likelihood"),
         (["--x", "a,b", "--pseudo", "0"], "out of range"),
+        (["--x", "a,b", "--pseudo", "100000"], "at most 4000"),
+        (["--x", ",", "--pseudo", "10"], "without a name"),
+        (["--x", "a,b", "--samples", "7"], "nothing is sampled"),
+        (["--x", "a,b", "--attack", "posterior_mmd(20)", "--pseudo", "30"], "leave --attack out"),
+        (["--x", "a,b", "--attack", "posterior_mmd(20)", "--pseudo", "200"], "leave --attack out"),
+        (["--x", "a,b", "--attack", "idlg"], "idlg brings back Reconstruction, and posterior is about PseudoData"),
+        (["--x", "a,b", "--attack", "stationary_mmd"], "works on a TrainedWeightsLeak"),
         (["--x", "a,b", "--estimator", "slice"], "did you mean sliced?"),
     ],
 )
@@ -152,7 +162,7 @@ def test_what_cannot_be_played_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert run(monkeypatch, "run", "posterior", *files(tmp_path), *words, "--out", str(out)) == 2
+    assert command(monkeypatch, "run", "posterior", *files(tmp_path), *words, "--out", str(out)) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert said in told
     assert "Traceback" not in told
@@ -178,8 +188,78 @@ def test_records_without_a_posterior_are_refused(data: Tensor, said: str) -> Non
 def test_there_is_no_exact_sampler_of_a_network(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "run", "posterior", "--model", "bayesian_network(2, 1)") == 2
+    assert command(monkeypatch, "run", "posterior", "--model", "bayesian_network(2, 1)") == 2
     assert "use --sampler hmc" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": "bayesian_network(2,0.3)"}, "no exact sampler"),
+        ({"model": "bayesian_network(100000,0.3)", "sampler": "laplace"}, "1 to 500 hidden units"),
+        ({"model": "polynomial(200)"}, "to 20"),
+        ({"draws": "d.json", "samples": "7"}, "nothing is sampled"),
+        ({"data": "d.json", "x": ",", "y": "y"}, "without a name"),
+        ({"x": "a"}, "there is none: add --data"),
+    ],
+)
+def test_a_posterior_is_refused_before_any_work(options: dict[str, str], said: str) -> None:
+    with pytest.raises(FedtapError, match=said):
+        plan("posterior", options)
+
+
+@pytest.mark.parametrize("value", ["1e301", "1" + 400 * "0"])
+def test_numbers_that_cannot_be_squared_are_no_draws(tmp_path: Path, value: str) -> None:
+    (tmp_path / "draws.json").write_text(f'[{{"beta[1]": [1, 2], "beta[2]": [1, {value}], "sigma": [1, 2]}}]')
+    with pytest.raises(FedtapError, match=r"a size that can be squared|a whole number that 64 bits cannot hold"):
+        play([Posterior(draws="draws.json", name="posterior")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigma_comes_last_in_a_file_of_draws(tmp_path: Path) -> None:
+    (tmp_path / "draws.json").write_text(json.dumps([{"sigma": [1, 2], "beta[1]": [1, 2], "beta[2]": [1, 3]}]))
+    with pytest.raises(FedtapError, match="put sigma last"):
+        play([Posterior(draws="draws.json", name="posterior")], tmp_path / "out")
+
+
+def test_a_federation_of_another_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedtapError, match="has 2 nodes, and posterior_shards needs 3"):
+        play(plan("posterior_shards", {"shards": "3", "samples": "20"}), tmp_path / "out", nodes=2)
+
+
+def test_a_named_attack_takes_the_place_of_the_options(tmp_path: Path) -> None:
+    few = {"samples": "50"}
+    by_options = play(plan("posterior", few | {"pseudo": "5", "iterations": "4"}), tmp_path / "options")
+    both = "posterior_mmd(5, iterations=4),posterior_mmd(7, False, iterations=2)"
+    rows = play(plan("posterior", few | {"attack": both}), tmp_path / "named")
+    named = {"attack": "posterior_mmd(pseudo=5, iterations=4)"}
+    assert untimed(rows[:6]) == untimed([row | named for row in by_options])
+    assert {(row["pseudo"], row["whiten"]) for row in rows[6:]} == {(7, "no")}
+    page = (tmp_path / "named/report.html").read_text()
+    assert page.count("How they converge") == 2  # a section for each attack
+
+
+def test_a_run_is_resumed_after_its_first_setting(tmp_path: Path) -> None:
+    check_resumed(plan("posterior_shards", {"shards": "2,3", "samples": "50", "attack": FEW_STEPS}), tmp_path)
+
+
+def test_other_private_records_move_the_truth_and_no_reconstruction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = plan("posterior_shards", {"shards": "2", "samples": "50", "attack": FEW_STEPS})
+    true = RegressionPosterior.records
+
+    def others(setting: RegressionPosterior, client: int, data_root: Path) -> Tensor:
+        found = true(setting, client, data_root)
+        assert found is not None
+        return 2 * found[1:] + 1
+
+    honest, deceived = check_truth(settings, tmp_path, monkeypatch, RegressionPosterior, "records", others)
+    for one, other in zip(honest, deceived, strict=True):
+        assert one["truth"] != other["truth"]
+        assert one["error"] != other["error"]
+        for name in ("value", "second", "start", "oracle", "objective", "apart"):
+            assert one[name] == other[name]
 
 
 @settings(deadline=None, max_examples=40)
@@ -256,6 +336,8 @@ def test_any_file_is_read_or_refused(
 
 def test_the_plan_takes_commas_in_x_as_one_value() -> None:
     (part,) = plan("posterior", {"data": "d.json", "x": "a,b", "y": "c"})
-    assert isinstance(part, Regression)
+    assert isinstance(part, Posterior)
     assert part.names == ("a", "b", "c")
-    assert all(isinstance(part, Moments) for part in plan("posterior_features", {}))
+    settings = plan("posterior_features", {})
+    assert all(isinstance(part, PosteriorFeatures) for part in settings)
+    assert [part.model for part in settings] == ["linear_regression", *(f"polynomial({p})" for p in (2, 3, 4, 5))]

@@ -11,13 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD
 from fedtap.scenarios.command.main import main
 from fedtap.scenarios.command.plan import plan
 from fedtap.scenarios.deploy import check_nodes
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import PosteriorLeak, Protocol
-from fedtap.simulator.models.likelihoods import likelihood
 from fedtap.simulator.wire.messages import client_failed
 
 
@@ -35,19 +32,10 @@ def fedtap(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("posterior --model bayesian_network(2,0.3)", "no exact sampler"),
-        ("posterior --model bayesian_network(100000,0.3) --sampler laplace", "1 to 500 hidden units"),
-        ("posterior --model polynomial(200)", "to 20"),
-        ("posterior --pseudo 100000", "at most 4000"),
-        ("posterior --draws d.json --samples 7", "nothing is sampled"),
-        ("posterior --data d.json --x , --y y", "without a name"),
         ("attention --n 256 --d 256 --heads 64", "fill gigabytes"),
         ("attention --vocabulary 1000000 --d 256", "fill gigabytes"),
         ("attention --gamma 0.5 --attack attention_newton(gamma=0.1)", "say the same twice"),
         ("attention --attack attention_newton(restarts=5)", "add --start-near-truth 0"),
-        ("fedprox --width 4096 --depth 8", "fill gigabytes"),
-        ("fedprox --attack stationary_mmd(surplus=1e9)", "fill gigabytes"),
-        ("fedprox --regulariser weight_decay(1e-300)", "lost in the losses' rounding"),
         ("text_gradients --width 4092", "lower --victims or --width"),
         ("first_leak --attack posterior_mmd", "brings back no images"),
     ],
@@ -56,27 +44,6 @@ def test_a_study_refuses_before_any_work(words: str, sentence: str) -> None:
     name, *rest = words.split()
     with pytest.raises(FedtapError, match=sentence):
         plan(name, dict(zip([word.removeprefix("--") for word in rest[::2]], rest[1::2], strict=True)))
-
-
-@pytest.mark.parametrize("value", ["1e301", "1" + 400 * "0"])
-def test_numbers_that_cannot_be_squared_are_no_draws(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, value: str
-) -> None:
-    (tmp_path / "draws.json").write_text(f'[{{"beta[1]": [1, 2], "beta[2]": [1, {value}], "sigma": [1, 2]}}]')
-    with pytest.raises(SystemExit, match="2"):
-        fedtap(monkeypatch, "posterior", "--draws", tmp_path / "draws.json", "--out", tmp_path / "out")
-    said = capsys.readouterr().err
-    assert "a size that can be squared" in said or "a whole number that 64 bits cannot hold" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_sigma_comes_last_in_a_file_of_draws(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (tmp_path / "draws.json").write_text(json.dumps([{"sigma": [1, 2], "beta[1]": [1, 2], "beta[2]": [1, 3]}]))
-    with pytest.raises(SystemExit, match="2"):
-        fedtap(monkeypatch, "posterior", "--draws", tmp_path / "draws.json", "--out", tmp_path / "out")
-    assert "put sigma last" in capsys.readouterr().err
 
 
 def test_a_client_that_refuses_is_quoted_once() -> None:
@@ -131,24 +98,6 @@ def test_a_saved_leak_is_attacked_by_its_own_attack(
     assert "PSNR" not in said
     guess = load_file(tmp_path / f"attack/guesses/0-{attack}.safetensors")
     assert all(torch.isfinite(tensor.double()).all() for tensor in guess.values())
-
-
-def test_batches_of_draws_do_not_depend_on_neighbours() -> None:
-    names = torch.arange(2)
-    leak = PosteriorLeak(
-        observed={"draws": torch.randn(2, 40, 7, generator=torch.Generator().manual_seed(0)).double()},
-        protocol=Protocol("bayesian_network(2, 0.3)", (1,), 1, 1, prior="normal(1)"),
-        network=likelihood("bayesian_network(2, 0.3)", 1).network(),
-        weights=None,
-        buffers={},
-        clients=names,
-        rounds=torch.ones_like(names),
-        restarts=torch.zeros_like(names),
-    )
-    attack = PosteriorMMD(pseudo=4, iterations=5, batch=8)
-    together = attack(leak)
-    for victim in range(2):
-        torch.testing.assert_close(attack(leak[victim]).points[0], together.points[victim], rtol=1e-9, atol=1e-9)
 
 
 def test_a_saved_leak_of_no_known_half_is_refused(
