@@ -90,8 +90,8 @@ class Panel:
     """What stands at 0, 1, 2, … across, where these are no numbers."""
 
 
-def unzipped(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """The x and the y of points."""
+def unzipped(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """The x and the y of points (x, y)."""
     return [x for x, _ in points], [y for _, y in points]
 
 
@@ -149,7 +149,7 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
         for axes in places[len(panels) :]:
             axes.set_axis_off()
         del entries[""]
-        columns = max(1, min(4, int(10 * width) // (8 + max(map(len, entries)))))
+        columns = max(1, min(4, 13 * width // (8 + max(map(len, entries)))))
         figure.legend([*entries.values()], map(_plain, entries), loc="outside lower center", ncols=columns)
         content = BytesIO()
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})

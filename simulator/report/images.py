@@ -60,9 +60,9 @@ def columns(rows: Group) -> tuple[Column, ...]:
     hidden = [*HIDDEN, *["epsilon_all", "protects"] * (not asked), *alone]
     attacked = not rows or any("attack" in row for row in rows)
     measure = outcome(rows).measure if attacked else "trials won"
-    back = "share of images, with its 95 % interval (Clopper-Pearson)"
-    if any("trials" in row for row in rows):
-        back += "; of trials won, with one-sided limits that are wrong in one honest run of 10,000"
+    images = ["share of images, with its 95 % interval (Clopper-Pearson)"] * attacked
+    trials = ["share of trials won, with one-sided limits that are wrong in one honest run of 10,000"]
+    back = ", or ".join(images + trials * any("trials" in row for row in rows))
     middle = "median over images, with its 95 % interval (order statistics, of few the least and the largest)"
     left = f"share of the gradient that the reconstruction does not cause; over {EXPLAINED:g} it is {CAUSES}"
     return (

@@ -35,7 +35,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th, td { padding: 7px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; vertical-align: bottom; }
 tr:last-child td { border-bottom: 0; } .number { text-align: right; }
-td.words, td.sentence { white-space: normal; min-width: 11em; } td.sentence { min-width: 18em; }
+td.words, td.sentence { white-space: normal; min-width: 13em; } td.sentence { min-width: 18em; }
 .pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
   white-space: normal; }
 .pictures { table-layout: fixed; } .pictures th:first-child { width: 7.5em; } .pictures th { vertical-align: bottom; }
@@ -127,7 +127,8 @@ def html(page: Page, rows: Group) -> str:
 def failures(rows: Group) -> list[str]:
     """A sentence about the rows that hold no result, with reasons; none where there are none."""
     failed = [row for row in rows if isinstance(row.get("error"), str)]  # a number is a result: how far it is off
-    reasons = "; ".join(list(dict.fromkeys(str(row["error"]) for row in failed))[:REASONS])
+    told = (": ".join(filter(None, (row.get("attack") or row.get("leak"), row["error"]))) for row in failed)
+    reasons = "; ".join(list(dict.fromkeys(told))[:REASONS])
     return [f"{len(failed)} of {len(rows)} rows hold no result, so shares are of the others: {reasons}"] * bool(failed)
 
 

@@ -217,7 +217,11 @@ def test_a_failed_attack_is_no_answer_about_privacy() -> None:
 @pytest.mark.parametrize(
     ("rows", "finished", "said"),
     [
-        ([row(), failed(client=1)], True, "1 of 2 rows hold no result, so shares are of the others: client 3 did not"),
+        (
+            [row(), failed(client=1)],
+            True,
+            "1 of 2 rows hold no result, so shares are of the others: dlg: client 3 did not",
+        ),
         ([row()], False, "This run is not finished"),
         ([row(unexplained=0.4), row(client=1, unexplained=0.02)], True, "dlg did not converge on 1 victim:"),
         ([row(doubts="all gradients are zero")], True, "The gradient is doubted: all gradients are zero"),
