@@ -21,7 +21,7 @@ ATTACKS: Registry[Attack[Any]] = Registry(
 )
 """Name on the command line -> attack."""
 
-HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
+_HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 
 OWN = "own_package_"
 """What an attack of a user's own package is called while its text is parsed."""
@@ -49,9 +49,9 @@ def parse(text: str, trusted: bool = True) -> tuple[Attack, ...]:
     try:
         tree = ast.parse(f"({CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {HOW}.") from error
+        raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {_HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
-        raise FedtapError(f"--attack {short(text)!r} names no attack: {HOW}.")
+        raise FedtapError(f"--attack {short(text)!r} names no attack: {_HOW}.")
     attacks = tuple(_attack(node, own) for node in tree.elts)
     for place, attack in enumerate(attacks):
         if attack in attacks[:place]:
@@ -62,7 +62,7 @@ def parse(text: str, trusted: bool = True) -> tuple[Attack, ...]:
     return attacks
 
 
-def parse_strangers(text: str) -> Attack[Any]:
+def parse_saved(text: str) -> Attack[Any]:
     """The one attack that a file names, which may name no code to import and no other file to read, wherever nested.
 
     Raises:
@@ -96,7 +96,7 @@ def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
                 yield field.name, one
 
 
-SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "stationary": "stationary_mmd"}
+SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "trained_weights": "stationary_mmd"}
 """Kind of leak -> the attack that is tried where none is named; of gradients, it depends on the model."""
 
 
@@ -111,13 +111,13 @@ def suited(leak: Leak) -> str:
 def _attack(node: ast.expr, own: list[str]) -> Attack:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if not isinstance(call.func, ast.Name):
-        raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {HOW}.")
+        raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {_HOW}.")
     name = call.func.id
     kind = ATTACKS.own(own[int(name[len(OWN) :])]) if name.startswith(OWN) else ATTACKS[name]
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if len(call.args) > len(fields):
-        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {HOW}.")
+        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {_HOW}.")
     given = dict(zip((field.name for field in fields), call.args, strict=False))
     for keyword in call.keywords:
         if keyword.arg not in {field.name for field in fields}:
@@ -127,7 +127,7 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
         given[str(keyword.arg)] = keyword.value
     for field in fields:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
-            raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {HOW}.")
+            raise FedtapError(f"{call.func.id} in --attack needs its field {field.name}: {_HOW}.")
     attack: Attack = kind(
         **{field.name: _value(given[field.name], hints[field.name], own) for field in fields if field.name in given}
     )
@@ -135,12 +135,13 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
 
 
 def _value(node: ast.expr, kind: Any, own: list[str]) -> Any:
-    from fedtap.simulator.attack import Attack, Reconstruction
+    from fedtap.attackers.parts.checks import is_attack
+    from fedtap.simulator.attack import Reconstruction
 
-    if isinstance(typing.get_origin(kind) or kind, type) and issubclass(typing.get_origin(kind) or kind, Attack):
+    if is_attack(kind):
         attack = _attack(node, own)
-        if attack.guesses is not Reconstruction:
-            raise FedtapError(f"{attack.name} in --attack brings back no images, and what wraps it needs some: {HOW}.")
+        if attack.reconstructs is not Reconstruction:
+            raise FedtapError(f"{attack.name} in --attack brings back no images, and what wraps it needs some: {_HOW}.")
         return attack
     try:
         return ast.literal_eval(node)

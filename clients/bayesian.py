@@ -24,35 +24,35 @@ from fedtap.simulator.models.likelihoods import Likelihood, LinearRegression
 SAMPLERS = ("exact", "hmc", "laplace")
 """Exact draws of a linear regression; Hamiltonian Monte Carlo; or mean and covariance, after Laplace."""
 
-CHAINS, WARM_UP, LEAPS, ACCEPTED = 64, 150, 8, 0.8
+CHAINS, WARM_UP_DRAWS, LEAPS, ACCEPTED = 64, 150, 8, 0.8
 """Chains at once, their steps before any is kept, leapfrogs a step, and the share accepted that its size aims at."""
 
 Records = Float[Tensor, "records columns"]
 Draws = Float[Tensor, "draws d"]
 
 
-def answer(
-    order: Message, client: int, model: Likelihood, records: Records, sampler: str, draws: int, seed: int
+def posterior_reply(
+    message: Message, client: int, model: Likelihood, records: Records, sampler: str, draws: int, seed: int
 ) -> Message:
-    """What a client says to `train.posterior`.
+    """The reply to `train.posterior`.
 
     Raises:
         FedtapError: the records are too few or too alike for a posterior, or the sampler is not for this model.
     """
     if sampler == "laplace":
-        mean, covariance = laplace(model, records, seed)
-        return posterior(order, client, {"mean": mean, "covariance": covariance})
+        mean, covariance = laplace_approximation(model, records, seed)
+        return posterior(message, client, {"mean": mean, "covariance": covariance})
     if sampler == "hmc":
-        return posterior(order, client, {"draws": hmc(model, records, draws, seed, client)})
+        return posterior(message, client, {"draws": hmc(model, records, draws, seed, client)})
     if not isinstance(model, LinearRegression):
         raise FedtapError(f"There is no exact sampler of {model}'s posterior: use --sampler hmc, or laplace.")
-    return posterior(order, client, {"draws": exact(model, records, draws, seed, client)})
+    return posterior(message, client, {"draws": exact(model, records, draws, seed, client)})
 
 
-def posterior(order: Message, client: int, tensors: dict[str, Tensor]) -> Message:
-    """The answer that holds these tensors; how many records they are of is not said."""
+def posterior(message: Message, client: int, tensors: dict[str, Tensor]) -> Message:
+    """The reply with these tensors; it does not hold the number of records."""
     content = RecordDict({"posterior": ArrayRecord(tensors), "metrics": MetricRecord({"partition": client})})
-    return Message(content, reply_to=order)
+    return Message(content, reply_to=message)
 
 
 def exact(model: LinearRegression, records: Records, draws: int, seed: int = 0, client: int = 0) -> Draws:
@@ -100,7 +100,9 @@ def exact(model: LinearRegression, records: Records, draws: int, seed: int = 0, 
     return torch.cat([((beta[:, None] + drift_norm) / scale[:, None]).T, sigma[:, None]], dim=1)
 
 
-def laplace(model: Likelihood, records: Records, seed: int = 0) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+def laplace_approximation(
+    model: Likelihood, records: Records, seed: int = 0
+) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
     """A mode of the posterior, and the inverse of the negative log-posterior's Hessian there.
 
     Raises:
@@ -133,7 +135,7 @@ def hmc(model: Likelihood, records: Records, draws: int, seed: int = 0, client: 
     Raises:
         FedtapError: as `laplace` does.
     """
-    mean, covariance = laplace(model, records, seed)
+    mean, covariance = laplace_approximation(model, records, seed)
     factor = torch.linalg.cholesky(covariance)
     noise = generator(seed, "hmc", client)
     chains = min(CHAINS, draws)
@@ -141,23 +143,23 @@ def hmc(model: Likelihood, records: Records, draws: int, seed: int = 0, client: 
     def log_posterior(phi: Tensor) -> Tensor:
         return _log_posterior(model, mean + factor @ phi, records)
 
-    sloped = vmap(grad_and_value(log_posterior))
+    value_and_gradient = vmap(grad_and_value(log_posterior))
     phi = torch.zeros(chains, len(mean), dtype=mean.dtype)
-    slope, value = sloped(phi)
+    gradient, value = value_and_gradient(phi)
     size, kept = 0.5, []
-    for step in range(WARM_UP + -(-draws // chains)):
+    for step in range(WARM_UP_DRAWS + -(-draws // chains)):
         momentum = torch.randn(phi.shape, generator=noise, dtype=phi.dtype)
-        there, p, turned, height = phi, momentum, slope, value
+        there, p, turned, height = phi, momentum, gradient, value
         for _ in range(LEAPS):
             p = p + 0.5 * size * turned
             there = there + size * p
-            turned, height = sloped(there)
+            turned, height = value_and_gradient(there)
             p = p + 0.5 * size * turned
         gain = height - value + 0.5 * (momentum.square().sum(1) - p.square().sum(1))
         taken = torch.rand(chains, generator=noise).log() < gain  # NaN, as at σ < 0, is not taken
-        phi, slope = torch.where(taken[:, None], there, phi), torch.where(taken[:, None], turned, slope)
+        phi, gradient = torch.where(taken[:, None], there, phi), torch.where(taken[:, None], turned, gradient)
         value = torch.where(taken, height, value)
-        if step < WARM_UP:
+        if step < WARM_UP_DRAWS:
             size *= math.exp(0.1 * (float(taken.float().mean()) - ACCEPTED))
         else:
             kept.append(phi)

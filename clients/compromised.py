@@ -1,8 +1,8 @@
 """The compromised client: an honest one whose channel the adversary can feed with examples of its own.
 
-It answers `query.auxiliary` with the weights that one step on each example it is fed would have it send, in the
-precision of an honest client's; where the adversary also feeds it images to train on, at the weights that it passes on
-the way.
+It replies to `query.auxiliary` with the weights that it would send after one step on each example of the message, in
+the precision of an honest client's reply. Where the message also holds images to train on, the steps are taken at the
+weights along that training.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from fedtap.clients.mod import defended
 from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, network, receive, seeded, sgd
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest, gradients
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.wire.records import tensors_of
 
 
-def compute_auxiliary(order: Message, private: PrivateData) -> Message:
-    """Public examples in (`pairs batch channel height width`, in [0, 1]), weights out (`pairs *parameter`).
+def compute_auxiliary(message: Message, private: PrivateData) -> Message:
+    """Auxiliary examples in (`pairs batch channel height width`, in [0, 1]), weights out (`pairs *parameter`).
 
     The weights are what an honest client would send after one local step on each example: on the wire, pairs are
-    rounded as victims' answers are.
+    rounded as victims' replies are.
     """
     dataset, rate = private.dataset, private.scenario.learning_rate
     net = network(private.scenario.architecture, dataset.shape, len(dataset.classes))
-    received = receive(net, order.content.array_records["arrays"])
+    received = receive(net, message.content.array_records["arrays"])
     before = {name: received[name] for name, _ in net.named_parameters()}
-    examples = tensors_of(order.content.array_records["examples"])
+    examples = tensors_of(message.content.array_records["examples"])
     seed, fed = private.scenario.seed, digest(examples)
     with seeded(seed, "auxiliary", fed):
         images, labels, defences = examples["images"], examples["labels"], parse(private.scenario.defence)
@@ -40,9 +40,9 @@ def compute_auxiliary(order: Message, private: PrivateData) -> Message:
         pairs = range(len(images) if guarded else 0)  # each is an exchange, and draws for itself
         draws = [generator(seed, "defence", fed, pair) for pair in pairs]
         stops: Iterable[slice] = [slice(None)]
-        drifts = "drift" in order.content.array_records
+        drifts = "drift" in message.content.array_records
         if drifts:
-            stops = along(net, tensors_of(order.content.array_records["drift"]))
+            stops = stops_along(net, tensors_of(message.content.array_records["drift"]))
         step, parts = defences.step, []
         for due in stops:
             some = images[due], labels[due]
@@ -58,10 +58,10 @@ def compute_auxiliary(order: Message, private: PrivateData) -> Message:
     content = RecordDict(
         {"weights": ArrayRecord(sent), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
     )
-    return Message(content, reply_to=order)
+    return Message(content, reply_to=message)
 
 
-def along(net: nn.Module, drift: dict[str, Tensor]) -> Iterator[slice]:
+def stops_along(net: nn.Module, drift: dict[str, Tensor]) -> Iterator[slice]:
     """Train on the images fed, as a victim does by itself, and stop on the way for the examples that are due.
 
     Args:

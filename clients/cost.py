@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtap.clients.mod import defended
 from fedtap.clients.training import network, one_thread, plain_backward, seeded, sgd
 from fedtap.simulator.attack import generator
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.settings import Federation
@@ -25,7 +25,7 @@ TURNS = 7
 TURN = 0.03
 """Seconds that a turn takes at least: what is quicker is done several times in it."""
 
-ENOUGH = 5.0
+LONGEST_TIMING = 5.0
 """Seconds after which there is no further turn."""
 
 
@@ -34,7 +34,7 @@ def overhead(scenario: Federation, private: PrivateData) -> float | None:
 
     Local steps and batch are those of the exchange. What the server does costs a client nothing.
     """
-    if not any(part.kind.hook != "server" for part in described(scenario.defence)):
+    if not any(part.hook != "server" for part in described(scenario.defence)):
         return None
     dataset = private.dataset
     indices = torch.arange(scenario.batch * scenario.local_steps) % len(dataset.train)
@@ -76,14 +76,14 @@ def times_as_long(work: Callable[[], None], other: Callable[[], None]) -> float:
         each()
     often = [max(1, round(TURN / seconds(each))) for each in (work, other)]
     began, found = time.perf_counter(), list[float]()
-    while len(found) < TURNS and (not found or time.perf_counter() - began < ENOUGH):
+    while len(found) < TURNS and (not found or time.perf_counter() - began < LONGEST_TIMING):
         one, two = (seconds(each, times) / times for each, times in zip((work, other), often, strict=True))
         found.append(one / two)
     return statistics.median(found)
 
 
 def seconds(work: Callable[[], None], times: int = 1) -> float:
-    """Processor time of this process, so many times: other processes' does not count."""
+    """Processor time of this process for `times` calls, in seconds; other processes' does not count."""
     began = time.process_time()
     for _ in range(times):
         work()

@@ -1,4 +1,4 @@
-"""The honest client: trains on its own data when told to, and answers nothing else."""
+"""The honest client: trains on its own data when asked to, and replies to nothing else."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor
 
 from fedtap.clients.mod import defended
-from fedtap.clients.training import Backward, answer, drifted, network, plain_backward, receive, seeded, sgd
+from fedtap.clients.training import Backward, drifted, network, plain_backward, receive, seeded, sgd, weights_reply
 from fedtap.simulator.attack import generator
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.federation.private_data import PrivateData
 
 
-def train(order: Message, context: Context, private: PrivateData) -> Message:
+def train_on_images(message: Message, context: Context, private: PrivateData) -> Message:
     """One round of local training, defended as the scenario says.
 
     Raises:
-        KeyError, RuntimeError: the order carries another model's weights.
+        KeyError, RuntimeError: the message carries another model's weights.
     """
     scenario, dataset = private.scenario, private.dataset
     client = int(context.node_config["partition-id"])
-    config: ConfigRecord = order.content.config_records["config"]
+    config: ConfigRecord = message.content.config_records["config"]
     rnd = int(config["server-round"])  # type: ignore[arg-type]
     images, labels = private(client, rnd)
     defences = parse(scenario.defence)
     net = network(scenario.architecture, dataset.shape, len(dataset.classes))
-    before = receive(net, order.content.array_records["arrays"])
+    before = receive(net, message.content.array_records["arrays"])
     drift_norm = 0.0 if scenario.local_samples else None
     if private.conduct(client, rnd) == "silent":  # it takes part, and sends the weights that it was sent
-        return answer(order, net, len(images), client, drift_norm)
+        return weights_reply(message, net, len(images), client, drift_norm)
     here = before
     if scenario.local_samples and private.victim(client, rnd) is not None:
         here = drifted(before, private)
@@ -51,7 +51,7 @@ def train(order: Message, context: Context, private: PrivateData) -> Message:
         after = defended(defences.update, before, after, scenario.learning_rate, draw)
     if defences.update or here is not before:
         net.load_state_dict(after, strict=False)
-    return answer(order, net, len(images), client, drift_norm)
+    return weights_reply(message, net, len(images), client, drift_norm)
 
 
 def _distance(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:

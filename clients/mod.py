@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor
 
-from fedtap.simulator.defences.hooks import UpdateDefence
+from fedtap.simulator.defences.defence import Update
 from fedtap.simulator.defences.source import Source
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Tensors
@@ -19,7 +19,7 @@ Drawing = TypeVar("Drawing")
 
 
 def mod_of(
-    defence: UpdateDefence,
+    defence: Update,
     learning_rate: float = 1.0,
     parameters: Collection[str] | None = None,
     draw: Source = None,
@@ -40,25 +40,25 @@ def mod_of(
         FedtapError: it cannot tell the difference to defend. Nothing is sent then.
     """
 
-    def mod(order: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if order.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
-            return call_next(order, context)
-        before = tensors_of(_arrays(order, "order")[1])
-        answer = call_next(order, context)
-        if answer.has_error():
-            return answer
-        key, record = _arrays(answer, "answer")
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+            return call_next(message, context)
+        before = tensors_of(_arrays(message, "message")[1])
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        key, record = _arrays(reply, "reply")
         after = tensors_of(record)
         floating = [name for name in after if after[name].is_floating_point()]
         kept = [name for name in floating if parameters is None or name in parameters]
         if strange := [name for name in kept if name not in before or before[name].shape != after[name].shape]:
             raise FedtapError(
-                f"The client sends {strange[0]}, and was not sent the like, so there is no difference to defend: "
-                "answer with the arrays that came, or name those to defend, mod_of(parameters=...)."
+                f"The client sends {strange[0]}, and was sent no array of that name and shape, so nothing to "
+                "compare it with: reply with the arrays that came, or name those to defend, mod_of(parameters=...)."
             )
         sent = after | defended(defence, before, {name: after[name] for name in kept}, learning_rate, draw)
-        answer.content.array_records[key] = ArrayRecord({name: sent[name] for name in after})
-        return answer
+        reply.content.array_records[key] = ArrayRecord({name: sent[name] for name in after})
+        return reply
 
     return mod
 
@@ -66,7 +66,7 @@ def mod_of(
 def _arrays(message: Message, what: str) -> tuple[str, ArrayRecord]:
     if len(message.content.array_records) != 1:
         raise FedtapError(
-            f"The {what} to train holds {len(message.content.array_records)} ArrayRecords, and of one alone is it "
+            f"The train {what} holds {len(message.content.array_records)} ArrayRecords, and of one alone is it "
             "known what to defend: send weights in one record."
         )
     return next(iter(message.content.array_records.items()))
@@ -82,7 +82,7 @@ def defended(
     """The weights to send in the place of `after`, where `before` were received: a client's, or a stack of exchanges'.
 
     Args:
-        defence: an `UpdateDefence`, or for a stack its `stacked`, with a source for each exchange.
+        defence: an `Update`, or for a stack its `stacked`, with a source for each exchange.
     """
     gradient = defence({name: (before[name] - after[name]) / learning_rate for name in after}, draw)
     return {name: before[name] - learning_rate * gradient[name] for name in after}

@@ -21,10 +21,10 @@ from fedtap.simulator.models.regulariser import Regulariser
 from fedtap.simulator.wire.records import tensors_of
 
 TRAININGS = ("lbfgs", "adam")
-"""To the end, or 300 steps of Adam at 0.01, after which few trainings are there."""
+"""L-BFGS to a stationary point, or 300 steps of Adam at 0.01, which seldom reach one."""
 
 PRECISIONS = ("float64", "float32", "float16")
-"""In which weights travel back."""
+"""Floating point formats in which weights are sent back."""
 
 CLOSE = 1e-8
 """Length of the whole gradient, as a share of the regulariser's, at which a training has ended."""
@@ -41,9 +41,11 @@ class Training:
     """
 
     regulariser: Regulariser
+    """R, added to the sum of the examples' losses."""
     optimiser: str = "lbfgs"
+    """`lbfgs` or `adam`."""
     steps: int = 6_000
-    """Of L-BFGS, at most."""
+    """Steps of L-BFGS, at most."""
 
     def __post_init__(self) -> None:
         if self.regulariser.name == "max_margin":
@@ -94,9 +96,9 @@ class Training:
             return value
 
         def left() -> float:
-            (slope,) = torch.autograd.grad(loss(), weights)
+            (gradient,) = torch.autograd.grad(loss(), weights)
             held = self.regulariser.strength * (weights.detach() - anchor)
-            return float(slope.norm() / held.norm().clamp_min(1e-300))
+            return float(gradient.norm() / held.norm().clamp_min(1e-300))
 
         if self.optimiser == "adam":
             adam = torch.optim.Adam([weights], lr=ADAM_RATE)
@@ -120,7 +122,7 @@ class Training:
         return parts(weights.detach()), left()
 
 
-def train(
+def train_to_the_end(
     order: Message,
     client: int,
     network: nn.Module,
@@ -129,7 +131,7 @@ def train(
     training: Training,
     precision: str,
 ) -> Message:
-    """Train from the weights of the order, and send the trained ones, as FedAvg expects them.
+    """Train from the weights of the order, and reply with the trained ones, as FedAvg expects them.
 
     Raises:
         KeyError: the order carries another model's weights.

@@ -8,15 +8,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedtap.clients.mod import defended
-from fedtap.clients.training import answer, receive, sgd
-from fedtap.simulator.defences.chain import parse
+from fedtap.clients.training import receive, sgd, weights_reply
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.language import LanguageModel
 
 
-def train(
-    order: Message,
+def train_on_texts(
+    message: Message,
     net: LanguageModel,
     texts: Int[Tensor, "batch tokens"],
     labels: Int[Tensor, "batch"],
@@ -25,13 +25,13 @@ def train(
     defence: str,
     draw: torch.Generator,
 ) -> Message:
-    """The answer to an order to train; `draw` is where a defence's noise comes from."""
-    before = receive(net, order.content.array_records["arrays"])
+    """The reply to a train message; `draw` gives a defence's noise."""
+    before = receive(net, message.content.array_records["arrays"])
     sgd(net, texts, labels, 1, len(texts), learning_rate, _backward)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     after = defended(parse(defence).update, before, after, learning_rate, draw)
     net.load_state_dict(after, strict=False)
-    return answer(order, net, len(texts), client)
+    return weights_reply(message, net, len(texts), client)
 
 
 def _backward(net: nn.Module, texts: Tensor, labels: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def check_defence(defence: str) -> None:
         FedtapError: it acts on something else, or cannot be read.
     """
     for part in described(defence):
-        if part.kind.hook != "update":
+        if part.hook != "update":
             raise FedtapError(
-                f"{part.name} acts on the {part.kind.hook} of an image model, and these clients train on texts: use a "
+                f"{part.name} acts on the {part.hook} of an image model, and these clients train on texts: use a "
                 "defence of what is sent, such as clip(1.0) or noise(0.001)."
             )

@@ -1,4 +1,4 @@
-"""What every client does when it is told to train: plain SGD from the broadcast weights, and weights back."""
+"""What every client does at a train message: plain SGD from the broadcast weights, and weights back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest
-from fedtap.simulator.defences.precode import bottlenecks, training_loss
+from fedtap.simulator.defences.layers import inserted, training_loss
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models.registry import Shape, build
@@ -23,8 +23,8 @@ from fedtap.simulator.wire.records import tensors_of
 def network(model: str, shape: Shape, classes: int) -> nn.Module:
     """A network to fill with weights, kept between rounds: building one costs as much as a training step."""
     net = build(model, shape, classes, seed=0)
-    for bottleneck in bottlenecks(net):
-        bottleneck.draws = True
+    for layer in inserted(net):
+        layer.draws = True
     return net
 
 
@@ -62,7 +62,7 @@ def receive(net: nn.Module, arrays: ArrayRecord) -> dict[str, Tensor]:
 
 
 def carried(net: nn.Module) -> ArrayRecord:
-    """What travels: parameters and floating point buffers."""
+    """What is sent: parameters and floating point buffers."""
     tensors = dict(net.named_parameters()) | float_buffers(net)
     return ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()})
 
@@ -119,9 +119,9 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
         draw = generator(scenario.seed, "unshared")
         with seeded(scenario.seed, "unshared"):
             for _ in range(scenario.local_epochs):
-                order = torch.randperm(len(images), generator=draw)
-                steps = -(-len(order) // UNSHARED_BATCH)
-                sgd(net, images[order], labels[order], steps, UNSHARED_BATCH, UNSHARED_RATE)
+                message = torch.randperm(len(images), generator=draw)
+                steps = -(-len(message) // UNSHARED_BATCH)
+                sgd(net, images[message], labels[message], steps, UNSHARED_BATCH, UNSHARED_RATE)
         _DRIFTED.clear()
         _DRIFTED[key] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
     return _DRIFTED[key]
@@ -130,14 +130,16 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
 _DRIFTED: dict[object, dict[str, Tensor]] = {}
 
 
-def answer(order: Message, net: nn.Module, examples: int, partition: int, drift_norm: float | None = None) -> Message:
+def weights_reply(
+    message: Message, net: nn.Module, examples: int, partition: int, drift_norm: float | None = None
+) -> Message:
     """The reply FedAvg expects: one ArrayRecord, one MetricRecord, with no more than the server needs.
 
     Args:
-        moved: where victims drift, how far the client's weights had done so from the server's, as a share of their
-            length: for the scorer alone. None is not sent.
+        drift_norm: where victims drift, distance of the client's weights from the server's before the step, as a share
+            of their norm: for the scorer alone. None is not sent.
     """
     metrics = MetricRecord({"num-examples": examples, "partition": partition})
     if drift_norm is not None:
         metrics["drift_norm"] = drift_norm
-    return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=order)
+    return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=message)

@@ -1,5 +1,5 @@
 """`python -m fedtap.scenarios` is the command line, as `fedtap` is."""
 
-from fedtap.scenarios.command.main import main
+from fedtap.scenarios.command.entry import main
 
 main()

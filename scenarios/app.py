@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from fedtap.clients.app import client_app
-from fedtap.scenarios.command.plan import plan_of
+from fedtap.clients.training import one_thread
+from fedtap.scenarios.command.options import written
+from fedtap.scenarios.command.plan import models_of, plan_of, planned
 from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.models.registry import allow
 from fedtap.simulator.report.folder import place
 from fedtap.simulator.run import described_run, device_named, run
+from fedtap.simulator.scenario import Row, Scenario
+from fedtap.simulator.wire.grid import LocalGrid
 
 client = client_app(plan_of)
 server = ServerApp()
@@ -22,22 +29,41 @@ server = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the run config's scenario over Flower's grid, and leave the same files as `fedtap run`."""
     torch.set_num_threads(1)
-    config = context.run_config
+    play(context.run_config, lambda setting: grid)
+
+
+def in_process(scenario: str, options: Mapping[str, Any], run_config: UserConfig) -> list[Row]:
+    """Play a scenario in this process, and return its rows.
+
+    Args:
+        options: the scenario's, by name; a list of values is swept.
+        run_config: what is said of the run: `data-root`, `out`, `device`, `overwrite`.
+
+    Raises:
+        FedtapError: there is no such scenario or option, or it cannot be played.
+    """
+    config: UserConfig = {**run_config, "scenario": scenario, "options": written(options)}
+    allow(model for model in models_of(planned(scenario, written(options))) if ":" in model)  # the caller's own
+    with one_thread():
+        return play(config, lambda setting: LocalGrid(client, setting.nodes, config))
+
+
+def play(config: UserConfig, grid_for: Callable[[Scenario], Grid]) -> list[Row]:
+    """Play what the run config asks for, each setting over its grid.
+
+    Raises:
+        FedtapError: the run config asks for something that cannot be played.
+    """
     settings = plan_of(config)
     overwrite = str(config.get("overwrite") or "false").lower()
     if overwrite not in ("true", "false"):
         raise FedtapError(f"The run config says overwrite={short(overwrite)!r}, and it is true or false.")
     device = device_named(str(config.get("device") or ""))
-    said = Path(str(config["out"])) if config.get("out") else None
-    about = described_run(settings, device)
-    out = place(about, said, Path("runs") / settings[0].name, overwrite=overwrite == "true")
-    rows = run(
-        settings,
-        lambda setting: grid,
-        out,
-        device=device,
-        data_root=Path(str(config.get("data-root") or "data")),
-        overwrite=overwrite == "true",
-    )
+    folder = Path(str(config["out"])) if config.get("out") else None
+    usual = Path("runs") / settings[0].plain_name
+    out = place(described_run(settings, device), folder, usual, overwrite=overwrite == "true")
+    data_root = Path(str(config.get("data-root") or "data"))
+    rows = run(settings, grid_for, out, device=device, data_root=data_root, overwrite=overwrite == "true")
     for setting in settings:
         setting.verdict(rows)
+    return rows

@@ -1,9 +1,10 @@
 """Play a scenario on Flower's own engines, on this machine's loopback.
 
-`python -m fedtap.scenarios.deploy NAME --nodes 5 --knob value …` starts a SuperLink and five SuperNodes (the last one
-is the compromised client; a study such as `attention` has none, and as many nodes as clients), submits the scenario
-with `flwr run`, waits, and stops what it started. With `--engine simulation` the SuperLink plays all nodes itself, on
-Ray. On real hosts, start the same two programs with TLS instead of --insecure; the README shows how.
+`python -m fedtap.scenarios.deploy NAME --nodes 5 --option value …` starts a SuperLink and five SuperNodes (the last one
+is the compromised client; a scenario such as `attention` has none, and as many nodes as clients), submits the scenario
+with `flwr run`, waits, and stops what it started. It submits an app of a pyproject.toml alone: the nodes have fedtap
+installed. With `--engine simulation` the SuperLink plays all nodes itself, on Ray. On real hosts, start the same two
+programs with TLS instead of --insecure; the README shows how.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 
-from fedtap.scenarios.command.options import pairs
-from fedtap.scenarios.command.plan import Part, models_of, plan
-from fedtap.scenarios.gradients.game import Game
+from fedtap.scenarios.command.options import absolute, pairs, written
+from fedtap.scenarios.command.plan import models_of, plan, scenario_named
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import Scenario
-from fedtap.simulator.files import exists
 from fedtap.simulator.models.registry import OWN_MODELS, plain_name
+from fedtap.simulator.options import options_of
 from fedtap.simulator.report.folder import left_by_us, place
 from fedtap.simulator.run import described_run, device_named
-from fedtap.simulator.study import Study
+from fedtap.simulator.scenario import Scenario
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -42,11 +42,21 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the app runs in this environment, which has what it needs
 }
 
-APP = Path(__file__).parents[1]
-"""The Flower app: the folder with pyproject.toml."""
+APP = """\
+[project]
+name = "fedtap"
+version = "{version}"
 
-FILES = ("dataset", "data", "draws", "weights")
-"""Knobs that may name a file, which an engine's processes would look for in folders of their own."""
+[tool.flwr.app]
+publisher = "fedtap"
+
+[tool.flwr.app.components]
+serverapp = "fedtap.scenarios.app:server"
+clientapp = "fedtap.scenarios.app:client"
+
+[tool.flwr.app.config]
+"""
+"""The Flower app that is submitted: its components, which the installed package has, and after them its run config."""
 
 Engine = Literal["deployment", "simulation"]
 
@@ -68,11 +78,8 @@ def flower(
     Raises:
         FedtapError: a program did not start, or the run failed.
     """
-    if not (APP / "pyproject.toml").is_file():
-        raise FedtapError(
-            f"{APP} holds no pyproject.toml, so it is no Flower app to submit: install with pip install -e."
-        )
     own = [model for model in models_of(plan(name, knobs)) if ":" in model]
+    options = written(absolute(options_of(scenario_named(name)), knobs))
     before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
         environment = (
@@ -94,9 +101,9 @@ def flower(
         log = Path(home) / "superlink.log"
         stack.enter_context(_running(superlink + ["--simulation"] * (engine == "simulation"), environment, log))
         _wait_for(port, log)
-        options = []
+        federation = []
         if engine == "simulation":
-            options = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
+            federation = ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
         else:
             for partition in range(nodes):
                 supernode = [
@@ -107,15 +114,14 @@ def flower(
                     "--port",
                     str(_free_port()),
                 ]
-                config = ["--node-config", f"partition-id={partition} num-partitions={nodes}"]
+                partition_of_it = ["--node-config", f"partition-id={partition} num-partitions={nodes}"]
                 stack.enter_context(
-                    _running(supernode + config, environment, Path(home) / f"supernode-{partition}.log")
+                    _running(supernode + partition_of_it, environment, Path(home) / f"supernode-{partition}.log")
                 )
-        said = {**absolute(knobs), "scenario": name, "out": str(out.resolve()), "data-root": str(data_root.resolve())}
-        said["overwrite"] = str(overwrite).lower()
-        run_config = " ".join(f"{knob}={json.dumps(value)}" for knob, value in said.items())
+        config = {"scenario": name, "options": options, "data-root": str(data_root.resolve())}
+        config |= {"out": str(out.resolve()), "overwrite": str(overwrite).lower()}
         done = subprocess.run(
-            ["flwr", "run", str(APP), "--stream", "--run-config", run_config, *options],
+            ["flwr", "run", str(_app(Path(home) / "app", config)), "--stream", *federation],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         told = done.stdout + done.stderr
@@ -126,10 +132,22 @@ def flower(
         return told
 
 
-def absolute(knobs: Mapping[str, str]) -> dict[str, str]:
-    """The knobs, with files' names that hold in any folder."""
-    files = {word: knobs[word] for word in FILES if knobs.get(word) and exists(Path(knobs[word]))}
-    return {**knobs, **{word: str(Path(file).resolve()) for word, file in files.items()}}
+def _app(folder: Path, config: Mapping[str, str]) -> Path:
+    """A folder with the Flower app of this run config.
+
+    Raises:
+        FedtapError: an option has bytes in it that are no text.
+    """
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()]
+    folder.mkdir()
+    try:
+        text = (APP.format(version=version("fedtap")) + "".join(lines)).encode()
+    except UnicodeEncodeError as error:
+        raise FedtapError(
+            "A path or an option is no UTF-8, and Flower's run config takes no other: rename it."
+        ) from error
+    (folder / "pyproject.toml").write_bytes(text)
+    return folder
 
 
 def _finished(out: Path) -> int | None:
@@ -174,23 +192,16 @@ def _wait_for(port: int, log: Path, seconds: float = 60) -> None:
     raise FedtapError(f"The SuperLink did not open port {port} in {seconds:g} s; it said:\n{log.read_text()[-2000:]}")
 
 
-def check_nodes(part: Part, nodes: int) -> None:
-    """Refuse another number of nodes than a part needs; any will do for a scenario that names no --clients.
+def check_nodes(setting: Scenario, nodes: int) -> None:
+    """Refuse another number of nodes than a setting needs; any will do for an image scenario that names no --clients.
 
     Raises:
         FedtapError: with the number to give.
     """
-    if isinstance(part, Game):
+    if nodes != setting.nodes and not setting.any_nodes:
         raise FedtapError(
-            f"{part.name} plays thousands of clients in one process, not on a grid: fedtap run {part.name}."
+            f"{setting.name} needs {setting.nodes} nodes here, and there are {nodes}: --nodes {setting.nodes}."
         )
-    if isinstance(part, Study) and part.clients != nodes:
-        raise FedtapError(
-            f"{part.name} needs a node for each of its {part.clients} clients and none beside them, and there are "
-            f"{nodes}: --nodes {part.clients}."
-        )
-    if isinstance(part, Scenario) and part.clients not in (0, nodes - 1):
-        raise FedtapError(f"{nodes} nodes are {nodes - 1} honest clients and a compromised one: --clients {nodes - 1}.")
 
 
 def main(
@@ -207,8 +218,10 @@ def main(
     ),
 ) -> None:
     """Play a scenario on Flower's deployment or simulation engine."""
-    knobs = absolute({knob.replace("-", "_"): value for knob, value in pairs(context.args).items()})
-    parts = plan(name, knobs)  # a mistake is told here, not from inside the engine
+    knobs = pairs(context.args)
+    plan(name, knobs)  # a mistake is told here, not from inside the engine
+    knobs = absolute(options_of(scenario_named(name)), knobs)
+    parts = plan(name, knobs)
     for part in parts:
         check_nodes(part, nodes)
     torch.set_num_threads(1)  # as the app does: the folder's run tells of it

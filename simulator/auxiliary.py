@@ -1,7 +1,7 @@
-"""Practice: public examples that the attacker chose, each with the gradient that it caused.
+"""Auxiliary pairs: examples of the attacker's own, each with the gradient that it causes; attacks are trained on them.
 
-A set of pairs is a folder: `practice.json`, and chunks of pairs as safetensors, which are read one at a time, so that a
-set need not fit into memory.
+A set of pairs is a folder: `auxiliary.json`, and chunks of pairs as safetensors, which are read one at a time, so that
+a set need not fit into memory.
 """
 
 from __future__ import annotations
@@ -21,41 +21,42 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedtap.simulator.defences.precode import training_loss
+from fedtap.simulator.defences.layers import training_loss
 from fedtap.simulator.errors import DamagedError, FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors, protocol_of, sound
 
-FORMAT = 3
-"""Version of the saved form; a reader refuses any other. In 1, pairs were gradients before they crossed the wire."""
+PAIRS_FORMAT = 3
+"""Version of the saved form; a reader refuses any other. In version 1, pairs were gradients that had not crossed the
+wire."""
 
-CHUNK = 2**24
+CHUNK_NUMBERS = 2**24
 """Numbers in a chunk's gradients: 64 MiB of float32."""
 
 MOST_PAIRS = 10**9
-"""Of a set, and trainings behind it, at most."""
+"""Pairs of a set, and trainings behind it, at most."""
 
 Build = Callable[[str, tuple[int, ...], int], nn.Module]
 """`(model name, shape, classes) -> network on the meta device`."""
 
 
 @dataclass(frozen=True)
-class About:
-    """What a practice was, in words: it goes with the pairs, and with whatever learned from them."""
+class Provenance:
+    """Where auxiliary pairs are from, in words: saved with the pairs, and with every attack trained on them."""
 
     protocol: Protocol
-    """The public terms of an exchange; in practice a single step, whose batch is the pair's."""
+    """The public terms of an exchange: one local step, whose batch is the pair's."""
     dataset: str
-    """Where the examples are from."""
+    """Name of the dataset that the examples are from."""
     pairs: int
     auxiliary_source: str = "compromised_client"
-    """Who computed the gradients."""
+    """Who computed the gradients: `compromised_client`, or `server`."""
     auxiliary_trainings: int = 0
-    """Trainings of the compromised client, along which pairs were met; 0 means all at the weights in force."""
+    """Trainings of the compromised client, along which pairs were recorded; 0 means all at the broadcast weights."""
     labels: str = "own"
     """The examples' own labels, or `random` ones."""
     digest: str = ""
-    """Of the weights in force and of the examples: it tells sets apart, and tells nothing else of them."""
+    """Digest of the broadcast weights and of the examples, by which sets are told apart."""
 
     def __str__(self) -> str:
         p = self.protocol
@@ -68,19 +69,19 @@ class About:
         )
 
     @staticmethod
-    def of(document: dict[str, object]) -> About:
+    def of(document: dict[str, object]) -> Provenance:
         """From the form in JSON.
 
         Raises:
             KeyError, TypeError, ValueError: it is not of that form, or too large.
         """
         protocol = protocol_of(document["protocol"])
-        made = About(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
+        made = Provenance(protocol, **{name: value for name, value in document.items() if name != "protocol"})  # type: ignore[arg-type]
         sound(protocol)
         if any(
             type(count) is not int or not 0 <= count <= MOST_PAIRS for count in (made.pairs, made.auxiliary_trainings)
         ):
-            raise ValueError(f"pairs and drifts are whole numbers from 0 to {MOST_PAIRS:,}")
+            raise ValueError(f"pairs and auxiliary_trainings are whole numbers from 0 to {MOST_PAIRS:,}")
         texts = (made.dataset, made.auxiliary_source, made.labels, made.digest)
         if not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
             raise ValueError("dataset, auxiliary_source, labels and digest are text")
@@ -103,7 +104,7 @@ class Pairs:
         return len(self.labels)
 
     def to(self, device: str) -> Pairs:
-        """The same pairs on another device."""
+        """These pairs on another device."""
         return Pairs(self.leak.to(device), self.images.to(device), self.labels.to(device))
 
     def __getitem__(self, which: slice | Tensor) -> Pairs:
@@ -116,13 +117,13 @@ class Auxiliary:
 
     Args:
         folder: where `record` left them.
-        about: what they are; `pairs` may be less than the folder holds: the first so many.
+        about: their provenance; its `pairs` may be fewer than the folder holds, and are then the first ones.
         network: the architecture, on the meta device.
         device: where pairs are put as they are read, and where an attack learns from them.
     """
 
     folder: Path
-    about: About
+    about: Provenance
     network: nn.Module = dataclasses.field(repr=False, compare=False)
     device: str = "cpu"
 
@@ -172,7 +173,7 @@ class Auxiliary:
         return Pairs(leak, images, labels)
 
     def _check(self, images: Tensor, labels: Tensor, clients: Tensor) -> None:
-        """Raise ValueError of examples that are none of these pairs."""
+        """Raise ValueError where examples do not match the provenance."""
         protocol, pairs = self.about.protocol, len(clients) if clients.ndim == 1 else 0
         wanted = {
             "images": (images, torch.float32, (pairs, protocol.batch, *protocol.shape)),
@@ -188,17 +189,17 @@ class Auxiliary:
             raise ValueError("labels are outside the classes")
 
     def first(self, pairs: int) -> Auxiliary:
-        """The first so many of these pairs."""
+        """The first `pairs` of these pairs."""
         return dataclasses.replace(self, about=dataclasses.replace(self.about, pairs=min(pairs, len(self))))
 
     @staticmethod
-    def record(folder: Path, about: About, network: nn.Module, chunks: Iterable[Pairs]) -> Auxiliary:
+    def record(folder: Path, about: Provenance, network: nn.Module, chunks: Iterable[Pairs]) -> Auxiliary:
         """Write pairs as they come; the description last, so that a folder with one is whole.
 
         Raises:
             FedtapError: the folder cannot be written.
         """
-        heard = 0
+        written = 0
         for number, pairs in enumerate(chunks):
             tensors = {f"gradient/{name}": tensor for name, tensor in pairs.leak.observed.items()}
             tensors |= {f"weights/{name}": tensor for name, tensor in (pairs.leak.weights or {}).items()}
@@ -206,39 +207,39 @@ class Auxiliary:
             tensors |= {"images": pairs.images, "labels": pairs.labels, "clients": pairs.leak.clients}
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             write_atomically(folder / _chunk(number), save(whole))
-            heard += len(pairs)
-        if heard != about.pairs:
-            raise AssertionError(f"{heard} pairs came, and {about.pairs} were announced")
-        document = {"format": FORMAT, **dataclasses.asdict(about)}
-        write_atomically(folder / "practice.json", json.dumps(document, indent=2).encode() + b"\n")
+            written += len(pairs)
+        if written != about.pairs:
+            raise AssertionError(f"{written} pairs came, and {about.pairs} were announced")
+        document = {"format": PAIRS_FORMAT, **dataclasses.asdict(about)}
+        write_atomically(folder / "auxiliary.json", json.dumps(document, indent=2).encode() + b"\n")
         return Auxiliary(folder, about, network)
 
     @staticmethod
-    def saved(folder: Path, build: Build, wanted: About | None = None) -> Auxiliary | None:
+    def saved(folder: Path, build: Build, wanted: Provenance | None = None) -> Auxiliary | None:
         """The set that a folder holds; None where there is none, or one that was not finished.
 
         Args:
-            wanted: what it has to be, but for the number of pairs; nothing is built of what is another. Where it is
-                None, a folder that names code to import is refused.
+            wanted: the provenance that it has to have, except for the number of pairs; nothing is built of any other.
+                Where it is None, a folder that names code to import is refused.
 
         Raises:
             FedtapError: its description is damaged, or of other pairs.
         """
-        file = folder / "practice.json"
+        file = folder / "auxiliary.json"
         if not is_file(file):
             return None
         try:
             document = read_json(file)
-            if document.pop("format") != FORMAT:
-                raise ValueError(f"a format other than {FORMAT}")
-            about = About.of(document)
+            if document.pop("format") != PAIRS_FORMAT:
+                raise ValueError(f"a format other than {PAIRS_FORMAT}")
+            about = Provenance.of(document)
             if wanted is None and ":" in about.protocol.model:
                 raise ValueError("its model names code to import, which a file may not")
             if wanted is not None and dataclasses.replace(about, pairs=wanted.pairs) != wanted:
                 raise ValueError("it is of other pairs than this run asks for")
         except (FedtapError, ValueError, KeyError, TypeError) as error:
             raise DamagedError(
-                f"{short(file, 90)} does not describe a practice ({type(error).__name__}: {short(error, 90)}): "
+                f"{short(file, 90)} does not describe auxiliary pairs ({type(error).__name__}: {short(error, 90)}): "
                 "delete its folder and run again."
             ) from error
         return Auxiliary(folder, about, build(about.protocol.model, about.protocol.shape, about.protocol.classes))
@@ -246,8 +247,8 @@ class Auxiliary:
 
 def _not_whole(path: Path, error: Exception) -> DamagedError:
     return DamagedError(
-        f"{short(path, 90)} cannot be used ({short(error, 90)}), so the practice is not whole: delete its folder and "
-        "run again."
+        f"{short(path, 90)} cannot be used ({short(error, 90)}), so the auxiliary pairs are not whole: delete their "
+        "folder and run again."
     )
 
 
@@ -256,7 +257,7 @@ def _chunk(number: int) -> str:
 
 
 def digest(tensors: Tensors) -> str:
-    """A name for these values, the same wherever they are the same to the bit."""
+    """A name for these values: equal exactly where all bits are."""
     whole = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         whole.update(name.encode())
@@ -264,19 +265,19 @@ def digest(tensors: Tensors) -> str:
     return whole.hexdigest()
 
 
-def digest_of(about: About) -> str:
-    """A name for this practice."""
+def digest_of(about: Provenance) -> str:
+    """A name for auxiliary pairs of this provenance."""
     return hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
 
 
 def trainings(pairs: int, many: int) -> tuple[Int[Tensor, " pairs"], ...]:
-    """Which pairs belong to which training of the compromised client, in order; all to one where it did not train."""
+    """Indices of the pairs of each training of the compromised client, in order; all in one where it did not train."""
     return torch.arange(pairs).tensor_split(max(1, many))
 
 
 def chunk_size(network: nn.Module) -> int:
     """Pairs in a chunk."""
-    return max(1, CHUNK // sum(parameter.numel() for parameter in network.parameters()))
+    return max(1, CHUNK_NUMBERS // sum(parameter.numel() for parameter in network.parameters()))
 
 
 def gradients(

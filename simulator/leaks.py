@@ -1,4 +1,4 @@
-"""What can be seen: leaks, each the attacker's whole knowledge and nothing else.
+"""Leaks: each is the attacker's whole knowledge, and nothing else.
 
 A leak is a frozen stack of victims: tensors plus the protocol's plain metadata, saved as safetensors beside JSON.
 It never holds private data, and it never names code: a user's own model is handed to `load` by the caller.
@@ -21,12 +21,11 @@ from jaxtyping import Int
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from fedtap.simulator.defences.notation import averaged
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 
 Tensors = Mapping[str, Tensor]
-Kind = TypeVar("Kind", bound="Leak")
+_AnyLeak = TypeVar("_AnyLeak", bound="Leak")
 
 FORMAT = 2
 """Version of the saved form; a reader takes this one and the one before it."""
@@ -55,17 +54,19 @@ class Protocol:
     local_steps: int = 1
     """Local steps of the optimiser, each on the whole batch."""
     learning_rate: float = 1.0
+    """Step size of the client's optimiser."""
     defence: str = "none"
     """The defence as announced."""
     threat_model: str = "curious_server"
+    """Name of the threat model: what the attacker observes and knows."""
     summed: int = 1
-    """Clients whose answers are averaged into one; each has batch / summed of the images."""
+    """Clients whose replies are averaged into one; each has batch / summed of the images."""
     prior: str = "flat"
     """The prior over the parameters, or the regulariser that stands for its negative logarithm, as announced."""
     low: float | tuple[float, ...] = 0.0
     """What the model is fed for a pixel of 0: one number, or one a channel."""
     high: float | tuple[float, ...] = 1.0
-    """What it is fed for a pixel of 1, and ``low + (high - low) pixel`` in between."""
+    """What the model is fed for a pixel of 1; for any pixel, ``low + (high - low) pixel``."""
     loss: str = "cross_entropy"
     """`cross_entropy`; `bce`, binary cross-entropy with logits; `mse`, squared distance of the logits from one-hot."""
     reduction: str = "mean"
@@ -73,15 +74,17 @@ class Protocol:
     optimiser: str = "sgd"
     """`sgd` or `adam`, which each client begins with empty state."""
     momentum: float = 0.0
+    """Momentum of sgd, in [0, 1)."""
     nesterov: bool = False
+    """Whether momentum is Nesterov's, as in torch.optim."""
     weight_decay: float = 0.0
-    """Times the weights, this is added to the gradient before momentum, as in torch.optim."""
+    """Factor of the weights that are added to the gradient before momentum, as in torch.optim."""
     batchnorm: str = "train"
     """`train`, by the batch's own statistics, or `eval`, by the running ones."""
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> Protocol:
-        """From the form in JSON, where tuples are lists; what is missing has its default.
+        """From its JSON form, where tuples are lists and what is missing has its default.
 
         Raises:
             KeyError, TypeError: it is not of that form.
@@ -92,7 +95,7 @@ class Protocol:
 
 
 CONVENTIONS = ("low", "high", "loss", "reduction", "optimiser", "momentum", "nesterov", "weight_decay", "batchnorm")
-"""What of the protocol says how a client turns images into a gradient, and a gradient into an update."""
+"""Terms of the protocol that say how a client turns images into a gradient, and a gradient into an update."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Range:
 
 
 PIXELS = Range((0.0,), (1.0,))
-"""Of a model that takes pixels as they are."""
+"""Range of a model that takes pixels in [0, 1] as they are."""
 
 
 def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
@@ -141,37 +144,34 @@ _FED: WeakKeyDictionary[nn.Module, dict[Range, nn.Module]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Leak:
-    """A stack of answers, one victim an entry.
-
-    Args:
-        observed: what the victims sent, name -> tensor with a leading victims axis.
-        protocol: the public terms under which it was sent.
-        network: the architecture, on the meta device: no weights in it. Pixels in [0, 1] go in, whatever the range.
-        weights: the parameters the victims started from, or None where the listener does not know them.
-        buffers: likewise, what the network keeps beside parameters (BatchNorm's statistics).
-        clients: the partition that each victim answered from.
-        rounds: the federation's round of each answer, from 1.
-        restarts: which restart each entry is; 0 in a leak fresh from the wire.
-        stacked: whether weights and buffers carry a victims axis (they do where victims answered different models).
-        resolution: standard error of one entry of `observed` from rounding on the wire; 0 if sent as it is.
-        examples: how many examples each victim says it has (`num-examples`); None where that was not heard.
-    """
+    """A stack of replies, one victim an entry."""
 
     kind: ClassVar[str]
     precise: ClassVar[bool] = False
     """Whether a saved leak stays in double precision; all else is read as float32, which the weights have."""
 
     observed: Tensors
+    """What the victims sent, name -> tensor with a leading victims axis."""
     protocol: Protocol
+    """The public terms under which it was sent."""
     network: nn.Module = field(repr=False, compare=False)
+    """The architecture, on the meta device and without weights; it takes pixels in [0, 1], whatever the range."""
     weights: Tensors | None
+    """The parameters that the victims started from; None where the threat model does not know them."""
     buffers: Tensors
+    """The floating point buffers that they started from (BatchNorm's statistics); empty where not known."""
     clients: Int[Tensor, "victims"]
+    """Partition of each victim."""
     rounds: Int[Tensor, "victims"]
+    """The federation's round of each reply, from 1."""
     restarts: Int[Tensor, "victims"]
+    """Number of the restart of each entry; 0 in a leak as it was observed."""
     stacked: bool = False
+    """Whether weights and buffers have a victims axis, as where victims started from different weights."""
     resolution: float = 0.0
+    """Standard error of an entry of `observed` from rounding on the wire; 0 if it was sent as it is."""
     examples: Int[Tensor, "victims"] | None = None
+    """Number of examples that each victim reports (`num-examples`); None where it was not observed."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "network", fed(self.network, self.protocol))
@@ -184,20 +184,20 @@ class Leak:
         """Where the tensors lie."""
         return next(iter(self.observed.values())).device
 
-    def __getitem__(self: Kind, which: int | slice | Tensor) -> Kind:
+    def __getitem__(self: _AnyLeak, which: int | slice | Tensor) -> _AnyLeak:
         """The stack of the chosen victims; an int keeps the victims axis, with one entry."""
         if isinstance(which, int):
             which = slice(which, which + 1) if which != -1 else slice(-1, None)
         return self._victims(lambda tensor: tensor[which])
 
-    def repeat(self: Kind, restarts: int) -> Kind:
+    def repeat(self: _AnyLeak, restarts: int) -> _AnyLeak:
         """Each victim `restarts` times in a row, numbered in `restarts`."""
         repeated = self._victims(lambda tensor: tensor.repeat_interleave(restarts, dim=0))
         numbers = torch.arange(restarts, device=self.restarts.device).repeat(len(self))
         return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)
 
-    def to(self: Kind, device: torch.device | str) -> Kind:
-        """The same leak on another device. Victims' names stay on the CPU."""
+    def to(self: _AnyLeak, device: torch.device | str) -> _AnyLeak:
+        """This leak on another device; `clients`, `rounds` and `restarts` stay on the CPU."""
         return dataclasses.replace(
             self,
             observed=_each(self.observed, lambda tensor: tensor.to(device)),
@@ -205,7 +205,7 @@ class Leak:
             buffers=_each(self.buffers, lambda tensor: tensor.to(device)),
         )
 
-    def _victims(self: Kind, choose: Any) -> Kind:
+    def _victims(self: _AnyLeak, choose: Any) -> _AnyLeak:
         on_model = choose if self.stacked else (lambda tensor: tensor)
         return dataclasses.replace(
             self,
@@ -250,7 +250,7 @@ class Leak:
             for name, tensor in tensors.items():
                 if not bool(tensor.isfinite().all()):
                     raise FedtapError(
-                        f"{group}/{short(name)} of the leak holds NaN or infinity, from which nothing can be matched: "
+                        f"{group}/{short(name)} of the leak holds NaN or infinity, which nothing can be matched to: "
                         "record the exchange again, or leave out the victim it belongs to."
                     )
 
@@ -264,7 +264,7 @@ class Leak:
         tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
         tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
         tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
-        tensors |= {} if self.examples is None else {EXAMPLES: self.examples}
+        tensors |= {} if self.examples is None else {EXAMPLE_COUNTS: self.examples}
         return dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     def save(self, path: Path) -> None:
@@ -281,7 +281,7 @@ class Leak:
 
 
 class GradientLeak(Leak):
-    """One gradient a victim, of the protocol's loss over its batch: what one step moved, over the learning rate."""
+    """One gradient a victim, of the protocol's loss over its batch; or ``(before - after) / learning_rate``."""
 
     kind = "gradient"
 
@@ -321,29 +321,29 @@ class PosteriorLeak(Leak):
 
 
 class AttentionLeak(Leak):
-    """What an attention block made of a client's private input: `output`, `victims tokens width`.
+    """The output of an attention block on a client's private input: `output`, `victims tokens width`.
 
-    Protocol's shape is that of the input, tokens and width; the weights are the block's, as they were broadcast.
+    The protocol's shape is that of the input, tokens and width; the weights are the block's, as they were broadcast.
     """
 
     kind = "attention"
     precise = True
 
     def sent(self) -> dict[str, tuple[int, ...]]:
-        """The shape in which the block answers an input of the protocol's shape."""
+        """Shape of the block's output for an input of the protocol's shape."""
         with torch.no_grad():
-            answer = self.network(torch.zeros(1, *self.protocol.shape, device="meta"))
-        return {"output": tuple(answer.shape[1:])}
+            output = self.network(torch.zeros(1, *self.protocol.shape, device="meta"))
+        return {"output": tuple(output.shape[1:])}
 
 
-class StationaryLeak(Leak):
-    """The weights of a model that its client trained to the end, shape of each parameter.
+class TrainedWeightsLeak(Leak):
+    """The weights of a model that its client trained to a stationary point, shape of each parameter.
 
     `weights` are the ones that were broadcast; the regulariser of the training is the protocol's `prior`, and the
     client's number of examples its `batch`.
     """
 
-    kind = "stationary"
+    kind = "trained_weights"
     precise = True
 
     @property
@@ -352,16 +352,25 @@ class StationaryLeak(Leak):
         return self.observed
 
 
+FORMER_KINDS = {"stationary": "trained_weights"}
+"""Kinds of leak that had other names in saved files, whose tensors then have the former name before them."""
+
 KINDS: dict[str, type[Leak]] = {
-    kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, StationaryLeak)
+    kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, TrainedWeightsLeak)
 }
 
 
-NAMES = ("clients", "rounds", "restarts")
-EXAMPLES = "examples"
-"""A tensor that a saved leak may have beside these."""
-GROUPS = {kind: (f"{kind}/", "weights/", "buffers/") for kind in KINDS}
+VICTIM_NAMES = ("clients", "rounds", "restarts")
+"""Tensors of a saved leak that name its victims."""
+
+EXAMPLE_COUNTS = "examples"
+"""A tensor that a saved leak may have beside `VICTIM_NAMES`."""
+
+MODEL_GROUPS = ("weights/", "buffers/")
+"""Groups of tensors in a saved leak beside that of its kind."""
+
 NO_VICTIMS = {(), (0,)}
+"""Shapes of names that hold no victim."""
 
 
 def stack(leaks: Sequence[Leak]) -> Leak:
@@ -373,7 +382,7 @@ def stack(leaks: Sequence[Leak]) -> Leak:
         FedtapError: no leaks, or leaks of unequal kind or protocol.
     """
     if not leaks:
-        raise FedtapError("There is no leak to stack: no client's answer was heard, so ask for at least one victim.")
+        raise FedtapError("There is no leak to stack: no client's reply was observed, so ask for at least one victim.")
     first = leaks[0]
     if any((leak.kind, leak.protocol) != (first.kind, first.protocol) for leak in leaks):
         raise FedtapError(
@@ -402,16 +411,20 @@ def stack(leaks: Sequence[Leak]) -> Leak:
     )
 
 
-def mean(leaks: Sequence[Kind]) -> Kind:
-    """What a client that answers the same again and again gives away: the mean of its answers, as one leak.
+def mean(leaks: Sequence[_AnyLeak], defence: str) -> _AnyLeak:
+    """The mean of one client's replies on the same examples, as one leak.
+
+    Args:
+        defence: what the mean is defended by; noise wears off.
 
     Raises:
         FedtapError: they are of unequal protocols, or at unequal weights.
     """
     first, many = leaks[0], len(leaks)
     if any(leak.protocol != first.protocol or not _equal(first, leak) for leak in leaks[1:]):
-        raise FedtapError("Answers at different weights have no common gradient, so no mean: average those at one.")
-    defence = averaged(first.protocol.defence, many)
+        raise FedtapError(
+            "Replies at different weights have no common gradient, so no mean: average replies at the same weights."
+        )
     return dataclasses.replace(
         first,
         observed={name: torch.stack([leak.observed[name] for leak in leaks]).mean(0) for name in first.observed},
@@ -447,7 +460,8 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
                 f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT}: save it "
                 "again."
             )
-        kind = KINDS[about["kind"]]
+        written = about["kind"]
+        kind = KINDS[FORMER_KINDS.get(written, written)]
         protocol = protocol_of(about["protocol"])
         stacked, resolution = about["stacked"], float(about["resolution"])
         if type(stacked) is not bool:
@@ -474,7 +488,9 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         as_is = (torch.float32, torch.float64) if kind.precise else (torch.float32,)
         return _each(found, lambda t: t.float() if t.is_floating_point() and t.dtype not in as_is else t)
 
-    names = [tensors.get(name) for name in NAMES] + [tensors[name] for name in (EXAMPLES,) if name in tensors]
+    names = [tensors.get(name) for name in VICTIM_NAMES] + [
+        tensors[name] for name in (EXAMPLE_COUNTS,) if name in tensors
+    ]
     shapes = {tuple(tensor.shape) for tensor in names if tensor is not None and tensor.dtype == torch.int64}
     if (
         any(tensor is None or tensor.dtype != torch.int64 for tensor in names)
@@ -482,16 +498,17 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         or shapes & NO_VICTIMS
     ):
         raise FedtapError(
-            f"{short(path, 100)} lacks the tensors {', '.join(NAMES)}, which say whose answers these are: "
+            f"{short(path, 100)} lacks the tensors {', '.join(VICTIM_NAMES)}, which say whose answers these are: "
             "add all three, int64, one entry a victim, at least one."
         )
-    known = (*NAMES, EXAMPLES)
-    if strange := [name for name in tensors if name not in known and not name.startswith(GROUPS[kind.kind])]:
+    known = (*VICTIM_NAMES, EXAMPLE_COUNTS)
+    groups = (f"{written}/", *MODEL_GROUPS)
+    if strange := [name for name in tensors if name not in known and not name.startswith(groups)]:
         raise FedtapError(
-            f"{short(path, 100)} holds {short(strange[0])}, which is no part of a {kind.kind} leak: take it out."
+            f"{short(path, 100)} holds {short(strange[0])}, which does not belong to a {kind.kind} leak: take it out."
         )
     leak = kind(
-        observed=group(f"{kind.kind}/"),
+        observed=group(f"{written}/"),
         protocol=protocol,
         network=build(protocol.model, protocol.shape, protocol.classes),
         weights=group("weights/") or None,
@@ -501,7 +518,7 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
         restarts=tensors["restarts"],
         stacked=stacked,
         resolution=resolution,
-        examples=tensors.get(EXAMPLES),
+        examples=tensors.get(EXAMPLE_COUNTS),
     )
     leak = dataclasses.replace(
         leak,
@@ -551,12 +568,12 @@ def check_protocol(protocol: Protocol) -> None:
     try:
         sound(protocol)
     except (TypeError, ValueError) as error:
-        raise FedtapError(f"This protocol is none that a client could follow, since {error}: say it so.") from error
+        raise FedtapError(f"No client could follow this protocol, since {error}: change that term.") from error
 
 
-def told(leak: Leak, **said: Any) -> Leak:
-    """The leak under what the caller knows of its protocol better than the file; a gradient of several steps is an
-    update, ``-learning_rate x`` what one step would have had as its gradient.
+def with_terms(leak: Leak, **said: Any) -> Leak:
+    """The leak with these terms of its protocol replaced; where that makes a gradient one of several local steps, it
+    becomes an update, ``-learning_rate`` times the former gradient.
 
     Raises:
         FedtapError: the protocol has no such value.
@@ -572,20 +589,20 @@ def told(leak: Leak, **said: Any) -> Leak:
 
 
 def float_buffers(network: nn.Module) -> dict[str, Tensor]:
-    """The buffers that travel: floating point ones (BatchNorm's step counter stays at home)."""
+    """The buffers that are sent: floating point ones (not BatchNorm's step counter)."""
     return {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
 
 
-LONGEST = 200
-"""Letters of a protocol's texts."""
+LONGEST_TEXT = 200
+"""Characters of each text of a protocol, at most."""
 
-MOST, MOST_CLASSES, MOST_NUMBERS = 10**6, 2**20, 2**28
+MOST_STEPS, MOST_CLASSES, MOST_NUMBERS = 10**6, 2**20, 2**28
 """Steps and clients of a sum, classes, and numbers in a batch of examples, at most: a leak of more is a mistake, or was
 made to fill the memory."""
 
 
 def protocol_of(document: Any) -> Protocol:
-    """From the form in JSON; `sound` has not looked at it.
+    """From its JSON form, not yet checked by `sound`.
 
     Raises:
         KeyError, TypeError, ValueError: it is not of that form.
@@ -602,12 +619,14 @@ def sound(protocol: Protocol, resolution: float = 0.0) -> None:
         TypeError, ValueError: with what is wrong.
     """
     _sound(protocol, resolution)
-    if max(protocol.local_steps, protocol.summed) > MOST or protocol.classes > MOST_CLASSES:
-        raise ValueError(f"local_steps and summed are at most {MOST:,}, classes {MOST_CLASSES:,}")
+    if max(protocol.local_steps, protocol.summed) > MOST_STEPS or protocol.classes > MOST_CLASSES:
+        raise ValueError(f"local_steps and summed are at most {MOST_STEPS:,}, classes {MOST_CLASSES:,}")
     if protocol.batch * math.prod(protocol.shape) > MOST_NUMBERS:
         raise ValueError(f"a batch has at most {MOST_NUMBERS:,} numbers")
-    if any(len(text) > LONGEST for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)):
-        raise ValueError(f"model, defence, listener and prior have {LONGEST} letters at most")
+    if any(
+        len(text) > LONGEST_TEXT for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
+    ):
+        raise ValueError(f"model, defence, threat_model and prior have {LONGEST_TEXT} letters at most")
 
 
 def _sound(protocol: Protocol, resolution: float) -> None:
@@ -617,7 +636,7 @@ def _sound(protocol: Protocol, resolution: float) -> None:
             "shape, classes, batch, local_steps and summed are whole numbers from 1, one to three in shape"
         )
     if protocol.batch % protocol.summed:
-        raise ValueError("batch is a multiple of summed: so many images are each client's")
+        raise ValueError("batch is a multiple of summed: each client has batch / summed images")
     if not (math.isfinite(protocol.learning_rate) and protocol.learning_rate > 0):
         raise ValueError("learning_rate is a number over 0")
     if not (math.isfinite(resolution) and resolution >= 0):
@@ -625,18 +644,18 @@ def _sound(protocol: Protocol, resolution: float) -> None:
     if not all(
         isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
     ):
-        raise ValueError("model, defence, listener and prior are text")
+        raise ValueError("model, defence, threat_model and prior are text")
     for name, known in CHOICES.items():
         if getattr(protocol, name) not in known:
             raise ValueError(f"{name} is {' or '.join(known)}")
     ends, channels = Range.of(protocol), protocol.shape[0]
     if any(len(end) not in (1, channels) or not all(map(_number, end)) for end in (ends.low, ends.high)):
-        raise ValueError("low and high are numbers, one or one a channel")
+        raise ValueError("low and high are numbers, one or one for each channel")
     low, high = (end * channels if len(end) == 1 else end for end in (ends.low, ends.high))
     if not all(below < above for below, above in zip(low, high, strict=True)):
         raise ValueError("low is below high")
     if len(protocol.shape) != 3 and ends != PIXELS:
-        raise ValueError("low and high are of images, and this shape is of none")
+        raise ValueError("low and high apply to images, and this shape is not an image's")
     if not (_number(protocol.momentum) and 0 <= protocol.momentum < 1):
         raise ValueError("momentum is a number from 0 and below 1")
     if not (_number(protocol.weight_decay) and protocol.weight_decay >= 0):

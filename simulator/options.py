@@ -22,6 +22,7 @@ class Option:
         help: in a few words.
         group: one of GROUPS.
         file: whether it may name a file or a folder, which other processes would look for in folders of their own.
+        made: whether that folder is made where there is none.
         single: whether a comma is part of the value; without it, a comma separates values to try one after the other.
     """
 
@@ -30,6 +31,7 @@ class Option:
     high: float = math.inf
     group: str = "scenario"
     file: bool = False
+    made: bool = False
     single: bool = False
 
 

@@ -1,8 +1,9 @@
 """What a folder offers, by name: attacks, defences and scenarios are all found in this one way.
 
 A file defines one class that is named after it: `exact_git.py` defines `ExactGIT`. Names and docstrings are read from
-the source, so that a list of them imports nothing; a class is imported when somebody asks for it, and one that cannot
-be imported is an error for whoever asks, and for nobody else. Installed packages add theirs by an entry point.
+the source, so that a list of them imports nothing (what several share stands in folders called `parts`); a class is
+imported when somebody asks for it, and one that cannot be imported is an error for whoever asks, and for nobody else.
+Installed packages add theirs by an entry point.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class Registry(Mapping[str, type[Kind]], Generic[Kind]):
         spec = importlib.util.find_spec(self.package)
         for root in map(Path, (spec.submodule_search_locations if spec else None) or ()):
             for file in sorted(root.rglob("*.py")):
+                path = ".".join((self.package, *file.relative_to(root).with_suffix("").parts))
+                if "parts" in file.parts or path == self.base.partition(":")[0]:
+                    continue
                 named = [name for name in CLASS.findall(file.read_text(encoding="utf-8")) if _named(name, file.stem)]
                 if named:
-                    path = ".".join(file.relative_to(root).with_suffix("").parts)
-                    found[file.stem] = Entry(f"{self.package}.{path}", named[0], file)
+                    found[file.stem] = Entry(path, named[0], file)
         return dict(sorted(found.items()))
 
     def __iter__(self) -> Iterator[str]:
@@ -101,6 +104,14 @@ class Registry(Mapping[str, type[Kind]], Generic[Kind]):
             return ast.get_docstring(ast.parse(entry.file.read_text(encoding="utf-8"))) or ""
         self[name]
         return importlib.import_module(entry.module).__doc__ or ""
+
+    def fields(self, name: str) -> list[str]:
+        """The names of a class's own fields, in order; none of an installed package's."""
+        entry = self.entries[name]
+        body = ast.parse(entry.file.read_text(encoding="utf-8")).body if entry.file else []
+        found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.name), None)
+        fields = [node for node in (found.body if found else ()) if isinstance(node, ast.AnnAssign)]
+        return [ast.unparse(node.target) for node in fields if "ClassVar" not in ast.unparse(node.annotation)]
 
     def _load(self, name: str, entry: Entry) -> type[Kind]:
         try:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from fedtap.simulator.attack import Attack, Guess, Reconstruction
+from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
-from fedtap.simulator.report import adapter, page
 from fedtap.simulator.report.folder import SCHEMA, Folder, judged
-from fedtap.simulator.report.page import Picture
+from fedtap.simulator.report.page import Page, write
+from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Name, Observed, Row, Scenario, Scored, Session, Trial
 from fedtap.simulator.wire.soundness import doubts, unexplained, warned
 
@@ -250,21 +250,22 @@ class _Run:
         for setting in self.settings:
             for name, value in setting.told().items():
                 told.setdefault(name, {})[str(value)] = None
-        about = page.About(
-            scenario=first.name,
+        page = Page(
+            title=first.name,
             question=first.question,
             threat="\n".join([*self.threats, *self.notes]),
             settings={name: " or ".join(values) for name, values in told.items() if name not in swept},
             environment=folder.about["versions"]
             | {"device": folder.about["device"], "started": folder.about["started"]},
             finished=finished,
+            charts=(dict(first.charts(sound)) if sound else {}) | self.sections,
+            pictures=list(self.pictures.values()),
         )
-        charts = dict(first.charts(sound)) if sound else {}
-        adapter.write(folder, about, self.settings, list(self.pictures.values()), charts | self.sections)
+        write(folder.path, *first.shown_on(page, folder.rows))
 
 
 def _judged(
-    rows: Sequence[Row], found: Guess, left: Sequence[float | None], doubted: Sequence[str | None]
+    rows: Sequence[Row], found: Reconstructed, left: Sequence[float | None], doubted: Sequence[str | None]
 ) -> list[Row]:
     """Rows of one victim each, with what speaks against them: what is left unexplained, and what contradicts the
     protocol."""
@@ -281,7 +282,7 @@ def _judged(
     ]
 
 
-def unexplained_of(leak: Leak, found: Guess) -> list[float | None]:
+def unexplained_of(leak: Leak, found: Reconstructed) -> list[float | None]:
     """Of each victim, the share of its gradient that a reconstruction leaves unexplained; None where it is not
     known."""
     shares = unexplained(leak, found.images, found.labels) if isinstance(found, Reconstruction) else None

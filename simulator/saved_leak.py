@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
-from fedtap.simulator.attack import Attack, Guess, Reconstruction
+from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import THREATS
 from fedtap.simulator.leaks import Leak, Protocol
-from fedtap.simulator.report import page, study_report
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import SCHEMA, Folder, judged
+from fedtap.simulator.report.page import Page, write
+from fedtap.simulator.report.pictures import Picture, png
 from fedtap.simulator.run import doubts_of, environment, finite, hyperparameters, label_of, unexplained_of, unit_of
 from fedtap.simulator.scenario import Row
+from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED
 
 PICTURES = 8
 """Victims whose pictures are shown, at most."""
@@ -81,7 +84,7 @@ def attack_saved(
     panel = list(dict.fromkeys(attack for _, attacks in tried.values() for attack in attacks))
     source = _source(leaks)
     folder = Folder(out, about, overwrite=overwrite)
-    pictures: dict[Any, page.Picture] = {}
+    pictures: dict[Any, Picture] = {}
     folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
     doubted = {name: doubts_of(leak) for name, (leak, _) in tried.items()}
     for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
@@ -93,7 +96,7 @@ def attack_saved(
         try:
             if why_not:
                 raise why_not
-            guess: Guess = attack(there := leak.to(device), seed=seed)
+            guess: Reconstructed = attack(there := leak.to(device), seed=seed)
         except FedtapError as error:
             told = {"error": str(error), **last}
             folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
@@ -104,16 +107,16 @@ def attack_saved(
         rows = []
         for victim, (client, rnd) in enumerate(victims):
             objective = finite(float(guess.objective[victim]))
-            row = common | {"client": client, "round": rnd} | guess.told(victim) | {"objective": objective}
+            row = common | {"client": client, "round": rnd} | guess.columns(victim) | {"objective": objective}
             row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
             if isinstance(guess, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"
-                folder.write(file, page.png(guess.images[victim]))
+                folder.write(file, png(guess.images[victim]))
                 row |= {"picture": file}
                 key = (name, victim)
                 if key not in pictures and len(pictures) < PICTURES:
                     title = f"client {client}, round {rnd}"
-                    pictures[key] = page.Picture(f"{name}, {title}" if many else title, None, {}, None)
+                    pictures[key] = Picture(f"{name}, {title}" if many else title, None, {}, None)
                 if key in pictures:
                     pictures[key].guesses[common["attack"]] = (guess.images[victim], None)
             rows.append(row | last | ({} if objective is not None else {"error": DIVERGED}))
@@ -121,10 +124,10 @@ def attack_saved(
     folder.describe(finished=True)
     protocols = dict.fromkeys(leak.protocol for leak, _ in tried.values())
     kinds = " or ".join(dict.fromkeys(leak.kind for leak, _ in tried.values()))
-    about_page = page.About(
-        scenario=f"What is in {source}?",
+    page = Page(
+        title=f"What is in {source}?",
         question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
-        "gradients how much a guess leaves unexplained.",
+        "gradients how much a reconstruction leaves unexplained.",
         threat="\n".join(
             dict.fromkeys(THREATS.get(p.threat_model, f"Its listener was: {p.threat_model}.") for p in protocols)
         ),
@@ -133,11 +136,33 @@ def attack_saved(
             for field in dataclasses.fields(Protocol)
         },
         environment=folder.about["versions"] | {"device": folder.about["device"]},
+        columns=columns_of_found(folder.rows),
+        pictures=[*pictures.values()],
+        notes=["Reconstructions are in guesses/, images also in pictures/."],
     )
-    if pictures:
-        folder.write("strip.png", page.strip([*pictures.values()]))
-    folder.write("report.html", study_report.saved(about_page, folder.rows, [*pictures.values()]).encode())
+    write(folder.path, page, folder.rows)
     return folder.rows
+
+
+FOUND = (
+    Column("objective", "the attack's own, lower is better", over="rows"),
+    Column("sum_w", "private examples that the points stand for", over="rows"),
+    Column("seconds", "for each victim", over="rows"),
+    Column(
+        "unexplained",
+        f"share of the gradient that the reconstruction does not cause; over {EXPLAINED:g} it is {CAUSES}",
+        over="rows",
+    ),
+    Column("error", over="rows", page=True),
+    *(Column(name, over="hidden") for name in ("model", "settings", "unit", "ids")),
+)
+
+
+def columns_of_found(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """A column for each value that attacks on saved leaks gave, whatever they reconstruct; an error stands last."""
+    known = {column.name: column for column in FOUND}
+    names = dict.fromkeys(name for row in rows for name in row if name != "error")
+    return (*(known.get(name, Column(name, over="rows")) for name in names), known["error"])
 
 
 DIVERGED = "the attack diverged: its objective is no finite number"

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, options_of
+from fedtap.simulator.report.columns import Column, Group
 
 if TYPE_CHECKING:  # so that a scenario's options can be shown without torch
     import torch
@@ -27,10 +28,26 @@ if TYPE_CHECKING:  # so that a scenario's options can be shown without torch
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.auxiliary import Auxiliary
     from fedtap.simulator.leaks import Leak
-    from fedtap.simulator.report.page import Picture
+    from fedtap.simulator.report.page import Page
+    from fedtap.simulator.report.pictures import Picture
+
+Setting = TypeVar("Setting", bound="Scenario")
 
 Row = dict[str, Any]
 """One victim under one attack; the README lists the columns."""
+
+HIDDEN = ("fit_seconds", "pairs", "objective", "unexplained", "strongest", "round")
+"""Of what the loop measures, what tables leave out."""
+
+EVERY_ROW = (
+    Column("seconds", "of the attack, for each victim", form=".2g", page=True),
+    Column("doubts", "what contradicts the protocol", over="rows", page=True),
+    *(
+        Column(name, over="hidden")
+        for name in ("fit_seconds", "pairs", "objective", "unexplained", "strongest", "round")
+    ),
+)
+"""What the loop measures for every kind of leak."""
 
 Name = tuple[int, int]
 """A victim: its client, and the round in which it was observed."""
@@ -130,19 +147,25 @@ class Scenario(ABC):
         refusal_is_result: whether an attack that cannot use a leak is a row like any other, and not a mistake.
         doubted: whether leaks are checked for what contradicts the protocol, and reconstructions for what they leave
             unexplained.
+        columns: all that its rows measure, in this order; what else a row holds is a setting, shown where it varies.
     """
 
     reconstructs: ClassVar[str] = "Reconstruction"
     refusal_is_result: ClassVar[bool] = False
     doubted: ClassVar[bool] = True
+    columns: ClassVar[Sequence[Column]] = ()
 
     seed: Annotated[int, Option("seed of all that is drawn", 0, 2**31)] = 0
     name: str = ""
     """As it is called on the command line: whoever plans a run fills it in."""
-    given: tuple[str, ...] = ()
-    """The options that were named, and not left to their defaults."""
+    given: tuple[str, ...] | None = None
+    """The options that were named, and not left to their defaults; None where whoever made this chose all of them."""
     swept: tuple[tuple[str, str], ...] = ()
     """The options that have several values in this run, with the value that they have here."""
+
+    def chose(self, option: str) -> bool:
+        """Whether an option's value was asked for, and not left to its default."""
+        return self.given is None or option in self.given
 
     # What is played.
 
@@ -160,6 +183,11 @@ class Scenario(ABC):
     def nodes(self) -> int:
         """Nodes that a federation in this process needs."""
 
+    @property
+    def any_nodes(self) -> bool:
+        """Whether another number of nodes will do as well."""
+        return False
+
     def check(self, settings: Sequence[Scenario]) -> None:
         """Refuse what cannot be played, before anything is.
 
@@ -170,9 +198,9 @@ class Scenario(ABC):
             FedtapError: an attack brings back something else than this scenario asks for.
         """
         for attack in self.attacks:
-            if attack.guesses.__name__ != self.reconstructs:
+            if attack.reconstructs.__name__ != self.reconstructs:
                 raise FedtapError(
-                    f"{attack.name} brings back {attack.guesses.__name__}, and {self.name or 'this scenario'} is "
+                    f"{attack.name} brings back {attack.reconstructs.__name__}, and {self.name or 'this scenario'} is "
                     f"about {self.reconstructs}: `fedtap list` names the attacks on each kind of leak."
                 )
 
@@ -253,14 +281,15 @@ class Scenario(ABC):
 
     # The page.
 
-    @property
-    @abstractmethod
-    def columns(self) -> Sequence[Any]:
-        """The columns that tables show, in this order."""
-
     @abstractmethod
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """Who observes and what is known to them, in sentences."""
+
+    def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:
+        """The page with all that the run's rows tell, and those of them that tables show."""
+        declared = {column.name for column in self.columns}
+        more = [column for column in EVERY_ROW if column.name not in declared]
+        return dataclasses.replace(page, columns=(*self.columns, *more)), rows
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Heading -> an element of the page, about the rows of all settings of a run."""
@@ -300,6 +329,6 @@ def question_of(scenario: type[Scenario]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def same_but(scenario: Scenario, **changes: Any) -> Scenario:
+def same_but(scenario: Setting, **changes: Any) -> Setting:
     """The setting with these changes, whatever is swept in its run."""
     return dataclasses.replace(scenario, swept=(), **changes)

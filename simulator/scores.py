@@ -1,7 +1,7 @@
-"""How much of the private data came back: pure functions of (guess, truth), and the blind guesses to hold against.
+"""How much of the private data came back: pure functions of (reconstruction, truth), and blind guesses as baselines.
 
-Pixels are in [0, 1]; a guess is clamped there first. The images of a batch have no order, so they are matched to the
-truth's before they are scored.
+Pixels are in [0, 1]; reconstructions are clamped first. The images of a batch have no order, so they are matched to
+the true ones before they are scored.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ PSNR in dB. `python -m fedtap.scenarios.bench.levels` chose them on training ima
 how often they agree with it."""
 
 LEAST_SSIM, LEAST_CORRELATION = 0.35, 0.5
-"""And from these, whatever LPIPS says: two pictures of the same kind may be near in LPIPS and not in SSIM, and an image
-of one colour, near in all other scores to a picture that is nearly of one colour, has no correlation with it."""
+"""Least SSIM and correlation of a recognisable image, whatever its LPIPS: two pictures of the same kind may be near
+in LPIPS and not in SSIM, and an image of one colour, near in all other scores to a picture of almost one colour, has no
+correlation with it."""
 
 IDENTICAL_PSNR, IDENTICAL_SSIM = 30.0, 0.95
 """A recognisable image is identical from this PSNR in dB and this SSIM, where that has a value: closer than a JPEG copy
@@ -62,7 +63,7 @@ LEVELLED = (
 """The levels in words."""
 
 Image = Float[Tensor, "channel height width"]
-Batch = Float[Tensor, "batch channel height width"]
+ImageBatch = Float[Tensor, "batch channel height width"]
 
 
 class Score(TypedDict):
@@ -74,7 +75,7 @@ class Score(TypedDict):
     well it came back, read `levels`, `psnr_images`, or the PSNR of the mean error, ``-10 log10(mse)``."""
     ssim: float | None
     lpips: float | None
-    """0 is the same picture."""
+    """Perceptual distance, from 0 for equal images."""
     label_correct: float
     """Share of the batch's labels found, repeats counted: a batch has no order."""
     recovered: float
@@ -86,15 +87,16 @@ class Score(TypedDict):
     recognisable: float
     """Share of images that are recognisable at least."""
     identical: float
+    """Share of images that are identical."""
     matching: list[int]
-    """For each true image, which guess was matched to it."""
+    """For each true image, the number of the reconstructed image that was matched to it."""
     ssim_note: str | None
     lpips_note: str | None
 
 
-def mse(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
+def mse(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch"]:
     """Mean squared error of each image."""
-    return (guess.double().clamp(0, 1) - truth.double()).square().flatten(1).mean(1)
+    return (reconstruction.double().clamp(0, 1) - truth.double()).square().flatten(1).mean(1)
 
 
 def psnr(mse: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -102,7 +104,7 @@ def psnr(mse: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return -10 * mse.clamp(min=10 ** (-PSNR_CAP / 10)).log10()
 
 
-def ssim(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
+def ssim(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch"]:
     """Structural similarity of each image, by scikit-image: a uniform 7 x 7 window, mean over channels.
 
     Raises:
@@ -112,11 +114,11 @@ def ssim(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
 
     if min(truth.shape[-2:]) < SSIM_PIXELS:
         raise FedtapError(f"SSIM needs {SSIM_PIXELS} pixels a side and these have {_size(truth)}: use larger images.")
-    pairs = zip(guess.double().clamp(0, 1).numpy(), truth.double().numpy(), strict=True)
+    pairs = zip(reconstruction.double().clamp(0, 1).numpy(), truth.double().numpy(), strict=True)
     return torch.tensor([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs])  # type: ignore[no-untyped-call]
 
 
-def lpips(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
+def lpips(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch"]:
     """Learned perceptual distance (alex, v0.1) of each image at its own size. Grey images are shown as grey in colour.
 
     Raises:
@@ -129,17 +131,17 @@ def lpips(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
     if truth.shape[1] not in (1, 3):
         raise FedtapError(f"LPIPS sees colour or grey images and these have {truth.shape[1]} channels: read the SSIM.")
     network = lpips_alex()
-    guess, truth = (images.float().clamp(0, 1).expand(-1, 3, -1, -1) for images in (guess, truth))
+    reconstruction, truth = (images.float().clamp(0, 1).expand(-1, 3, -1, -1) for images in (reconstruction, truth))
     chunks = [slice(first, first + LPIPS_AT_ONCE) for first in range(0, len(truth), LPIPS_AT_ONCE)]
     with torch.no_grad():
-        return torch.cat([network(guess[chunk], truth[chunk], normalize=True).flatten() for chunk in chunks])
+        return torch.cat([network(reconstruction[chunk], truth[chunk], normalize=True).flatten() for chunk in chunks])
 
 
-def correlation(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
+def correlation(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch"]:
     """Pearson's, over each image's pixels about their channel's mean, in [-1, 1]; 0 where one side has no contrast."""
     one, other = (
         (images.double() - images.double().mean((2, 3), keepdim=True)).flatten(1)
-        for images in (guess.clamp(0, 1), truth)
+        for images in (reconstruction.clamp(0, 1), truth)
     )
     sizes = one.norm(dim=1) * other.norm(dim=1)
     faint = sizes < 1e-6 * one.shape[1]  # a thousandth of the pixels' range on both sides: rounding, and no picture
@@ -147,7 +149,7 @@ def correlation(guess: Batch, truth: Batch) -> Float[Tensor, " batch"]:
 
 
 def levels(
-    guess: Batch, truth: Batch, errors: Tensor, ssim: Tensor | None, lpips: Tensor | None
+    reconstruction: ImageBatch, truth: ImageBatch, errors: Tensor, ssim: Tensor | None, lpips: Tensor | None
 ) -> Int[Tensor, " batch"]:
     """Of each image its place in LEVELS, from its scores; `ssim` and `lpips` are None where they have no value."""
     decibels = psnr(errors)
@@ -155,7 +157,7 @@ def levels(
         known = lpips.double() <= RECOGNISABLE_LPIPS
     else:
         known = decibels >= RECOGNISABLE_PSNR if ssim is None else ssim >= RECOGNISABLE_SSIM
-    known = known & (correlation(guess, truth) >= LEAST_CORRELATION)
+    known = known & (correlation(reconstruction, truth) >= LEAST_CORRELATION)
     same = decibels >= IDENTICAL_PSNR
     if ssim is not None:
         known, same = known & (ssim >= LEAST_SSIM), same & (ssim >= IDENTICAL_SSIM)
@@ -163,27 +165,27 @@ def levels(
     return known.long() + same.long()
 
 
-def match(guess: Batch, truth: Batch) -> Int[Tensor, " batch"]:
-    """For each true image the guess that is matched to it: the pairing with the least total squared error."""
-    one, other = guess.double().clamp(0, 1).flatten(1), truth.double().flatten(1)
+def match(reconstruction: ImageBatch, truth: ImageBatch) -> Int[Tensor, " batch"]:
+    """For each true image the reconstructed image matched to it: the pairing of least total squared error."""
+    one, other = reconstruction.double().clamp(0, 1).flatten(1), truth.double().flatten(1)
     costs = torch.stack([(one - image).square().sum(1) for image in other])  # truth guess
     return torch.from_numpy(linear_sum_assignment(costs.numpy())[1])
 
 
-def label_correct(guess: Int[Tensor, " batch"], truth: Int[Tensor, " batch"]) -> float:
-    """Share of the true labels that the guess holds, each as often as it is guessed; order does not count."""
-    classes = int(max(guess.max(), truth.max())) + 1
-    counts = (torch.bincount(labels[labels >= 0], minlength=classes) for labels in (guess, truth))
+def label_correct(reconstruction: Int[Tensor, " batch"], truth: Int[Tensor, " batch"]) -> float:
+    """Share of the true labels that were found, counted with multiplicity and in any order."""
+    classes = int(max(reconstruction.max(), truth.max())) + 1
+    counts = (torch.bincount(labels[labels >= 0], minlength=classes) for labels in (reconstruction, truth))
     return int(torch.minimum(*counts).sum()) / len(truth)
 
 
-def games_won(guess: Int[Tensor, " games"], truth: Int[Tensor, " games"]) -> int:
+def games_won(reconstruction: Int[Tensor, " games"], truth: Int[Tensor, " games"]) -> int:
     """How many guesses among a few candidates are right."""
-    return int((guess == truth).sum())
+    return int((reconstruction == truth).sum())
 
 
 def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
-    """Clopper and Pearson's limits of the probability of winning; each, by itself, is wrong at most so often.
+    """Clopper and Pearson's limits of the probability of winning; each limit fails with probability `doubt` at most.
 
     Clopper and Pearson, Biometrika 1934, https://doi.org/10.1093/biomet/26.4.404.
 
@@ -207,62 +209,65 @@ def median_interval(values: Sequence[float], doubt: float = 0.05) -> tuple[float
 
 
 def relative_error(
-    guess: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]
+    reconstruction: Float[Tensor, "victims *shape"], truth: Float[Tensor, "victims *shape"]
 ) -> Float[Tensor, " victims"]:
-    """``|guess - truth| / |truth|`` of each victim."""
-    return (guess.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)  # type: ignore[no-any-return]
+    """``|reconstruction - truth| / |truth|`` of each victim."""
+    return (reconstruction.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1)  # type: ignore[no-any-return]
 
 
 def score(
-    guess_images: Batch, guess_labels: Int[Tensor, " batch"], true_images: Batch, true_labels: Int[Tensor, " batch"]
+    reconstructed_images: ImageBatch,
+    reconstructed_labels: Int[Tensor, " batch"],
+    true_images: ImageBatch,
+    true_labels: Int[Tensor, " batch"],
 ) -> Score:
     """The scores of one victim."""
-    return score_all(guess_images[None], guess_labels[None], true_images[None], true_labels[None])[0]
+    return score_all(reconstructed_images[None], reconstructed_labels[None], true_images[None], true_labels[None])[0]
 
 
 def score_all(
-    guess_images: Float[Tensor, "victims batch channel height width"],
-    guess_labels: Int[Tensor, "victims batch"],
+    reconstructed_images: Float[Tensor, "victims batch channel height width"],
+    reconstructed_labels: Int[Tensor, "victims batch"],
     true_images: Float[Tensor, "victims batch channel height width"],
     true_labels: Int[Tensor, "victims batch"],
 ) -> list[Score]:
     """The scores of each victim.
 
-    A guess that holds NaN or infinity has recovered nothing: it has no distances, and 0 as its recovery rate.
+    A reconstruction with NaN or infinity has recovered nothing: its distances are None, and its recovery rate is 0.
     """
-    guess_images, true_images = guess_images.detach().cpu(), true_images.detach().cpu()
-    guess_labels, true_labels = guess_labels.detach().cpu(), true_labels.detach().cpu()
-    sound = guess_images.flatten(1).isfinite().all(1)
-    usable = torch.where(sound.view(-1, 1, 1, 1, 1), guess_images, 0.5)
+    reconstructed_images, true_images = reconstructed_images.detach().cpu(), true_images.detach().cpu()
+    reconstructed_labels, true_labels = reconstructed_labels.detach().cpu(), true_labels.detach().cpu()
+    sound = reconstructed_images.flatten(1).isfinite().all(1)
+    usable = torch.where(sound.view(-1, 1, 1, 1, 1), reconstructed_images, 0.5)
     matchings = torch.stack([match(*pair) for pair in zip(usable, true_images, strict=True)])
     matched = torch.stack([images[order] for images, order in zip(usable, matchings, strict=True)])
 
-    guess, truth, victims = matched.flatten(0, 1), true_images.flatten(0, 1), len(true_images)
-    errors = mse(guess, truth)
+    reconstruction, truth, victims = matched.flatten(0, 1), true_images.flatten(0, 1), len(true_images)
+    errors = mse(reconstruction, truth)
     decibels = psnr(errors).view(victims, -1)
     columns: dict[str, Tensor | None] = {"mse": errors, "psnr": decibels}
     notes: dict[str, str | None] = {}
     for name, measure in (("ssim", ssim), ("lpips", lpips)):
         try:
-            columns[name], notes[name] = measure(guess, truth), None
+            columns[name], notes[name] = measure(reconstruction, truth), None
         except FedtapError as reason:
             columns[name], notes[name] = None, str(reason)
 
-    found = levels(guess, truth, errors, columns["ssim"], columns["lpips"])
+    found = levels(reconstruction, truth, errors, columns["ssim"], columns["lpips"])
     names = [[LEVELS[level] for level in some] for some in found.view(victims, -1).tolist()]
 
     def mean(column: str, victim: int) -> float | None:
         values = columns[column]
         return float(values.view(victims, -1)[victim].mean()) if values is not None and sound[victim] else None
 
-    strange = "The guess holds NaN or infinity, so it has no distance to the truth."
+    strange = "The reconstruction holds NaN or infinity, so it has no distance to the truth."
     return [
         Score(
             mse=mean("mse", victim),
             psnr=mean("psnr", victim),
             ssim=mean("ssim", victim),
             lpips=mean("lpips", victim),
-            label_correct=label_correct(guess_labels[victim], true_labels[victim]),
+            label_correct=label_correct(reconstructed_labels[victim], true_labels[victim]),
             recovered=float((decibels[victim] >= RECOVERED_DB).double().mean()) if sound[victim] else 0.0,
             psnr_images=[round(value, 2) for value in decibels[victim].tolist()] if sound[victim] else None,
             levels=names[victim] if sound[victim] else [LEVELS[0]] * len(names[victim]),
@@ -276,7 +281,7 @@ def score_all(
     ]
 
 
-def nearest(
+def matched_distances(
     points: Float[Tensor, "points features"],
     weights: Float[Tensor, "points"],
     truth: Float[Tensor, "examples features"],
@@ -295,31 +300,31 @@ def nearest(
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's; NaN where all of one side are alike."""
+    """Spearman's rank correlation in [-1, 1]; NaN where one side is constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constant sides
         return float(spearmanr(one, other).statistic)
 
 
-def best_constant(public: Batch) -> Image:
+def best_constant(auxiliary: ImageBatch) -> Image:
     """The image of one colour with the least expected squared error: each channel's mean."""
-    return public.mean(dim=(0, 2, 3)).view(-1, 1, 1).expand(public.shape[1:]).clone()
+    return auxiliary.mean(dim=(0, 2, 3)).view(-1, 1, 1).expand(auxiliary.shape[1:]).clone()
 
 
-def training_mean(public: Batch) -> Image:
+def training_mean(auxiliary: ImageBatch) -> Image:
     """The mean image."""
-    return public.mean(dim=0)
+    return auxiliary.mean(dim=0)
 
 
-def blind(public: Batch) -> Image:
-    """What one would guess without any leak: the better of the two floors.
+def blind(auxiliary: ImageBatch) -> Image:
+    """The blind guess: the better of `training_mean` and `best_constant`, chosen without any leak.
 
-    The public images alone decide: every other one makes the floors, the rest judge them.
+    The auxiliary images alone decide: every other one makes both baselines, and the rest compare them.
     """
-    makers, judges = public[::2], public[1::2] if len(public) > 1 else public
-    floors = (training_mean, best_constant)
-    misses = [float(mse(floor(makers).expand_as(judges), judges).mean()) for floor in floors]
-    return floors[int(np.argmin(misses))](public)
+    makers, judges = auxiliary[::2], auxiliary[1::2] if len(auxiliary) > 1 else auxiliary
+    baselines = (training_mean, best_constant)
+    misses = [float(mse(baseline(makers).expand_as(judges), judges).mean()) for baseline in baselines]
+    return baselines[int(np.argmin(misses))](auxiliary)
 
 
 def _size(images: Tensor) -> str:
@@ -335,26 +340,26 @@ class TextScore(TypedDict):
     exact_tokens: float
     """Share of places at which the token is right."""
     exact_texts: float
-    """Share of texts of which all are."""
+    """Share of texts of which all tokens are right."""
     rouge1: float
     rouge2: float
     rouge_l: float
     """F1, over tokens."""
     matching: list[int]
-    """For each true text, which guess was matched to it."""
+    """For each true text, the number of the reconstructed text that was matched to it."""
 
 
-def match_texts(guess: Texts, truth: Texts) -> Int[Tensor, " batch"]:
-    """For each true text the guess that is matched to it: the pairing with the most tokens right."""
-    right = (guess[None] == truth[:, None]).sum(2)  # truth guess
+def match_texts(reconstruction: Texts, truth: Texts) -> Int[Tensor, " batch"]:
+    """For each true text the reconstructed text matched to it: the pairing with the most tokens right."""
+    right = (reconstruction[None] == truth[:, None]).sum(2)  # truth guess
     return torch.from_numpy(linear_sum_assignment(right.numpy(), maximize=True)[1])
 
 
-def score_texts(guess: Texts, truth: Texts) -> TextScore:
+def score_texts(reconstruction: Texts, truth: Texts) -> TextScore:
     """The scores of one victim."""
-    matching = match_texts(guess, truth)
-    right = guess[matching] == truth
-    pairs = list(zip(guess[matching].tolist(), truth.tolist(), strict=True))
+    matching = match_texts(reconstruction, truth)
+    right = reconstruction[matching] == truth
+    pairs = list(zip(reconstruction[matching].tolist(), truth.tolist(), strict=True))
     return TextScore(
         exact_tokens=float(right.double().mean()),
         exact_texts=float(right.all(1).double().mean()),
@@ -365,30 +370,30 @@ def score_texts(guess: Texts, truth: Texts) -> TextScore:
     )
 
 
-def rouge_n(guess: Sequence[int], truth: Sequence[int], n: int) -> float:
+def rouge_n(reconstruction: Sequence[int], truth: Sequence[int], n: int) -> float:
     """F1 of the runs of n tokens that both have, each as often as both have it.
 
     Lin 2004, https://aclanthology.org/W04-1013.
     """
-    runs = [Counter(zip(*(text[start:] for start in range(n)), strict=False)) for text in (guess, truth)]
+    runs = [Counter(zip(*(text[start:] for start in range(n)), strict=False)) for text in (reconstruction, truth)]
     return _f1((runs[0] & runs[1]).total(), runs[0].total(), runs[1].total())
 
 
-def rouge_l(guess: Sequence[int], truth: Sequence[int]) -> float:
+def rouge_l(reconstruction: Sequence[int], truth: Sequence[int]) -> float:
     """F1 of the longest common subsequence of tokens (Lin 2004)."""
     above = [0] * (len(truth) + 1)
-    for token in guess:
+    for token in reconstruction:
         row = [0]
         for place, other in enumerate(truth):
             row.append(above[place] + 1 if token == other else max(above[place + 1], row[-1]))
         above = row
-    return _f1(above[-1], len(guess), len(truth))
+    return _f1(above[-1], len(reconstruction), len(truth))
 
 
 def _f1(common: int, one: int, other: int) -> float:
     return 2 * common / (one + other) if one + other else 0.0
 
 
-def blind_text(public: Int[Tensor, "texts tokens"]) -> Int[Tensor, " tokens"]:
-    """What one would guess without any leak: at each place the token that most public texts have there."""
-    return public.mode(0).values
+def blind_text(auxiliary: Int[Tensor, "texts tokens"]) -> Int[Tensor, " tokens"]:
+    """The blind guess: at each place the token that most auxiliary texts have there."""
+    return auxiliary.mode(0).values

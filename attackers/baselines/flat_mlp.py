@@ -1,4 +1,4 @@
-"""Flat MLP: what Coarse GIT would be without the victim's structure; an ablation and floor without a paper.
+"""Flat MLP: what Coarse GIT would be without the victim's structure; an ablation and baseline without a paper.
 
 One hidden layer over all that Coarse GIT is given (rows in closed form, every other layer's gradient, the ridge
 regression's start), with as many parameters as its stages have.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedtap.attackers.gradients.coarse_git import FEWEST, CoarseGIT, Estimate, one_image
-from fedtap.attackers.parts.generator import Generator, Gradients, Map, Newsroom, Stage, stages
-from fedtap.simulator.auxiliary import About
+from fedtap.attackers.gradients.coarse_git import FEWEST_TRAININGS, CoarseGIT, TrainedGenerator, one_image
+from fedtap.attackers.parts.generator import Generator, Gradients, LabelResiduals, Map, Stage, stages
+from fedtap.simulator.auxiliary import Provenance
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,18 @@ class FlatMLP(CoarseGIT):
     """Fields and recipe are Coarse GIT's, so that two of equal fields differ in structure alone."""
 
     rate: float = 1e-3
+    """Highest learning rate of Adam, in one cycle."""
 
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         one_image(self, about.protocol.batch)
         shape = about.protocol.shape
         sizes = (self.width, self.hidden, self.hints)
-        return Estimate(Flat(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST))
+        return TrainedGenerator(
+            FlatGenerator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS)
+        )
 
 
-class Flat(Generator):
+class FlatGenerator(Generator):
     """A generator whose stages gave their parameters to one hidden layer."""
 
     def __init__(
@@ -38,10 +41,11 @@ class Flat(Generator):
     ) -> None:
         super().__init__(found, shape, width, hidden, hints, drifted)
         budget = sum(parameter.numel() for parameter in self.parameters())
-        rooms = [room for room in self.modules() if isinstance(room, Newsroom)]
+        rooms = [room for room in self.modules() if isinstance(room, LabelResiduals)]
         first = self.bootstrap[0]
         assert isinstance(first, nn.Linear)
         inputs = first.in_features + sum(room.entries for room in rooms)
+        # (inputs + pixels) units weights fit the stages' number of parameters
         units = max(1, budget // (inputs + math.prod(shape)))
         self.bootstrap = nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Linear(units, math.prod(shape)))
         for parameter in self.bootstrap[-1].parameters():

@@ -1,4 +1,4 @@
-"""Grey: the middle of every pixel's range, whatever was sent; a floor without a paper."""
+"""Grey: the middle of every pixel's range, whatever was sent; a baseline without a paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 
 @dataclass(frozen=True)
 class Grey(Attack):
-    """Half in every pixel, label 0: what a guess is worth that looks at nothing."""
+    """0.5 in every pixel, label 0: a blind guess that uses no data."""
 
     leaks = (GradientLeak, UpdateLeak)
     needs_weights = False

@@ -1,9 +1,9 @@
 """Coarse GIT: a generator built from the victim's own structure, one module a layer or block, from output to input.
 
-Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026. We found no public code (November 2026), and widths,
-optimiser and epochs are nowhere stated. Departs from the paper as `fedtap.attackers.parts.generator` says: what a
-linear layer gives away is read in closed form, the image starts from a ridge regression on it, a stage reads its
-gradient through an estimate of the layer's error signal, and is a few convolutions.
+Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026. We found no public code (November 2026), and the paper states
+neither widths nor optimiser nor epochs. Departs from the paper as `fedtap.attackers.parts.generator` says: inputs of
+linear layers are read in closed form, the image starts from a ridge regression on them, and a stage is a few
+convolutions that read the gradient through an estimate of the layer's error signal.
 """
 
 from __future__ import annotations
@@ -16,76 +16,76 @@ from torch import Tensor, nn
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.generator import Generator, fit, stages
 from fedtap.attackers.parts.labels import last_linear, recovered
-from fedtap.attackers.parts.teaching import check_room, guessed
+from fedtap.attackers.parts.teaching import as_reconstruction, check_room
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Auxiliary, trainings
+from fedtap.simulator.auxiliary import Auxiliary, Provenance, trainings
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
 
-FEWEST = 3
-"""Trainings of the compromised client from which it can be told how far one carries over to another."""
+FEWEST_TRAININGS = 3
+"""Trainings of the compromised client, at least, for a whole one to be held out while others are learned from."""
 
 
 @dataclass(frozen=True)
 class CoarseGIT(Learner):
-    """From one image's gradient to the image, layer by layer, as pairs have taught it; weights not known.
-
-    Args:
-        width: channels of the running estimate.
-        hidden: units of the perceptron beside the ridge regression.
-        hints: units through which a stage reads all of its gradients directly.
-        epochs: over all pairs; 0 leaves the closed form and the ridge regression.
-        batch: pairs a step.
-        rate: Adam's highest, in one cycle.
-    """
+    """A generator from one image's gradient to the image, trained on auxiliary pairs; weights not known."""
 
     width: int = 32
+    """Channels of the running estimate."""
     hidden: int = 64
+    """Hidden units of the perceptron beside the ridge regression."""
     hints: int = 32
+    """Units through which a stage reads all of its gradients directly."""
     epochs: int = 8
+    """Passes over all pairs; 0 leaves the closed form and the ridge regression."""
     batch: int = 100
+    """Pairs in each step of Adam."""
     rate: float = 4e-3
+    """Highest learning rate of Adam, in one cycle."""
 
     def __post_init__(self) -> None:
         check_fields(self, width=1, hidden=1, hints=1, batch=2)
 
     @property
     def least(self) -> int:
-        """Where a ridge regression's folds begin to say anything."""
+        """Eight pairs for each of the ridge regression's five folds."""
         return 40
 
     def accepts(self, leak: Leak) -> None:
-        """One image a victim, and a network whose layers can be read."""
+        """One image a victim, and a network whose stages can be read."""
         super().accepts(leak)
         one_image(self, leak.protocol.batch)
         last_linear(leak)
         stages(leak.network, leak.protocol.shape)
 
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         one_image(self, about.protocol.batch)
         shape = about.protocol.shape
         sizes = (self.width, self.hidden, self.hints)
-        return Estimate(Generator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST))
+        return TrainedGenerator(
+            Generator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS)
+        )
 
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
-        assert isinstance(inverter, Estimate)
+        assert isinstance(inverter, TrainedGenerator)
         read, images = compact(inverter.generator, auxiliary)
         how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
         met = None
-        if auxiliary.about.auxiliary_trainings >= FEWEST:
+        if auxiliary.about.auxiliary_trainings >= FEWEST_TRAININGS:
             parts = trainings(len(auxiliary), auxiliary.about.auxiliary_trainings)
+            # number of the training in which each pair was recorded
             met = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(images.device)
         inverter.error.copy_(fit(inverter.generator, read, images, met, rate=self.rate, **how))
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
-        assert isinstance(inverter, Estimate)
+        assert isinstance(inverter, TrainedGenerator)
         parts = torch.arange(len(leak)).split(self.batch)  # type: ignore[no-untyped-call]
         images = torch.cat([inverter.generator(leak[some].observed) for some in parts])
-        return guessed(images, recovered(leak), inverter.error, leak)
+        return as_reconstruction(images, recovered(leak), inverter.error, leak)
 
 
-class Estimate(nn.Module):
+class TrainedGenerator(nn.Module):
     """A generator, and its mean squared error on the pairs that were held out."""
 
     error: Tensor

@@ -1,10 +1,10 @@
-"""Fused GIT: a learned reconstruction as the prior of the exact one.
+"""Fused GIT: a trained attack's reconstruction as the prior of the exact one.
 
 After Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026, whose exact and learned recursions stand apart; their
-union is ours. What an attack has learned says where the image is and, by its errors on pairs that were held out, how
-far off and in which directions; the gradient says the rest, each entry as loudly as its noise allows. The image of
-highest posterior is found by Gauss-Newton steps from the learned guess and, where the network can be undone layer by
-layer, from Exact-GIT's.
+combination is ours. The trained attack's reconstruction is the mean of a Gaussian prior, and its errors on held-out
+auxiliary pairs are the prior's covariance; the gradient is the likelihood, each entry weighed by its noise. The image
+of highest posterior density is found by Gauss-Newton steps from the trained attack's reconstruction and, where the
+network can be inverted layer by layer, from Exact-GIT's.
 """
 
 from __future__ import annotations
@@ -18,61 +18,57 @@ from torch import Tensor, nn
 
 from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.exact_git import ExactGIT
-from fedtap.attackers.gradients.gauss_newton import LANES
+from fedtap.attackers.gradients.gauss_newton import VICTIMS_AT_ONCE
+from fedtap.attackers.gradients.matching import check_matching
 from fedtap.attackers.parts.checks import check_fields
-from fedtap.attackers.parts.gradients import check_match
-from fedtap.attackers.parts.labels import last_linear, recovered
+from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import Product, fitted, residual
-from fedtap.attackers.parts.teaching import HELD_OUT
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Auxiliary
+from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 
 
 @dataclass(frozen=True)
 class FusedGIT(Learner):
-    """One estimator across all noise levels; weights known.
-
-    Args:
-        prior: the attack whose guess is the prior's mean.
-        steps: Gauss-Newton steps from each start.
-        inner: conjugate gradients a step, at most.
-    """
+    """Maximum a posteriori between a trained attack and the gradient, at any noise level; weights known."""
 
     needs_weights = True
 
     prior: Attack = field(default_factory=CoarseGIT)
+    """The trained attack whose reconstruction is the prior's mean."""
     steps: int = 10
+    """Gauss-Newton steps from each start."""
     inner: int = 100
+    """Iterations of conjugate gradients in each step, at most."""
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1)
         if not isinstance(self.prior, Learner):
             raise FedtapError(
-                f"prior of FusedGIT is {self.prior.written()}, which does not learn, and the prior is what was "
-                "learned: give an attack that practises, such as coarse_git."
+                f"prior of FusedGIT is {self.prior.written()}, which is not trained, and the prior comes "
+                "from training: give an attack that is trained on auxiliary pairs, such as coarse_git."
             )
 
     @property
     def least(self) -> int:
-        """Enough to see an error's spread."""
-        return 2 * HELD_OUT
+        """Pairs below which fewer than two are held out, too few for a covariance."""
+        return 2 * HELD_OUT_EVERY
 
     def accepts(self, leak: Leak) -> None:
-        """What the learned attack accepts, of networks that can be differentiated twice."""
+        """What the trained attack accepts, of networks that torch.func can differentiate twice."""
         super().accepts(leak)
         self.prior.accepts(leak)
-        last_linear(leak)
-        check_match(leak)
+        check_matching(self, leak, signs=True)
 
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         assert isinstance(self.prior, Learner)
-        return Prior(about, self.prior.inverter(about, network))
+        return LearnedPrior(about, self.prior.inverter(about, network))
 
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
-        """Learn, and keep the errors on the pairs that learners hold out: the last ones."""
-        assert isinstance(inverter, Prior)
+        """Train the prior's attack, and keep its errors on the last pairs, which are held out of training."""
+        assert isinstance(inverter, LearnedPrior)
         learned = self.prior.fit(auxiliary, seed)
         inverter.guess.load_state_dict(learned.learned()[0].inverter.state_dict())
         kept = len(auxiliary) - len(inverter.errors)
@@ -80,50 +76,51 @@ class FusedGIT(Learner):
         for pairs in auxiliary:
             fresh = pairs[torch.arange(min(max(0, kept - seen), len(pairs)), len(pairs))]
             if len(fresh):
-                guess = learned.reconstruct(fresh.leak, fresh.images).images.clamp(0, 1)
-                inverter.errors[row : row + len(fresh)] = (fresh.images - guess).flatten(1)
+                found = learned.reconstruct(fresh.leak, fresh.images).images.clamp(0, 1)
+                inverter.errors[row : row + len(fresh)] = (fresh.images - found).flatten(1)
             seen, row = seen + len(pairs), row + len(fresh)
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
-        assert isinstance(inverter, Prior)
+        assert isinstance(inverter, LearnedPrior)
         assert isinstance(self.prior, Learner)
-        guess = self.prior.invert(inverter.guess, leak, start).images.clamp(0, 1)
-        starts = [guess]
+        prior_mean = self.prior.invert(inverter.guess, leak, start).images.clamp(0, 1)
+        starts = [prior_mean]
         try:
             ExactGIT().accepts(leak)
             starts.append(ExactGIT().reconstruct(leak, start).images)
         except FedtapError:
-            pass  # the network cannot be undone layer by layer
+            pass  # the network cannot be inverted layer by layer
         labels, precision, found = recovered(leak), inverter.precision(), []
-        for some in torch.arange(len(leak)).split(LANES):  # type: ignore[no-untyped-call]
-            misfit = residual(leak[some], labels[some])
-            mean = guess[some].flatten(1).double()
+        for some in torch.arange(len(leak)).split(VICTIMS_AT_ONCE):  # type: ignore[no-untyped-call]
+            residuals = residual(leak[some], labels[some])
+            mean = prior_mean[some].flatten(1).double()
             tries = [
-                fitted(misfit, begun[some].flatten(1).double(), mean, precision, self.steps, self.inner)
+                fitted(residuals, begun[some].flatten(1).double(), mean, precision, self.steps, self.inner)
                 for begun in starts
             ]
             images, objective = (torch.stack(parts) for parts in zip(*tries, strict=True))
+            # of both starts, the one that ends at the higher posterior density
             best = objective.argmin(0)
-            lanes = torch.arange(len(some), device=best.device)
-            found.append((images[best, lanes], objective[best, lanes]))
+            elements = torch.arange(len(some), device=best.device)
+            found.append((images[best, elements], objective[best, elements]))
         images, objective = (torch.cat(parts).to(start.dtype) for parts in zip(*found, strict=True))
         return Reconstruction(images.reshape(start.shape), labels, objective)
 
 
-class Prior(nn.Module):
-    """The learned attack's module, and its errors on pairs that it did not learn from.
+class LearnedPrior(nn.Module):
+    """The trained attack's module, and its errors on held-out auxiliary pairs.
 
-    Their covariance is shrunk towards a multiple of the identity, as far as few samples of a Gaussian ask for (Chen,
-    Wiesel, Eldar and Hero 2010, https://arxiv.org/abs/0907.4698).
+    Their covariance is shrunk towards a multiple of the identity by the oracle approximating estimator, which suits few
+    samples of a Gaussian (Chen, Wiesel, Eldar and Hero 2010, https://arxiv.org/abs/0907.4698).
     """
 
     errors: Float[Tensor, "pairs pixels"]
 
-    def __init__(self, about: About, guess: nn.Module) -> None:
+    def __init__(self, about: Provenance, trained: nn.Module) -> None:
         super().__init__()
-        self.guess = guess
+        self.guess = trained  # saved files hold its tensors under this name
         pixels = about.protocol.batch * math.prod(about.protocol.shape)
-        self.register_buffer("errors", torch.zeros(max(1, about.pairs // HELD_OUT), pixels))
+        self.register_buffer("errors", torch.zeros(max(1, about.pairs // HELD_OUT_EVERY), pixels))
 
     def precision(self) -> Product:
         """Product with the inverse of ``C = (1 - share) E^T E / n + share tr(E^T E / n) / p I``, by Woodbury's rule:
@@ -134,6 +131,7 @@ class Prior(nn.Module):
         n, p = errors.shape
         gram = errors @ errors.T / n
         trace, square = gram.diagonal().sum(), gram.square().sum()
+        # rho of their equation 23: ((1 - 2/p) tr S^2 + tr^2 S) / ((n + 1 - 2/p) (tr S^2 - tr^2 S / p))
         share = (
             ((1 - 2 / p) * square + trace**2) / ((n + 1 - 2 / p) * (square - trace**2 / p)).clamp_min(1e-300)
         ).clamp(0, 1)
@@ -141,6 +139,7 @@ class Prior(nn.Module):
         factor = ((1 - share) / n).sqrt() * errors
         inner = torch.linalg.cholesky(factor @ factor.T + c * torch.eye(n, dtype=errors.dtype, device=errors.device))
 
+        # Woodbury: (c I + F'F)^-1 = (I - F'(c I + F F')^-1 F) / c
         def product(v: Tensor) -> Tensor:
             return (v - torch.cholesky_solve(factor @ v.T, inner).T @ factor) / c
 

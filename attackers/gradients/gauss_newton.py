@@ -11,58 +11,55 @@ from dataclasses import dataclass
 
 import torch
 
-from fedtap.attackers.parts.checks import check_fields, check_slopes
-from fedtap.attackers.parts.gradients import check_match
-from fedtap.attackers.parts.labels import last_linear, recovered
+from fedtap.attackers.gradients.matching import MATCHED, check_matching
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import fitted, residual
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.defences.announced import NOISY
-from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
+from fedtap.simulator.defences.defence import Defence, Trace
+from fedtap.simulator.leaks import Leak
 
-LANES = 16
-"""Victims at once."""
+VICTIMS_AT_ONCE = 16
+"""Victims solved together: their float64 Jacobian products stay within about a gigabyte."""
 
 
 @dataclass(frozen=True)
 class GaussNewton(Attack):
-    """The image of highest posterior under Gaussian noise, as announced, and a Gaussian around grey.
+    """The image of highest posterior density, for Gaussian noise of the announced size and a Gaussian prior around
+    grey.
 
-    Far from the image it seldom finds the way: `refine(coarse_git, gauss_newton)` begins near it.
-
-    Args:
-        steps: each solves a linear system in the pixels by conjugate gradients.
-        inner: conjugate gradients a step, at most.
-        prior_std: of a pixel around grey.
+    From a random start it seldom converges: `refine(coarse_git, gauss_newton)` begins near the image.
     """
 
-    leaks = (GradientLeak, UpdateLeak)
+    leaks = MATCHED
 
     steps: int = 10
+    """Gauss-Newton steps; each solves a linear system in the pixels by conjugate gradients."""
     inner: int = 100
+    """Iterations of conjugate gradients in each step, at most."""
     prior_std: float = 0.25
+    """Standard deviation of a pixel around 0.5, in units of the pixel range."""
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1, prior_std=1e-6)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """Noise."""
-        return NOISY
+    def knows(self, defence: Defence) -> bool:
+        """Noise, whose size weighs the residuals."""
+        return {Trace.SCALE, Trace.RATIOS} <= defence.survives
 
     def accepts(self, leak: Leak) -> None:
-        """Leaks of networks that can be differentiated twice and whose last layer shows the labels."""
+        """Networks that torch.func can differentiate twice and whose last layer shows the labels."""
         super().accepts(leak)
-        check_slopes(self, leak)
-        last_linear(leak)
-        check_match(leak)
+        check_matching(self, leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)
         found = []
-        for some in torch.arange(len(leak)).split(LANES):  # type: ignore[no-untyped-call]
+        for some in torch.arange(len(leak)).split(VICTIMS_AT_ONCE):  # type: ignore[no-untyped-call]
             pixels = start[some].flatten(1).double()
-            misfit = residual(leak[some], labels[some])
+            residuals = residual(leak[some], labels[some])
             grey = torch.full_like(pixels, 0.5)
-            found.append(fitted(misfit, pixels, grey, lambda v: v / self.prior_std**2, self.steps, self.inner))
+            # the prior N(0.5, prior_std^2) has the precision P = I / prior_std^2
+            found.append(fitted(residuals, pixels, grey, lambda v: v / self.prior_std**2, self.steps, self.inner))
         images, objective = (torch.cat(parts).to(start.dtype) for parts in zip(*found, strict=True))
         return Reconstruction(images.reshape(start.shape), labels, objective)

@@ -12,53 +12,53 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedtap.attackers.gradients.lbfgs import minimise
-from fedtap.attackers.parts.adaptive import MODELLED, Objective
+from fedtap.attackers.gradients.matching import MATCHED, check_matching
+from fedtap.attackers.parts.adaptive import MatchingObjective, replayable
 from fedtap.attackers.parts.checks import check_fields
-from fedtap.attackers.parts.gradients import check_match
-from fedtap.attackers.parts.labels import last_linear, recovered
+from fedtap.attackers.parts.labels import recovered
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
+from fedtap.simulator.defences.defence import Defence
+from fedtap.simulator.leaks import Leak
 
 
 @dataclass(frozen=True)
 class IDLG(Attack):
-    """L-BFGS on ``|gradient(x, recovered label) - leak|^2``.
+    """L-BFGS on ``|gradient(x, recovered label) - leak|^2``."""
 
-    Args:
-        aware: of the defence that is announced: it is done to the guess's gradient too, and a prior of pictures joins.
-    """
-
-    leaks = (GradientLeak, UpdateLeak)
+    leaks = MATCHED
 
     steps: int = 2400
+    """Evaluations of the matching loss and its gradient, at most, for each start."""
     history: int = 80
+    """Pairs of (step, change of gradient) from which L-BFGS builds its inverse Hessian."""
     compiled: bool = False
+    """Whether the matching loss runs through `torch.compile`: half a minute to start, then about twice as fast."""
     adaptive: bool = False
+    """Whether the announced defence is applied to the reconstruction's gradient too, and an image prior is added."""
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """What an aware attack models."""
-        return MODELLED if self.adaptive else frozenset()
+    def knows(self, defence: Defence) -> bool:
+        """Whether it is adaptive and can replay this defence."""
+        return self.adaptive and replayable(defence)
 
     def accepts(self, leak: Leak) -> None:
-        """Models that can be matched and end in a layer that shows the labels."""
+        """Networks that torch.func can differentiate twice and whose last layer shows the labels."""
         super().accepts(leak)
-        last_linear(leak)
-        check_match(leak)
+        check_matching(self, leak, signs=True)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
-        labels = recovered(leak)
-        match = Objective(leak, self.adaptive, self.compiled)
+        labels = recovered(leak)  # the class c with dL/dz_c < 0, equation 5 of the paper
+        match = MatchingObjective(leak, self.adaptive, self.compiled)
 
-        def objective(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-            misfit, slope = match.with_slope(points.reshape(-1, *start.shape[1:]), labels[lanes], lanes)
-            return misfit, slope.flatten(1)
+        def objective(points: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+            images = points.reshape(-1, *start.shape[1:])
+            matching_loss, input_gradient = match.with_input_gradient(images, labels[elements], elements)
+            return matching_loss, input_gradient.flatten(1)
 
         points, _ = minimise(
-            objective, start.flatten(1), self.steps, history=self.history, floor=match.floor, label="iDLG"
+            objective, start.flatten(1), self.steps, history=self.history, tolerance=match.tolerance, label="iDLG"
         )
         images = points.reshape(-1, *start.shape[1:]).clamp(0, 1)
         return Reconstruction(images, labels, objective=match(images, labels))

@@ -12,60 +12,62 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from fedtap.attackers.parts.adaptive import MODELLED, informed
+from fedtap.attackers.gradients.matching import MATCHED, check_matching
+from fedtap.attackers.parts.adaptive import informed, replayable
 from fedtap.attackers.parts.checks import check_fields
-from fedtap.attackers.parts.gradients import Match, check_match, cosine_distance
-from fedtap.attackers.parts.labels import last_linear, recovered
+from fedtap.attackers.parts.gradients import Match, cosine_distance
+from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.priors import total_variation
 from fedtap.simulator.attack import Attack, Images, Reconstruction
-from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
+from fedtap.simulator.defences.defence import Defence
+from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
 
 
 @dataclass(frozen=True)
 class InvertingGradients(Attack):
-    """Signed Adam on ``1 - cos(gradient(x), leak) + smoothness * TV(x)``, keeping x in [0, 1].
+    """Signed Adam on ``1 - cos(gradient(x), leak) + smoothness * TV(x)``, keeping x in [0, 1]."""
 
-    Args:
-        aware: of the defence that is announced: it is done to the guess's gradient too, and adds to the smoothness.
-    """
-
-    leaks = (GradientLeak, UpdateLeak)
+    leaks = MATCHED
 
     steps: int = 2000
+    """Iterations of Adam."""
     step_size: float = 0.03
+    """Adam's learning rate, in units of the pixel range; it falls tenfold after 3/8, 5/8 and 7/8 of the steps."""
     smoothness: float = 0.01
+    """Weight of the mean total variation against the cosine distance; the paper's alpha."""
     compiled: bool = False
+    """Whether the matching loss runs through `torch.compile`: half a minute to start, then about twice as fast."""
     adaptive: bool = False
+    """Whether the announced defence is applied to the reconstruction's gradient too, which also adds smoothness."""
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1)
 
-    @property
-    def models(self) -> frozenset[str]:
-        """What an aware attack models."""
-        return MODELLED if self.adaptive else frozenset()
+    def knows(self, defence: Defence) -> bool:
+        """Whether it is adaptive and can replay this defence."""
+        return self.adaptive and replayable(defence)
 
     def accepts(self, leak: Leak) -> None:
-        """Models that can be matched and end in a layer that shows the labels."""
+        """Networks that torch.func can differentiate twice and whose last layer shows the labels."""
         super().accepts(leak)
-        last_linear(leak)
-        check_match(leak)
+        check_matching(self, leak, signs=True)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
         labels = recovered(leak)
-        signs = leak.protocol.optimiser == "adam"
+        signs = leak.protocol.optimiser == "adam"  # one step of Adam sends g / (|g| + eps), the gradient's signs
         known = informed(leak, cosine_distance, weighed=False) if self.adaptive or signs else None
-        match = Match(leak, known.misfit if known else cosine_distance, compiled=self.compiled)
-        # |d|^2 / |leak|^2 is 2 (1 - cos) where the lengths are right
+        match = Match(leak, known.distance if known else cosine_distance, compiled=self.compiled)
+        # |g - leak|^2 / |leak|^2 = 2 (1 - cos) where |g| = |leak|, so a weight beside the former is halved here
         smoothness = self.smoothness + known.weights / 2 if known else self.smoothness
         x = start.clone().requires_grad_()
         adam = torch.optim.Adam([x], lr=self.step_size)
         decay = MultiStepLR(adam, [self.steps * eighths // 8 for eighths in (3, 5, 7)], gamma=0.1)
         for _ in progress(self.steps, "Inverting Gradients"):
+            # equation 4 of the paper: 1 - <g, leak> / (|g| |leak|) + alpha TV(x)
             loss = match(x, labels) + smoothness * total_variation(x)
-            (slope,) = torch.autograd.grad(loss.sum(), x)  # victims do not touch: their sum splits cleanly
-            x.grad = slope.sign()
+            (input_gradient,) = torch.autograd.grad(loss.sum(), x)  # no victim's loss depends on another's image
+            x.grad = input_gradient.sign()
             adam.step()
             decay.step()
             x.data.clamp_(0, 1)

@@ -15,6 +15,7 @@ import torch
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.simulator.attack import Attack, Images, Reconstruction
 from fedtap.simulator.auxiliary import gradients
+from fedtap.simulator.defences.clip import Clip
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
@@ -49,9 +50,9 @@ class KnownImage(Attack):
         names = sorted(found)
         candidates = torch.cat([found[name].flatten(1) for name in names], dim=1)
         for part in described(leak.protocol.defence):
-            if part.name == "clip":
+            if isinstance(part, Clip):
                 length = candidates.norm(dim=1, keepdim=True)
-                candidates = candidates * (part["norm"] / length).clamp_max(1)
+                candidates = candidates * (part.norm / length).clamp_max(1)
         observed = torch.cat([leak.observed[name].flatten(1) for name in names], dim=1)
         # |h - c|² = |h|² - 2 (h·c - |c|²/2)
         likelihood = observed @ candidates.T - candidates.square().sum(1) / 2

@@ -14,29 +14,26 @@ from torch import Tensor, nn
 
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import last_linear, recovered
-from fedtap.attackers.parts.teaching import Flat, guessed, rows, teach
+from fedtap.attackers.parts.teaching import FlatGradient, as_reconstruction, rows, teach
 from fedtap.simulator.attack import Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Auxiliary
+from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.leaks import Leak, Tensors
 
 
 @dataclass(frozen=True)
 class LTI(Learner):
-    """Learning to Invert, at its paper's size.
-
-    Args:
-        width: of both hidden layers.
-        epochs: over all pairs; the rate falls to a tenth after three quarters of them.
-        rate: Adam's.
-        batch: pairs a step.
-        features: a longer gradient is hashed to so many numbers.
-    """
+    """Learning to Invert, at its paper's size."""
 
     width: int = 3000
+    """Units of each of the two hidden layers."""
     epochs: int = 200
+    """Passes over all pairs; the learning rate falls to a tenth after three quarters of them."""
     rate: float = 1e-4
+    """Adam's learning rate."""
     batch: int = 256
+    """Pairs in each step of Adam."""
     features: int = 32768
+    """Numbers to which a longer gradient is hashed."""
 
     def __post_init__(self) -> None:
         check_fields(self, width=1, batch=1, features=1)
@@ -46,7 +43,7 @@ class LTI(Learner):
         super().accepts(leak)
         last_linear(leak)
 
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         return Perceptron(about, network, self.features, self.width)
 
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
@@ -54,13 +51,14 @@ class LTI(Learner):
         seen, images = rows(auxiliary, inverter.flat)
         optimiser = torch.optim.Adam(inverter.layers.parameters(), self.rate)
         steps = self.epochs * math.ceil(len(seen) / self.batch)
+        # a tenth of the rate after three quarters of the steps
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [3 * steps // 4])
         how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
         inverter.error.copy_(teach(inverter.layers, seen, images, optimiser, schedule, **how))
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, Perceptron)
-        return guessed(inverter(leak.observed), recovered(leak), inverter.error, leak)
+        return as_reconstruction(inverter(leak.observed), recovered(leak), inverter.error, leak)
 
 
 class Perceptron(nn.Module):
@@ -68,9 +66,9 @@ class Perceptron(nn.Module):
 
     error: Tensor
 
-    def __init__(self, about: About, network: nn.Module, features: int, width: int) -> None:
+    def __init__(self, about: Provenance, network: nn.Module, features: int, width: int) -> None:
         super().__init__()
-        self.flat = Flat(network, features)
+        self.flat = FlatGradient(network, features)
         batch, pixels = about.protocol.batch, math.prod(about.protocol.shape)
         self.layers = nn.Sequential(
             nn.Linear(self.flat.length, width),

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
 from fedtap.simulator.attack import Attack
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak
 
-LARGEST = 2**63
-"""What no number of a hyper-parameter reaches."""
+_LARGEST = 2**63
+"""Exclusive upper bound of every number, so that torch can hold it in 64 bits."""
 
 
 def check_fields(attack: Attack[Any], **least: float) -> None:
-    """Each number at least what is given here for its field; numbers, whole numbers and flags of their own type.
+    """Check each hyper-parameter against its annotation, and each number against its least value, 0 where none is
+    given.
 
     Raises:
-        FedtapError: naming the field, what it is and what it may be.
+        FedtapError: naming the field, its value and the values that it may have.
     """
+    kinds = typing.get_type_hints(type(attack))
     for field in dataclasses.fields(attack):  # type: ignore[arg-type]
-        value = getattr(attack, field.name)
-        told = repr(value) if isinstance(value, str) else value
-        where = f"{field.name} of {type(attack).__name__} is {short(told)}, and it is"
-        if field.type == "Attack":
+        value, kind = getattr(attack, field.name), kinds[field.name]
+        written = repr(value) if isinstance(value, str) else value
+        where = f"{field.name} of {type(attack).__name__} is {short(written)}, and it is"
+        if is_attack(kind):
             if not isinstance(value, Attack):
                 raise FedtapError(f"{where} an attack to run, such as idlg: give that.")
-        elif field.type == "str":
+        elif kind is str:
             if not isinstance(value, str):
                 raise FedtapError(f"{where} text: write it between quotes.")
-        elif field.type == "bool":
+        elif kind is bool:
             if not isinstance(value, bool):
                 raise FedtapError(f"{where} a switch: give True or False.")
-        elif field.type in ("int", "float"):
-            whole, low = field.type == "int", least.get(field.name, 0)
-            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not (fits and low <= value < LARGEST):  # nor NaN
-                raise FedtapError(f"{where} a {'whole number' if whole else 'number'} from {low:g}: give such a one.")
+        elif kind in (int, float):
+            low = least.get(field.name, 0)
+            fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            if not (fits and low <= value < _LARGEST):  # False for NaN too
+                number = "whole number" if kind is int else "number"
+                raise FedtapError(f"{where} a {number} from {low:g}: give one of that range.")
 
 
-def check_slopes(attack: Attack[Any], leak: Leak) -> None:
-    """Refuse an update by Adam.
+def is_attack(kind: Any) -> bool:
+    """Whether a resolved annotation (`typing.get_type_hints`) is `Attack`, `Attack[...]` or a subclass."""
+    plain = typing.get_origin(kind) or kind
+    return isinstance(plain, type) and issubclass(plain, Attack)
+
+
+def check_magnitudes(attack: Attack[Any], leak: Leak) -> None:
+    """Refuse an update by Adam, whose entries are the signs of the gradient and not its magnitudes.
 
     Raises:
-        FedtapError: naming the attack, and those that go by signs.
+        FedtapError: naming the attack, and those that match signs.
     """
     if leak.protocol.optimiser == "adam":
         raise FedtapError(

@@ -1,9 +1,9 @@
-"""Convolutions of many lanes, rewritten for speed where torch's own kernel was measured to be slower on a CPU.
+"""Convolutions of many batch elements, rewritten where torch's own kernel was measured to be slower on a CPU.
 
-Under `vmap` each lane has its own filters, which torch runs as one convolution with a group a lane. Its transposed
-form is slow with a stride (`spread` is a plain convolution instead); once a compiler fuses the copies away, windows
-unfolded into columns and one `bmm` are faster too. The tables are for `make_fx`; whatever they do not cover keeps
-torch's own kernel.
+Under `vmap` each element has its own filters, which torch runs as one convolution with a group for each element. Its
+transposed form is slow with a stride (`spread` is a plain convolution instead); once a compiler fuses the copies away,
+windows unfolded into columns and one `bmm` are faster too. The tables are for `make_fx`; whatever they do not cover
+keeps torch's own kernel.
 """
 
 from __future__ import annotations
@@ -20,43 +20,45 @@ aten = torch.ops.aten
 
 
 def columns(images: Tensor, kernel: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
-    """What each lane's filters see: `n groups*inputs h w` -> `groups n*places kh*kw*inputs`.
+    """What each element's filters see: `n groups*inputs h w` -> `groups n*places kh*kw*inputs`.
 
     Channels come last, so that one row of a window is one run of memory.
     """
     n, channels, high, wide = images.shape
     last = images.reshape(n, groups, channels // groups, high, wide).permute(1, 0, 3, 4, 2)
     padded = F.pad(last, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
-    lane, image, row, place, _ = padded.stride()
+    element, image, row, place, _ = padded.stride()
+    # output side (n + 2 p - k) / s + 1
     places = [(pixels - k) // s + 1 for pixels, k, s in zip(padded.shape[2:4], kernel, stride, strict=True)]
     # as_strided, so that a compiler lays the padded images down once instead of computing them anew for each tap
     windows = padded.as_strided(
         (groups, n, *places, kernel[0], kernel[1] * channels // groups),
-        (lane, image, row * stride[0], place * stride[1], row, 1),
+        (element, image, row * stride[0], place * stride[1], row, 1),
     )
     return windows.reshape(groups, n * places[0] * places[1], -1)
 
 
 def correlate(images: Tensor, filters: Tensor, stride: list[int], padding: list[int], groups: int) -> Tensor:
-    """Convolution with one group a lane: `n groups*inputs h w` with `groups*outputs inputs kh kw`."""
+    """Convolution with one group an element: `n groups*inputs h w` with `groups*outputs inputs kh kw`."""
     outputs, _, *kernel = filters.shape
     high, wide = (
         (pixels + 2 * p - k) // s + 1 for pixels, p, k, s in zip(images.shape[2:], padding, kernel, stride, strict=True)
     )
-    lanes = filters.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
-    out = torch.bmm(lanes, columns(images, kernel, stride, padding, groups).transpose(1, 2))
+    elements = filters.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
+    out = torch.bmm(elements, columns(images, kernel, stride, padding, groups).transpose(1, 2))
     out = out.reshape(groups, outputs // groups, -1, high, wide)
     return out.permute(2, 0, 1, 3, 4).reshape(-1, outputs, high, wide)
 
 
-def filters_slope(
+def filters_gradient(
     signal: Tensor, images: Tensor, shape: Any, stride: list[int], padding: list[int], groups: int
 ) -> Tensor:
-    """Gradient of the filters: each lane's output signal times what its filters saw."""
+    """Gradient of the filters: each element's output signal times what its filters saw."""
     outputs, inputs, *kernel = shape
-    heard = signal.reshape(len(signal), groups, outputs // groups, -1).permute(1, 2, 0, 3)
-    heard = heard.reshape(groups, outputs // groups, -1)
-    product = torch.bmm(heard, columns(images, kernel, stride, padding, groups))
+    signals = signal.reshape(len(signal), groups, outputs // groups, -1).permute(1, 2, 0, 3)
+    signals = signals.reshape(groups, outputs // groups, -1)
+    # dL/dW[o, tap] = sum over images and places of signal[o] times what the tap saw
+    product = torch.bmm(signals, columns(images, kernel, stride, padding, groups))
     return product.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
 
 
@@ -69,7 +71,9 @@ def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], paddin
     outputs, inputs, *kernel = filters.shape
     taps, pads = [], []
     for k, s, p, pixels, places in zip(kernel, stride, padding, size, signal.shape[2:], strict=True):
+        # shifts e for which some tap i = r + padding - stride e lies in 0 ... k - 1
         first, last = -((k - 1 - p) // s), (s - 1 + p) // s
+        # tap of each phase r and shift e; k, one past the last, is a zero
         table = [[r + p - s * e for e in range(first, last + 1)] for r in range(s)]
         taps.append(torch.tensor([[i if 0 <= i < k else k for i in row] for row in table], device=filters.device))
         pads.append((-first, -(-pixels // s) - 1 + last - (places - 1)))
@@ -96,12 +100,12 @@ def _plain(stride: list[int], dilation: list[int]) -> bool:
 
 
 def _worth_columns(filters: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
-    """Lanes with filters of their own, large enough for the copy to pay."""
+    """Whether each element has filters of its own, of more than 3 x 3, for which the copy pays (measured)."""
     return groups > 1 and _plain(stride, dilation) and filters.shape[2] * filters.shape[3] > 9
 
 
 def _worth_spreading(filters: Tensor, stride: list[int], groups: int) -> bool:
-    """Where torch's own kernel is slower (measured): strides, and lanes whose images have few channels."""
+    """Where torch's own kernel is slower (measured): strides, and elements whose images have few channels."""
     return max(stride) > 1 and (groups == 1 or filters.shape[1] < 8)
 
 
@@ -130,7 +134,7 @@ def _convolution(
         ]
         if _worth_spreading(filters, stride, groups):
             out = spread(images, filters, size, stride, padding, groups)
-        else:  # the same sum as the backward pass of a plain one, for which torch has the better kernel
+        else:  # a transposed convolution is the backward pass of a plain one, for which torch has the better kernel
             like = images.new_empty(len(images), groups * filters.shape[1], *size)
             terms = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
             out = aten.convolution_backward(images, like, filters, None, *terms)[0]
@@ -152,22 +156,22 @@ def _convolution_backward(
     *,
     in_columns: bool = False,
 ) -> Any:
-    """One of the slopes (of images, filters, bias) in our own way, the rest by this operator again."""
+    """One of the gradients (of images, filters, bias) by `correlate` or `spread`, the others by torch's operator."""
     if transposed:
         return NotImplemented
     if in_columns and output_mask[1] and _worth_columns(filters, stride, dilation, groups):
-        ours, slope = 1, filters_slope(signal, images, filters.shape, stride, padding, groups)
+        ours, gradient = 1, filters_gradient(signal, images, filters.shape, stride, padding, groups)
     elif output_mask[0] and _plain(stride, dilation) and _worth_spreading(filters, stride, groups):
-        ours, slope = 0, spread(signal, filters, images.shape[2:], stride, padding, groups)
+        ours, gradient = 0, spread(signal, filters, images.shape[2:], stride, padding, groups)
     else:
         return NotImplemented
-    slopes: list[Tensor | None] = [None, None, None]
+    gradients: list[Tensor | None] = [None, None, None]
     rest = [wanted and place != ours for place, wanted in enumerate(output_mask)]
     if any(rest):
         terms = (stride, padding, dilation, transposed, output_padding, groups, rest)
-        slopes = list(aten.convolution_backward(signal, images, filters, bias_sizes, *terms))
-    slopes[ours] = slope
-    return tuple(slopes)
+        gradients = list(aten.convolution_backward(signal, images, filters, bias_sizes, *terms))
+    gradients[ours] = gradient
+    return tuple(gradients)
 
 
 TABLE: dict[Any, Callable[..., Any]] = {

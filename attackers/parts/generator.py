@@ -1,13 +1,13 @@
-"""A learned way from a gradient to its image, built stage by stage from the victim's own structure.
+"""A generator from a gradient to its image, built stage by stage from the structure of the victim's network.
 
 Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026: its Coarse-GIT, one module a layer, from output to input.
-Departs from the paper in five ways: it begins with what a linear layer gives away in closed form; the image starts from
-a ridge regression on that; a stage reads a gradient through a learned estimate of the layer's error signal, for a
-layer's gradient is that signal times the layer's input; those estimates are also taught by the first layer, whose input
-is the image that the attacker knows; and a stage is a few convolutions on the grid of the layer's input, no perceptron.
+Departs from the paper in five ways: it begins with the inputs of linear layers, in closed form; the image starts from a
+ridge regression on these; a stage reads a gradient through a learned estimate of the layer's error signal, since a
+layer's gradient is that signal times the layer's input; the estimates are also trained on the first layer, whose input
+is the image and known in training; and a stage is a few convolutions on the grid of the layer's input, no perceptron.
 
-Where practice was at drifted weights there are ridge regressions of several strengths, weighed by what a gradient looks
-like, and trainings are held out whole: the stages are followed as far as they held on one that they had not seen.
+For auxiliary pairs at drifted weights there are ridge regressions of several strengths, mixed by a perceptron, and
+whole trainings are held out: the stages' correction is scaled by how well it did on a training that was held out.
 
 At batch 1 a linear layer on one row h has, with d = dL/dz, dL/db = d and dL/dW = G = d h^T, so h = G^T d / |d|^2.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fedtap.attackers.parts.teaching import HELD_OUT
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY
 from fedtap.simulator.attack import generator as seeded
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.progress import progress
@@ -34,28 +34,29 @@ from fedtap.simulator.progress import progress
 Gradients = Mapping[str, Tensor]
 """By name of the parameter: `victims *shape`."""
 
-Shape = tuple[int, ...]
+Sizes = tuple[int, ...]
 
 Map = tuple[int, ...]
 """Channels, height, width."""
 
 FINEST = 16
-"""Longest side of a grid that a stage works on; finer maps are folded into channels."""
+"""Longest side of the grid that a stage works on; larger maps are folded into channels."""
 
 EDGES = (1e-6, 1e-4, 1e-2, 5e-2)
-"""How close to the ends of its range an activation may be let, so that it can be undone; noise asks for room."""
+"""Candidates for the least distance of an activation from the ends of its range before it is inverted; the noisier
+the gradient, the larger."""
 
 TRIED, PROBES = 3000, 64
-"""Pairs and pixels on which values of EDGES are tried."""
+"""Pairs and pixels on which values of EDGES are compared."""
 
 FOLDS = 5
-"""Of the ridge regression: a stage learns from starts that did not see their own image, as a victim's will not."""
+"""Folds of the ridge regression: stages are trained on starts whose regression has not seen the pair itself."""
 
 STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0)
-"""Of the ridge regression, in units of a feature's variance."""
+"""Candidate ridges, in units of a feature's variance."""
 
-DRIFTED = (1e-6, 1e-3, 1e-1, 1.0)
-"""Likewise, where practice is at drifted weights: far from the broadcast ones small differences mislead."""
+DRIFTED_STRENGTHS = (1e-6, 1e-3, 1e-1, 1.0)
+"""Ridges of the regressions for pairs at drifted weights, in units of a feature's variance."""
 
 INVERSES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda a, edge: torch.logit(a, edge),
@@ -71,18 +72,25 @@ class Leaf:
     """A linear layer or a convolution: its gradient is its error signal times its input, summed over places."""
 
     weight: str
+    """Name of the weight."""
     bias: str | None
-    shape: Shape
-    """Of the weight."""
-    input: Shape
-    """Of one image's input: `channels height width`, `tokens width` or `width`."""
-    output: Shape
+    """Name of the bias; None where there is none that is trained."""
+    shape: Sizes
+    """Shape of the weight."""
+    input: Sizes
+    """Shape of one image's input: `channels height width`, `tokens width` or `width`."""
+    output: Sizes
+    """Shape of one image's output."""
     activation: str = ""
-    """What its input came out of, where that is in INVERSES."""
-    stride: Shape = (1, 1)
-    padding: Shape = (0, 0)
-    dilation: Shape = (1, 1)
+    """Name of the activation that yields the input, where INVERSES holds it; empty otherwise."""
+    stride: Sizes = (1, 1)
+    """Of a convolution, rows and columns."""
+    padding: Sizes = (0, 0)
+    """Zeros around the input of a convolution, rows and columns."""
+    dilation: Sizes = (1, 1)
+    """Distance of a convolution's taps, rows and columns."""
     groups: int = 1
+    """Groups of a convolution's channels."""
 
     @property
     def is_row(self) -> bool:
@@ -91,7 +99,7 @@ class Leaf:
 
     @property
     def known(self) -> int:
-        """How many features `features` returns."""
+        """Number of features that `features` returns."""
         return self.input[0] * (1 + (self.activation in INVERSES))
 
     def error(self, gradients: Gradients) -> Float[Tensor, "victims outputs"]:
@@ -99,6 +107,7 @@ class Leaf:
         if self.bias is not None:
             return gradients[self.bias]
         gradient = gradients[self.weight]
+        # G G' has the error signal d as its leading eigenvector, at batch 1
         leading = torch.linalg.eigh(gradient @ gradient.transpose(1, 2))[1][:, :, -1:]
         largest = leading.gather(1, leading.abs().argmax(1, keepdim=True))
         # softmax - onehot: the label's entry is the largest, and negative
@@ -108,18 +117,20 @@ class Leaf:
     def row(self, gradients: Gradients) -> Float[Tensor, "victims features"]:
         """Its input, in closed form."""
         error = self.error(gradients)
+        # h = G'd / |d|^2
         length = error.square().sum(1, keepdim=True).clamp_min(1e-24)
         return torch.einsum("nof,no->nf", gradients[self.weight], error) / length
 
     def features(self, row: Float[Tensor, "victims features"], edge: float) -> Float[Tensor, "victims known"]:
-        """Its input, after what went into the activation before it where that can be undone."""
+        """Its input, preceded by the argument of the activation that yields it where INVERSES holds that."""
         inverse = INVERSES.get(self.activation)
         return row if inverse is None else torch.cat([inverse(row, edge), row], 1)
 
     @property
     def lost(self) -> list[int]:
-        """Rows and columns of the input that the strides leave over at the far edges."""
+        """Rows and columns at the far edges of the input that no stride reaches."""
         return [
+            # what transposing a convolution of this stride cannot reach by itself
             side - (out - 1) * stride + 2 * padding - dilation * (kernel - 1) - 1
             for side, out, stride, padding, dilation, kernel in zip(
                 self.input[1:], self.output[1:], self.stride, self.padding, self.dilation, self.shape[2:], strict=True
@@ -133,7 +144,7 @@ class Leaf:
         return F.conv_transpose2d(error, weight, None, self.stride, self.padding, self.lost, self.groups, self.dilation)
 
     def adjoint(self, error: Tensor, gradient: Tensor) -> Float[Tensor, "victims channels height width"]:
-        """What the error signal picks out of each victim's gradient, as a map of the layer's input."""
+        """The adjoint of `gradient`, as a map of the layer's input: each victim's gradient combined by its error."""
         if len(self.input) == 2:
             return torch.einsum("nohw,noi->nihw", error, gradient)
         each, victims = error.reshape(1, -1, *error.shape[2:]), len(error)  # all in one call, each a group of its own
@@ -150,7 +161,7 @@ class Leaf:
         return seen.reshape(victims, *self.input)
 
     def gradient(self, error: Tensor, seen: Tensor) -> Tensor:
-        """What a convolution without groups leaks under this error signal: `victims *shape`."""
+        """Gradient of a convolution without groups, given its error signal and its input: `victims *shape`."""
         patches = F.unfold(seen, self.shape[2:], self.dilation, self.padding, self.stride)  # victims patch places
         return (error.flatten(2) @ patches.transpose(1, 2)).reshape(-1, *self.shape)
 
@@ -160,11 +171,15 @@ class Stage:
     """A layer, or a block of layers, with the parameters in it."""
 
     name: str
+    """Name of the module."""
     leaves: tuple[Leaf, ...]
-    others: tuple[tuple[str, Shape], ...]
-    """Parameters that are no leaf's weight: biases, norms, positions."""
-    input: Shape
-    output: Shape
+    """Its linear layers and convolutions."""
+    others: tuple[tuple[str, Sizes], ...]
+    """Names and shapes of all other parameters: biases, norms, positions."""
+    input: Sizes
+    """Shape of one image's input."""
+    output: Sizes
+    """Shape of one image's output."""
 
     @property
     def spread(self) -> tuple[Leaf, ...]:
@@ -172,8 +187,8 @@ class Stage:
         return tuple(leaf for leaf in self.leaves if not leaf.is_row)
 
 
-def as_map(shape: Shape) -> Map:
-    """The shape of a map that holds this: tokens stand in a square where they fill one, a row in one place."""
+def as_map(shape: Sizes) -> Map:
+    """Shape of a map of this size: tokens are arranged in a square where they fill one, and a row is one place."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     tokens, width = shape if len(shape) == 2 else (1, shape[0])
@@ -182,20 +197,20 @@ def as_map(shape: Shape) -> Map:
 
 
 def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
-    """The network's stages from input to output, found as it runs on one image without numbers.
+    """The network's stages from input to output, found by running it on one image on the meta device.
 
-    The network itself and every `Sequential` in it are opened; each other module with parameters is a stage, but a norm
-    joins the stage before it.
+    The network and every `Sequential` in it are entered; each other module with parameters is a stage, except norms,
+    which join the stage before them.
 
     Raises:
-        FedtapError: a layer has a form that no stage can read, or a parameter belongs to none; it is named.
+        FedtapError: naming the layer that no stage can read, or the parameter that belongs to no layer.
     """
     network = copy.deepcopy(network).to("meta").eval()
     names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.requires_grad}
     called = {id(module): name for name, module in network.named_modules()}
     calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def heard(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         given = inputs[0] if inputs else None
         if module in calls:
             raise _refused(called[id(module)], module, "runs more than once")
@@ -205,7 +220,7 @@ def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
 
     for module in network.modules():
         if _trained(module):
-            module.register_forward_hook(heard)
+            module.register_forward_hook(record)
     with torch.no_grad(), _Activations() as activations:
         network(torch.zeros(1, *shape, device="meta"))
 
@@ -299,13 +314,15 @@ class Generator(nn.Module):
         self.register_buffer("mean", torch.zeros(features + 1))
         self.register_buffer("deviation", torch.ones(features + 1))
         self.register_buffer("offset", torch.zeros(pixels))
-        self.register_buffer("ridge", torch.zeros(len(DRIFTED) if drifted else 1, features, pixels))
-        self.register_buffer("trust", torch.ones(len(DRIFTED) if drifted else 1))
+        self.register_buffer("ridge", torch.zeros(len(DRIFTED_STRENGTHS) if drifted else 1, features, pixels))
+        self.register_buffer("trust", torch.ones(len(DRIFTED_STRENGTHS) if drifted else 1))
         self.register_buffer("edge", torch.tensor(EDGES[0]))
         self.bootstrap = nn.Sequential(nn.Linear(features + clues, hidden), nn.ReLU(), nn.Linear(hidden, pixels))
         _silence(self.bootstrap[-1])
         if drifted:
-            self.weigh = nn.Sequential(nn.Linear(features + clues, hidden), nn.ReLU(), nn.Linear(hidden, len(DRIFTED)))
+            self.weigh = nn.Sequential(
+                nn.Linear(features + clues, hidden), nn.ReLU(), nn.Linear(hidden, len(DRIFTED_STRENGTHS))
+            )
             _silence(self.weigh[-1])
         self.stages = nn.ModuleList()
         self.state: Map = (0, 0, 0)
@@ -315,6 +332,7 @@ class Generator(nn.Module):
             begin = sum(leaf.known for leaf in self.rows[: self.rows.index(first)])
             self.top = slice(begin, begin + first.known)
             channels, height, side = as_map(body[0].output)
+            # a row that is a flattened map is folded back into it; any other row is one place
             copies, rest = divmod(2 * first.known, channels * height * side)
             self.state = (2 * first.known, 1, 1) if rest or not copies else (copies * channels, height, side)
         state, above = self.state, 0
@@ -341,8 +359,8 @@ class Generator(nn.Module):
     def images(
         self, gradients: Gradients, starts: Tensor | None = None, truth: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The images as they come, for training (outside [0, 1] a clamp would have no slope), and the surprise: how far
-        the first layer's gradient is from what the true images would leak under its estimated error signal.
+        """The images before the clamp to [0, 1], which would have no gradient outside, and the surprise: the mean
+        squared error of the first layer's gradient as its estimated error signal and the true images would give it.
 
         Args:
             gradients: as `read` returns them.
@@ -354,7 +372,7 @@ class Generator(nn.Module):
         image = (start + self.bootstrap(torch.cat([features, clues], 1))).reshape(-1, *self.shape)
         surprise = image.new_zeros(())
         if self.stages:
-            # as known too: an activation's slope is one function of its value, the same for all entries
+            # unscaled values too: s'(z) is a function of the value itself
             top = torch.cat([features[:, self.top], known[:, self.top]], 1)
             state, error = top.reshape(-1, *self.state), None
             for stage in self.stages:
@@ -363,7 +381,7 @@ class Generator(nn.Module):
         return self.trusted(image, start.reshape(image.shape), shares), surprise
 
     def start(self, features: Tensor, clues: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the ridge regressions say, weighed, `victims pixels`, and each one's share, `victims regressions`."""
+        """Mixture of the ridge regressions' images, `victims pixels`, and each one's share, `victims regressions`."""
         if starts is None:
             starts = torch.stack([features @ one for one in self.ridge], 1) + self.offset
         if not self.drifted:
@@ -372,9 +390,10 @@ class Generator(nn.Module):
         return torch.einsum("nr,nrp->np", shares, starts), shares
 
     def trusted(self, image: Tensor, start: Tensor, shares: Tensor) -> Tensor:
-        """The image, as far as what was learned held on the pairs that were held out; the start for the rest."""
+        """Between the start and the image: the start plus `trust` times the stages' correction."""
         if not self.drifted:
             return torch.where(self.trust > 0, image, start)
+        # start + t (image - start), t the regressions' trust by their shares
         return torch.lerp(start, image, (shares @ self.trust)[:, None, None, None])
 
     @torch.no_grad()
@@ -393,7 +412,7 @@ class Generator(nn.Module):
             The pairs' own starts, each by regressions that did not see its fold.
         """
         folds = torch.arange(len(images), device=images.device) % FOLDS if folds is None else folds
-        self.edge.fill_(min(EDGES, key=lambda edge: self._misfit(gradients, images.flatten(1), edge)))
+        self.edge.fill_(min(EDGES, key=lambda edge: self._ridge_error(gradients, images.flatten(1), edge)))
         known, length, direction = self._closed_form(gradients)
         every = torch.cat([known, length.log()], 1)
         self.mean.copy_(every.mean(0))
@@ -401,14 +420,14 @@ class Generator(nn.Module):
         features, clues = self._standardised(known, length, direction)
         pixels = images.flatten(1)
         self.offset.copy_(pixels.mean(0))
-        ridge, others = _ridge(features, pixels - self.offset, folds, DRIFTED if self.drifted else ())
+        ridge, others = _ridge(features, pixels - self.offset, folds, DRIFTED_STRENGTHS if self.drifted else ())
         self.ridge.copy_(ridge)
         for stage in self.stages:
             stage.fit_statistics(gradients, clues, length)  # type: ignore[operator]
         return others + self.offset
 
-    def _misfit(self, gradients: Gradients, pixels: Tensor, edge: float) -> float:
-        """Of a ridge regression on some of the pairs, for some of the pixels, on others."""
+    def _ridge_error(self, gradients: Gradients, pixels: Tensor, edge: float) -> float:
+        """Mean squared error of a ridge regression, across folds, on some of the pairs and pixels."""
         self.edge.fill_(edge)
         known = self._closed_form({name: gradients[name][:TRIED] for name in (ERROR, KNOWN)})[0]
         known = (known - known.mean(0)) / known.std(0).clamp_min(1e-12)
@@ -427,7 +446,7 @@ class Generator(nn.Module):
         return torch.cat(known, 1), length, error / length
 
     def _standardised(self, known: Tensor, length: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' inputs, and what every stage is told: the error signal's direction and length."""
+        """The rows' inputs, and the input of every stage: the error signal's direction and length."""
         every = (torch.cat([known, length.log()], 1) - self.mean) / self.deviation
         return every[:, :-1], torch.cat([direction, every[:, -1:]], 1)
 
@@ -439,7 +458,7 @@ class _Reader(nn.Module):
         super().__init__()
         self.stage, self.grid = stage, _grid(as_map(stage.input))
         shapes = [(leaf.weight, leaf.shape) for leaf in stage.spread] + list(stage.others)
-        self.newsroom = Newsroom(shapes, clues)
+        self.newsroom = LabelResiduals(shapes, clues)
         first = stage.spread[0]
         self.weight = nn.Parameter(torch.randn(first.shape) / math.sqrt(math.prod(first.shape[1:])))
         self.sees_image = len(stage.leaves) == 1 and first.input == image and first.groups == 1
@@ -477,16 +496,16 @@ class _Reader(nn.Module):
         truth: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The running estimate of the stage's input, its error signal, and the surprise where it sees the image."""
-        news = self.newsroom(gradients, clues, length)
+        residuals = self.newsroom(gradients, clues, length)
         parts = [_resample(state, self.grid), _resample(image, self.grid)]
         errors, surprise = [], state.new_zeros(())
         for which, leaf in enumerate(self.stage.spread):
             error = torch.einsum("nc,cxyz->nxyz", clues, self.tables[which])
             if above is not None:
                 error = error + F.interpolate(self.chains[which](above), error.shape[2:])
-            # d = (W^T d') * s'(z): the slope is told by the activation
+            # d = (W^T d') * s'(z), with s'(z) estimated from the running estimate of the activation
             error = error * (self.slopes[which] + F.interpolate(self.gates[which](state), error.shape[2:]))
-            shown = news[which].reshape(-1, *leaf.shape)
+            shown = residuals[which].reshape(-1, *leaf.shape)
             if self.sees_image:
                 leaked = gradients[leaf.weight] / (length[:, :, None, None, None] * self.newsroom.of(leaf.weight).size)
                 shown = leaked - leaf.gradient(error, self.scale * image.detach() + self.shift)
@@ -494,43 +513,43 @@ class _Reader(nn.Module):
                     surprise = F.mse_loss(leaf.gradient(error, self.scale * truth + self.shift), leaked)
             parts.append(self.norms[which](_resample(leaf.adjoint(error, shown), self.grid)))
             errors.append(error)
-        heard = torch.relu(self.hear(torch.cat(news, 1))) * self.turn(clues)
-        parts.append(self.tell(heard).reshape(-1, HINTED, *self.grid))
+        hinted = torch.relu(self.hear(torch.cat(residuals, 1))) * self.turn(clues)
+        parts.append(self.tell(hinted).reshape(-1, HINTED, *self.grid))
         mixed = self.mix(torch.cat(parts, 1))
         return mixed + self.sharpen(mixed), self.stage.spread[0].back(errors[0], self.weight), surprise
 
     def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
-        """What of each gradient the label explains, and the size of the rest."""
+        """Fit the part of each gradient that the label explains, and the size of the rest."""
         self.newsroom.fit_statistics(gradients, clues, length)
 
 
-class Newsroom(nn.Module):
-    """What the gradients of a stage tell beyond the label."""
+class LabelResiduals(nn.Module):
+    """The gradients of a stage, less what the error signal at the logits (the label) explains of them."""
 
-    def __init__(self, shapes: Sequence[tuple[str, Shape]], clues: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[str, Sizes]], clues: int) -> None:
         super().__init__()
         self.names = [name for name, _ in shapes]
         self.entries = sum(math.prod(shape) for _, shape in shapes)
-        self.news = nn.ModuleDict({_key(name): _News(math.prod(shape), clues) for name, shape in shapes})
+        self.news = nn.ModuleDict({_key(name): _LabelResidual(math.prod(shape), clues) for name, shape in shapes})
 
     def forward(self, gradients: Gradients, clues: Tensor, length: Tensor) -> list[Tensor]:
-        """Of each parameter, `victims entries`."""
+        """Residual of each parameter's gradient, `victims entries`."""
         return [self.of(name)(gradients[name], clues, length) for name in self.names]
 
     def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
-        """What of each gradient the label explains, and the size of the rest."""
+        """Fit the part of each gradient that the label explains, and the size of the rest."""
         for name in self.names:
             self.of(name).fit(gradients[name], clues, length)
 
-    def of(self, name: str) -> _News:
-        """One parameter's."""
-        news = self.news[_key(name)]
-        assert isinstance(news, _News)
-        return news
+    def of(self, name: str) -> _LabelResidual:
+        """The module for one parameter."""
+        residuals = self.news[_key(name)]
+        assert isinstance(residuals, _LabelResidual)
+        return residuals
 
 
-class _News(nn.Module):
-    """A gradient over the error signal's length, less what the error signal's direction explains of it."""
+class _LabelResidual(nn.Module):
+    """``(gradient / |d| - [d / |d|, 1] explained) / size``, with d the error signal at the logits."""
 
     explained: Tensor
     size: Tensor
@@ -546,17 +565,18 @@ class _News(nn.Module):
     def fit(self, gradient: Tensor, clues: Tensor, length: Tensor) -> None:
         entries, given = gradient.flatten(1) / length, _with_one(clues)
         normal = given.T @ given + 1e-6 * len(given) * torch.eye(given.shape[1], device=given.device)
+        # ridge regression of the entries on [d / |d|, 1]; 1e-6 a pair keeps the normal matrix regular
         self.explained.copy_(torch.linalg.solve(normal, given.T @ entries))
         rest, all_of_it = ((entries - part).square().mean().sqrt() for part in (given @ self.explained, 0.0))
         self.size.copy_(rest.clamp_min(1e-3 * all_of_it).clamp_min(1e-12))
 
 
 HINTED = 4
-"""Channels of what a stage hears of its gradients directly."""
+"""Channels that a stage reads from its gradients directly."""
 
 
 SURPRISE = 5e-3
-"""Weight of the surprise beside the misfit, which is about as small."""
+"""Weight of the surprise beside the mean squared error of the images."""
 
 
 def fit(
@@ -572,18 +592,18 @@ def fit(
 ) -> Float[Tensor, ""]:
     """Fit on pairs: the statistics in closed form, then Adam under one cycle of rates on the mean squared error.
 
-    The last pairs are held out, one in HELD_OUT: what was learned is kept only where it beats the ridge regression
-    there, and after drift as far as serves best there.
+    The last pairs are held out, one in HELD_OUT_EVERY: the stages are used only where they beat the ridge regression
+    there, and at drifted weights their correction is scaled to the least error there.
 
     Args:
         gradients: as `Generator.read` returns them.
-        trainings: of pairs at drifted weights, in rising order, on which way each was met; ways are held out whole, for
-            a victim's will be another one.
+        trainings: of pairs at drifted weights, the number of the training in which each was recorded, in rising order;
+            the last training is held out whole, since a victim meets weights of another training.
 
     Returns:
         The mean squared error on the pairs that were held out.
     """
-    kept, folds = len(images) - max(1, len(images) // HELD_OUT), None
+    kept, folds = len(images) - max(1, len(images) // HELD_OUT_EVERY), None
     if trainings is not None:
         kept, folds = int((trainings < trainings[-1]).sum()), trainings % FOLDS
 
@@ -598,8 +618,8 @@ def fit(
     generator.train()
     for _ in progress(epochs, "learning"):
         for some in torch.randperm(kept, generator=draw)[: steps * batch].chunk(steps):
-            guess, surprise = generator.images(rows(some), starts[some], images[some])
-            loss = F.mse_loss(guess, images[some]) + SURPRISE * surprise
+            predicted, surprise = generator.images(rows(some), starts[some], images[some])
+            loss = F.mse_loss(predicted, images[some]) + SURPRISE * surprise
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
@@ -607,23 +627,23 @@ def fit(
     generator.eval()
     held = [(rows(some), images[some]) for some in torch.arange(kept, len(images)).split(batch)]  # type: ignore[no-untyped-call]
 
-    def misfit(trust: Tensor) -> Tensor:
+    def held_out_error(trust: Tensor) -> Tensor:
         generator.trust.copy_(trust)
-        guess = torch.cat([generator.images(given)[0].clamp(0, 1) for given, _ in held])
-        return F.mse_loss(guess, images[kept:])
+        predicted = torch.cat([generator.images(given)[0].clamp(0, 1) for given, _ in held])
+        return F.mse_loss(predicted, images[kept:])
 
     with torch.no_grad():
         tried = [torch.zeros_like(generator.trust), torch.ones_like(generator.trust)]
         if generator.drifted:
             tried.append(_trust(generator, held))
-        misfits = [misfit(trust) for trust in tried]
-        best = min(range(len(tried)), key=lambda which: float(misfits[which]))
+        held_out_errors = [held_out_error(trust) for trust in tried]
+        best = min(range(len(tried)), key=lambda which: float(held_out_errors[which]))
         generator.trust.copy_(tried[best])
-    return misfits[best]
+    return held_out_errors[best]
 
 
 def _trust(generator: Generator, held: Sequence[tuple[Gradients, Tensor]]) -> Float[Tensor, " regressions"]:
-    """How far to follow what was learned, by which regression leads: least squares on pairs that were held out."""
+    """Scale of the stages' correction for each regression's share: least squares on the held-out pairs."""
     size = len(generator.trust)
     normal, moment = generator.trust.new_zeros(size, size), generator.trust.new_zeros(size)
     generator.trust.fill_(1.0)
@@ -631,8 +651,10 @@ def _trust(generator: Generator, held: Sequence[tuple[Gradients, Tensor]]) -> Fl
         known, length, direction = generator._closed_form(gradients)
         start, shares = generator.start(*generator._standardised(known, length, direction), None)
         step, wanted = generator.images(gradients)[0].flatten(1) - start, truth.flatten(1) - start
+        # least squares of wanted = sum_r t_r share_r step in t
         normal += torch.einsum("na,nb,n->ab", shares, shares, step.square().sum(1))
         moment += torch.einsum("na,n->a", shares, (step * wanted).sum(1))
+    # a thousandth of the mean diagonal keeps t finite where a regression is hardly used
     ridge = 1e-3 * normal.diagonal().mean().clamp_min(1e-12) * torch.eye(size).to(normal)
     found: Tensor = torch.linalg.solve(normal + ridge, moment)
     return found.clamp(0, 1)
@@ -644,14 +666,15 @@ def _ridge(
     fold: Int[Tensor, " pairs"],
     strengths: Sequence[float] = (),
 ) -> tuple[Float[Tensor, "regressions features pixels"], Float[Tensor, "pairs regressions pixels"]]:
-    """The regressions' matrices, and for each pair the answers of the regressions on the other folds' pairs.
+    """The regressions' matrices, and for each pair the images of the regressions on the other folds' pairs.
 
     Args:
         strengths: a regression each; where none are given there is one, whose strength serves the first fold best.
     """
-    given, answer = features.double(), wanted.double()
+    given, target = features.double(), wanted.double()
+    # X'X and X'Y of each fold: leaving one out is a subtraction
     normals = torch.stack([given[fold == k].T @ given[fold == k] for k in range(FOLDS)])
-    moments = torch.stack([given[fold == k].T @ answer[fold == k] for k in range(FOLDS)])
+    moments = torch.stack([given[fold == k].T @ target[fold == k] for k in range(FOLDS)])
 
     def solved(strength: float, without: int | None = None) -> Tensor:
         normal, moment = normals.sum(0), moments.sum(0)
@@ -661,15 +684,15 @@ def _ridge(
         factor, failed = torch.linalg.cholesky_ex(normal + ridge)
         if failed or not bool(factor.isfinite().all()):
             raise FedtapError(
-                "The last layer's inputs, as the practice gradients show them, leave a ridge regression nothing to "
-                "hold on to: practise with several classes, or with less noise."
+                "The last layer's inputs do not vary over the auxiliary pairs, so a ridge regression cannot be fitted: "
+                "train on pairs of several classes, or with less noise."
             )
         return torch.cholesky_solve(moment, factor)
 
-    def misfit(strength: float) -> float:
-        return F.mse_loss(given[fold == 0] @ solved(strength, 0), answer[fold == 0]).item()
+    def held_out_error(strength: float) -> float:
+        return F.mse_loss(given[fold == 0] @ solved(strength, 0), target[fold == 0]).item()
 
-    strengths = strengths or (min(STRENGTHS, key=misfit),)
+    strengths = strengths or (min(STRENGTHS, key=held_out_error),)
     others = wanted.new_empty(len(wanted), len(strengths), wanted.shape[1])
     for k in range(FOLDS):
         for which, strength in enumerate(strengths):
@@ -687,13 +710,13 @@ def _grid(shape: Map) -> tuple[int, int]:
 
 
 def _fold(height: int, width: int, grid: tuple[int, int]) -> int:
-    """By how much a map is folded to fit a grid; 0 where it must be resized."""
+    """Factor by which a map is folded to fit a grid; 0 where it must be resized."""
     factor = height // grid[0]
     return factor if (grid[0] * factor, grid[1] * factor) == (height, width) else 0
 
 
 def _resampled(shape: Map, grid: tuple[int, int]) -> Map:
-    """The shape of `_resample`'s answer."""
+    """Shape of what `_resample` returns."""
     channels, height, width = shape
     return channels * max(1, _fold(height, width, grid)) ** 2, *grid
 
@@ -712,7 +735,7 @@ def _with_one(clues: Tensor) -> Tensor:
 
 
 def _silence(layer: nn.Module) -> None:
-    """Let a layer begin with zeros."""
+    """Set a layer's parameters to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
@@ -742,7 +765,7 @@ def _refused(name: str, module: nn.Module, why: str) -> FedtapError:
 
 
 class _Activations(TorchFunctionMode):
-    """Notes which tensors are the output of an activation that can be undone, also after they were flattened."""
+    """Records which tensors are the output of an activation in INVERSES, also after they were flattened."""
 
     def __init__(self) -> None:
         super().__init__()

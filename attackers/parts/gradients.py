@@ -1,8 +1,8 @@
-"""What a victim would have sent for a guess, and how far that is from what it did send: the heart of every match.
+"""Gradient matching: what a victim would have sent for candidate images, and its distance from what was sent.
 
-One lane is one victim at one restart. All lanes run at once through `torch.func.vmap`; after a few calls the vmapped
-function is traced into a plain list of tensor operations (`make_fx`), which saves the bookkeeping of functorch, and,
-where asked, compiled. Both give the same numbers as the plain double backward pass, which the tests keep beside them.
+A batch element is one victim at one restart. All elements run at once through `torch.func.vmap`; after a few calls the
+vmapped function is traced into a plain list of tensor operations (`make_fx`), which saves the bookkeeping of functorch,
+and, with `compiled`, compiled. Both give the numbers of the plain double backward pass, which the tests compare.
 """
 
 from __future__ import annotations
@@ -25,65 +25,68 @@ from fedtap.attackers.parts.convolutions import COMPILED_TABLE, TABLE
 from fedtap.simulator.attack import Images
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak, float_buffers
-from fedtap.simulator.wire.replay import answer, mean_gradient, targets, trained
+from fedtap.simulator.wire.replay import client_reply, mean_gradient, targets, trained
 
-Labels = Int[Tensor, "lanes batch"] | Float[Tensor, "lanes batch classes"]
-"""Hard labels, or what each image's label is thought to be: a distribution over the classes."""
+AnyLabels = Int[Tensor, "elements batch"] | Float[Tensor, "elements batch classes"]
+"""Labels of each image: class numbers, or a distribution over the classes."""
 
-Misfit = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
-"""Of one lane's answer and the leaked one, both named as the parameters are: a scalar, lower is closer."""
+Distance = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+"""(reply of one element, leaked reply), both parameter name -> tensor, -> a scalar; lower is closer."""
 
 Extra = Callable[[nn.Module, Tensors, Tensors, Tensor], Tensor]
-"""A prior that looks through the network: of (network, weights, buffers, images of one lane), a scalar."""
+"""A prior that needs the network: (network, weights, buffers, images of one element) -> a scalar."""
 
-WARM_UP = 64
-"""Calls before tracing, which costs about as much as these."""
+CALLS_BEFORE_TRACING = 64
+"""Calls before tracing: tracing costs about as much time as this many."""
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Numbers of lanes that programs are made for; others are filled up to the next."""
+"""Numbers of elements that programs are traced for; a batch is filled up to the next of them."""
 
 CUDA_SIZES = (*SIZES, 48, 64, 96, 128, 192, 256)
-"""Likewise on a GPU, which wants many."""
+"""Numbers of elements that programs are traced for on a GPU, which is faster with many at once."""
 
 COMPILED_SIZES = (1, 16)
-"""Likewise, where a program takes half a minute to make; more lanes than these fall out of the CPU's cache."""
+"""Numbers of elements that programs are compiled for, which takes half a minute each; more than 16 overflow a CPU's
+cache."""
 
 
-def squared_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
-    """``sum (answer - leaked)^2`` over every entry of every tensor."""
-    return torch.stack([(answer[name] - leaked[name]).square().sum() for name in leaked]).sum()
+def squared_distance(client_reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+    """``sum (reply - leaked)^2`` over every entry of every tensor."""
+    return torch.stack([(client_reply[name] - leaked[name]).square().sum() for name in leaked]).sum()
 
 
-def relative_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
-    """``|answer - leaked|^2 / |leaked|^2``, all tensors taken together as one vector."""
+def relative_distance(client_reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+    """``|reply - leaked|^2 / |leaked|^2``, all tensors taken together as one vector."""
     size = torch.stack([leaked[name].square().sum() for name in leaked]).sum()
-    return squared_distance(answer, leaked) / size.clamp_min(1e-30)
+    return squared_distance(client_reply, leaked) / size.clamp_min(1e-30)
 
 
-def cosine_distance(answer: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
-    """``1 - <answer, leaked> / (|answer| |leaked|)``, all tensors taken together as one vector."""
-    product = torch.stack([(answer[name] * leaked[name]).sum() for name in leaked]).sum()
-    norms = [torch.stack([side[name].square().sum() for name in leaked]).sum() for side in (answer, leaked)]
+def cosine_distance(client_reply: Mapping[str, Tensor], leaked: Mapping[str, Tensor]) -> Tensor:
+    """``1 - <reply, leaked> / (|reply| |leaked|)``, all tensors taken together as one vector."""
+    product = torch.stack([(client_reply[name] * leaked[name]).sum() for name in leaked]).sum()
+    norms = [torch.stack([side[name].square().sum() for name in leaked]).sum() for side in (client_reply, leaked)]
     return 1 - product / (norms[0] * norms[1]).clamp_min(1e-30).sqrt()
 
 
 class Match:
-    """How far each lane's answer is from its leak: `match(images, labels)` -> one value a lane, differentiable.
+    """Distance of each element's reply from its leak: `match(images, labels)` -> one value an element, differentiable.
 
     Args:
-        leak: one entry a lane.
-        misfit: distance of one lane's answer from the leaked one.
-        extra: a prior that needs the network, added to the misfit.
+        leak: one entry for each element.
+        distance: between one element's reply and the leaked one.
+        extra: a prior that needs the network, added to the distance.
         compiled: run through `torch.compile`; half a minute to start, twice as fast from then on.
     """
 
-    def __init__(self, leak: Leak, misfit: Misfit, extra: Extra | None = None, compiled: bool = False) -> None:
+    def __init__(self, leak: Leak, distance: Distance, extra: Extra | None = None, compiled: bool = False) -> None:
         if leak.weights is None:
             raise AssertionError("a match needs the weights: the attack should say needs_weights")
-        self.leak, self.misfit, self.extra, self.compiled = leak, misfit, extra, compiled
+        self.leak, self.distance, self.extra, self.compiled = leak, distance, extra, compiled
         self.leaked = mean_gradient(leak)
         size = sum(tensor[0].numel() for tensor in self.leaked.values())
         cuda = leak.device.type == "cuda"
+        # an element's tensors and their adjoints take about its parameters and 200 numbers a pixel; 2**28 float32 are
+        # 1 GiB of a GPU, 2**25 are 128 MiB, about what a CPU's caches still help with
         room = (2**28 if cuda else 2**25) // (size + 200 * leak.protocol.batch * _pixels(leak))
         sizes: tuple[int, ...] = CUDA_SIZES if cuda else SIZES
         if compiled:
@@ -93,51 +96,55 @@ class Match:
         self._calls: dict[tuple[int, bool], int] = {}
 
     @property
-    def floor(self) -> float:
+    def tolerance(self) -> float:
         """The squared distance that rounding on the wire leaves at the true images."""
         scale = (
             self.leak.protocol.learning_rate * self.leak.protocol.local_steps
             if isinstance(self.leak, UpdateLeak)
             else 1
         )
+        # E |e|^2 = resolution^2 for each entry
         return (self.leak.resolution / scale) ** 2 * sum(tensor[0].numel() for tensor in self.leaked.values())
 
-    def __call__(self, images: Images, labels: Labels, lanes: Tensor | None = None) -> Float[Tensor, "lanes"]:
-        """The misfit of each lane, with its slope towards images and, where they are a distribution, labels.
+    def __call__(self, images: Images, labels: AnyLabels, elements: Tensor | None = None) -> Float[Tensor, "elements"]:
+        """The matching loss of each element, differentiable by images and, where they are distributions, labels.
 
         Args:
-            lanes: which of the leak's entries these are; all where not given.
+            elements: which of the leak's entries these are; all where not given.
         """
         soft = labels.is_floating_point()
         target = labels if soft else targets(labels, self.leak.protocol.classes).to(images.dtype)
-        return _Ready.apply(images, target, *self._evaluate(images, target, lanes, soft))  # type: ignore[no-any-return,no-untyped-call]
+        return _Ready.apply(images, target, *self._evaluate(images, target, elements, soft))  # type: ignore[no-any-return,no-untyped-call]
 
-    def with_slope(self, images: Images, labels: Labels, lanes: Tensor | None = None) -> tuple[Tensor, Images]:
-        """The misfit of each lane and its slope towards the images, without autograd: for hard labels and no prior."""
+    def with_input_gradient(
+        self, images: Images, labels: AnyLabels, elements: Tensor | None = None
+    ) -> tuple[Tensor, Images]:
+        """The matching loss of each element and its gradient with respect to the images; labels are class numbers."""
         target = targets(labels, self.leak.protocol.classes).to(images.dtype)
-        values, slope, _ = self._evaluate(images, target, lanes, soft=False)
-        return values, slope
+        values, input_gradient, _ = self._evaluate(images, target, elements, soft=False)
+        return values, input_gradient
 
-    def _evaluate(self, images: Tensor, target: Tensor, lanes: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
-        """Values, slope towards images, slope towards labels (empty where hard)."""
+    def _evaluate(self, images: Tensor, target: Tensor, elements: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
+        """Values, gradients by images, and gradients by label distributions (empty where labels are class numbers)."""
         images, target = images.detach(), target.detach()
-        if lanes is None:
+        if elements is None:
             if len(images) in self.sizes:
                 return self._chunk(images, target, None, soft)
-            lanes = torch.arange(len(self.leak))
-        where = lanes.to(images.device)
+            elements = torch.arange(len(self.leak))
+        where = elements.to(images.device)
         parts = [self._chunk(images[rows], target[rows], where[rows], soft) for rows in _chunks(len(where), self.chunk)]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
-    def _chunk(self, images: Tensor, target: Tensor, lanes: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
-        """The same for lanes that fit into one program; `lanes` None where they are all, in order."""
+    def _chunk(self, images: Tensor, target: Tensor, elements: Tensor | None, soft: bool) -> tuple[Tensor, ...]:
+        """`_evaluate` for elements that fit into one program; `elements` is None where they are all, in order."""
         true = len(images)
+        # filled up with copies of the last element, whose values are dropped
         lacking = next(n for n in self.sizes if n >= true) - true
-        if lacking and lanes is not None:
+        if lacking and elements is not None:
             fill = torch.arange(true + lacking, device=images.device).clamp_max(true - 1)
-            images, target, lanes = images[fill], target[fill], lanes[fill]
+            images, target, elements = images[fill], target[fill], elements[fill]
 
-        rows = slice(None) if lanes is None else _in_a_row(lanes)
+        rows = slice(None) if elements is None else _in_a_row(elements)
 
         def pick(tensors: Tensors, stacked: bool) -> Tensors:
             return {name: tensor[rows] for name, tensor in tensors.items()} if stacked else tensors
@@ -152,7 +159,7 @@ class Match:
         )
         try:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                slopes, values = self._program(inputs, soft)(*inputs)
+                gradients, values = self._program(inputs, soft)(*inputs)
             if values.is_meta:
                 raise RuntimeError("its output is on the meta device")
         except torch.OutOfMemoryError:
@@ -163,17 +170,19 @@ class Match:
                 f"differentiate it twice for {len(images)} victim(s) at once ({short(error, 100)}): "
                 f"{how_to_write(error, self.leak.network)}."
             ) from error
-        return values[:true], slopes[0][:true], slopes[1][:true] if soft else slopes[0][:0]
+        return values[:true], gradients[0][:true], gradients[1][:true] if soft else gradients[0][:0]
 
     def _program(self, inputs: Any, soft: bool) -> Callable[..., Any]:
-        """The vmapped function at first; from the `WARM_UP`th call with as many lanes on, its trace."""
+        """The vmapped function at first; from the `WARM_UP`th call with as many elements on, its trace."""
         count = len(inputs[3])
         self._calls[count, soft] = self._calls.get((count, soft), 0) + 1
-        if self._calls[count, soft] <= WARM_UP and not self.compiled:
+        if self._calls[count, soft] <= CALLS_BEFORE_TRACING and not self.compiled:
             return self._vmapped(soft)
         leak = self.leak
+        # what a trace depends on: shapes, dtype and device, and what the protocol computes
         where = (count, leak.device, inputs[3].dtype)
-        key = (leak.kind, leak.protocol, leak.stacked, self.misfit, self.extra, self.compiled, soft, where)
+        # traces are kept with the network, which the key's other parts describe
+        key = (leak.kind, leak.protocol, leak.stacked, self.distance, self.extra, self.compiled, soft, where)
         programs = _PROGRAMS.setdefault(leak.network, {})
         if key not in programs:
             table = COMPILED_TABLE if self.compiled else TABLE
@@ -182,21 +191,21 @@ class Match:
         return programs[key]
 
     def _vmapped(self, soft: bool) -> Callable[..., Any]:
-        respond, network, misfit, extra = answer(self.leak), self.leak.network, self.misfit, self.extra
+        respond, network, distance, extra = client_reply(self.leak), self.leak.network, self.distance, self.extra
 
-        def lane(weights: Tensors, buffers: Tensors, leaked: Tensors, images: Tensor, target: Tensor) -> Any:
+        def element(weights: Tensors, buffers: Tensors, leaked: Tensors, images: Tensor, target: Tensor) -> Any:
             def objective(images: Tensor, target: Tensor) -> Tensor:
-                value = misfit(respond(weights, buffers, images, target), leaked)
+                value = distance(respond(weights, buffers, images, target), leaked)
                 return value if extra is None else value + extra(network, weights, buffers, images)
 
             return grad_and_value(objective, argnums=(0, 1) if soft else (0,))(images, target)
 
         shared = 0 if self.leak.stacked else None
-        return vmap(lane, in_dims=(shared, shared, 0, 0, 0))
+        return vmap(element, in_dims=(shared, shared, 0, 0, 0))
 
 
 def check_match(leak: Leak) -> None:
-    """Refuse a model that no `Match` can work on, before an hour is spent: try it on one lane of random numbers.
+    """Refuse a model that no `Match` can work on: it is tried on one element of random numbers.
 
     Raises:
         FedtapError: torch.func cannot differentiate the network twice, or nothing in it is trained.
@@ -219,6 +228,7 @@ def check_match(leak: Leak) -> None:
             f"left to "
             "be matched: attack clients of one step, whose gradient's signs are."
         )
+    # two steps and two images show all that more of them would use
     steps, batch = min(leak.protocol.local_steps, 2), min(leak.protocol.batch, 2)
     tried = (leak.kind, dataclasses.replace(leak.protocol, local_steps=steps, batch=batch))
     if tried in _TRIED.setdefault(network, set()):
@@ -263,7 +273,7 @@ def zeroed(network: nn.Module) -> nn.Module:
 
 
 def how_to_write(error: Exception, network: nn.Module | None = None) -> str:
-    """What a user's model needs, told from what became of its forward pass, and from the layers that it has."""
+    """How a user's model has to be written, told from the error of its forward pass and from its layers."""
     recurrent = next((m for m in network.modules() if isinstance(m, nn.GRU | nn.RNN)), None) if network else None
     if recurrent is not None:
         return f"nn.{type(recurrent).__name__} is not written for that: use nn.LSTM, or write the recurrence out"
@@ -276,18 +286,20 @@ _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = WeakKey
 
 
 class _Ready(torch.autograd.Function):
-    """Values whose slopes are known already."""
+    """Hand autograd values whose gradients are computed already."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, target: Tensor, values: Tensor, slope: Tensor, soft: Tensor) -> Tensor:
-        ctx.save_for_backward(slope, soft)
+    def forward(
+        ctx: Any, images: Tensor, target: Tensor, values: Tensor, input_gradient: Tensor, soft: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(input_gradient, soft)
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        slope, soft = ctx.saved_tensors
+        input_gradient, soft = ctx.saved_tensors
         return (
-            weight.reshape(-1, 1, 1, 1, 1) * slope,
+            weight.reshape(-1, 1, 1, 1, 1) * input_gradient,
             weight.reshape(-1, 1, 1) * soft if len(soft) else None,
             None,
             None,
@@ -303,9 +315,9 @@ def _without_repeats(trace: GraphModule) -> GraphModule:
     for node in list(trace.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
-        twin = seen.setdefault((node.op, node.target, repr(node.args), repr(node.kwargs)), node)
-        if twin is not node:
-            node.replace_all_uses_with(twin)
+        earlier = seen.setdefault((node.op, node.target, repr(node.args), repr(node.kwargs)), node)
+        if earlier is not node:
+            node.replace_all_uses_with(earlier)
             trace.graph.erase_node(node)
     trace.graph.eliminate_dead_code()
     trace.recompile()
@@ -323,15 +335,15 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def _options(device: torch.device) -> dict[str, Any]:
-    """On a CPU no Python between the kernels (its share counts at few lanes), and no channels-last convolutions."""
+    """On a CPU no Python between the kernels (it counts where elements are few), and no channels-last convolutions."""
     return {"cpp_wrapper": True, "layout_optimization": False} if device.type == "cpu" else {}
 
 
-def _in_a_row(lanes: Tensor) -> slice | Tensor:
-    """A slice, which copies nothing, where the lanes follow each other."""
-    first = int(lanes[0])
-    row = torch.arange(first, first + len(lanes), device=lanes.device)
-    return slice(first, first + len(lanes)) if torch.equal(lanes, row) else lanes
+def _in_a_row(elements: Tensor) -> slice | Tensor:
+    """A slice, which copies nothing, where the elements follow each other."""
+    first = int(elements[0])
+    row = torch.arange(first, first + len(elements), device=elements.device)
+    return slice(first, first + len(elements)) if torch.equal(elements, row) else elements
 
 
 def _pixels(leak: Leak) -> int:

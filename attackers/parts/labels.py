@@ -1,10 +1,10 @@
 """Label recovery: which classes a batch holds, read off the gradient of the layer that yields the logits.
 
 With z the logits and p = softmax(z), the bias gradient is ``mean(p - onehot)`` and the weight gradient
-``mean((p - onehot) embedding^T)``: a class that is there pulls its entry down by its share of the batch.
+``mean((p - onehot) embedding^T)``: a class lowers its entry by its share of the batch.
 Sign of one label's row: Zhao et al. 2020, https://arxiv.org/abs/2001.02610. Counts from the mean embedding and the
-mean softmax are in the manner of Ma et al. 2023 (iLRG), https://arxiv.org/abs/2301.05928. Of the other losses it is the
-same with p the sigmoid (bce) or the logits themselves (mse), and a factor.
+mean softmax are in the manner of Ma et al. 2023 (iLRG), https://arxiv.org/abs/2301.05928. For the other losses p
+is the sigmoid (bce) or the logits themselves (mse), and a factor joins.
 """
 
 from __future__ import annotations
@@ -17,31 +17,37 @@ from torch import Tensor, nn
 
 from fedtap.attackers.parts.gradients import Match, check_match, squared_distance
 from fedtap.simulator.attack import Images
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Protocol, UpdateLeak
 from fedtap.simulator.models.registry import logits_layer
 from fedtap.simulator.wire.replay import local_steps, loss_gradient, summands, trained
 
 ALIKE = 30
-"""Rounds in which what all rows of one image's gradient have in common is told apart from noise."""
+"""Power iterations that separate the rank-one gradient of one image from noise."""
 
 SETTLE = 100
-"""Rounds in which labels and the drift that they cause in an update are fitted to each other."""
+"""Fixed-point iterations between labels and the drift of the logits that they cause in an update."""
 
 
 def recovered(leak: Leak) -> Int[Tensor, "victims batch"]:
     """The labels of each victim's batch, in rising order: exact for one image, an estimate for several.
 
-    ``class slope = mean softmax - share of the batch``, so the counts are what is missing, rounded to add up.
+    ``logit gradient = mean softmax - share of the batch``, so the counts are the difference, rounded to sum to the
+    batch.
     """
-    slopes, protocol = class_slopes(leak), leak.protocol
+    gradients, protocol = logit_gradients(leak), leak.protocol
     if protocol.classes == 1:
-        ones = (protocol.batch * (mean_softmax(leak) - slopes)).round() if protocol.batch > 1 else (slopes < 0).float()
-        return (torch.arange(protocol.batch, device=slopes.device) >= protocol.batch - ones).long()
+        ones = (
+            (protocol.batch * (mean_softmax(leak) - gradients)).round()
+            if protocol.batch > 1
+            else (gradients < 0).float()
+        )
+        return (torch.arange(protocol.batch, device=gradients.device) >= protocol.batch - ones).long()
     if protocol.batch == 1 and protocol.loss != "mse":
-        return slopes.argmin(dim=1, keepdim=True)
-    owed = protocol.batch * (mean_softmax(leak) - slopes)
+        return gradients.argmin(dim=1, keepdim=True)
+    # counts n_c = B (mean p_c - dL/dz_c), filled one image at a time by the largest remainder
+    owed = protocol.batch * (mean_softmax(leak) - gradients)
     labels = []
     for _ in range(leak.protocol.batch):
         labels.append(owed.argmax(dim=1))
@@ -50,10 +56,10 @@ def recovered(leak: Leak) -> Int[Tensor, "victims batch"]:
 
 
 def paired(leak: Leak, images: Images) -> Images:
-    """Each victim's images in the order in which they suit the `recovered` labels.
+    """Each victim's images in the order that fits the `recovered` labels best.
 
-    Two images change places as long as the gradient of all of them comes closer to the leaked one for it. All stay as
-    they are where weights, labels or gradients that could tell one order from another are not to be had.
+    Two images are exchanged as long as that lowers the matching loss. The order is left as it is where the weights are
+    unknown, the labels cannot be read or the network cannot be matched.
     """
     batch = leak.protocol.batch
     try:
@@ -69,12 +75,13 @@ def paired(leak: Leak, images: Images) -> Images:
         row[pair] = pair.flip(0)
     ordered = images.clone()
     for victim in range(len(leak)):
-        lanes, there = torch.full((len(swaps),), victim), labels[victim].expand(len(swaps), -1)
+        elements, there = torch.full((len(swaps),), victim), labels[victim].expand(len(swaps), -1)
         for _ in range(batch):
             tried = ordered[victim][swaps]
-            misfits = match(tried, there, lanes).nan_to_num(nan=float("inf"))
-            best = int(misfits.argmin())
-            if not bool(misfits[best] < misfits[0]):
+            losses = match(tried, there, elements).nan_to_num(nan=float("inf"))
+            # steepest descent over exchanges of two images
+            best = int(losses.argmin())
+            if not bool(losses[best] < losses[0]):
                 break
             ordered[victim] = tried[best]
     return ordered
@@ -108,26 +115,27 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
     return name, layer
 
 
-def class_slopes(leak: Leak) -> Float[Tensor, "victims classes"]:
-    """``mean(p - onehot)`` for each class.
+def logit_gradients(leak: Leak) -> Float[Tensor, "victims classes"]:
+    """Gradient of the loss with respect to the logits, ``mean(p - onehot)``.
 
-    That is the bias's gradient, and under a noise that is announced, what `_denoised` makes of it and of the weight's.
-    Without a bias that is trained the rows of the weight's gradient show it along the embedding, whose length is then
-    taken from the class that is pulled up most: it is not in the batch, and p is about 1 / classes.
+    That is the gradient of the bias; under announced noise, the estimate of `_denoised` from it and the weight's.
+    Without a trained bias, the rows of the weight's gradient give it along the embedding up to the embedding's length,
+    which is set so that the largest entry, of a class that is not in the batch, is 1 / classes.
     """
     name, _ = last_linear(leak)
     gradient, prefix = loss_gradient(leak), f"{name}." if name else ""
     if f"{prefix}bias" in gradient:
         noise = sigma(leak.protocol) / local_steps(leak) / summands(leak.protocol)  # in units of one mean loss
-        slopes, rows = gradient[f"{prefix}bias"], gradient.get(f"{prefix}weight")
+        gradients, rows = gradient[f"{prefix}bias"], gradient.get(f"{prefix}weight")
         if noise and rows is not None:
-            slopes = _denoised(slopes, rows, noise, leak.protocol.batch)
-        return slopes * _factor(leak.protocol)
+            gradients = _denoised(gradients, rows, noise, leak.protocol.batch)
+        return gradients * _factor(leak.protocol)
     rows = gradient[f"{prefix}weight"]
     steepest = rows.norm(dim=2).argmax(dim=1)  # its class is there, so its row points against the embedding
+    # -G_y' is along the embedding for the label y
     against = rows[torch.arange(len(rows), device=rows.device), steepest]
-    slopes = -torch.einsum("vcf,vf->vc", rows, against)
-    return slopes / (slopes.shape[1] * slopes.amax(dim=1, keepdim=True)).clamp_min(1e-30)
+    gradients = -torch.einsum("vcf,vf->vc", rows, against)
+    return gradients / (gradients.shape[1] * gradients.amax(dim=1, keepdim=True)).clamp_min(1e-30)
 
 
 def _denoised(
@@ -141,43 +149,50 @@ def _denoised(
     iteration has to do, and the bias then counts by how much further the two are apart than its noise would have it.
     """
     classes, features = rows.shape[1:]
+    # the mean of n squares has the standard error sqrt(2 / n) noise^2
     sure = noise**2 * (1 + 2 * (2 / (classes * features)) ** 0.5)  # two standard errors of a mean of squares of noise
+    # S = classes (mean square - noise^2): |d|^2 h^2, averaged over features
     signal = classes * (rows.square().mean((1, 2), keepdim=True) - sure).clamp_min(0)
+    # [w G, g] with w^2 = S / (S + noise^2)
     matrix = torch.cat([(signal / (signal + noise**2)).sqrt() * rows, bias[:, :, None]], dim=2)
     found = bias
     for _ in range(ALIKE if batch == 1 else 1):
+        # power iteration: h = M'd / |M'd|
         h = torch.nn.functional.normalize(torch.einsum("vcf,vc->vf", matrix, found), dim=1)
         found = torch.einsum("vcf,vf->vc", matrix, h) * h[:, -1:]
+    # how far both differ beyond the noise's own variance
     apart = ((found - bias).square().mean(1, keepdim=True) - noise**2).clamp_min(0)
     return (apart * bias + noise**2 * found) / (apart + noise**2)
 
 
 def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
-    """What the network thinks of the batch on average: p, which is the softmax but for other losses.
+    """Mean output p of the network over the batch: the softmax, or what stands for it in the other losses.
 
-    Where its weights are not known, or half of the layer is frozen: a class pushed down is thought absent, which makes
-    its slope its mean softmax; those that are pulled up share the rest alike.
+    Where the weights are unknown, or half of the layer is frozen, a class with a positive logit gradient is taken as
+    absent, so that this gradient is its mean softmax, and all others share the rest evenly.
     """
     name, _ = last_linear(leak)
-    gradient, slopes, prefix = loss_gradient(leak), class_slopes(leak), f"{name}." if name else ""
+    gradient, gradients, prefix = loss_gradient(leak), logit_gradients(leak), f"{name}." if name else ""
     if leak.weights is None or not {f"{prefix}weight", f"{prefix}bias"} <= gradient.keys():
-        absent, present = slopes.clamp_min(0), slopes < 0
+        absent, present = gradients.clamp_min(0), gradients < 0
         return torch.where(present, (1 - absent.sum(1, keepdim=True)) / present.sum(1, keepdim=True), absent)
     rows = gradient[f"{prefix}weight"] * _factor(leak.protocol)
     respond = OUTPUT[leak.protocol.loss]
-    embedding = torch.einsum("vc,vcf->vf", slopes, rows) / slopes.square().sum(1, keepdim=True).clamp_min(1e-30)
+    # G = d h', so h = G' d / |d|^2
+    embedding = torch.einsum("vc,vcf->vf", gradients, rows) / gradients.square().sum(1, keepdim=True).clamp_min(1e-30)
     weight, bias = leak.weights[f"{prefix}weight"], leak.weights[f"{prefix}bias"]
     logits = (torch.einsum("vcf,vf->vc", weight, embedding) if leak.stacked else embedding @ weight.T) + bias
     believed = respond(logits)
-    if isinstance(leak, UpdateLeak):  # local steps move the logits, by as much as the labels that are sought ask
+    if isinstance(leak, UpdateLeak):  # local steps move the logits, by an amount that depends on the labels
         rate = leak.protocol.learning_rate * summands(leak.protocol) / _factor(leak.protocol)
-        pull = rate * (1 + embedding.square().sum(1, keepdim=True))
+        # a step on W and b moves the logits z = W h + b by -rate (|h|^2 + 1) dL/dz
+        logit_rate = rate * (1 + embedding.square().sum(1, keepdim=True))
         for _ in range(SETTLE):
-            shares = _proper(believed - slopes) if leak.protocol.loss == "cross_entropy" else believed - slopes
-            drift_norm, total = logits, torch.zeros_like(logits)
+            shares = _proper(believed - gradients) if leak.protocol.loss == "cross_entropy" else believed - gradients
+            moving, total = logits, torch.zeros_like(logits)
             for _ in range(leak.protocol.local_steps):
-                total = total + respond(drift_norm)
-                drift_norm = drift_norm - pull * (respond(drift_norm) - shares)
+                total = total + respond(moving)
+                moving = moving - logit_rate * (respond(moving) - shares)
             believed = (believed + total / leak.protocol.local_steps) / 2
     return believed
 
@@ -187,7 +202,7 @@ OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "bce": torch.sigmoid,
     "mse": lambda logits: logits,
 }
-"""Loss -> p, with which its slope by the logits is ``(p - onehot) / factor``."""
+"""Loss -> p, with which the gradient with respect to the logits is ``(p - onehot) / factor``."""
 
 
 def _factor(protocol: Protocol) -> float:

@@ -1,8 +1,8 @@
 """A network read as a chain of layers and invertible activations, from the pixels to the logits.
 
-A linear layer and a convolution are one thing here: at each of its `places` a layer sees a patch of its input, and
-``z[place, filter] = patch[place] . weight[filter] + bias[filter]``. A linear layer has one place, whose patch is all of
-its input. So equations are written once, and no solver has to know what a stride is.
+A linear layer and a convolution have one description here: at each of its `places` a layer sees a patch of its input,
+and ``z[place, filter] = patch[place] . weight[filter] + bias[filter]``. A linear layer has one place, whose patch is
+all of its input. Solvers are written once for both and need not know about strides.
 """
 
 from __future__ import annotations
@@ -24,40 +24,42 @@ from fedtap.attackers.parts.gradients import how_to_write, zeroed
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
 
-EDGE = 1e-9
-"""How close to the ends of its range an activation is let, so that it can be undone."""
+ACTIVATION_MARGIN = 1e-9
+"""Least distance of an activation from the ends of its range, so that its inverse is finite; float64 keeps 1e-16."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation s that can be undone, all of it told from its value ``a = s(z)``."""
+    """An invertible activation s, described as functions of its value ``a = s(z)``."""
 
     apply: Callable[[Tensor], Tensor]
+    """s(z)."""
     inverse: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    """``s'(z)``."""
-    bend: Callable[[Tensor], Tensor]
-    """Derivative of `slope` by a."""
+    """s^-1(a)."""
+    derivative: Callable[[Tensor], Tensor]
+    """``s'(z)``, as a function of a."""
     low: float = -torch.inf
+    """Lower end of the range of s."""
     high: float = torch.inf
+    """Upper end of the range of s."""
 
     def inside(self, a: Tensor) -> Tensor:
-        """What is nearest to a and can be undone."""
-        return a.clamp(self.low + EDGE, self.high - EDGE)
+        """The nearest value whose inverse is finite."""
+        return a.clamp(self.low + ACTIVATION_MARGIN, self.high - ACTIVATION_MARGIN)
 
 
-IDENTITY = Activation(lambda z: z, lambda a: a, torch.ones_like, torch.zeros_like)
-SIGMOID = Activation(torch.sigmoid, torch.logit, lambda a: a * (1 - a), lambda a: 1 - 2 * a, 0.0, 1.0)
-TANH = Activation(torch.tanh, torch.atanh, lambda a: 1 - a * a, lambda a: -2 * a, -1.0, 1.0)
+IDENTITY = Activation(lambda z: z, lambda a: a, torch.ones_like)
+SIGMOID = Activation(torch.sigmoid, torch.logit, lambda a: a * (1 - a), 0.0, 1.0)
+TANH = Activation(torch.tanh, torch.atanh, lambda a: 1 - a * a, -1.0, 1.0)
 
 
-def leaky(slope: float) -> Activation:
-    """``z`` above zero and ``slope * z`` below."""
+def leaky(negative_slope: float) -> Activation:
+    """Leaky ReLU: ``z`` above zero and ``negative_slope * z`` below."""
 
-    def slopes(a: Tensor) -> Tensor:
-        return torch.where(a > 0, 1.0, slope).to(a)
+    def derivative(a: Tensor) -> Tensor:
+        return torch.where(a > 0, 1.0, negative_slope).to(a)
 
-    return Activation(lambda z: F.leaky_relu(z, slope), lambda a: a / slopes(a), slopes, torch.zeros_like)
+    return Activation(lambda z: F.leaky_relu(z, negative_slope), lambda a: a / derivative(a), derivative)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class Layer:
     """A layer with weights, and the activation that its output goes through (none after the last)."""
 
     weight: str
-    """Name of the parameter."""
+    """Name of the weight."""
     bias: str | None
+    """Name of the bias; None where there is none."""
     patches: Int[Tensor, "places patch"]
-    """Which entry of the flat input each entry of a patch is; `inputs`, one past the last, is a zero of the padding."""
+    """Index in the flat input of each entry of a patch; `inputs`, one past the last, is a zero of the padding."""
     inputs: int
+    """Entries of the flat input."""
     activation: Activation = IDENTITY
+    """What the layer's output goes through."""
 
     def parameters(self, tensors: Tensors, victims: int, stacked: bool) -> tuple[Tensor, Tensor]:
         """Weight `victims filters patch` and bias `victims filters` (zero where it has none), in float64."""
@@ -104,27 +109,31 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The layers in order, and what stands before the first: its input is ``scale * pixel + shift``."""
+class LayerChain:
+    """The layers in order; the input of the first is ``scale * pixel + shift``."""
 
     layers: tuple[Layer, ...]
+    """From the pixels to the logits."""
     scale: Float[Tensor, "pixels"]
+    """Factor of each pixel before the first layer."""
     shift: Float[Tensor, "pixels"]
+    """Summand of each pixel before the first layer."""
 
 
-def chain(leak: Leak) -> Chain:
-    """The leak's network as a chain, found by listening to what it does to three images.
+def chain(leak: Leak) -> LayerChain:
+    """The leak's network as a chain, found by recording the torch functions that it calls on three images.
 
     Raises:
-        FedtapError: something in it is no step of such a chain; it is named.
+        FedtapError: naming the step that is neither a layer nor an invertible activation.
     """
     network = zeroed(leak.network).double()
     size = math.prod(leak.protocol.shape)
     random = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # input at pixels 0 is the shift, at pixels 1 shift + scale; the third image checks that it is affine
     pixels = torch.stack([torch.zeros_like(random), torch.ones_like(random), random])
     images = pixels.reshape(3, *leak.protocol.shape)
     try:
-        with torch.no_grad(), _ThreatModel() as heard:
+        with torch.no_grad(), _Recorder() as recorder:
             logits = network(images)
     except Exception as error:  # a user's code may raise anything
         raise FedtapError(
@@ -135,13 +144,13 @@ def chain(leak: Leak) -> Chain:
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     layers: list[Layer] = []
     current, entry, made = images, images, {id(images)}  # made: all that came of the images
-    for step in heard.steps:
+    for step in recorder.steps:
         if not made & {id(tensor) for tensor in step.tensors}:
             continue
         made.add(id(step.output))
         layer = step.layer(names)
         if not layers and layer is None:
-            continue  # what stands before the first layer is told from what it does
+            continue  # scale and shift before the first layer are measured below
         if layers and [tensor is current for tensor in step.tensors if id(tensor) in made] != [True]:
             raise _refused(leak, step, layers, "is not fed by the step before it alone")
         activation = step.activation()
@@ -171,7 +180,7 @@ def chain(leak: Leak) -> Chain:
             "each, which cannot be undone: use idlg, which needs no such structure."
         )
     placed = (dataclasses.replace(layer, patches=layer.patches.to(leak.device)) for layer in layers)
-    return Chain(tuple(placed), (seen[1] - seen[0]).to(leak.device), seen[0].to(leak.device))
+    return LayerChain(tuple(placed), (seen[1] - seen[0]).to(leak.device), seen[0].to(leak.device))
 
 
 @dataclass(frozen=True)
@@ -179,9 +188,13 @@ class _Step:
     """One call of a torch function that a network made."""
 
     function: Any
+    """The function that was called."""
     args: tuple[Any, ...]
+    """Its positional arguments."""
     named: dict[str, Any]
+    """Its keyword arguments."""
     output: Tensor
+    """The tensor that it returned."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -196,7 +209,7 @@ class _Step:
         return dict(zip(names, self.args, strict=False)) | self.named
 
     def layer(self, names: dict[int, str]) -> Layer | None:
-        """The layer that this is, where it is one with parameters of the network and of the usual form."""
+        """The layer that this call is, where its parameters are the network's; None for other functions and forms."""
         if self.function not in (F.linear, F.conv2d):
             return None
         given = self.given("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -209,6 +222,7 @@ class _Step:
             patches = torch.arange(count)[None]
             usual = seen.ndim == 2
         else:
+            # unfold of the numbers 1 ... n shows which input each entry of a patch is; 0 is padding
             numbers = torch.arange(1, count + 1, dtype=torch.float64).reshape(1, *seen.shape[1:])
             how = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
             patches = F.unfold(numbers, weight.shape[2:], **how)[0].T.long() - 1
@@ -217,13 +231,13 @@ class _Step:
         return Layer(names[id(weight)], names.get(id(bias)), torch.where(patches < 0, count, patches), count)
 
     def activation(self) -> Activation | None:
-        """The activation that this is, where it can be undone."""
+        """The activation that this call is; None where it has no inverse."""
         if self.function in (torch.sigmoid, F.sigmoid, Tensor.sigmoid):
             return SIGMOID
         if self.function in (torch.tanh, F.tanh, Tensor.tanh):
             return TANH
-        slope = self.given("input", "negative_slope").get("negative_slope", 0.01)
-        return leaky(slope) if self.function is F.leaky_relu and slope > 0 else None
+        derivative = self.given("input", "negative_slope").get("negative_slope", 0.01)
+        return leaky(derivative) if self.function is F.leaky_relu and derivative > 0 else None
 
     def flattens(self) -> bool:
         """Whether this leaves each image's entries in their order, in one row."""
@@ -231,8 +245,8 @@ class _Step:
         return self.function in shapes and self.output.ndim == 2 and len(self.output) == len(self.tensors[0])
 
 
-class _ThreatModel(TorchFunctionMode):
-    """Writes down each torch function that yields a tensor."""
+class _Recorder(TorchFunctionMode):
+    """Records each torch function that returns a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Gauss-Newton: an image from its gradient as nonlinear least squares, each residual in units of its own error.
+"""Gauss-Newton: an image from its gradient by nonlinear least squares, each residual in units of its own error.
 
 With g(x) the gradient that image x would cause, G the leaked one, s the error of its entries and a prior N(m, 1 / P),
 
@@ -18,22 +18,22 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from fedtap.simulator.attack import Labels
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.leaks import Leak, Tensors
-from fedtap.simulator.wire.replay import answer, mean_gradient, targets
+from fedtap.simulator.wire.replay import client_reply, mean_gradient, targets
 
-Rows = Float[Tensor, "lanes pixels"]
-Product = Callable[[Rows], Rows]
-"""A symmetric matrix for each lane, in products with a row."""
+FlatImages = Float[Tensor, "elements pixels"]
+Product = Callable[[FlatImages], FlatImages]
+"""A symmetric matrix for each element, in products with a row."""
 
-GIVE, TAKE, MOST = 0.2, 8.0, 1e12
-"""The damping's change after a step that is kept, after one that is not, and where a lane stops."""
+_FALL, _RISE = 0.2, 8.0
+"""Factor of the damping after a step that is kept, and after one that is not."""
 
-ENOUGH = 1e-4
-"""Conjugate gradients stop where the residual has fallen to this share."""
+CG_TOLERANCE = 1e-4
+"""Conjugate gradients end where the residual's norm has fallen to this share of its first value."""
 
 
-def standard_errors(leak: Leak) -> dict[str, Float[Tensor, "lanes"]]:
+def standard_errors(leak: Leak) -> dict[str, Float[Tensor, "elements"]]:
     """Error of an entry of each parameter's gradient: of its format's rounding, or the wire's or the defence's."""
     gradient = mean_gradient(leak)
     least = max(leak.resolution, sigma(leak.protocol), 1e-30)
@@ -43,13 +43,15 @@ def standard_errors(leak: Leak) -> dict[str, Float[Tensor, "lanes"]]:
     }
 
 
-def residual(leak: Leak, labels: Labels) -> Callable[[Rows], Float[Tensor, "lanes entries"]]:
-    """``(g(x) - G) / s`` of each lane, in float64, as a function of its pixels."""
-    respond, leaked, errors = answer(leak), mean_gradient(leak), standard_errors(leak)
+def residual(leak: Leak, labels: Labels) -> Callable[[FlatImages], Float[Tensor, "elements entries"]]:
+    """``(g(x) - G) / s`` of each element, in float64, as a function of its pixels."""
+    respond, leaked, errors = client_reply(leak), mean_gradient(leak), standard_errors(leak)
     shape = (leak.protocol.batch, *leak.protocol.shape)
     target = targets(labels, leak.protocol.classes).double()
 
-    def lane(weights: Tensors, buffers: Tensors, leaked: Tensors, errors: Tensors, x: Tensor, target: Tensor) -> Tensor:
+    def element(
+        weights: Tensors, buffers: Tensors, leaked: Tensors, errors: Tensors, x: Tensor, target: Tensor
+    ) -> Tensor:
         found = respond(weights, buffers, x.reshape(shape), target)
         return torch.cat([((found[name] - leaked[name]) / errors[name]).flatten() for name in found])
 
@@ -57,62 +59,71 @@ def residual(leak: Leak, labels: Labels) -> Callable[[Rows], Float[Tensor, "lane
         return {name: tensor.double() for name, tensor in tensors.items()}
 
     shared = 0 if leak.stacked else None
-    every = vmap(lane, in_dims=(shared, shared, 0, 0, 0, 0))
-    weights, buffers, heard = doubled(leak.weights or {}), doubled(leak.buffers), doubled(leaked)
-    return lambda x: every(weights, buffers, heard, errors, x, target)
+    every = vmap(element, in_dims=(shared, shared, 0, 0, 0, 0))
+    weights, buffers, gradients = doubled(leak.weights or {}), doubled(leak.buffers), doubled(leaked)
+    return lambda x: every(weights, buffers, gradients, errors, x, target)
 
 
 def fitted(
-    misfit: Callable[[Rows], Float[Tensor, "lanes entries"]],
-    start: Rows,
-    mean: Rows,
+    residuals: Callable[[FlatImages], Float[Tensor, "elements entries"]],
+    start: FlatImages,
+    mean: FlatImages,
     precision: Product,
     steps: int,
     inner: int,
-) -> tuple[Rows, Float[Tensor, "lanes"]]:
+) -> tuple[FlatImages, Float[Tensor, "elements"]]:
     """The pixels at which the objective is lowest from `start` on, and the objective there; all in float64.
 
     Args:
-        misfit: the residual of each lane.
+        residuals: the residual of each element, as a function of its pixels.
         precision: product with P.
         steps: Gauss-Newton steps, each with at most `inner` conjugate gradients.
     """
 
-    def cost(x: Rows) -> Float[Tensor, "lanes"]:
-        return misfit(x).square().sum(1) + ((x - mean) * precision(x - mean)).sum(1)
+    def cost(x: FlatImages) -> Float[Tensor, "elements"]:
+        return residuals(x).square().sum(1) + ((x - mean) * precision(x - mean)).sum(1)
 
     x, value = start, cost(start)
     damping: Tensor | None = None
     for _ in range(steps):
-        r, pull = vjp(misfit, x)[:2]
+        r, transposed = vjp(residuals, x)[:2]
 
-        def curved(v: Rows, x: Rows = x, pull: Callable[[Tensor], tuple[Rows]] = pull) -> Rows:
-            return pull(jvp(misfit, (x,), (v,))[1])[0] + precision(v)
+        # H v = J'J v + P v
+        def curved(
+            v: FlatImages, x: FlatImages = x, transposed: Callable[[Tensor], tuple[FlatImages]] = transposed
+        ) -> FlatImages:
+            return transposed(jvp(residuals, (x,), (v,))[1])[0] + precision(v)
 
-        slope = pull(r)[0] + precision(x - mean)
+        # J'r + P (x - m)
+        gradient = transposed(r)[0] + precision(x - mean)
         if damping is None:
-            damping = 1e-3 * (slope * curved(slope)).sum(1) / slope.square().sum(1).clamp_min(1e-300)
-        step = conjugate_gradients(lambda v, d=damping, c=curved: c(v) + d[:, None] * v, -slope, inner)  # type: ignore[misc]
+            # a thousandth of the curvature along the gradient g, g'Hg / g'g
+            damping = 1e-3 * (gradient * curved(gradient)).sum(1) / gradient.square().sum(1).clamp_min(1e-300)
+        step = conjugate_gradients(lambda v, d=damping, c=curved: c(v) + d[:, None] * v, -gradient, inner)  # type: ignore[misc]
+        # (H + damping) d = -g
         there = x + step
         lower = cost(there)
         kept = lower < value
         x, value = torch.where(kept[:, None], there, x), torch.where(kept, lower, value)
-        damping = torch.where(kept, damping * GIVE, damping * TAKE)
+        # Levenberg: less damping after a step that lowers the cost, more after one that does not
+        damping = torch.where(kept, damping * _FALL, damping * _RISE)
     return x, value
 
 
-def conjugate_gradients(product: Product, right: Rows, steps: int) -> Rows:
-    """x of ``product(x) = right`` for each lane, begun at 0 (Hestenes and Stiefel 1952)."""
+def conjugate_gradients(product: Product, right: FlatImages, steps: int) -> FlatImages:
+    """x of ``product(x) = right`` for each element, begun at 0 (Hestenes and Stiefel 1952)."""
     x, r = torch.zeros_like(right), right
     p, power = r, r.square().sum(1)
-    least = ENOUGH**2 * power
+    least = CG_TOLERANCE**2 * power
     for _ in range(steps):
         going = power > least
         if not going.any():
             break
         ahead = product(p)
+        # alpha = r'r / p'Ap
         length = torch.where(going, power / (p * ahead).sum(1).clamp_min(1e-300), 0.0)
         x, r = x + length[:, None] * p, r - length[:, None] * ahead
         before, power = power, torch.where(going, r.square().sum(1), power)
+        # beta = r_new'r_new / r'r
         p = r + torch.where(going, power / before, 0.0)[:, None] * p
     return x

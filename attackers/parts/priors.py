@@ -1,4 +1,4 @@
-"""What pictures look like: penalties on a guess, one value a lane."""
+"""Image priors: penalties on candidate images, one value for each batch element."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from fedtap.simulator.attack import Images
 from fedtap.simulator.leaks import Tensors
 from fedtap.simulator.wire.replay import BatchStatistics, stateless
 
-PerLane = Float[Tensor, "lanes"]
+PerElement = Float[Tensor, "elements"]
 
 
-def total_variation(images: Images) -> PerLane:
+def total_variation(images: Images) -> PerElement:
     """Mean absolute difference of neighbouring pixels, across plus down."""
     across = (images[..., :, 1:] - images[..., :, :-1]).abs()
     down = (images[..., 1:, :] - images[..., :-1, :]).abs()
     return across.flatten(1).mean(1) + down.flatten(1).mean(1)
 
 
-def smooth_variation(images: Images) -> PerLane:
-    """`total_variation` with ``sqrt(d^2 + 1e-4)`` for ``|d|``, which has a slope everywhere."""
+def smooth_variation(images: Images) -> PerElement:
+    """`total_variation` with ``sqrt(d^2 + 1e-4)`` for ``|d|``, which is differentiable everywhere."""
     across = (images[..., :, 1:] - images[..., :, :-1]).square().add(1e-4).sqrt()
     down = (images[..., 1:, :] - images[..., :-1, :]).square().add(1e-4).sqrt()
     return across.flatten(1).mean(1) + down.flatten(1).mean(1)
 
 
-def isotropic_variation(images: Images) -> PerLane:
-    """Sum over a lane's images of the l2 norms of their differences across, down and along both diagonals."""
+def isotropic_variation(images: Images) -> PerElement:
+    """Sum over an element's images of the l2 norms of their differences across, down and along both diagonals."""
     differences = (
         images[..., :, 1:] - images[..., :, :-1],
         images[..., 1:, :] - images[..., :-1, :],
@@ -39,13 +39,13 @@ def isotropic_variation(images: Images) -> PerLane:
     return torch.stack([_norms(difference) for difference in differences]).sum(0)
 
 
-def length(images: Images) -> PerLane:
-    """Sum over a lane's images of their l2 norms."""
+def length(images: Images) -> PerElement:
+    """Sum over an element's images of their l2 norms."""
     return _norms(images)
 
 
 def statistics_gap(network: nn.Module, weights: Tensors, buffers: Tensors, images: Tensor) -> Tensor:
-    """How far one lane's batch is from each BatchNorm's running mean and variance: a sum of l2 norms.
+    """How far one element's batch is from each BatchNorm's running mean and variance: a sum of l2 norms.
 
     Zero where the network has no BatchNorm with running statistics.
     """
@@ -54,6 +54,7 @@ def statistics_gap(network: nn.Module, weights: Tensors, buffers: Tensors, image
     def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         (hidden,), mean, variance = inputs, norm.running_mean, norm.running_var
         if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            # mean and variance over images and places, as BatchNorm takes them
             over = [0, *range(2, hidden.ndim)]
             gaps.append(_length(hidden.mean(over) - mean))
             gaps.append(_length(hidden.var(over, correction=0) - variance))
@@ -70,9 +71,9 @@ def statistics_gap(network: nn.Module, weights: Tensors, buffers: Tensors, image
     return torch.stack(gaps).sum() if gaps else images.new_zeros(())
 
 
-def _norms(images: Tensor) -> PerLane:
+def _norms(images: Tensor) -> PerElement:
     return (images.flatten(2).square().sum(2) + 1e-12).sqrt().sum(1)
 
 
 def _length(vector: Tensor) -> Tensor:
-    return (vector.square().sum() + 1e-12).sqrt()  # a norm with a slope at zero
+    return (vector.square().sum() + 1e-12).sqrt()  # 1e-12 makes the norm differentiable at zero

@@ -1,4 +1,4 @@
-"""How attacks learn from practice: gradients as rows of numbers, pixels as targets, mean squared error between them."""
+"""How attacks are trained on auxiliary pairs: gradients as rows of numbers, pixels as targets, mean squared error."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fedtap.simulator.progress import progress
 
 MEMORY = Path("/proc/meminfo")
 
-HELD_OUT = 20
-"""One pair in so many is kept from learning, to estimate the error by."""
+HELD_OUT_EVERY = 20
+"""One auxiliary pair in this many is held out of training, to estimate the error by."""
 
-Rows = Float[Tensor, "pairs numbers"]
+FeatureRows = Float[Tensor, "pairs numbers"]
 
 
-class Flat(nn.Module):
+class FlatGradient(nn.Module):
     """A gradient as one row of numbers; a longer one than `most` is hashed to that many (feature hashing, with signs).
 
     Its parameters are laid in a row in the network's own order.
@@ -46,16 +46,19 @@ class Flat(nn.Module):
         self.register_buffer("where", where, persistent=False)
         self.register_buffer("sign", sign * 2.0 - 1, persistent=False)
 
-    def forward(self, gradient: Tensors) -> Rows:
+    def forward(self, gradient: Tensors) -> FeatureRows:
         whole = torch.cat([gradient[name].flatten(1) for name in self.names], dim=1)
         if not len(self.where):
             return whole
         row = whole.new_zeros(len(whole), self.length)
+        # feature hashing: each entry is added to one of `most` numbers, with a random sign
         return row.index_add_(1, self.where, whole * self.sign)
 
 
-def rows(auxiliary: Auxiliary, features: Callable[[Tensors], Rows]) -> tuple[Rows, Float[Tensor, "pairs batch pixels"]]:
-    """What all pairs look like to an attack that learns, and the images behind them; chunk by chunk.
+def rows(
+    auxiliary: Auxiliary, features: Callable[[Tensors], FeatureRows]
+) -> tuple[FeatureRows, Float[Tensor, "pairs batch pixels"]]:
+    """Features of all pairs, and the images behind them, read chunk by chunk.
 
     Raises:
         FedtapError: they do not fit into memory.
@@ -71,7 +74,7 @@ def rows(auxiliary: Auxiliary, features: Callable[[Tensors], Rows]) -> tuple[Row
 
 
 def check_room(pairs: int, numbers: int) -> None:
-    """Refuse, before it is tried, what memory does not hold twice: in chunks, and as a whole.
+    """Refuse sizes of which memory does not hold two copies: one in chunks, and one as a whole.
 
     Args:
         numbers: float32 that each pair takes.
@@ -82,6 +85,7 @@ def check_room(pairs: int, numbers: int) -> None:
     if not MEMORY.is_file():
         return  # this system does not say
     free = next(1024 * int(line.split()[1]) for line in MEMORY.read_text().splitlines() if "MemAvailable" in line)
+    # two copies of 4 bytes for each number
     if (needed := 8 * pairs * numbers) > free:
         raise FedtapError(
             f"{pairs:,} pairs of {numbers:,} numbers each take {needed / 1e9:.1f} GB to learn from, and "
@@ -92,7 +96,7 @@ def check_room(pairs: int, numbers: int) -> None:
 
 def teach(
     module: nn.Module,
-    seen: Rows,
+    seen: FeatureRows,
     images: Float[Tensor, "pairs batch pixels"],
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -106,13 +110,13 @@ def teach(
     Args:
         schedule: stepped after each minibatch.
     """
-    kept = len(seen) - max(1, len(seen) // HELD_OUT)
+    kept = len(seen) - max(1, len(seen) // HELD_OUT_EVERY)
     draw = generator(seed, "minibatches")
     module.train()
     for _ in progress(epochs, "learning"):
         for some in torch.split(torch.randperm(kept, generator=draw), batch):
-            guess = module(seen[some])
-            loss = F.mse_loss(guess, ordered(images[some], guess))
+            predicted = module(seen[some])
+            loss = F.mse_loss(predicted, ordered(images[some], predicted))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -123,20 +127,23 @@ def teach(
             (module(x).clamp(0, 1), y)
             for x, y in zip(torch.split(seen[kept:], batch), torch.split(images[kept:], batch), strict=True)
         ]
-        errors = [(guess - ordered(truth, guess)).square().mean((1, 2)) for guess, truth in parts]
+        errors = [(predicted - ordered(truth, predicted)).square().mean((1, 2)) for predicted, truth in parts]
     return torch.cat(errors).mean()
 
 
-def ordered(truth: Float[Tensor, "pairs batch pixels"], guess: Float[Tensor, "pairs batch pixels"]) -> Tensor:
-    """Each pair's images in the order that lies closest to the guess: a batch has none of its own."""
+def ordered(truth: Float[Tensor, "pairs batch pixels"], predicted: Float[Tensor, "pairs batch pixels"]) -> Tensor:
+    """Each pair's images in the order that lies closest to the predicted ones: a batch is a set, without an order."""
     if truth.shape[1] == 1:
         return truth
-    costs = torch.cdist(guess.detach(), truth).square().cpu().numpy()
-    order = torch.stack([torch.as_tensor(linear_sum_assignment(cost)[1]) for cost in costs]).to(truth.device)
-    return truth.gather(1, order[:, :, None].expand_as(truth))
+    # Hungarian method (scipy) on the squared distances of all predicted and true images
+    costs = torch.cdist(predicted.detach(), truth).square().cpu().numpy()
+    assignment = torch.stack([torch.as_tensor(linear_sum_assignment(cost)[1]) for cost in costs]).to(truth.device)
+    return truth.gather(1, assignment[:, :, None].expand_as(truth))
 
 
-def guessed(images: Float[Tensor, "victims *shape"], labels: Tensor, error: Tensor, leak: Leak) -> Reconstruction:
+def as_reconstruction(
+    images: Float[Tensor, "victims *shape"], labels: Tensor, error: Tensor, leak: Leak
+) -> Reconstruction:
     """The reconstruction of a leak of `leak.protocol.batch` images a victim.
 
     Args:

@@ -26,11 +26,11 @@ from fedtap.simulator.models.likelihoods import Likelihood, LinearRegression
 
 ESTIMATORS = ("exact", "sliced", "denoising")
 
-NOISE = 0.05
+DENOISING_NOISE = 0.05
 """ε of the denoising estimator, in the posterior's own standard deviations: it sees a covariance 1 + ε² as wide."""
 
-CHUNK = 8192
-"""Draws at once."""
+DRAWS_AT_ONCE = 8192
+"""Draws that are differentiated at once, to bound memory."""
 
 SINGULAR = 1e-12
 """Share of its mean below which an eigenvalue of the draws' correlations is rounding."""
@@ -44,7 +44,9 @@ class Coordinates:
     """``θ = mean + factor φ``, for each victim."""
 
     mean: Float[Tensor, "victims d"]
+    """Mean of the draws."""
     factor: Float[Tensor, "victims d d"]
+    """Cholesky factor of the draws' covariance; the identity where they are not whitened."""
 
     def inside(self, draws: Float[Tensor, "victims draws d"]) -> Float[Tensor, "victims draws d"]:
         """The draws' φ."""
@@ -66,6 +68,7 @@ def coordinates(draws: Float[Tensor, "victims draws d"], names: tuple[str, ...],
         )
     mean = draws.mean(1)
     centred = draws - mean[:, None]
+    # unbiased
     covariance = centred.mT @ centred / (many - 1)
     check_covariance(covariance, names)
     if not whiten:
@@ -74,7 +77,7 @@ def coordinates(draws: Float[Tensor, "victims draws d"], names: tuple[str, ...],
 
 
 def check_covariance(covariance: Float[Tensor, "victims d d"], names: tuple[str, ...]) -> None:
-    """Refuse a covariance that is no such, and say in which direction.
+    """Refuse a covariance that is not positive definite, and name the direction in which it is singular.
 
     Raises:
         FedtapError: a parameter does not vary, or a combination of several does not.
@@ -92,6 +95,7 @@ def check_covariance(covariance: Float[Tensor, "victims d d"], names: tuple[str,
             "the draws of a chain that moved."
         )
     scale = spread.sqrt()
+    # of the correlations, which do not depend on the parameters' units
     values, vectors = torch.linalg.eigh(covariance / (scale[:, :, None] * scale[:, None]))
     if bool((values[:, 0] < SINGULAR).any()):
         victim = int((values[:, 0] < SINGULAR).nonzero()[0])
@@ -165,13 +169,16 @@ def divergence(
 
         score = grad(log_posterior)
         if estimator == "exact":
+            # Tr of the Hessian: sum_i e_i' H e_i
             bent = vmap(lambda v: v @ _along(score, phi, v)[1])(torch.eye(len(phi)).to(phi))
             return bent.sum() + 0.5 * score(phi).square().sum()  # type: ignore[no-any-return]
         if estimator == "sliced":
-            slope, along = _along(score, phi, noise)
-            return noise @ along + 0.5 * slope.square().sum()
-        one, other = score(phi + NOISE * noise), score(phi - NOISE * noise)
-        bent = noise @ (one - other) / (2 * NOISE)
+            gradient, along = _along(score, phi, noise)
+            return noise @ along + 0.5 * gradient.square().sum()
+        # antithetic noise +n and -n: terms of odd order cancel
+        one, other = score(phi + DENOISING_NOISE * noise), score(phi - DENOISING_NOISE * noise)
+        # n'(s(+) - s(-)) / 2 eps
+        bent = noise @ (one - other) / (2 * DENOISING_NOISE)
         return bent + 0.25 * (one.square().sum() + other.square().sum())  # type: ignore[no-any-return]
 
     over_draws = vmap(at_draw, (0, 0, None, None, None, None))
@@ -180,8 +187,8 @@ def divergence(
 
 def _along(f: Field, phi: Point, v: Point) -> tuple[Tensor, Tensor]:
     """f, and its derivative along v."""
-    value, slope = jvp(f, (phi,), (v,))[:2]
-    return value, slope
+    value, gradient = jvp(f, (phi,), (v,))[:2]
+    return value, gradient
 
 
 @dataclass(frozen=True)
@@ -189,8 +196,11 @@ class Quadratic:
     """``J(S) = g . S + ½ Sᵀ H S + constant``, S the sums of the pseudo-data's sufficient statistics."""
 
     h: Float[Tensor, "victims statistics statistics"]
+    """H: mean over draws of the product of the statistics' gradients."""
     g: Float[Tensor, "victims statistics"]
+    """g: the linear term."""
     constant: Float[Tensor, "victims"]
+    """J without pseudo-data."""
 
     def __call__(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims"]:
         """J."""
@@ -200,7 +210,7 @@ class Quadratic:
         """``H S``."""
         return (self.h * sums[:, None]).sum(-1)
 
-    def slope(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims statistics"]:
+    def gradient(self, sums: Float[Tensor, "victims statistics"]) -> Float[Tensor, "victims statistics"]:
         """``g + H S``."""
         return self.g + self.times(sums)
 
@@ -248,19 +258,20 @@ def reduced(
             return _along(lambda p: _along(f, p, v)[1], phi, v)[1]
 
         if estimator == "denoising":
-            one, other = jacfwd(f)(phi + NOISE * noise), jacfwd(f)(phi - NOISE * noise)
-            return 0.5 * (one @ one.T + other @ other.T), (one - other) @ noise / (2 * NOISE)
-        slope = jacfwd(f)(phi)
+            one, other = jacfwd(f)(phi + DENOISING_NOISE * noise), jacfwd(f)(phi - DENOISING_NOISE * noise)
+            return 0.5 * (one @ one.T + other @ other.T), (one - other) @ noise / (2 * DENOISING_NOISE)
+        gradient = jacfwd(f)(phi)
         trace = bent(noise) if estimator == "sliced" else vmap(bent)(torch.eye(d).to(phi)).sum(0)
-        return slope @ slope.T, trace
+        return gradient @ gradient.T, trace
 
     many_draws = vmap(vmap(at_draw, (0, 0, None, None)))
-    for start in range(0, many, CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, many, DRAWS_AT_ONCE):
+        part = slice(start, start + DRAWS_AT_ONCE)
         squares, traces = many_draws(phi[:, part], noise[:, part], where.mean, where.factor)
         finite = squares.isfinite().flatten(2).all(-1) & traces.isfinite().all(-1)
         if not bool(finite.all()):
             raise FedtapError(not_finite(model, start + int((~finite).nonzero()[0, 1])))
+        # sum over draws of grad f grad f', whose mean is H with f = (log p, natural)
         second += squares.sum(1)
         first += traces.sum(1)
     second, first = second / many, first / many

@@ -7,10 +7,10 @@ For Gaussian regression that is the sufficient statistics, and no single record:
 the same divergence.
 
 Departs from the paper in four ways: parameters are whitened, θ = mean + factor φ, without which first-order descent is
-lost in a condition number of 1e8 (`whiten=False` shows it); draws of a regression are reduced once to the quadratic
-that J is in the statistics, so that a step costs as many operations as there are pseudo-points; that quadratic is
-minimised by Levenberg and Marquardt's damped Gauss-Newton steps, tens in the place of Adam's thousands; and denoising
-score matching stands beside the exact and the sliced estimator.
+slowed down by a condition number of 1e8 (`whiten=False` shows it); draws of a regression are reduced once to the
+quadratic that J is in the statistics, so that a step costs as many operations as there are pseudo-points; that
+quadratic is minimised by Levenberg and Marquardt's damped Gauss-Newton steps, tens in the place of Adam's thousands;
+and denoising score matching stands beside the exact and the sliced estimator.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from fedtap.simulator.progress import progress
 
 OPTIMISERS = ("gauss_newton", "adam")
 
-STEPS = {"gauss_newton": 300, "adam": 5000}
-"""Where no number is given: at most so many, as Gauss-Newton ends where it has come to rest."""
+DEFAULT_ITERATIONS = {"gauss_newton": 300, "adam": 5000}
+"""Iterations, at most, where `iterations` is 0; Gauss-Newton ends earlier, once J no longer falls."""
 
 REST, STILL = 8, 1e-14
 """Iterations in which J fell by no more than this share of itself, after which Gauss-Newton ends."""
@@ -53,40 +53,37 @@ REST, STILL = 8, 1e-14
 SPREAD = 2.0
 """How many times wider the start is than the draws' mean and covariance say the data are."""
 
-JUDGED = 256
+JUDGED_DRAWS = 256
 """Draws over which the objective of a likelihood without statistics is evaluated, at most."""
 
-Weights = Float[Tensor, "victims pseudo"]
-Points = Float[Tensor, "victims pseudo columns"]
+PseudoWeights = Float[Tensor, "victims pseudo"]
+PseudoPoints = Float[Tensor, "victims pseudo columns"]
 
 
 @dataclass(frozen=True)
 class PosteriorMMD(Attack[PseudoData]):
-    """Least Fisher divergence over weights ``w = exp a`` and points, from weights of 1.
-
-    Args:
-        pseudo: points.
-        whiten: whether the divergence is taken where the draws have unit covariance.
-        estimator: `exact`, `sliced` or `denoising`.
-        optimiser: `gauss_newton` or `adam`; for a likelihood without sufficient statistics, Adam on batches of draws.
-        iterations: at most; 0 means 300 of Gauss-Newton, which mostly ends after tens, and 5,000 of Adam.
-        step_size: of Adam, whose steps shrink to 0 along a cosine.
-        draws: that are made of a posterior that leaked as mean and covariance.
-        batch: draws a step of Adam, where the likelihood has no statistics.
-    """
+    """Least Fisher divergence over weights ``w = exp a`` and points, from weights of 1."""
 
     leaks = (PosteriorLeak,)
-    guesses = PseudoData
+    reconstructs = PseudoData
     needs_weights = False
 
     pseudo: int = 200
+    """Pseudo-points."""
     whiten: bool = True
+    """Whether the divergence is taken in coordinates in which the draws have unit covariance."""
     estimator: str = "exact"
+    """Estimator of the divergence: `exact`, `sliced` or `denoising`."""
     optimiser: str = "gauss_newton"
+    """`gauss_newton` or `adam`; a likelihood without sufficient statistics takes Adam on batches of draws."""
     iterations: int = 0
+    """At most; 0 means 300 of Gauss-Newton, which mostly ends after tens, and 5,000 of Adam."""
     step_size: float = 0.02
+    """Adam's learning rate, which falls to 0 along a cosine."""
     draws: int = 10_000
+    """Draws that are made of a posterior that leaked as mean and covariance."""
     batch: int = 64
+    """Draws in each step of Adam, where the likelihood has no sufficient statistics."""
 
     def __post_init__(self) -> None:
         check_fields(self, pseudo=1, step_size=1e-9, draws=2, batch=1)
@@ -99,22 +96,22 @@ class PosteriorMMD(Attack[PseudoData]):
         super().accepts(leak)
         likelihood_of(leak.protocol)
 
-    def begin(self, leak: Leak, seed: int) -> Points:
+    def begin(self, leak: Leak, seed: int) -> PseudoPoints:
         """Normal numbers, from (seed, client, round, restart) alone."""
         shape = (self.pseudo, likelihood_of(leak.protocol).columns)
         names = zip(leak.clients.tolist(), leak.rounds.tolist(), leak.restarts.tolist(), strict=True)
         return torch.stack([torch.randn(shape, generator=generator(seed, *name)).double() for name in names])
 
-    def reconstruct(self, leak: Leak, start: Points) -> PseudoData:
+    def reconstruct(self, leak: Leak, start: PseudoPoints) -> PseudoData:
         weights, points, objective = start[..., 0], start, start[:, 0, 0]
         for weights, points, objective in self.path(leak, start):  # noqa: B007
             pass
         return PseudoData(points[..., :-1], points[..., -1], weights, objective)
 
     def path(
-        self, leak: Leak, start: Points, quadratic: Quadratic | None = None
-    ) -> Iterator[tuple[Weights, Points, Float[Tensor, "victims"]]]:
-        """Weights, points and objective: at the start, and after each iteration; the last is the guess.
+        self, leak: Leak, start: PseudoPoints, quadratic: Quadratic | None = None
+    ) -> Iterator[tuple[PseudoWeights, PseudoPoints, Float[Tensor, "victims"]]]:
+        """Weights, points and objective: at the start, and after each iteration; the last are the reconstruction.
 
         Args:
             quadratic: that of this leak, where it is known already.
@@ -146,6 +143,7 @@ class PosteriorMMD(Attack[PseudoData]):
             check_covariance(covariance, model.parameters)
             shape = (self.draws, mean.shape[-1])
             normal = torch.stack([torch.randn(shape, generator=draw).double() for draw in _draws_of(leak, "draws")])
+            # draws whitened by their own mean and covariance have the leaked ones exactly
             phi = coordinates(normal, model.parameters).inside(normal).to(mean)
             draws = mean[:, None] + phi @ torch.linalg.cholesky(covariance).mT
         check_draws(draws, model)
@@ -175,15 +173,17 @@ class PosteriorMMD(Attack[PseudoData]):
     @property
     def steps(self) -> int:
         """Iterations, where the likelihood has statistics."""
-        return self.iterations or STEPS[self.optimiser]
+        return self.iterations or DEFAULT_ITERATIONS[self.optimiser]
 
     def _gauss_newton(
-        self, model: LinearRegression, quadratic: Quadratic, units: Units, logs: Weights, places: Points
-    ) -> Iterator[tuple[Weights, Points, Float[Tensor, "victims"]]]:
-        """``δ = −D K (λ + KᵀDᵀD K)⁻¹ K⁻¹ (g + H S)``, H = K Kᵀ, D the slope of S in (a, z): q equations for all points.
+        self, model: LinearRegression, quadratic: Quadratic, units: Units, logs: PseudoWeights, places: PseudoPoints
+    ) -> Iterator[tuple[PseudoWeights, PseudoPoints, Float[Tensor, "victims"]]]:
+        """``δ = −D K (λ + KᵀDᵀD K)⁻¹ K⁻¹ (g + H S)``, H = K Kᵀ, D the derivative of S in (a, z): q equations for all
+        points.
 
         A step that does not lower J is not taken, and λ grows tenfold; else it falls so.
         """
+        # H = K K'
         k, k_inverse = _root(quadratic.h)
         damping = torch.full(logs.shape[:1], 1e-3).to(logs)
         sums = _sums(model, units, logs, places)
@@ -191,12 +191,14 @@ class PosteriorMMD(Attack[PseudoData]):
         yield logs.exp(), units(places), best
         rested = torch.zeros_like(damping, dtype=torch.long)
         for _ in progress(self.steps, self.name):
-            slope = _slope(model, units, logs, places) @ k  # victims unknowns statistics
-            normal = slope.mT @ slope
+            gradient = _derivative(model, units, logs, places) @ k  # victims unknowns statistics
+            # K'D'D K, statistics x statistics
+            normal = gradient.mT @ gradient
             scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1)
             eye = torch.eye(normal.shape[-1]).to(normal)
-            right = k_inverse @ quadratic.slope(sums)[..., None]
-            step = -slope @ torch.linalg.solve(normal + (damping * scale)[:, None, None] * eye, right)
+            # K^-1 (g + H S)
+            right = k_inverse @ quadratic.gradient(sums)[..., None]
+            step = -gradient @ torch.linalg.solve(normal + (damping * scale)[:, None, None] * eye, right)
             change = step.reshape(*places.shape[:2], -1)
             tried = logs + change[..., 0], places + change[..., 1:]
             there = _sums(model, units, *tried)
@@ -213,9 +215,9 @@ class PosteriorMMD(Attack[PseudoData]):
                 return
 
     def _adam(
-        self, model: LinearRegression, quadratic: Quadratic, units: Units, logs: Weights, places: Points
-    ) -> Iterator[tuple[Weights, Points, Float[Tensor, "victims"]]]:
-        """The same quadratic by first-order steps."""
+        self, model: LinearRegression, quadratic: Quadratic, units: Units, logs: PseudoWeights, places: PseudoPoints
+    ) -> Iterator[tuple[PseudoWeights, PseudoPoints, Float[Tensor, "victims"]]]:
+        """Minimise the quadratic by Adam."""
         logs, places = logs.clone().requires_grad_(), places.clone().requires_grad_()
         adam = torch.optim.Adam([logs, places], self.step_size)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
@@ -229,12 +231,12 @@ class PosteriorMMD(Attack[PseudoData]):
             yield logs.exp(), units(places), quadratic(_sums(model, units, logs, places))
 
     def _adam_on_batches(
-        self, model: Likelihood, leak: Leak, draws: Tensor, units: Units, logs: Weights, places: Points
-    ) -> Iterator[tuple[Weights, Points, Float[Tensor, "victims"]]]:
+        self, model: Likelihood, leak: Leak, draws: Tensor, units: Units, logs: PseudoWeights, places: PseudoPoints
+    ) -> Iterator[tuple[PseudoWeights, PseudoPoints, Float[Tensor, "victims"]]]:
         """Any likelihood, by the divergence on some of the draws at a time."""
         where, phi = self._whitened(model, draws)
         noise = self._directions(leak, phi)
-        few = slice(None, None, -(-phi.shape[1] // JUDGED))
+        few = slice(None, None, -(-phi.shape[1] // JUDGED_DRAWS))
 
         def judged() -> Float[Tensor, "victims"]:
             with torch.no_grad():
@@ -243,15 +245,15 @@ class PosteriorMMD(Attack[PseudoData]):
 
         logs, places = logs.clone().requires_grad_(), places.clone().requires_grad_()
         adam = torch.optim.Adam([logs, places], self.step_size)
-        steps = self.iterations or STEPS["adam"]
+        steps = self.iterations or DEFAULT_ITERATIONS["adam"]
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-        orders, many = _draws_of(leak, "batches"), min(self.batch, phi.shape[1])
-        lanes = torch.arange(len(phi), device=phi.device)[:, None]
+        draws_of_batches, many = _draws_of(leak, "batches"), min(self.batch, phi.shape[1])
+        elements = torch.arange(len(phi), device=phi.device)[:, None]
         yield logs.detach().exp(), units(places.detach()), judged()
         for _ in progress(steps, self.name):
-            some = torch.stack([torch.randint(phi.shape[1], (many,), generator=order) for order in orders])
+            some = torch.stack([torch.randint(phi.shape[1], (many,), generator=draw) for draw in draws_of_batches])
             some = some.to(phi.device)
-            at = (model, where, phi[lanes, some], logs.exp(), units(places), self.estimator, noise[lanes, some])
+            at = (model, where, phi[elements, some], logs.exp(), units(places), self.estimator, noise[elements, some])
             objective = divergence(*at)
             if not bool(objective.isfinite().all()):
                 raise FedtapError(not_finite(model, int(some[~objective.isfinite()][0, 0])))
@@ -266,9 +268,11 @@ class Units:
     """``point = centre + scale . place``: of the size of the data."""
 
     centre: Float[Tensor, "victims columns"]
+    """Mean of the data, as the draws tell it."""
     scale: Float[Tensor, "victims columns"]
+    """Standard deviation of the data, as the draws tell it."""
 
-    def __call__(self, places: Points) -> Points:
+    def __call__(self, places: PseudoPoints) -> PseudoPoints:
         """The points."""
         return self.centre[:, None] + self.scale[:, None] * places
 
@@ -281,10 +285,13 @@ class Units:
         beta, sigma = draws[..., :-1].mean(1), draws[..., -1].mean(1)
         centred = draws[..., :-1] - beta[:, None]
         covariance = centred.mT @ centred / (draws.shape[1] - 1)
+        # Psi'Psi = sigma^2 Cov(beta)^-1
         gram = sigma.square()[:, None, None] * torch.linalg.pinv(covariance, hermitian=True)
         gram = gram / gram[:, :1, :1]  # the mean of ψψᵀ
         mean = gram[:, 0]
+        # Cov psi = mean(psi psi') - mean(psi) mean(psi)'
         spread = gram - mean[:, :, None] * mean[:, None]
+        # E y = beta'E psi, and Var y = sigma^2 + beta'Cov(psi) beta
         y = (beta * mean).sum(-1)
         noise = sigma.square() + (beta[:, None] @ spread @ beta[..., None])[:, 0, 0]
         inputs = slice(1, 1 + model.inputs)
@@ -292,12 +299,14 @@ class Units:
         return cls(torch.cat([mean[:, inputs], y[:, None]], dim=1), variance.clamp_min(1e-300).sqrt())
 
 
-def _sums(model: LinearRegression, units: Units, logs: Weights, places: Points) -> Float[Tensor, "victims statistics"]:
+def _sums(
+    model: LinearRegression, units: Units, logs: PseudoWeights, places: PseudoPoints
+) -> Float[Tensor, "victims statistics"]:
     return (logs.exp()[..., None] * model.statistics(units(places))).sum(1)
 
 
-def _slope(
-    model: LinearRegression, units: Units, logs: Weights, places: Points
+def _derivative(
+    model: LinearRegression, units: Units, logs: PseudoWeights, places: PseudoPoints
 ) -> Float[Tensor, "victims unknowns statistics"]:
     """``D``: by each point's log-weight, then by its places."""
     points = units(places)

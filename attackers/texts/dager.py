@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedtap.attackers.parts.checks import check_fields, check_slopes
+from fedtap.attackers.parts.checks import check_fields, check_magnitudes
 from fedtap.simulator.attack import Attack, Tokens, generator
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
-from fedtap.simulator.models.language import Block, LanguageModel
+from fedtap.simulator.models.language import LanguageModel, TransformerBlock
 
-PAIRS = 2**14
+PAIRS_AT_ONCE = 2**14
 """Pairs of a text's beginning and a token that go through a block at once, to bound memory."""
 
 
@@ -36,9 +36,9 @@ class Read(Tokens):
     """Texts, and what the first block left to choose from."""
 
     candidates: Float[Tensor, "victims"]
-    """Tokens that may be at a place, mean over places."""
+    """Tokens that pass the first block's test at a place, mean over places."""
     rank: Int[Tensor, "victims"]
-    """Of the first block's span: as many different tokens, at most, could be told from noise."""
+    """Dimensions of the first block's span: an upper bound on the different tokens that it can tell from noise."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,17 @@ class DAGER(Attack[Tokens]):
     """Tokens by the first block's span, texts by the second's.
 
     The objective is the mean relative distance of a text's tokens from the second block's span.
-
-    Args:
-        closeness: distance up to which a token may be at a place, as a share of the vocabulary's median there.
-        sweeps: times that an encoder's text is gone through.
-        rounds: times that it is begun anew, from tokens that are in no text yet.
     """
 
     leaks = (GradientLeak,)
-    guesses = Tokens
+    reconstructs = Tokens
 
     closeness: float = 0.25
+    """Distance up to which a token is a candidate at a place, as a share of the vocabulary's median there."""
     sweeps: int = 12
+    """Passes over the places of an encoder's text."""
     rounds: int = 4
+    """Restarts of an encoder's search, each from tokens that are in no text found so far."""
 
     def __post_init__(self) -> None:
         check_fields(self, closeness=1e-6, sweeps=1, rounds=1)
@@ -78,7 +76,7 @@ class DAGER(Attack[Tokens]):
                 f"dager reads texts off two blocks' query projections, and {leak.protocol.model!r} has none: "
                 "use it on a language model, as in `fedtap run text_gradients`."
             )
-        check_slopes(self, leak)
+        check_magnitudes(self, leak)
         if leak.protocol.weight_decay:
             raise FedtapError(
                 "Weight decay adds the weights to the gradient, which then spans more than the texts, and dager goes "
@@ -100,8 +98,8 @@ class DAGER(Attack[Tokens]):
         )
         with torch.no_grad():
             near = distances(net, first)
-            ids, allowed = nearest(near, self.closeness, batch)
-            count = 1 + PAIRS // (batch * ids.shape[2])
+            ids, allowed = candidate_tokens(near, self.closeness, batch)
+            count = 1 + PAIRS_AT_ONCE // (batch * ids.shape[2])
             parts = []
             for some in torch.split(torch.arange(len(leak), device=ids.device), count):
                 block = Second(net, second[some], ids[some], allowed[some])
@@ -135,7 +133,9 @@ class Span:
     """What each victim's gradient spans: orthonormal columns, zero beyond the rank."""
 
     basis: Float[Tensor, "victims width most"]
+    """Orthonormal columns that span the inputs; zero beyond the rank."""
     rank: Int[Tensor, "victims"]
+    """Dimensions of the span."""
 
     @staticmethod
     def of(gradient: Float[Tensor, "victims outputs width"], most: int) -> Span:
@@ -147,7 +147,9 @@ class Span:
         """
         _, values, rows = torch.linalg.svd(gradient.double(), full_matrices=False)
         _, outputs, width = gradient.shape
+        # s^2 from the singular values beyond the tokens' number
         noise = values[:, most:].square().sum(1).div((outputs - most) * (width - most)).sqrt()
+        # largest singular value of an outputs x width matrix of noise s (Geman 1980), and rounding
         edge = noise * (outputs**0.5 + width**0.5) + values[:, 0] * width * torch.finfo(torch.float64).eps
         kept = values[:, :most] > edge[:, None]
         basis = (rows[:, :most] * kept[:, :, None]).transpose(1, 2).contiguous()
@@ -159,6 +161,7 @@ class Span:
     def distance(self, fed: Float[Tensor, "victims *batch width"]) -> Float[Tensor, "victims *batch"]:
         """Of each vector from its victim's span, as a share of its length: in [0, 1]."""
         flat = fed.flatten(1, -2)
+        # x - B B'x
         apart = flat - flat @ self.basis @ self.basis.transpose(1, 2)
         lengths = flat.square().sum(-1).clamp_min(1e-30)
         share = (apart.square().sum(-1) / lengths).sqrt()
@@ -177,6 +180,7 @@ def distances(net: LanguageModel, span: Span) -> Float[Tensor, "victims vocabula
     """
     norm = net.first_norm
     t, p = (part - part.mean(1, keepdim=True) for part in (net.embedding, net.position))
+    # s^2 = |t + p|^2 / width + eps: means are taken off already
     s = ((t.square().sum(1)[:, None] + p.square().sum(1) + 2 * t @ p.T) / net.width + norm.eps).sqrt()
     t, p, b = t * norm.weight, p * norm.weight, norm.bias
     length = (t.square().sum(1)[:, None] + p.square().sum(1) + s.square() * b.square().sum()) + 2 * (
@@ -192,18 +196,19 @@ def distances(net: LanguageModel, span: Span) -> Float[Tensor, "victims vocabula
     return torch.stack(found)
 
 
-def nearest(
+def candidate_tokens(
     near: Float[Tensor, "victims vocabulary places"], closeness: float, batch: int
 ) -> tuple[Int[Tensor, "victims places tokens"], Bool[Tensor, "victims places tokens"]]:
     """Which tokens may be at each place, the nearest first, and which of those that fill the rows are allowed.
 
     Those within `closeness` of the median's distance, and at least as many as there are texts.
     """
+    # most of the vocabulary is not in the batch, so its median distance is that of a wrong token
     limit = closeness * near.median(1).values
     most = max(int((near <= limit[:, None]).sum(1).max()), min(batch, near.shape[1]))
-    order = near.topk(most, dim=1, largest=False)
+    by_distance = near.topk(most, dim=1, largest=False)
     counted = torch.arange(most, device=near.device)[:, None] < batch
-    return order.indices.transpose(1, 2), ((order.values <= limit[:, None]) | counted).transpose(1, 2)
+    return by_distance.indices.transpose(1, 2), ((by_distance.values <= limit[:, None]) | counted).transpose(1, 2)
 
 
 class Second:
@@ -222,8 +227,8 @@ class Second:
         allowed: Bool[Tensor, "victims places tokens"],
     ) -> None:
         first, second = net.blocks[0], net.blocks[1]
-        assert isinstance(first, Block)
-        assert isinstance(second, Block)
+        assert isinstance(first, TransformerBlock)
+        assert isinstance(second, TransformerBlock)
         self.first, self.second, self.span, self.ids, self.allowed = first, second, span, ids, allowed
         ids[:, 0], allowed[:, 0] = net.start, False
         allowed[:, 0, 0] = True
@@ -236,20 +241,21 @@ class Second:
 
     def _apart(
         self,
-        victims: Int[Tensor, "lanes"],
-        hidden: Float[Tensor, "lanes tries width"],
-        query: Float[Tensor, "lanes tries heads size"],
+        victims: Int[Tensor, "elements"],
+        hidden: Float[Tensor, "elements tries width"],
+        query: Float[Tensor, "elements tries heads size"],
         seen: tuple[Tensor, Tensor],
         tried: tuple[Tensor, Tensor],
         place: int,
-    ) -> Float[Tensor, "lanes tries"]:
+    ) -> Float[Tensor, "elements tries"]:
         """How far what the second block is fed is from the span, for each token that is tried at a place.
 
         Args:
             hidden: of the token that looks, whose `query` it is.
-            seen: keys and values of a lane's text, `lanes places heads size`.
-            tried: those of the tokens that are tried in the text at `place`, `lanes tries heads size`.
+            seen: keys and values of an element's text, `elements places heads size`.
+            tried: those of the tokens that are tried in the text at `place`, `elements tries heads size`.
         """
+        # q_i'k_j / sqrt(size)
         scores = torch.einsum("lchs,lnhs->lchn", query, seen[0])
         scores[..., place] = (query * tried[0]).sum(-1)
         shares = (scores * query.shape[-1] ** -0.5).softmax(-1)
@@ -259,18 +265,19 @@ class Second:
         fed = self.second.queried(self.first.finished(hidden, mixed.flatten(2)))
         return self.span[victims].distance(fed)
 
-    def _of(self, part: Tensor, victims: Int[Tensor, "lanes"], state: Int[Tensor, "lanes places"]) -> Tensor:
-        """Of each lane's text, the chosen tokens' part."""
+    def _of(self, part: Tensor, victims: Int[Tensor, "elements"], state: Int[Tensor, "elements places"]) -> Tensor:
+        """Of each element's text, the chosen tokens' part."""
         return part[victims[:, None], torch.arange(state.shape[1], device=state.device), state]
 
     def causal(self, batch: int) -> tuple[Int[Tensor, "victims batch tokens"], Float[Tensor, "victims"]]:
         """The `batch` texts whose tokens are nearest to the span: all are built from the start at once.
 
-        A beginning is right or wrong by itself, and there are no more right ones than texts: so many are kept.
+        Whether a beginning is right does not depend on the other texts, and there are at most `batch` right ones: the
+        `batch` nearest are kept.
         """
         count, places, tokens = self.ids.shape
         device = self.ids.device
-        victims, state = torch.arange(count, device=device), self.ids.new_zeros(count, 1)  # one lane each, the start
+        victims, state = torch.arange(count, device=device), self.ids.new_zeros(count, 1)  # one element each, the start
         sums = self.hidden.new_zeros(count)
         for place in range(1, places):
             seen = [self._of(part, victims, state) for part in (self.key, self.value)]
@@ -280,11 +287,11 @@ class Second:
             total = (sums[:, None] + apart).masked_fill(~self.allowed[victims, place], torch.inf)
             total = total.view(count, -1)
             best = total.topk(min(batch, total.shape[1]), dim=1, largest=False)
-            lanes = (
+            elements = (
                 best.indices // tokens + len(state) // count * torch.arange(count, device=device)[:, None]
             ).flatten()
-            state = torch.cat([state[lanes], (best.indices % tokens).view(-1, 1)], 1)
-            victims, sums = victims[lanes], best.values.flatten()
+            state = torch.cat([state[elements], (best.indices % tokens).view(-1, 1)], 1)
+            victims, sums = victims[elements], best.values.flatten()
         texts = self._of(self.ids, victims, state)[:, 1:].view(count, -1, places - 1)
         sums = sums.view(count, -1).nan_to_num(posinf=places - 1.0)
         kept = torch.arange(batch, device=device) % texts.shape[1]  # where there are fewer, they are repeated
@@ -303,7 +310,7 @@ class Second:
         count, rounds, batch, places = start.shape
         device = self.ids.device
         owners = torch.arange(count, device=device)[:, None].expand(-1, batch)
-        victims = owners.flatten()  # a lane for each text that is begun
+        victims = owners.flatten()  # an element for each text that is begun
         texts = self.ids.new_zeros(count, 0, places)
         apart = self.hidden.new_zeros(count, 0)
         sure = torch.zeros(count, 0, dtype=torch.bool, device=device)
@@ -315,14 +322,14 @@ class Second:
             open_ = torch.arange(len(state), device=device)
             for turn in range(sweeps):
                 state[open_], margin = self._swept(victims[open_], state[open_], pool, turn)
-                open_ = open_[margin > MARGIN]
+                open_ = open_[margin > SURE_MARGIN]
                 if not len(open_):
                     break
             for turn in range(2):
                 state, margin = self._swept(victims, state, self.allowed, sweeps + turn)
             texts = torch.cat([texts, state.view(count, batch, places)], 1)
             apart = torch.cat([apart, self._miss(victims, state).view(count, batch)], 1)
-            sure = torch.cat([sure, (margin <= MARGIN).view(count, batch)], 1)
+            sure = torch.cat([sure, (margin <= SURE_MARGIN).view(count, batch)], 1)
             fresh = _firsts(texts)
             rank = (apart + 2.0 * ~sure + 4.0 * ~fresh).topk(batch, dim=1, largest=False).indices  # apart is below 1
             texts, apart, sure = (_pick(part, rank) for part in (texts, apart, sure & fresh))
@@ -336,13 +343,13 @@ class Second:
 
     def _swept(
         self,
-        victims: Int[Tensor, "lanes"],
-        state: Int[Tensor, "lanes places"],
+        victims: Int[Tensor, "elements"],
+        state: Int[Tensor, "elements places"],
         pool: Bool[Tensor, "victims places tokens"],
         turn: int,
-    ) -> tuple[Int[Tensor, "lanes places"], Float[Tensor, "lanes"]]:
+    ) -> tuple[Int[Tensor, "elements places"], Float[Tensor, "elements"]]:
         """Each place in turn given its best token, and how far that is at most, as a share of the runner-up."""
-        state, lanes, places = state.clone(), torch.arange(len(state), device=state.device), state.shape[1]
+        state, elements, places = state.clone(), torch.arange(len(state), device=state.device), state.shape[1]
         margin = self.hidden.new_zeros(len(state))
         for place in range(1, places - 1):
             size = int(pool[:, place].sum(1).max())
@@ -359,18 +366,20 @@ class Second:
             )
             total = total.masked_fill(~pool[victims, place].gather(1, tries), torch.inf)
             best = total.topk(min(2, size), dim=1, largest=False)
-            state[:, place] = tries[lanes, best.indices[:, 0]]
+            state[:, place] = tries[elements, best.indices[:, 0]]
             if size > 1:
                 margin = torch.maximum(margin, best.values[:, 0] / best.values[:, 1])
         return state, margin
 
-    def _miss(self, victims: Int[Tensor, "lanes"], state: Int[Tensor, "lanes places"]) -> Float[Tensor, "lanes"]:
+    def _miss(
+        self, victims: Int[Tensor, "elements"], state: Int[Tensor, "elements places"]
+    ) -> Float[Tensor, "elements"]:
         """The mean distance of a text's tokens from the span."""
         fed = self.second.queried(self.first(self._of(self.hidden, victims, state)))
         return self.span[victims].distance(fed).mean(1)
 
 
-MARGIN = 0.5
+SURE_MARGIN = 0.5
 """Distance of a text's token from the span, as a share of the runner-up's, below which a text is sure."""
 
 

@@ -1,7 +1,7 @@
 """Assuming: an attack that takes the victim's model for another one.
 
-A wrapper without a paper. Numbers on the wire stand in a row; whoever is wrong about the model's width or depth cuts
-that row into layers at the wrong places.
+A wrapper without a paper. A reply on the wire is one row of numbers; an attacker who is wrong about the model's width
+or depth cuts that row into layers at the wrong places.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak, float_buffers
 from fedtap.simulator.models.registry import build
 
-Kind = TypeVar("Kind", bound=Leak)
+_AnyLeak = TypeVar("_AnyLeak", bound=Leak)
 
 
 @dataclass(frozen=True)
 class Assuming(Attack):
-    """`attack` on what the leak, and the practice, would be if the model were `model`: `assuming('mlp', idlg)`."""
+    """`attack` on the leak, and trained on auxiliary pairs, as if the model were `model`: `assuming('mlp', idlg)`."""
 
     leaks = (GradientLeak, UpdateLeak)
     needs_weights = False
 
     model: str
+    """Name of the model that the attacker takes for the victim's, with its parameters."""
     attack: Attack
+    """The attack that is run on the recut leak."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def name(self) -> str:
-        """The attack's, marked."""
+        """The attack's name, marked."""
         return f"misled {self.attack.name}"
 
     def fit(self, auxiliary: Auxiliary, seed: int = 0) -> Attack:
         """Its attack learns from pairs that are cut as its leaks will be."""
         protocol = dataclasses.replace(auxiliary.about.protocol, model=self.model)
-        wrong = Wrong(
+        wrong = RecutPairs(
             auxiliary.folder,
             dataclasses.replace(auxiliary.about, protocol=protocol),
             build(self.model, protocol.shape, protocol.classes),
@@ -65,23 +67,24 @@ class Assuming(Attack):
 
 
 @dataclass(frozen=True)
-class Wrong(Auxiliary):
-    """Pairs of another model, cut as if they were of `network`."""
+class RecutPairs(Auxiliary):
+    """Auxiliary pairs of another model, cut as if they were of `network`."""
 
-    heard: Auxiliary | None = None
+    pairs_as_sent: Auxiliary | None = None
+    """The pairs as the client sent them."""
 
     def __iter__(self) -> Iterator[Pairs]:
-        assert self.heard is not None
-        for pairs in self.heard:
+        assert self.pairs_as_sent is not None
+        for pairs in self.pairs_as_sent:
             yield dataclasses.replace(pairs, leak=taken_for(self.about.protocol.model, pairs.leak))
 
     def first(self, pairs: int) -> Auxiliary:
-        assert self.heard is not None
+        assert self.pairs_as_sent is not None
         about = dataclasses.replace(self.about, pairs=min(pairs, len(self)))
-        return dataclasses.replace(self, about=about, heard=self.heard.first(pairs))
+        return dataclasses.replace(self, about=about, pairs_as_sent=self.pairs_as_sent.first(pairs))
 
 
-def taken_for(model: str, leak: Kind) -> Kind:
+def taken_for(model: str, leak: _AnyLeak) -> _AnyLeak:
     """The leak as it looks to someone who takes its model for another.
 
     Raises:
@@ -114,6 +117,7 @@ def _cut(tensors: list[torch.Tensor], network: nn.Module, lead: int) -> Tensors:
     """
     row = torch.cat([tensor.flatten(lead) for tensor in tensors], dim=-1)
     sizes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    # zeros before the row where the assumed model is larger, a cut there where it is smaller
     row = F.pad(row, (sum(shape.numel() for shape in sizes.values()) - row.shape[-1], 0))
     parts = torch.split(row, [shape.numel() for shape in sizes.values()], dim=-1)
     return {

@@ -16,35 +16,32 @@ from torch import nn
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.wrappers.identify import check_identifiable, identify
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
-from fedtap.simulator.auxiliary import About, Auxiliary
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.auxiliary import Auxiliary, Provenance
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, stack
 
 
 @dataclass(frozen=True)
 class Identified(Learner):
-    """An eavesdropper's way to the attacks of a server that knows the weights: `identified(exact_git)`.
-
-    Args:
-        attack: the attack that is given the weights.
-        pairs: how many of the auxiliary pairs are read; 0 reads all.
-    """
+    """An attack that needs weights, given weights that are identified from auxiliary pairs: `identified(exact_git)`."""
 
     attack: Attack
+    """The attack that is given the weights."""
     pairs: int = 2000
+    """Auxiliary pairs that the weights are identified from; 0 takes all."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.attack.needs_auxiliary and not isinstance(self.attack, Learner):
             raise FedtapError(
-                f"identified teaches an attack that learns, and {self.attack.written()} has one inside it: put "
+                f"identified trains an attack that is a learner, and {self.attack.written()} has one inside it: put "
                 "identified inside instead, such as refine(coarse_git,identified(idlg))."
             )
 
     @property
     def name(self) -> str:
-        """As it was asked for."""
+        """The attack's name, marked."""
         return f"identified {self.attack.name}"
 
     @property
@@ -67,17 +64,18 @@ class Identified(Learner):
                 "trainings: leave out --auxiliary-trainings, or use coarse_git."
             )
 
-    def inverter(self, about: About, network: nn.Module) -> nn.Module:
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         self.check_auxiliary(about.auxiliary_trainings)
         inner = self.attack.inverter(about, network) if isinstance(self.attack, Learner) else nn.Identity()
-        return Weights(network, inner)
+        return IdentifiedWeights(network, inner)
 
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
-        assert isinstance(inverter, Weights)
+        assert isinstance(inverter, IdentifiedWeights)
         chunks = [pairs.to("cpu") for pairs in auxiliary.first(self.pairs or len(auxiliary))]
         leak = stack([pairs.leak for pairs in chunks])
         assert isinstance(leak, GradientLeak)
         images, labels = (torch.cat(parts) for parts in zip(*((p.images, p.labels) for p in chunks), strict=True))
+        # the larger of the wire's rounding and the announced noise
         noise = max(leak.resolution, sigma(leak.protocol))
         found = identify(dataclasses.replace(leak, resolution=noise), images, labels)
         inverter.network.load_state_dict(found, strict=False)
@@ -85,7 +83,7 @@ class Identified(Learner):
             self.attack.learn(inverter.inner, auxiliary, seed)
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
-        assert isinstance(inverter, Weights)
+        assert isinstance(inverter, IdentifiedWeights)
         kinds = {name: tensor.dtype for name, tensor in leak.observed.items()}
         weights = {name: weight.to(kinds[name]) for name, weight in inverter.network.named_parameters()}
         known = dataclasses.replace(leak, weights=weights, buffers={}, stacked=False)
@@ -94,7 +92,7 @@ class Identified(Learner):
         return self.attack.reconstruct(known, start)
 
 
-class Weights(nn.Module):
+class IdentifiedWeights(nn.Module):
     """The network with the weights that were read, in float64, and what the attack itself has learned."""
 
     def __init__(self, network: nn.Module, inner: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Refine: hand one attack's guess to another as its starting point.
+"""Refine: one attack's reconstruction is another's starting point.
 
 A wrapper without a paper.
 """
@@ -15,24 +15,26 @@ from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 
 @dataclass(frozen=True)
 class Refine(Attack):
-    """`start` guesses, `finish` goes on from there; the result is that of `finish`.
+    """The reconstruction of `start` is the starting point of `finish`, whose result is returned.
 
-    `finish` reads the labels off the gradient in an order of its own: a batch's images are handed over in the order in
-    which their gradient fits those labels best.
+    `finish` reads the labels off the gradient in rising order, so a batch's images are handed over in the order that
+    fits those labels best.
     """
 
     leaks = (GradientLeak, UpdateLeak)
     needs_weights = False
 
     start: Attack
+    """The attack whose reconstruction is the starting point."""
     finish: Attack
+    """The attack that starts there and gives the result."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def name(self) -> str:
-        """Both, in order."""
+        """Both names, joined by a plus sign."""
         return f"{self.start.name} + {self.finish.name}"
 
     def accepts(self, leak: Leak) -> None:
@@ -41,6 +43,6 @@ class Refine(Attack):
         self.finish.accepts(leak)
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
-        guess = self.start.reconstruct(leak, start)
-        images = paired(leak, guess.images.clamp(0, 1))
+        first = self.start.reconstruct(leak, start)
+        images = paired(leak, first.images.clamp(0, 1))
         return self.finish.reconstruct(leak, images.repeat_interleave(self.finish.starts, dim=0))

@@ -1,4 +1,4 @@
-"""Saved: an attack that learned in an earlier run, read from its two files.
+"""Saved: an attack that was trained in an earlier run, read from its two files.
 
 A wrapper without a paper. The files are NAME.safetensors and NAME.json, as a run leaves them in `attackers/`.
 """
@@ -15,8 +15,17 @@ from torch import nn
 
 from fedtap import attackers
 from fedtap.attackers.parts.checks import check_fields
-from fedtap.simulator.attack import FORMAT, Attack, Images, Learned, Learner, Reconstruction, answered, prepared
-from fedtap.simulator.auxiliary import About
+from fedtap.simulator.attack import (
+    TRAINED_FORMAT,
+    Attack,
+    Images,
+    Learned,
+    Learner,
+    Reconstruction,
+    check_trained_on,
+    reply_parts,
+)
+from fedtap.simulator.auxiliary import Provenance
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import LARGEST_TENSORS, is_file, parse_tensors, read_bytes, read_json
 from fedtap.simulator.leaks import GradientLeak, Leak
@@ -30,34 +39,35 @@ class Saved(Attack):
     needs_weights = False
 
     path: str
+    """The .safetensors file; its .json lies beside it."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def name(self) -> str:
-        """That of the attack which was saved."""
+        """Name of the saved attack."""
         return _described(Path(self.path))[0].name
 
     @property
     def distribution(self) -> Literal["uniform", "normal"]:
-        """The attack's own."""
+        """That of the saved attack."""
         return _described(Path(self.path))[0].distribution
 
     @property
     def starts(self) -> int:
-        """The attack's own."""
+        """That of the saved attack."""
         return _described(Path(self.path))[0].starts
 
     def unknown(self, defence: str) -> tuple[str, ...]:
-        """Nothing of the defence that it practised under; all of another one."""
+        """None of the defence's parts where it was trained on pairs under that defence; all of them otherwise."""
         trained_under = _described(Path(self.path))[1].protocol.defence
-        return () if defence == trained_under else answered(defence)
+        return () if defence == trained_under else tuple(map(str, reply_parts(defence)))
 
     def accepts(self, leak: Leak) -> None:
-        """What the attack accepts, of the kind that it practised on."""
+        """What the attack accepts, among leaks of the kind that it was trained on."""
         learner, about, _ = _described(Path(self.path))
-        prepared(f"{learner.name} of {short(self.path, 40)}", about, leak)
+        check_trained_on(f"{learner.name} of {short(self.path, 40)}", about, leak)
         learner.accepts(leak)
         _restored(Path(self.path), leak.network)
 
@@ -65,8 +75,8 @@ class Saved(Attack):
         return _restored(Path(self.path), leak.network).reconstruct(leak, start)
 
 
-def _described(path: Path) -> tuple[Learner, About, str]:
-    """The attack that lies at `path`, its practice, and its tensors' digest."""
+def _described(path: Path) -> tuple[Learner, Provenance, str]:
+    """The attack that is saved at `path`, the provenance of its auxiliary pairs, and its tensors' digest."""
     beside = path.with_suffix(".json")
     for file in (path, beside):
         if not is_file(file) or file.suffix not in (".safetensors", ".json"):
@@ -76,12 +86,12 @@ def _described(path: Path) -> tuple[Learner, About, str]:
             )
     try:
         document: dict[str, Any] = read_json(beside)
-        if document["format"] != FORMAT:
-            raise ValueError(f"format {short(document['format'])}, and this fedtap reads {FORMAT}")
+        if document["format"] != TRAINED_FORMAT:
+            raise ValueError(f"format {short(document['format'])}, and this fedtap reads {TRAINED_FORMAT}")
         if not isinstance(document["about"], dict):
-            raise TypeError("what it is about is no object")
-        about, digest = About.of(document["about"]), str(document["digest"])
-        learner = attackers.parse_strangers(str(document["attack"]))
+            raise TypeError("about is no object")
+        about, digest = Provenance.of(document["about"]), str(document["digest"])
+        learner = attackers.parse_saved(str(document["attack"]))
         if not isinstance(learner, Learner):
             raise ValueError(f"{learner.name} does not learn")
         return learner, about, digest
@@ -96,6 +106,7 @@ def _described(path: Path) -> tuple[Learner, About, str]:
 def _restored(path: Path, network: nn.Module) -> Learned:
     learner, about, digest = _described(path)
     content = read_bytes(path, LARGEST_TENSORS)
+    # the digest is in the .json, written last: both files are of one save
     if hashlib.blake2b(content, digest_size=8).hexdigest() != digest:
         raise FedtapError(
             f"{short(path, 100)} is not the file that its .json describes, so one of them was cut short or replaced: "

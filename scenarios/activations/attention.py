@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fedtap.scenarios.activations.split import SplitLearning
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
 if TYPE_CHECKING:
@@ -28,21 +29,6 @@ if TYPE_CHECKING:
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
     from fedtap.simulator.models import attention as blocks
-
-COLUMNS: Mapping[str, str] = {
-    "client": "",
-    "relative_error": "|reconstruction - input| / |input|",
-    "standardised_error": "the relative error once tokens are brought to mean 0 and one length",
-    "iterations": "steps until the attack stopped",
-    "converged": "whether the attack met its own criterion",
-    "residual": "|output of the reconstruction - output| / |output|",
-    "condition": "of the Jacobian at the input",
-    "tokens_right": "share of words found by the nearest embedding",
-    "blind": "relative error of zero, or words right at random",
-    "attack": "",
-    "error": "",
-}
-"""Column of the tables -> what it means."""
 
 MOST = 2**26
 """Numbers of the embeddings, or of all attention's scores and values, at most."""
@@ -55,6 +41,20 @@ class Attention(SplitLearning):
     Raises:
         FedtapError: sizes that fill gigabytes, or options that contradict each other.
     """
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("relative_error", "|reconstruction - input| / |input|"),
+        Column("standardised_error", "that with tokens brought to mean 0 and one length"),
+        Column("iterations"),
+        Column("converged", over="share"),
+        Column("residual", "|output of the reconstruction - output| / |output|"),
+        Column("condition", "of the Jacobian at the input"),
+        Column("tokens_right", "share of words found by the nearest embedding"),
+        Column("blind", "relative error of zero, or tokens right at random"),
+        Column("error", over="same"),
+        *(Column(name, over="hidden") for name in ("objective", "path")),
+    )
 
     n: Annotated[int, Option("tokens of an input", 1, 256, "data")] = 8
     d: Annotated[int, Option("numbers of a token", 2, 256, "data")] = 8
@@ -188,11 +188,6 @@ class Attention(SplitLearning):
     def shown(self, trial: Trial) -> Scored:
         """Nothing: there are no pictures."""
         return Scored(())
-
-    @property
-    def columns(self) -> Sequence[Any]:
-        """How near the inputs come, and how the attack ended."""
-        return tuple(COLUMNS)
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Error against step, and what is swept."""

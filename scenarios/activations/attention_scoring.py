@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedtap.attackers.activations.block import block_of, nearest
+from fedtap.attackers.activations.block import block_of, nearest_embeddings
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.scenario import Row, Trial
 from fedtap.simulator.scores import relative_error
@@ -77,7 +77,7 @@ def _right(setting: Attention, leak: Leak, values: Tensor) -> list[float | None]
     if not setting.vocabulary:
         return [None] * len(leak)
     assert leak.weights is not None
-    found = nearest(block_of(leak), values, leak.weights["table"]).cpu()
+    found = nearest_embeddings(block_of(leak), values, leak.weights["table"]).cpu()
     words = torch.stack([setting.words(client) for client in leak.clients.tolist()])
     return (found == words).double().mean(1).tolist()
 

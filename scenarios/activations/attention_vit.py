@@ -7,14 +7,14 @@ LayerNorm and a nearly uniform attention let through is sent, and what comes bac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fedtap.scenarios.activations.split import SplitLearning
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
 if TYPE_CHECKING:
@@ -25,24 +25,25 @@ if TYPE_CHECKING:
     from fedtap.simulator.models.attention import Patches
     from fedtap.simulator.models.registry import ViT
 
-COLUMNS: Mapping[str, str] = {
-    "client": "",
-    "psnr": "of the picture, dB, at most 100",
-    "psnr_blind": "of the best guess without the client's output, dB",
-    "psnr_negative_control": "of what another client's output gave, dB",
-    "relative_error": "|reconstruction - picture| / |picture|, of the pixels",
-    "iterations": "steps until the attack stopped",
-    "converged": "whether the attack met its own criterion",
-    "residual": "|output of the reconstruction - output| / |output|",
-    "attack": "",
-    "error": "",
-}
-"""Column of the tables -> what it means."""
-
 
 @dataclass(frozen=True)
 class AttentionViT(SplitLearning):
     """Photographs through a vision transformer's patch embedding and first attention."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("psnr", "of the picture, dB, at most 100", "PSNR", ".1f"),
+        Column("psnr_blind", "of the best guess without the reply", "blind PSNR", ".1f"),
+        Column(
+            "psnr_negative_control", "of the reconstruction from another client's reply", "negative control PSNR", ".1f"
+        ),
+        Column("relative_error", "of its pixels"),
+        Column("iterations"),
+        Column("converged", over="share"),
+        Column("residual", "relative error of the reconstruction's output"),
+        Column("error", over="same"),
+        Column("objective", over="hidden"),
+    )
 
     dataset: Annotated[
         str, Option("photos, cifar10, a folder or zip of images, or an .npz", group="data", file=True)
@@ -110,10 +111,10 @@ class AttentionViT(SplitLearning):
 
     def private(self, client: int, data_root: Path) -> Tensor:
         """A client's photograph, in patches."""
-        from fedtap.simulator.models.attention import cut
+        from fedtap.simulator.models.attention import patches_of
 
         images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
-        return cut(images[0], *self.patch(data_root))
+        return patches_of(images[0], *self.patch(data_root))
 
     def settled(self, attack: Attack[Any], label: str, observed: Observed) -> Row:
         """Where the model is cut."""
@@ -123,7 +124,7 @@ class AttentionViT(SplitLearning):
         """The pictures' errors, beside those of a blind guess, and of another client's reconstruction."""
         from fedtap.attackers.activations.block import block_of
         from fedtap.simulator.models.attention import joined
-        from fedtap.simulator.report.page import Picture
+        from fedtap.simulator.report.pictures import Picture
         from fedtap.simulator.scores import blind, mse, psnr, relative_error
 
         leak, found, data_root = trial.observed.leak, trial.reconstruction, trial.session.data_root
@@ -156,8 +157,3 @@ class AttentionViT(SplitLearning):
             shown = {written: (images[victim][None].clamp(0, 1), own[victim])}
             pictures[client, self.swept] = Picture(f"client {client}{said}", truth[victim][None], shown, guess)
         return Scored(rows, pictures)
-
-    @property
-    def columns(self) -> Sequence[Any]:
-        """How good the pictures are, and how the attack ended."""
-        return tuple(COLUMNS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option
 from fedtap.simulator.scenario import Observed, Row, Session
@@ -43,7 +43,7 @@ class SplitLearning(Attacked):
 
     def __post_init__(self) -> None:
         for attack in self.attacks:
-            if attack.guesses.__name__ != self.reconstructs:
+            if attack.reconstructs.__name__ != self.reconstructs:
                 raise FedtapError(
                     f"{attack.name} looks for no attention block's input: use attention_newton or attention_descent."
                 )
@@ -76,7 +76,7 @@ class SplitLearning(Attacked):
 
         client = int(context.node_config["partition-id"])
         private = self.private(client, data_root)
-        return split.answer(message, self.half(data_root), private, client, self.noise, self.seed)
+        return split.activation_reply(message, self.half(data_root), private, client, self.noise, self.seed)
 
     def observe(self, session: Session) -> Observed:
         """Broadcast the half, and observe what clients make of it.

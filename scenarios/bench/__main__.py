@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from fedtap.clients.app import client_app
 from fedtap.clients.cost import exchange, seconds, times_as_long
 from fedtap.scenarios.bench.attacks import main as attack_ratios
+from fedtap.scenarios.gradients.images import ImageScenario
+from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import Heard, auxiliary, play
-from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
 
@@ -77,7 +78,7 @@ def _defences(private: PrivateData) -> None:
         print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * seconds(plain):.2f} ms undefended")
         for defence in DEFENCES:
             few = SOTERIA_BATCH if "soteria" in defence and batch > 1 else batch
-            model = Scenario((), defence=defence).architecture
+            model = ImageScenario(defence=defence).architecture
             done, bare = (
                 exchange(*which, shape, classes, images[:few], labels[:few])
                 for which in ((model, defence), ("lenet", "none"))
@@ -86,7 +87,7 @@ def _defences(private: PrivateData) -> None:
             print(f"  {defence} / none{where}: {times_as_long(done, bare):.2f} times the time")
 
 
-def _scenario(path: Path) -> Scenario:
+def _scenario(path: Path) -> ImageScenario:
     """Training on images of noise: what is timed does not depend on what is seen."""
     noise = np.random.default_rng(0)
     images, held = 1.5 * CLIENTS * STEPS * BATCH, BATCH
@@ -97,8 +98,8 @@ def _scenario(path: Path) -> Scenario:
         x_test=noise.integers(0, 256, (held, 32, 32, 3), np.uint8),
         y_test=np.arange(held, dtype=np.uint8) % 10,
     )
-    return Scenario(
-        attacks=(),
+    return ImageScenario(
+        attack="",
         name="bench",
         dataset=str(path),
         rounds=ROUNDS,
@@ -109,11 +110,11 @@ def _scenario(path: Path) -> Scenario:
     )
 
 
-def _federation(scenario: Scenario, private: PrivateData) -> None:
+def _federation(scenario: ImageScenario, private: PrivateData) -> None:
     play(scenario, LocalGrid(client_app(lambda config: (scenario,)), CLIENTS), private)
 
 
-def _auxiliary(scenario: Scenario, private: PrivateData) -> None:
+def _auxiliary(scenario: ImageScenario, private: PrivateData) -> None:
     """Pairs fed to the compromised client and heard, after the round in which it shows itself."""
     grid = LocalGrid(client_app(lambda config: (scenario,)), CLIENTS)
     net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fedtap.attackers.activations.attention_newton import AttentionNewton
 from fedtap.attackers.activations.block import block_of
-from fedtap.attackers.parts.gradients import WARM_UP, Match, squared_distance
+from fedtap.attackers.parts.gradients import CALLS_BEFORE_TRACING, Match, squared_distance
 from fedtap.attackers.posteriors.fisher import Coordinates, directions, divergence
 from fedtap.simulator.leaks import AttentionLeak, GradientLeak, Protocol
 from fedtap.simulator.models.attention import Attention
@@ -145,10 +145,10 @@ def _times(device: str, lanes: int) -> list[float]:
     vmapped, compiled = (Match(leak, squared_distance, compiled=compiled) for compiled in (False, True))
     contenders: list[Callable[[], object]] = [
         plain,
-        lambda: vmapped.with_slope(guess, labels),
-        lambda: compiled.with_slope(guess, labels),
+        lambda: vmapped.with_input_gradient(guess, labels),
+        lambda: compiled.with_input_gradient(guess, labels),
     ]
-    for _ in range(WARM_UP + 3):
+    for _ in range(CALLS_BEFORE_TRACING + 3):
         contenders[1]()
     contenders[2]()
     took: list[list[float]] = [[], [], []]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedtap.attackers import parse
 from fedtap.simulator import scores
-from fedtap.simulator.auxiliary import About, Auxiliary, Pairs, gradients
+from fedtap.simulator.auxiliary import Auxiliary, Pairs, Provenance, gradients
 from fedtap.simulator.data.images import Dataset, open_dataset
 from fedtap.simulator.data.vision import lpips_alex
 from fedtap.simulator.leaks import GradientLeak, Protocol
@@ -69,7 +69,7 @@ def auxiliary_of(dataset: Dataset, pairs: int, folder: Path) -> Auxiliary:
     """Pairs of the public side, under LeNet."""
     images, labels = dataset.public.batch(slice(pairs))
     leak = leak_of("lenet", images[:, None], labels[:, None], len(dataset.classes))
-    about = About(leak.protocol, dataset.name, pairs)
+    about = Provenance(leak.protocol, dataset.name, pairs)
     return Auxiliary.record(folder, about, leak.network, [Pairs(leak, images[:, None], labels[:, None])])
 
 

@@ -10,6 +10,7 @@ not the private ones. So do trainings that stop early; the rows say where the we
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ from fedtap.attackers import parse
 from fedtap.attackers.checkpoints.stationary_mmd import StationaryMMD
 from fedtap.clients.stationary import PRECISIONS, TRAININGS
 from fedtap.scenarios.checkpoints.stationary import Case, Trained
-from fedtap.scenarios.checkpoints.stationary_report import recovery_svg
 from fedtap.scenarios.command.options import Knob
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.registry import ACTIVATIONS
 from fedtap.simulator.models.regulariser import Regulariser
+from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.columns import Column, grouped, setting
 from fedtap.simulator.report.folder import Row
 from fedtap.simulator.study import Outcome, rows_of_failed
 
@@ -35,22 +37,18 @@ from fedtap.simulator.study import Outcome, rows_of_failed
 class FedProx(Trained):
     """One case, one attack."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client",
-        "recovered",
-        "distance",
-        "blind_distance",
-        "residual",
-        "explained",
-        "left",
-        "unexplainable",
-        "layer_rank",
-        "error",
-    )
-    legend: ClassVar[str] = (
-        "recovered: share of examples with a point within 1 % of their length, 0 for random points; distance: median, "
-        "relative; residual: share of the regulariser's slope that points leave, explained below 0.001 %; left: the "
-        "client's gradient, as it says; unexplainable: what no points could explain; layer rank: of the first weights"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("recovered", "share of examples with a point within 1 % of their length; 0 for random points"),
+        Column("distance", "of an example to the nearest point, relative to its length, median"),
+        Column("blind_distance", "that of random points"),
+        Column("residual", "share of the regulariser's input gradient that the points leave"),
+        Column("explained", "residual below 0.001 %", over="share"),
+        Column("left", "share of its gradient at which the client stopped, as it says"),
+        Column("unexplainable", "share that no points could explain"),
+        Column("layer_rank", "of the first layer's weights"),
+        Column("error", over="same"),
+        *(Column(name, over="hidden") for name in ("blind", "one_label", "parameters")),
     )
 
     case: Case = Case()  # noqa: RUF009 - frozen
@@ -71,10 +69,22 @@ class FedProx(Trained):
         return Outcome(rows + rows_of_failed(failed, told), heard.leak)
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
-        """Recovery against width, where that is swept."""
-        if len({row["width"] for row in rows}) < 2:
+        """Recovery against width, where that is swept: each client a dot, and their mean."""
+        widths = sorted({row["width"] for row in rows})
+        series: list[Series] = []
+        for some in grouped(rows, [setting("attack"), setting("regulariser")]):
+            label = f"{some[0]['attack']}, {some[0]['regulariser']}"
+            got = {width: [row["recovered"] for row in some if row["width"] == width] for width in widths}
+            means = {width: statistics.fmean(shares) for width, shares in got.items() if shares}
+            series.append(Series(label, [*means], [*means.values()], "smooth"))
+            series.append(
+                Series("", [row["width"] for row in some], [row["recovered"] for row in some], "pale", like=label)
+            )
+        if len(widths) < 2:
             return {}
-        return {"Recovery against width": recovery_svg(rows)}
+        levels = {"random points": statistics.fmean(row["blind"] for row in rows)}
+        panel = Panel("width", "share of examples recovered", series, levels=levels, share=True, ticks=widths)
+        return {"Recovery against width": chart([panel], "share recovered against width")}
 
 
 def scenario(

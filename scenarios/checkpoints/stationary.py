@@ -19,12 +19,12 @@ from flwr.serverapp import Grid
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedtap.attackers.checkpoints.stationary_mmd import EXPLAINED, unexplainable
-from fedtap.clients.stationary import Training, train
+from fedtap.attackers.checkpoints.stationary_mmd import STATIONARY_SHARE, unexplainable
+from fedtap.clients.stationary import Training, train_to_the_end
 from fedtap.simulator import scores
 from fedtap.simulator.attack import PseudoData, generator
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.leaks import Leak, Protocol, StationaryLeak, stack
+from fedtap.simulator.leaks import Leak, Protocol, TrainedWeightsLeak, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.models.regulariser import Regulariser
 from fedtap.simulator.report.folder import Row
@@ -104,7 +104,7 @@ class Case:
 class Heard:
     """A case's exchange with all clients."""
 
-    leak: StationaryLeak
+    leak: TrainedWeightsLeak
     left: Sequence[float]
     """What each client says is left of its gradient, as a share of the regulariser's."""
 
@@ -131,7 +131,9 @@ class Trained(Study):
         """Train the case that the order names."""
         case = self.cases[int(order.content.config_records["case"]["number"])]  # type: ignore[arg-type]
         training = Training(Regulariser.parse(case.regulariser), case.training)
-        return train(order, client, case.network(0), *case.private(self.seed, client), training, case.precision)
+        return train_to_the_end(
+            order, client, case.network(0), *case.private(self.seed, client), training, case.precision
+        )
 
     def hear(self, grid: Grid, part: int, number: int, failed: dict[int, str] | None = None) -> Heard:
         """Broadcast the case's initial weights, and hear what comes back.
@@ -149,7 +151,7 @@ class Trained(Study):
         exchanges = ask(grid, "train", order, part, failed=failed)
         made = read(exchanges, lambda exchange: _leak(exchange, case), failed)
         leak = stack([leak for leak, _ in made])
-        assert isinstance(leak, StationaryLeak)
+        assert isinstance(leak, TrainedWeightsLeak)
         return Heard(leak, [left for _, left in made])
 
     def judged(self, case: Case, heard: Heard, guess: PseudoData) -> list[Row]:
@@ -159,10 +161,10 @@ class Trained(Study):
         for victim, client in enumerate(heard.leak.clients.tolist()):
             truth, labels = case.private(self.seed, client)
             weights = guess.weights[victim]
-            apart = scores.nearest(guess.points[victim], weights, truth)
+            apart = scores.matched_distances(guess.points[victim], weights, truth)
             many = int((weights >= scores.FAINT).sum())
             random, _ = case.table(self.seed, max(many, case.examples), "blind", client)
-            blind = scores.nearest(random, torch.ones(len(random)), truth)
+            blind = scores.matched_distances(random, torch.ones(len(random)), truth)
             residual = float(guess.objective[victim]) ** 0.5
             rows.append(
                 {
@@ -172,7 +174,7 @@ class Trained(Study):
                     "blind": float((blind <= NEAR).double().mean()),
                     "blind_distance": float(blind.median()),
                     "residual": residual,
-                    "explained": residual < EXPLAINED,
+                    "explained": residual < STATIONARY_SHARE,
                     "left": heard.left[victim],
                     "unexplainable": least[victim],
                     "layer_rank": _rank(heard.leak, victim),
@@ -193,7 +195,7 @@ def _leak(exchange: Exchange, case: Case) -> tuple[Leak, float]:
         )
     if not math.isfinite(left):
         raise FedtapError(f"Client {exchange.client} says that {left} is left of its gradient: send a finite number.")
-    leak = StationaryLeak(
+    leak = TrainedWeightsLeak(
         observed={
             name: tensor.double()[None] for name, tensor in tensors_of(exchange.answer.array_records["arrays"]).items()
         },

@@ -5,13 +5,11 @@ Nothing here imports torch before a run begins, so that help and lists are there
 
 from __future__ import annotations
 
-import fedtap.scenarios.command.interrupt  # noqa: F401  before the rest, which takes a moment
-
-# isort: split
 import contextlib
 import errno
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +25,17 @@ from fedtap.attackers import ATTACKS
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import models_of, plan, scenario_named
+from fedtap.simulator.data import DATASETS
+from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
+from fedtap.simulator.models import MODELS
 from fedtap.simulator.options import GROUPS, options_of
+from fedtap.simulator.registry import Registry
 from fedtap.simulator.scenario import Scenario, question_of
 
 if TYPE_CHECKING:
+    from flwr.app import UserConfig
+
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
 
@@ -98,7 +102,7 @@ def run_command(
     where = place(
         described_run(settings, used), out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite
     )
-    config = {**options, "scenario": name, "data-root": str(data_root)}
+    config: UserConfig = {"scenario": name, "options": shlex.join(context.args), "data-root": str(data_root)}
 
     def grid(setting: Scenario) -> LocalGrid:
         return LocalGrid(client_app(plan_of), setting.nodes, config)
@@ -151,13 +155,16 @@ def attack_command(
     }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
     said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
+    from fedtap.attackers import code_named, models_named, parse, suited
+
     _own_code(*code_named(attack))
     _prepared()
-    from fedtap.scenarios.attacked import with_trained
-    from fedtap.simulator.report import page
+    from fedtap.scenarios.attack_options import with_trained
+    from fedtap.simulator.report.columns import table
     from fedtap.simulator.report.folder import place
+    from fedtap.simulator.report.page import failures
     from fedtap.simulator.run import device_named
-    from fedtap.simulator.saved_leak import ATTACK, attack_saved, described_attack
+    from fedtap.simulator.saved_leak import ATTACK, attack_saved, columns_of_found, described_attack
 
     named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
     _own_code(model, *(name for attack in named for name in models_named(attack)))
@@ -172,7 +179,7 @@ def attack_command(
     where = place(about, out, Path("runs") / ATTACK, overwrite=overwrite)
     with _stoppable(where):
         rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
-    console.print(page.found(rows))
+    console.print(table(rows, columns_of_found(rows), failures(rows)))
     _files("Page", where)
     _all_failed(rows)
 
@@ -188,8 +195,11 @@ def _leaks_in(path: Path) -> list[Path]:
 
 def _read(path: Path, model: str, known: Mapping[str, Any]) -> Leak | FedtapError:
     """The leak, with what is known of its protocol; or why it is none."""
+    from fedtap.simulator.leaks import load, with_terms
+    from fedtap.simulator.models.attention import architecture
+
     try:
-        return told(load(path, architecture, model or None), **known)
+        return with_terms(load(path, architecture, model or None), **known)
     except FedtapError as error:
         return error
 
@@ -203,11 +213,11 @@ def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
 @cli.command("list")
 def list_command() -> None:
     """Scenarios with their questions, attacks with their papers, defences, datasets, models."""
-    _catalogue("scenario", {name: SCENARIOS.about(name).splitlines()[0] for name in SCENARIOS})
+    _catalogue("scenario", {name: _first(SCENARIOS, name) for name in SCENARIOS})
     _catalogue("attack", {name: _about(name) for name in ATTACKS})
-    _catalogue("defence", {usage(name): f"{kind.about} [dim]({kind.hook})[/dim]" for name, kind in WORDS.items()})
+    _catalogue("defence", {f"{name}({', '.join(DEFENCES.fields(name))})": _first(DEFENCES, name) for name in DEFENCES})
     _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
-    _catalogue("model", {name: (made.__doc__ or "").splitlines()[0] for name, made in MODELS.items()})
+    _catalogue("model", dict(MODELS))
 
 
 def main() -> None:
@@ -380,19 +390,31 @@ def _catalogue(kind: str, entries: dict[str, str]) -> None:
     console.print(table, "")
 
 
+def _first(registry: Registry[Any], name: str) -> str:
+    """The first line of what is said of an entry, which may not load."""
+    try:
+        return (registry.about(name).splitlines() or [""])[0]
+    except FedtapError as error:
+        return f"[red]{short(error)}[/red]"
+
+
 def _about(name: str) -> str:
     text = ATTACKS.about(name).partition("Departs")[0]
     return f"{' '.join(text.split())} [dim]({ATTACKS.entries[name].room})[/dim]"
 
 
-def _say(rows: Sequence[Mapping[str, Any]], settings: Sequence[Scenario]) -> None:
-    """The rows' table, and the answers in sentences."""
-    from fedtap.simulator.report import adapter
+def _say(rows: Sequence[dict[str, Any]], settings: Sequence[Scenario]) -> None:
+    """The rows' tables, what has to be known first, and the answers in sentences."""
+    from fedtap.simulator.report.columns import table
+    from fedtap.simulator.report.page import Page, failures
 
-    for line in adapter.said(rows, settings):
-        console.print(line, highlight=False, markup=False, emoji=False) if isinstance(line, str) else console.print(
-            line
-        )
+    first = settings[0]
+    page, shown = first.shown_on(Page(first.name, first.question, "", {}, {}), rows)
+    console.print(table(shown, page.columns, page.notes))
+    for other in page.beside:
+        console.print(other)
+    for sentence in (*(f"⚠ {said}" for said in (*failures(shown), *page.alarms)), *page.answers):
+        console.print(sentence, highlight=False, markup=False, emoji=False)
 
 
 def _files(what: str, out: Path) -> None:

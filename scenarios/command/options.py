@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtap.simulator.data import DATASETS
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import exists
 from fedtap.simulator.options import Known, Option
@@ -54,6 +56,30 @@ def pairs(words: list[str]) -> dict[str, str]:
             raise FedtapError(f"--{short(name)} is given twice: join values to try by commas, --{short(name)} {both}.")
         options[name] = value
     return options
+
+
+def written(options: Mapping[str, Any]) -> str:
+    """Options in one string, as on a command line: `shlex.split` and `pairs` read it."""
+    return shlex.join(f"--{_flag(name)}={_word(value)}" for name, value in options.items())
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def absolute(known: Mapping[str, Known], given: Mapping[str, str]) -> dict[str, str]:
+    """The options given, with the names of files and folders that hold in any folder and on any engine."""
+    found = {name.replace("-", "_"): value for name, value in given.items()}
+    for name, value in found.items():
+        if name in known and known[name].option.file:
+            option = known[name].option
+            found[name] = ",".join(_absolute(word.strip(), option) for word in _words(value, option))
+    return found
+
+
+def _absolute(word: str, option: Option) -> str:
+    path = Path(word)
+    return str(path.resolve()) if word and word not in DATASETS and (option.made or exists(path)) else word
 
 
 def combinations(known: Mapping[str, Known], given: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, str]]]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedtap.scenarios import SCENARIOS
-from fedtap.scenarios.command.options import combinations
-from fedtap.simulator.errors import FedtapError
+from fedtap.scenarios.command.options import combinations, pairs
+from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.options import options_of
 from fedtap.simulator.scenario import Scenario
 
 if TYPE_CHECKING:
     from flwr.app import UserConfig
 
-RUN_OPTIONS = ("device", "data-root", "out", "overwrite")
-"""What is said of a run in Flower's run config that is no option of the scenario."""
+RUN_KEYS = ("scenario", "options", "data-root", "out", "device", "overwrite")
+"""Keys of Flower's run config."""
 
 
 def scenario_named(name: str) -> type[Scenario]:
@@ -52,26 +53,29 @@ def plan(name: str, options: Mapping[str, Any]) -> tuple[Scenario, ...]:
 
 
 def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
-    """The settings that Flower's run config asks for; its empty values mean the scenario's defaults.
+    """The settings that Flower's run config asks for: `scenario="first_leak"` and `options="--victims 3 --seed 1"`.
 
     Raises:
-        FedtapError: as `plan` does.
+        FedtapError: as `plan` does; the run config has other keys than RUN_KEYS, or names code that this host does not
+            allow.
     """
     from fedtap.attackers import code_named
     from fedtap.simulator.models.registry import check_allowed
 
-    given = {name: str(value) for name, value in config.items() if name not in RUN_OPTIONS and str(value) != ""}
-    if "scenario" not in given:
+    name, options = str(config.get("scenario") or ""), str(config.get("options") or "")
+    if not name:
         raise FedtapError('The run config names no scenario, so there is nothing to play: add scenario="first_leak".')
-    # A run config may come from a stranger, over the network.
-    for name in (
-        *filter(None, [given["scenario"] if ":" in given["scenario"] else ""]),
-        *code_named(given.get("attack", "")),
-    ):
-        check_allowed(name)
-    settings = _plan_of(given.pop("scenario"), tuple(sorted(given.items())))
-    for name in models_of(settings):
-        check_allowed(name)
+    if strange := [key for key in config if key not in RUN_KEYS]:
+        raise FedtapError(
+            f"The run config has no key {short(strange[0])!r}: a scenario's options go into one string, "
+            "options=\"--victims 3 --attack 'idlg(steps=20)'\"."
+        )
+    attacks = pairs(split(options)).get("attack", "")
+    for code in (*([name] if ":" in name else []), *code_named(attacks)):  # a run config may come from a stranger
+        check_allowed(code)
+    settings = planned(name, options)
+    for model in models_of(settings):
+        check_allowed(model)
     return settings
 
 
@@ -85,5 +89,25 @@ def models_of(settings: Sequence[Scenario]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _plan_of(name: str, options: tuple[tuple[str, str], ...]) -> tuple[Scenario, ...]:
-    return plan(name, dict(options))
+def planned(name: str, options: str) -> tuple[Scenario, ...]:
+    """The settings of a scenario, its options in one string as on the command line.
+
+    Raises:
+        FedtapError: as `plan` does, or the string cannot be split into words.
+    """
+    return plan(name, pairs(split(options)))
+
+
+def split(options: str) -> list[str]:
+    """The words of a string of options.
+
+    Raises:
+        FedtapError: a quotation is not closed.
+    """
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise FedtapError(
+            f"The options {short(options)!r} in the run config cannot be split into words ({error}): close what is "
+            "open, as in options=\"--attack 'idlg(steps=20)'\"."
+        ) from error

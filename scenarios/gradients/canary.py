@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.errors import ClientError, FedtapError
 from fedtap.simulator.options import Option, sweep
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message
     from torch import Tensor
 
+    from fedtap.simulator.attack import Attack
     from fedtap.simulator.data.images import Dataset
     from fedtap.simulator.defences.accountant import Gaussian
     from fedtap.simulator.leaks import Leak, Protocol
+    from fedtap.simulator.report.columns import Group
+    from fedtap.simulator.report.page import Page
 
 SHAPE = (1, 16, 16)
 """Of the canaries' image, which is white: a gradient's norm is 16 √(1 - 1/K)."""
@@ -128,6 +131,11 @@ class Canary(Attacked):
         """A client for each exchange, and the compromised one."""
         return self.played + 1
 
+    @property
+    def any_nodes(self) -> bool:
+        """Exchanges take as many rounds as they need."""
+        return True
+
     def reply(self, message: Message, context: Context, data_root: Path) -> Message:
         """What a client of the federation replies."""
         return self.federation.reply(message, context, data_root)
@@ -165,7 +173,7 @@ class Canary(Attacked):
 
         from fedtap.simulator.attack import generator
         from fedtap.simulator.auxiliary import gradients
-        from fedtap.simulator.defences.chain import parse
+        from fedtap.simulator.defences.chained import parse
         from fedtap.simulator.models.registry import build
 
         images = torch.ones(self.canaries, 1, *SHAPE)
@@ -177,6 +185,10 @@ class Canary(Attacked):
     def dataset(self) -> Dataset:
         """White images; a victim's label is its secret."""
         return _white(self.canaries, self.played, tuple(self.truth[: self.played].tolist()))
+
+    def settled(self, attack: Attack, label: str, observed: Observed) -> Row:
+        """Nothing: the row is about trials, and not about a victim of an attack."""
+        return {}
 
     def score(self, trial: Trial) -> Scored:
         """One row. Success is the share of trials in which the label is right; its limits are Clopper and Pearson's,
@@ -223,10 +235,11 @@ class Canary(Attacked):
                     "its clip and its noise."
                 )
 
-    @property
-    def columns(self) -> Sequence[Any]:
-        """The measured success beside every bound."""
-        return ()
+    def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:
+        """With the measured success beside every bound."""
+        from fedtap.simulator.report.images import page_of
+
+        return page_of(page, rows)
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The attacker of the bound."""
@@ -260,7 +273,7 @@ def _white(canaries: int, trials: int, secrets: tuple[int, ...]) -> Dataset:
 
     channels, height, width = SHAPE
     train = 2 * (trials + 2) + canaries  # enough for every client to have one, which none uses
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "x_train": np.full((train, height, width, channels), 255, np.uint8),
         "y_train": np.arange(train) % canaries,
         "x_test": np.full((max(trials, 1), height, width, channels), 255, np.uint8),

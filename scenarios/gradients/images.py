@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import Federation, ImageObserved
 from fedtap.simulator.scenario import Row, Scenario, Session
@@ -30,6 +30,10 @@ class ImageScenario(Attacked, Federation):
     matching: ClassVar[str] = ""
 
     def settings(self) -> Sequence[Scenario]:
+        """A setting for each threat model."""
+        return self.under_threat_models()
+
+    def under_threat_models(self) -> Sequence[ImageScenario]:
         """A setting for each threat model, with its attacks; the options may choose either, or both.
 
         Raises:
@@ -39,7 +43,7 @@ class ImageScenario(Attacked, Federation):
             return self.played(attack=self.matching), self.played(attack="linear", model="mlp")
         if not self.panels:
             return (self.played(),)
-        chosen = [self.threat_model] if "threat_model" in self.given else list(self.panels)
+        chosen = [self.threat_model] if self.chose("threat_model") else list(self.panels)
         if self.named:
             return (self.played(threat_model=self._fit(chosen)),)
         if chosen[0] not in self.panels:
@@ -49,7 +53,7 @@ class ImageScenario(Attacked, Federation):
             )
         return tuple(self.played(threat_model=one, attack=self.panels[one]) for one in chosen)
 
-    def played(self, **changes: Any) -> Scenario:
+    def played(self, **changes: Any) -> ImageScenario:
         """This setting, with these changes."""
         return dataclasses.replace(self, **changes)
 
@@ -67,7 +71,7 @@ class ImageScenario(Attacked, Federation):
 
         data = private_data(self, data_root, int(context.node_config["num-partitions"]) - 1)
         if message.metadata.message_type != PRACTICE:
-            return honest.train(message, context, data)
+            return honest.train_on_images(message, context, data)
         if int(context.node_config["partition-id"]) != data.clients:
             raise PermissionError("an honest client takes no examples from the server")
         return compromised.compute_auxiliary(message, data)

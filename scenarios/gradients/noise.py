@@ -7,7 +7,6 @@ where the noise is as large as the gradient itself.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -35,4 +34,4 @@ class Noise(ImageScenario):
         if self.defence != "none":
             raise FedtapError("In this scenario --sigma is the defence, and --defence would be another: leave one out.")
         defence = f"noise({self.sigma})" if self.sigma else "none"
-        return tuple(dataclasses.replace(one, defence=defence) for one in super().settings())  # type: ignore[call-arg]
+        return tuple(one.played(defence=defence) for one in self.under_threat_models())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.options import Option
+from fedtap.simulator.scenario import Scenario
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,6 @@ class Promising(ImageScenario):
         float, Option("PSNR from which an image is a success; 0: a recognisable one is", 0.0, 100.0, "attack")
     ] = 0.0
 
-    def settings(self) -> tuple[ImageScenario, ...]:
+    def settings(self) -> Sequence[Scenario]:
         """This setting, with attacks."""
         return (self.played(attack=self.named or self.tried, trained_attack=""),)

@@ -7,7 +7,6 @@ others sent, since they are silent, copies of its own client, or collude: then i
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,9 +51,6 @@ class SecAgg(ImageScenario):
             warnings.warn(f"One client alone has no others to be {self.others}: --clients 1 is left out.", stacklevel=1)
             return ()
         if self.clients == 1:
-            return dataclasses.replace(self, threat_model="curious_server")._each()
-        kinds = OTHERS if self.clients == KNOWN_AT and "others" not in self.given else (self.others,)
-        return tuple(one for kind in kinds for one in dataclasses.replace(self, others=kind)._each())
-
-    def _each(self) -> Sequence[Scenario]:
-        return super().settings()
+            return self.played(threat_model="curious_server").under_threat_models()
+        kinds = OTHERS if self.clients == KNOWN_AT and not self.chose("others") else (self.others,)
+        return tuple(one for kind in kinds for one in self.played(others=kind).under_threat_models())

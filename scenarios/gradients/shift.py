@@ -7,7 +7,6 @@ classes mends that by calling what it has by their names. Read each row beside i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -33,4 +32,4 @@ class Shift(ImageScenario):
         ]
         if self.target_dataset:
             shifts += [{"target_dataset": ""}, {}]
-        return tuple(dataclasses.replace(one, **shift) for shift in shifts for one in super(Shift, self).settings())
+        return tuple(one.played(**shift) for shift in shifts for one in self.under_threat_models())

@@ -7,7 +7,6 @@ still stands at the row's end, and not a wrong width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -35,10 +34,9 @@ class WrongArchitecture(ImageScenario):
         from fedtap.attackers import parse
 
         return tuple(
-            dataclasses.replace(  # type: ignore[call-arg]
-                one,
+            one.played(
                 attack=",".join(f"assuming({self.assumed!r},{attack.written()})" for attack in parse(one.named)),
                 trained_attack="",
             )
-            for one in super().settings()
+            for one in self.under_threat_models()
         )

@@ -18,8 +18,12 @@ from fedtap.scenarios.posteriors.regression import MOST, WHITENED, Regression
 
 def scenario(
     *,
-    draws: Annotated[str, Knob("posteriordb draws (.json, .json.zip) that the client answers with", swept=False)] = "",
-    data: Annotated[str, Knob("posteriordb data (.json, .json.zip); none: 434 records are made", swept=False)] = "",
+    draws: Annotated[
+        str, Knob("posteriordb draws (.json, .json.zip) that the client answers with", path=True, swept=False)
+    ] = "",
+    data: Annotated[
+        str, Knob("posteriordb data (.json, .json.zip); none: 434 records are made", path=True, swept=False)
+    ] = "",
     x: Annotated[str, Knob("the data's columns that are inputs, joined by commas", swept=False)] = "",
     y: Annotated[str, Knob("the data's column that is the output", swept=False)] = "",
     model: Annotated[str, Knob("linear_regression, or bayesian_network(HIDDEN, NOISE)")] = "linear_regression",

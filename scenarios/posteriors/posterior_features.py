@@ -7,6 +7,7 @@ pseudo-data that fit the posterior equally well agree to 8 digits up to 2p, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -20,7 +21,8 @@ from fedtap.scenarios.command.options import Knob
 from fedtap.scenarios.posteriors.regression import MOST, Regression, Sums
 from fedtap.simulator.attack import PseudoData
 from fedtap.simulator.models.likelihoods import Likelihood
-from fedtap.simulator.report import pseudo_charts
+from fedtap.simulator.report.charts import Panel, Series, chart, unzipped
+from fedtap.simulator.report.columns import Column, grouped, setting
 from fedtap.simulator.report.folder import Row
 
 BEYOND = 2
@@ -31,12 +33,14 @@ BEYOND = 2
 class Moments(Regression):
     """One client, and the raw moments of its records: x is skewed, so that odd ones are not 0."""
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "degree", "statistic", "told", "value", "truth", "oracle", "error", "twin", "twins_differ"
-    )  # fmt: skip
-    legend: ClassVar[str] = (
-        "moment_k: mean of x^k; told: whether theory says that the posterior tells it; error: |value / truth − 1|; "
-        "twin: of pseudo-data that began elsewhere; twins differ: |value − twin| / |truth|"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("degree", over="same"),
+        Column("statistic", "moment_k is the mean of x^k", over="same"),
+        Column("told", "whether theory says that the posterior tells it", over="share"),
+        *(column for column in Regression.columns if column.name in ("value", "truth", "oracle", "error", "second")),
+        Column("seconds_differ", "|value − second| / |truth|"),
+        *(Column(name, over="hidden") for name in ("client", "column", "start", "model")),
+        *(column for column in Regression.columns if column.over == "hidden"),
     )
 
     @property
@@ -64,14 +68,14 @@ class Moments(Regression):
         readings: Mapping[str, Mapping[str, Float[Tensor, "victims"]]],
         model: Likelihood,
         guess: PseudoData,
-        twin: PseudoData,
+        second: PseudoData,
     ) -> list[Row]:
         """As for any regression, and whether theory says that it is told."""
         rows = []
-        for row in super().rows_of(readings, model, guess, twin):
-            differ = abs(row["value"] - row["twin"]) / abs(row["truth"])
+        for row in super().rows_of(readings, model, guess, second):
+            differ = abs(row["value"] - row["second"]) / abs(row["truth"])
             told = row["statistic"] in readings["oracle"]
-            rows.append({"degree": self.degree} | row | {"told": told, "twins_differ": differ})
+            rows.append({"degree": self.degree} | row | {"told": told, "seconds_differ": differ})
         return rows
 
     def _columns_of(self, statistic: str) -> str:
@@ -94,16 +98,18 @@ class Moments(Regression):
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Each degree's moments: how far from the truth, and how far two guesses are from each other."""
-        panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-        told: dict[str, float] = {}
-        for row in rows:
-            name = str(row["statistic"])
-            if name.startswith("moment") and not name.endswith("y"):
-                panel = panels.setdefault(title := f"degree {row['degree']}", {"off the truth": [], "twins differ": []})
-                panel["off the truth"].append((order := int(name.split("_")[1]), row["error"]))
-                panel["twins differ"].append((order, row["twins_differ"]))
-                told[title] = 2 * row["degree"]
-        return {"Moments that are told, and those that are not": pseudo_charts.differences(panels, told, "order")}
+        moments = [row for row in rows if re.fullmatch(r"moment_\d+", row["statistic"])]
+        panels = []
+        for some in grouped(moments, [setting("degree")]):
+            orders = [int(row["statistic"].split("_")[1]) for row in some]
+            series = []
+            for label, name in {"off the truth": "error", "two initialisations differ": "seconds_differ"}.items():
+                known = [(order, row[name]) for order, row in zip(orders, some, strict=True) if row[name] is not None]
+                series.append(Series(label, *unzipped(known)))
+            degree, up = some[0]["degree"], "relative difference"
+            panels.append(Panel("order", up, series, f"degree {degree}", mark=2 * degree + 0.5, log=True))
+        heading = "Moments that are told, and those that are not"
+        return {heading: chart(panels, "relative difference against order", height=3.9, across=5)}
 
 
 def scenario(

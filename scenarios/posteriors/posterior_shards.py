@@ -14,7 +14,8 @@ from fedtap.attackers.posteriors.fisher import ESTIMATORS
 from fedtap.clients.bayesian import SAMPLERS
 from fedtap.scenarios.command.options import Knob
 from fedtap.scenarios.posteriors.regression import MOST, Regression
-from fedtap.simulator.report import pseudo_charts
+from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.columns import grouped, setting
 from fedtap.simulator.report.folder import Row
 
 
@@ -25,18 +26,23 @@ class Shards(Regression):
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Every client's statistics over the truth."""
         clients = list(dict.fromkeys(str(row["client"]) for row in rows))
-        series: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row["truth"] and not row["statistic"].startswith("cov"):
-                at = clients.index(str(row["client"]))
-                series.setdefault(row["statistic"], []).append((at, row["value"] / row["truth"]))
-        return {"Each client's statistics": pseudo_charts.ratios(series, "client", "value / truth", clients)}
+        series = []
+        told = [row for row in rows if row["truth"] and not row["statistic"].startswith("cov")]
+        groups = grouped(told, [setting("statistic")])
+        for number, some in enumerate(groups):
+            aside = 0.08 * (number - (len(groups) - 1) / 2)  # so that points at one client do not hide each other
+            at = [clients.index(str(row["client"])) + aside for row in some]
+            series.append(Series(some[0]["statistic"], at, [row["value"] / row["truth"] for row in some], "dots"))
+        panel = Panel("client", "value / truth", series, levels={"truth": 1.0}, ticknames=clients)
+        return {"Each client's statistics": chart([panel], "value / truth against client")}
 
 
 def scenario(
     *,
     shards: Annotated[int, Knob("clients, among whom the records are dealt", 2, 1000)] = 10,
-    data: Annotated[str, Knob("posteriordb data (.json, .json.zip); none: 434 records are made", swept=False)] = "",
+    data: Annotated[
+        str, Knob("posteriordb data (.json, .json.zip); none: 434 records are made", path=True, swept=False)
+    ] = "",
     x: Annotated[str, Knob("the data's columns that are inputs, joined by commas", swept=False)] = "",
     y: Annotated[str, Knob("the data's column that is the output", swept=False)] = "",
     prior: Annotated[str, Knob("of σ: flat, or halfcauchy(SCALE); β is flat")] = "halfcauchy(2.5)",

@@ -27,9 +27,9 @@ from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.files import exists
 from fedtap.simulator.leaks import PosteriorLeak, Protocol, stack
 from fedtap.simulator.models.likelihoods import NORMAL, Likelihood, LinearRegression, likelihood
-from fedtap.simulator.report import pseudo_charts
+from fedtap.simulator.report.charts import GREY, Panel, Series, chart
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import Row
-from fedtap.simulator.report.pseudo_charts import Course
 from fedtap.simulator.study import Exchange, Outcome, Study, ask, read
 from fedtap.simulator.wire.records import tensors_of
 
@@ -76,12 +76,15 @@ class Regression(Study):
     are standardised.
     """
 
-    columns: ClassVar[tuple[str, ...]] = (
-        "client", "statistic", "column", "value", "truth", "oracle", "error", "twin", "start"
-    )  # fmt: skip
-    legend: ClassVar[str] = (
-        "value: of the pseudo-data; oracle: of the exact minimiser; error: |value / truth − 1|; twin: of pseudo-data "
-        "that began elsewhere; start: where they began"
+    columns: ClassVar[tuple[Column, ...]] = (
+        *(Column(name, over="same") for name in ("client", "statistic", "column")),
+        Column("value", "of the pseudo-data"),
+        Column("truth", "of the private records"),
+        Column("oracle", "of the exact minimiser"),
+        Column("error", "|value / truth − 1|"),
+        Column("second", "of pseudo-data from a second initialisation"),
+        Column("start", "where they began"),
+        *(Column(name, over="hidden") for name in ("objective", "second_objective", "apart")),
     )
     threat: ClassVar[str] = THREAT
 
@@ -196,7 +199,7 @@ class Regression(Study):
             return bayesian.posterior(order, client, {"draws": _draws(_found(self.draws, data_root))[1]})
         records = self.records(client, data_root)
         assert records is not None
-        return bayesian.answer(
+        return bayesian.posterior_reply(
             order, client, self.likelihood(data_root), records, self.sampler, self.samples, self.seed
         )
 
@@ -210,11 +213,11 @@ class Regression(Study):
         quadratic = attack.quadratic(on_device) if isinstance(model, LinearRegression) else None
         guess = attack(on_device, start=start).on_cpu()
         *_, (weights, points, objective) = attack.path(on_device, self.elsewhere(start).to(device), quadratic)
-        twin = PseudoData(points[..., :-1], points[..., -1], weights, objective).on_cpu()
+        second = PseudoData(points[..., :-1], points[..., -1], weights, objective).on_cpu()
         steps, course = self.course(on_device, start, quadratic)
         readings = {
             "value": self.readings(with_total(sums_of(*all_of(guess))), model),
-            "twin": self.readings(with_total(sums_of(*all_of(twin))), model),
+            "second": self.readings(with_total(sums_of(*all_of(second))), model),
             "start": self.readings(with_total(course[0]), model),
         }
         if quadratic is not None and isinstance(model, LinearRegression):
@@ -225,13 +228,13 @@ class Regression(Study):
         if quadratic is not None:  # on batches of draws, only the ends are known
             charts = self.charts_of(steps, [self.readings(sums, model) for sums in course], readings)
         charts |= {
-            "Pseudo-data over the private records": pseudo_charts.points(
+            "Pseudo-data over the private records": points_chart(
                 private[0],
-                {"pseudo-data": _first(guess), "pseudo-data that began elsewhere": _first(twin)},
+                {"pseudo-data": _first(guess), "second initialisation": _first(second)},
                 (self.named(_labels(model)[0]), self.named("y")),
             )
         }
-        return Outcome(self.rows_of(readings, model, guess, twin), leak, charts)
+        return Outcome(self.rows_of(readings, model, guess, second), leak, charts)
 
     def elsewhere(self, start: Float[Tensor, "victims pseudo columns"]) -> Float[Tensor, "victims pseudo columns"]:
         """Another start: corners of a square, and little around them."""
@@ -276,11 +279,11 @@ class Regression(Study):
         readings: Mapping[str, Mapping[str, Float[Tensor, "victims"]]],
         model: Likelihood,
         guess: PseudoData,
-        twin: PseudoData,
+        second: PseudoData,
     ) -> list[Row]:
         """A row for each client and statistic, then for the sum over clients, where there are several."""
         rows: list[Row] = []
-        far = apart(guess, twin)
+        far = apart(guess, second)
         for client in range(len(readings["value"]["sum_w"])):
             single = client < self.clients
             about = {
@@ -290,7 +293,7 @@ class Regression(Study):
                 "optimiser": self.optimiser,
                 "pseudo": self.pseudo,
                 "objective": float(guess.objective[client]) if single else None,
-                "twin_objective": float(twin.objective[client]) if single else None,
+                "second_objective": float(second.objective[client]) if single else None,
                 "apart": far[client] if single else None,
             }
             for statistic in readings["value"]:
@@ -301,7 +304,11 @@ class Regression(Study):
                 rows.append(
                     {"client": client if single else ALL, "statistic": statistic, "column": self._columns_of(statistic)}
                     | {name: said.get(name) for name in ("value", "truth", "oracle")}
-                    | {"error": _error(said["value"], said.get("truth")), "twin": said["twin"], "start": said["start"]}
+                    | {
+                        "error": _error(said["value"], said.get("truth")),
+                        "second": said["second"],
+                        "start": said["start"],
+                    }
                     | about
                 )
         return rows
@@ -331,13 +338,42 @@ class Regression(Study):
                 return (value - goal) / math.sqrt(max(goals[statistic.replace("mean", "var")], 1e-300))
             return value / goal
 
-        panels: dict[str, list[Course]] = {}
+        panels = []
         for kind, title in PANELS.items():
+            series: list[Series] = []
             for statistic in (name for name in goals if name.startswith(kind)):
                 values = [scaled(statistic, one[statistic]) for one in course]
-                end = scaled(statistic, oracle[statistic]) if oracle and "truth" in readings else None
-                panels.setdefault(f"{title} {reference}", []).append(Course(statistic, values, end))
-        return {"How they converge": pseudo_charts.convergence(panels, steps, reference)}
+                series.append(Series(statistic, steps, values, "smooth"))
+                if oracle and "truth" in readings:
+                    end = scaled(statistic, oracle[statistic])
+                    ends = Series(f"{statistic}, oracle", [steps[0], steps[-1]], [end, end], "dotted", like=statistic)
+                    series.append(ends)
+            around = kind == "mean"
+            spread = [value for one in series for value in one.y if value > 0]
+            log = not around and bool(spread) and max(spread) > 10 * min(spread)
+            levels = {reference: 0.0 if around else 1.0}
+            panels.append(Panel("iteration", "", series, f"{title} {reference}", levels, log=log))
+        return {"How they converge": chart(panels, "statistics of the pseudo-data against iterations", height=4.0)}
+
+
+LARGEST = 60.0
+"""Area of the heaviest pseudo-point on its chart, in square points."""
+
+
+def points_chart(
+    real: Float[Tensor, "records columns"] | None,
+    reconstructions: Mapping[str, tuple[Float[Tensor, "pseudo columns"], Float[Tensor, "pseudo"]]],
+    names: tuple[str, str],
+) -> str:
+    """The first and the last column: private records, and reconstructed points, as large as their weights."""
+    private = []
+    if real is not None:
+        private = [Series("private records", real[:, 0].tolist(), real[:, -1].tolist(), "specks", color=GREY)]
+    panels = []
+    for label, (found, weights) in reconstructions.items():
+        x, y, sizes = (column.tolist() for column in (found[:, 0], found[:, -1], LARGEST * weights / weights.max()))
+        panels.append(Panel(*names, [*private, Series(label, x, y, "open", sizes=sizes)]))
+    return chart(panels, "pseudo-data over the private records", height=4.6)
 
 
 def apart(guess: PseudoData, other: PseudoData) -> list[float]:

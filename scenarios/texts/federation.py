@@ -1,4 +1,5 @@
-"""The federation that trains a language model on texts: what is public of it, what clients hold, and one round of it."""
+"""The federation that trains a language model on texts: what is public of it, what clients hold, and one round of
+it."""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from fedtap.scenarios.attacked import Attacked
+from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.scenario import Observed, Row, Scored, Session, Trial
 
 if TYPE_CHECKING:
@@ -25,24 +26,6 @@ if TYPE_CHECKING:
     from fedtap.scenarios.texts.federation import Corpus
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
-
-COLUMNS: Mapping[str, str] = {
-    "client": "",
-    "batch": "",
-    "tokens": "",
-    "exact_tokens": "share of tokens that are right",
-    "exact_texts": "share of whole texts that are right",
-    "rouge1": "F1 of single tokens",
-    "rouge2": "F1 of pairs of tokens",
-    "rouge_l": "F1 by the longest common subsequence",
-    "blind": "exact tokens of the most common public token at each place",
-    "negative_control": "exact tokens of what another client's gradient gave",
-    "candidates": "tokens left at a place after the first block, mean",
-    "rank": "of the first block's span",
-    "seconds": "",
-    "error": "",
-}
-"""Column of the tables -> what it means."""
 
 MOST = 2**30
 """Entries of all victims' gradients, at most; a block has 12 for each entry of width times width."""
@@ -59,6 +42,20 @@ class TextGradients(Attacked):
         FedtapError: an attack that brings back no tokens, a defence of something else than updates, or a model of a
             size that there is not or that fills gigabytes.
     """
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("exact_tokens", "share that is right", form=".3g"),
+        Column("exact_texts", "share of texts that are right as a whole", form=".3g"),
+        *(Column(name, words, form=".3g") for name, words in (("rouge1", "F1"), ("rouge2", "F1"), ("rouge_l", "F1"))),
+        Column("blind", "exact tokens of the most common public token at each place", form=".3g"),
+        Column("negative_control", "exact tokens of what another client's gradient gave", form=".3g"),
+        Column("candidates", "tokens left at a place after the first block, mean"),
+        Column("rank", "of the gradient's span"),
+        Column("seconds", "for each victim"),
+        Column("error", over="same"),
+        *(Column(name, over="hidden") for name in ("filled", "objective")),
+    )
 
     reconstructs: ClassVar[str] = "Tokens"
     refusal_is_result: ClassVar[bool] = True
@@ -83,7 +80,7 @@ class TextGradients(Attacked):
         from fedtap.simulator.defences.notation import described, written
 
         check_defence(self.defence)
-        if len(self.attacks) != 1 or self.attacks[0].guesses.__name__ != self.reconstructs:
+        if len(self.attacks) != 1 or self.attacks[0].reconstructs.__name__ != self.reconstructs:
             raise FedtapError(
                 f"This scenario asks for one attack that brings back tokens, and {self.named} is none: use dager."
             )
@@ -109,14 +106,14 @@ class TextGradients(Attacked):
 
     def reply(self, message: Message, context: Context, data_root: Path) -> Message:
         """Weights after a step on this client's texts."""
-        from fedtap.clients.texts import train
+        from fedtap.clients.texts import train_on_texts
         from fedtap.scenarios.texts.federation import corpus_of, network_of, private
         from fedtap.simulator.attack import generator
 
         client, corpus = int(context.node_config["partition-id"]), corpus_of(self, data_root)
         texts, labels = private(self, corpus, client)
         draw, net = generator(self.seed, "defence", client), network_of(self, corpus)
-        return train(message, net, texts, labels, client, self.learning_rate, self.defence, draw)
+        return train_on_texts(message, net, texts, labels, client, self.learning_rate, self.defence, draw)
 
     def observe(self, session: Session) -> Observed:
         """A round of Flower's FedAvg with a tap on it."""
@@ -166,11 +163,6 @@ class TextGradients(Attacked):
             rows.append(score | {"client": client, "objective": float(found.objective[victim]), "error": None})
         table = text_report.table(corpus.vocabulary, clients, truths, found.ids)
         return Scored(rows, sections={"What was written, and what was read": table})
-
-    @property
-    def columns(self) -> Sequence[Any]:
-        """How much was read, and what the first block told."""
-        return tuple(COLUMNS)
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """A curious server."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from fedtap.simulator import scores
 from fedtap.simulator.data.texts import WordPieces
+from fedtap.simulator.defences.noise import Noise
 from fedtap.simulator.defences.notation import described
-from fedtap.simulator.report import curves
+from fedtap.simulator.report.charts import Panel, Series, chart, unzipped
+from fedtap.simulator.report.columns import Column, Html, listing
 from fedtap.simulator.scenario import Row
 
 SHOWN = 4
@@ -26,12 +29,26 @@ def charts(rows: Sequence[Row]) -> dict[str, str]:
     noisy = _series("sigma", [row for row in alike if row["sigma"] is not None])
     made = {}
     if filled:
-        made["Where it stops"] = curves.share_svg(
-            "tokens in the batch for each dimension of the model", filled, limit=1.0
-        )
+        made["Where it stops"] = _share("tokens in the batch for each dimension of the model", filled, limit=1.0)
     if noisy:
-        made["Under noise"] = curves.share_svg("standard deviation of the noise on an entry", noisy)
+        made["Under noise"] = _share("standard deviation of the noise on an entry", noisy)
     return made
+
+
+def _share(across: str, points: Mapping[str, Sequence[tuple[float, float]]], limit: float | None = None) -> str:
+    """The share of tokens that are right against a setting: each victim a dot, and their mean as a line.
+
+    Args:
+        limit: a value of the setting that is marked.
+    """
+    series = []
+    for label, some in points.items():
+        means = {at: statistics.fmean(share for value, share in some if value == at) for at, _ in sorted(some)}
+        series.append(Series(label, [*means], [*means.values()], "smooth"))
+        series.append(Series("", *unzipped(some), "pale", like=label))
+    ticks = [value for some in points.values() for value, _ in some]
+    panel = Panel(across, "share of tokens that are right", series, share=True, ticks=ticks, mark=limit)
+    return chart([panel], f"share of right tokens against {across}")
 
 
 def _series(option: str, rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
@@ -49,7 +66,7 @@ def _sigma(defence: str) -> float | None:
     parts = described(defence)
     if not parts:
         return 0.0
-    return parts[0]["sigma"] if [part.name for part in parts] == ["noise"] else None
+    return parts[0].sigma if len(parts) == 1 and isinstance(parts[0], Noise) else None
 
 
 def table(
@@ -67,7 +84,6 @@ def table(
                 (escape(vocabulary.pieces[token]), token == right) for token, right in zip(read, text, strict=True)
             ]
             marked = " ".join(piece if right else f"<mark>{piece}</mark>" for piece, right in pieces)
-            cells = "".join(f"<td class='attack'>{words}</td>" for words in (escape(vocabulary.decode(text)), marked))
-            rows.append(f"<tr><td>{client}</td>{cells}</tr>")
-    head = "<tr><th>client</th><th>text</th><th>read off its gradient, by tokens</th></tr>"
-    return f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+            rows.append([{"client": client, "text": vocabulary.decode(text), "read": Html(marked)}])
+    heading = "read off its gradient, by tokens"
+    return listing(rows, [Column("client"), Column("text"), Column("read", heading=heading)])

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fedtap.simulator.data import DATASETS
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import check_zip, exists, read_bytes
 from fedtap.simulator.progress import progress
@@ -38,12 +39,6 @@ Fitted: TypeAlias = UInt8[np.ndarray, "..."]
 SideName: TypeAlias = Literal["public", "train", "victims"]
 
 SIDES: tuple[SideName, ...] = ("public", "train", "victims")
-
-DATASETS = {
-    "photos": "pieces of eight colour photographs that come with scikit-image; a class is a photograph",
-    "cifar10": "CIFAR-10: cifar10*.npz in the data root, else torchvision's download",
-}
-"""Named datasets, in one line each. A folder, a .zip or an .npz of one's own is a dataset too."""
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -78,7 +73,7 @@ class Dataset:
     train: Side
     victims: Side
     note: str = ""
-    """What a reader of the results has to know of how it was made; the page says it."""
+    """What a reader of the results has to know about how the dataset was made; the page shows it."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -114,7 +109,7 @@ def open_dataset(name: str, data_root: Path, size: int = 32) -> Dataset:
     if name == "photos":
         return photos(size)
     if name == "cifar10":
-        return cifar10(data_root)
+        return cifar10_dataset(data_root)
     path = next((path for path in (Path(name), data_root / name) if exists(path)), None)
     if path is None:
         if "/" in name or PurePosixPath(name).suffix in (".npz", ".zip"):
@@ -301,7 +296,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-HELD_OUT = {"val", "valid", "validation", "test"}
+HELD_OUT_FOLDERS = {"val", "valid", "validation", "test"}
 """Folders beside one named train whose pictures are the victims."""
 
 
@@ -309,7 +304,8 @@ def pictures(path: Path, size: int) -> Dataset:
     """A folder or .zip of images, each resized (shorter side to `size`) and cropped at its centre.
 
     A class is a subfolder, below any folder that holds all the rest. In order of class and name the images go to
-    public, train and victims by turns, a third to each; but where the top folders are `train` and some of HELD_OUT, the
+    public, train and victims by turns, a third to each; but where the top folders are `train` and some of
+    HELD_OUT_FOLDERS, the
     latter are the victims' side, and `train` goes to the other two by turns. Images without subfolders have no labels:
     they get balanced pseudo-labels, and all of them are victims, as are all of a folder too small for three sides; the
     public and the training side are then the embedded photographs. Images that are all grey have one channel. Of images
@@ -324,7 +320,7 @@ def pictures(path: Path, size: int) -> Dataset:
         return _pictures(path, readers, size)
     try:
         archive = zipfile.ZipFile(path)
-        check_zip(archive, LARGEST)
+        check_zip(archive, LARGEST_ARRAY)
     except Exception as error:  # zipfile raises all sorts
         raise FedtapError(
             f"{short(path, 100)} cannot be read as a zip ({short(error, 100)}): fetch or pack it again."
@@ -347,10 +343,10 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
         raise FedtapError(
             f"{short(path, 100)} holds no images ({', '.join(sorted(SUFFIXES))}): name a folder or zip that does."
         )
-    if len(images) * size * size * 3 > LARGEST:
+    if len(images) * size * size * 3 > LARGEST_ARRAY:
         raise FedtapError(
             f"{short(path, 100)} holds {len(images):,} images, which at {size} pixels a side fill more than "
-            f"{LARGEST:,} bytes: lower --size, or take some out."
+            f"{LARGEST_ARRAY:,} bytes: lower --size, or take some out."
         )
     classes_of, held_out = _layout(images, path.stem)
     classes = tuple(sorted(set(classes_of.values())))
@@ -371,7 +367,7 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
     turns = cycle(("public", "train") if held_out else SIDES)
     side_of: dict[PurePosixPath, SideName] = {file: "victims" if file in held_out else next(turns) for file in fitted}
     alike = len(classes) == 1
-    if (not held_out and (alike or len(fitted) < SMALL)) or set(side_of.values()) != set(SIDES):
+    if (not held_out and (alike or len(fitted) < _SMALL)) or set(side_of.values()) != set(SIDES):
         labels = [classes.index(classes_of[file]) for file in fitted]
         return _beside_photos(
             path.stem, _stacked(list(fitted.values()), grey), None if alike else labels, classes, size
@@ -382,7 +378,7 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
     return _called(path.stem, sides, grey) if alike else _dataset(path.stem, classes, sides, grey)
 
 
-SMALL = 24
+_SMALL = 24
 """Images below which a folder is not split: a third of them would be less than one for each of a few clients."""
 
 PSEUDO_LABELS = 8
@@ -436,7 +432,7 @@ def _luminance(
 
 
 def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPath, str], set[PurePosixPath]]:
-    """The class of each image, and those that lie in a folder of HELD_OUT beside one named train."""
+    """The class of each image, and the images in a folder of HELD_OUT_FOLDERS beside one named train."""
     inner = {file: file.parts for file in images}
 
     def tops() -> set[str]:
@@ -446,7 +442,7 @@ def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPat
         single = tops().pop()
         inner = {file: parts[1:] for file, parts in inner.items()}
     held_out: set[PurePosixPath] = set()
-    if "train" in tops() and {"train"} < tops() <= {"train"} | HELD_OUT:
+    if "train" in tops() and {"train"} < tops() <= {"train"} | HELD_OUT_FOLDERS:
         held_out = {file for file, parts in inner.items() if parts[0] != "train"}
         inner = {file: parts[1:] for file, parts in inner.items()}
     classes = {file: parts[0] if len(parts) > 1 else single for file, parts in inner.items()}
@@ -472,7 +468,7 @@ def npz(path: Path, classes: Sequence[str] = ()) -> Dataset:
     """
     try:
         with zipfile.ZipFile(path) as members:
-            check_zip(members, LARGEST)
+            check_zip(members, LARGEST_ARRAY)
             for name in ARRAYS:
                 _check_header(members, name)
         with np.load(path, allow_pickle=False) as archive:
@@ -502,7 +498,7 @@ def _check_header(members: zipfile.ZipFile, name: str) -> None:
         raise ValueError(f"{name} promises {short(shape, 30)} entries, and there are fewer")
 
 
-def cifar10(data_root: Path) -> Dataset:
+def cifar10_dataset(data_root: Path) -> Dataset:
     """CIFAR-10: the first cifar10*.npz in the data root, else torchvision's, downloaded there.
 
     Raises:
@@ -513,16 +509,16 @@ def cifar10(data_root: Path) -> Dataset:
         return dataclasses.replace(npz(found[0], CIFAR10_CLASSES), name="cifar10")
     from fedtap.simulator.data import vision
 
-    return of_arrays("cifar10", vision.cifar10(data_root), CIFAR10_CLASSES)
+    return of_arrays("cifar10", vision.cifar10_arrays(data_root), CIFAR10_CLASSES)
 
 
-LARGEST = 2**31
+LARGEST_ARRAY = 2**31
 """Bytes that a dataset's images may fill, unfolded and resized."""
 
 LARGEST_IMAGE, MOST_PIXELS = 2**28, 2**26
 """Bytes of an image file, and pixels of an image, at most."""
 
-MOST_CLASSES = 2**16
+MOST_LABELS = 2**16
 """Classes of an .npz, which are counted from its labels."""
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -556,8 +552,8 @@ def _side(images: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."], 
         raise ValueError(f"x_{part} has shape {images.shape}, not N x H x W x C with 1 or 3 channels")
     if labels.dtype.kind not in "iu" or labels.size != len(images) or (labels.size and int(labels.min()) < 0):
         raise ValueError(f"y_{part} is not one whole number from 0 for each image of x_{part}")
-    if labels.size and int(labels.max()) >= MOST_CLASSES:
-        raise ValueError(f"y_{part} holds {labels.max()}, where {MOST_CLASSES - 1:,} is the highest possible")
+    if labels.size and int(labels.max()) >= MOST_LABELS:
+        raise ValueError(f"y_{part} holds {labels.max()}, where {MOST_LABELS - 1:,} is the highest possible")
     channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return Side(torch.from_numpy(channels_first), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import check_zip, is_file, parse_json, read_bytes
 
-LARGEST = 1 << 27
+LARGEST_ARCHIVE = 1 << 27
 """Bytes of a file, unfolded."""
 
 LARGEST_NUMBER = 1e100
@@ -92,10 +92,10 @@ def _read(path: Path) -> Any:
     if not is_file(path):
         raise FedtapError(f"{short(path, 120)} is no file: name a .json or .json.zip file of posteriordb's form.")
     if path.suffix.lower() != ".zip":
-        return parse_json(read_bytes(path, LARGEST), path)
+        return parse_json(read_bytes(path, LARGEST_ARCHIVE), path)
     try:
         with zipfile.ZipFile(path) as folder:
-            check_zip(folder, LARGEST)
+            check_zip(folder, LARGEST_ARCHIVE)
             files = [info for info in folder.infolist() if info.filename.endswith(".json")]
             content = folder.read(files[0]) if len(files) == 1 else b""
     except Exception as error:  # zipfile raises all sorts

@@ -24,12 +24,12 @@ from fedtap.simulator.files import read_bytes
 
 UNKNOWN, START, END = "[UNK]", "[CLS]", "[SEP]"
 CONTINUED = "##"
-"""Of a piece that does not begin a word."""
+"""Prefix of a piece that does not begin a word."""
 
-LARGEST = 1 << 28
+LARGEST_TEXT_FILE = 1 << 28
 """Bytes of a file of texts."""
 
-LONGEST = 100
+LONGEST_WORD = 100
 """Letters of a word beyond which it is unknown, as in BERT."""
 
 
@@ -68,7 +68,7 @@ class WordPieces:
 
     def _cut(self, word: str) -> list[int]:
         found, at = [], 0
-        while at < len(word) <= LONGEST:
+        while at < len(word) <= LONGEST_WORD:
             before = CONTINUED if at else ""
             ends = range(len(word), at, -1)
             end = next((end for end in ends if before + word[at:end] in self._numbers), None)
@@ -86,7 +86,7 @@ class WordPieces:
             FedtapError: it cannot be read, or lacks the marks.
         """
         try:
-            text = read_bytes(path, LARGEST).decode("utf-8").replace("\r\n", "\n")
+            text = read_bytes(path, LARGEST_TEXT_FILE).decode("utf-8").replace("\r\n", "\n")
         except (FedtapError, UnicodeDecodeError) as error:
             raise FedtapError(
                 f"{short(path, 100)} cannot be read as a vocabulary ({short(error)}): give a text with a piece a line."
@@ -163,9 +163,8 @@ class TextDataset:
     victims: TextSide
 
     def __repr__(self) -> str:
-        return (
-            f"TextWorld({self.name!r}, classes={self.classes}, {len(self.public)} public, {len(self.victims)} victims)"
-        )
+        sides = f"{len(self.public)} public, {len(self.victims)} victims"
+        return f"TextDataset({self.name!r}, classes={self.classes}, {sides})"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -180,7 +179,7 @@ class Cut:
 
 
 def cut(side: TextSide, vocabulary: WordPieces, tokens: int) -> Cut:
-    """The side's texts, cut to so many tokens; shorter ones are left out.
+    """The side's texts, cut to `tokens` tokens; shorter ones are left out.
 
     Raises:
         FedtapError: all are shorter.
@@ -192,7 +191,7 @@ def cut(side: TextSide, vocabulary: WordPieces, tokens: int) -> Cut:
     return Cut(torch.tensor([begun[number] for number in kept]), side.labels[kept])
 
 
-FILES = {"public": "train", "victims": "test"}
+SIDE_FILES = {"public": "train", "victims": "test"}
 """Side -> what the name of its file has in it."""
 
 
@@ -204,7 +203,7 @@ def open_texts(name: str, data_root: Path) -> TextDataset:
         FedtapError: a file is missing or cannot be used, or both sides share a text.
     """
     sides = {}
-    for side, part in FILES.items():
+    for side, part in SIDE_FILES.items():
         found = sorted(data_root.glob(f"{name}_{part}*.csv")) if name.replace("_", "").isalnum() else []
         if not found:
             raise FedtapError(
@@ -228,7 +227,7 @@ def read_texts(path: Path) -> TextSide:
         FedtapError: it cannot be read, or a row is none.
     """
     try:
-        lines = StringIO(read_bytes(path, LARGEST).decode("utf-8"), newline="")
+        lines = StringIO(read_bytes(path, LARGEST_TEXT_FILE).decode("utf-8"), newline="")
         rows: Sequence[list[str]] = [row for row in csv.reader(lines, strict=True) if row]
     except (FedtapError, UnicodeDecodeError, csv.Error) as error:
         raise FedtapError(

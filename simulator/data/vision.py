@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError
 
-FEATURES = Path(__file__).with_name("lpips_alexnet_features.safetensors")
+LPIPS_FEATURES = Path(__file__).with_name("lpips_alexnet_features.safetensors")
 """AlexNet's convolutions, as torchvision trained them, in float16 (LPIPS moves by less than 2e-5)."""
 
 _schemas: list[torch.library.Library] = []  # a schema lives as long as the object that defined it
@@ -45,7 +45,7 @@ def torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
+def cifar10_arrays(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
     """CIFAR-10 through torchvision, downloaded into `data_root` where it is not there yet.
 
     Returns:
@@ -70,17 +70,17 @@ def cifar10(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
 
 
 def alexnet_features() -> dict[str, Tensor]:
-    """The weights in FEATURES, by torchvision's names.
+    """The weights in LPIPS_FEATURES, by torchvision's names.
 
     Raises:
         OSError, KeyError, ValueError, SafetensorError: the file is absent or damaged.
     """
-    return load_file(FEATURES)
+    return load_file(LPIPS_FEATURES)
 
 
 @functools.cache
 def lpips_alex() -> nn.Module:
-    """LPIPS v0.1 on AlexNet, frozen: `network(guess, truth, normalize=True)` takes pixels in [0, 1].
+    """LPIPS v0.1 on AlexNet, frozen: `network(one, other, normalize=True)` takes pixels in [0, 1].
 
     Raises:
         FedtapError: a package or the weights cannot be loaded. A network with random features is never returned.

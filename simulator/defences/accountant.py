@@ -11,7 +11,6 @@ all, by which FedAvg weighs it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,21 +162,22 @@ class Gaussian:
 
 
 @runtime_checkable
-class Named(Protocol):
-    """A defence in words: its name on the command line and the values that it is given."""
+class Accounted(Protocol):
+    """What a defence says of its guarantee."""
 
-    @property
-    def name(self) -> str: ...
+    def bound(self, norm: float) -> float:
+        """The L2 norm that it hands on at most of what has `norm` at most."""
 
-    @property
-    def values(self) -> tuple[float, ...]: ...
+    def release(self, clip: float, adjacency: str, releases: int, steps: int) -> Gaussian | None:
+        """The mechanism by which its noise hides what was sent, of what has the norm `clip` at most; None where it adds
+        none."""
 
 
-def mechanism_of(parts: Sequence[Named], adjacency: str, releases: int = 1, steps: int = 1) -> Gaussian:
+def mechanism_of(parts: Sequence[Accounted], adjacency: str, releases: int = 1, steps: int = 1) -> Gaussian:
     """What a client's defences, done one after the other, guarantee: the client, or with DP-SGD each of its examples.
 
     What comes after the noise only handles what was sent anyway. Before it the clip counts, so long as nothing but
-    pruning, which shortens, stands between the two. A clip of a batch's update bounds what its client sends, not what
+    what shortens stands between the two. A clip of a batch's update bounds what its client sends, not what
     one example adds to it, so whom it protects is the client. Noise that the server adds hides nothing from the server.
 
     Of DP-SGD the adjacency is always `replace`. The number of examples in a batch is public: the client says it, and
@@ -195,27 +195,10 @@ def mechanism_of(parts: Sequence[Named], adjacency: str, releases: int = 1, step
     """
     clip = math.inf
     for part in parts:
-        match part.name:
-            case "noise":
-                return Gaussian(part.values[0], clip, "client", adjacency, releases)
-            case "dp_sgd":
-                norm, multiplier = part.values
-                return Gaussian(multiplier * norm, norm, "example", "replace", releases * steps)
-            case "local_dp":
-                norm, sensitivity, epsilon, delta = part.values
-                once = flower_local_dp(norm, sensitivity, epsilon, delta, adjacency)
-                return dataclasses.replace(once, releases=releases)
-            case "laplace":
-                raise FedtapError(
-                    "No ε is known here for Laplace noise after a clip of the L2 norm: it would need one of the L1 "
-                    "norm; use noise(...), which is Gaussian."
-                )
-            case "clip":
-                clip = min(clip, part.values[0])
-            case "prune":
-                pass
-            case _:
-                clip = math.inf
+        release = part.release(clip, adjacency, releases, steps)
+        if release is not None:
+            return release
+        clip = part.bound(clip)
     return Gaussian(0.0, clip, "client", adjacency, releases)
 
 

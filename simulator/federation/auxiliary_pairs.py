@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fedtap.simulator.attack import generator
-from fedtap.simulator.auxiliary import About, Auxiliary, digest, digest_of
+from fedtap.simulator.auxiliary import Auxiliary, Provenance, digest, digest_of
 from fedtap.simulator.federation.rounds import auxiliary
 from fedtap.simulator.federation.settings import PAIRS, Federation, ImageObserved
 from fedtap.simulator.models.registry import build
@@ -37,7 +37,7 @@ def auxiliary_pairs(setting: Federation, session: Session, observed: ImageObserv
     plain = not part.auxiliary_trainings and part.auxiliary_labels == "own"
     if part.defence != "none" or not plain:  # then what is drawn depends on the seed
         known["seed"] = torch.tensor(part.seed)
-    about = About(
+    about = Provenance(
         protocol,
         part.dataset,
         wanted,

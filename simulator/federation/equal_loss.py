@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.defences.defence import Defence
+from fedtap.simulator.defences.notation import described, strength_of
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import Federation
 from fedtap.simulator.scenario import Observations, Row, same_but
@@ -36,12 +37,13 @@ def strengths_of(parts: Sequence[Federation], part: Federation) -> list[int]:
     return [number for number, other in enumerate(parts) if _but_for_strength(other) == mine]
 
 
-def _but_for_strength(part: Federation) -> tuple[Federation, tuple[Part, ...], str, dict[str, float]]:
+def _but_for_strength(part: Federation) -> tuple[Federation, tuple[Defence, ...], str, dict[str, float]]:
     parts, same = described(part.defence), same_but(part, defence="none")
     if not parts:
         return same, (), "none", {}
     last = parts[-1]
-    values = {number.name: last[number.name] for number in last.kind.arguments if number.name != last.kind.strength}
+    named = zip(last.arguments(), last.values, strict=True)
+    values = {argument.name: value for argument, value in named if argument != strength_of(last)}
     return same, parts[:-1], last.name, values
 
 

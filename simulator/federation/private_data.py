@@ -184,7 +184,7 @@ def private_data(scenario: Federation, data_root: Path, clients: int) -> Private
     public = _of_classes(dataset.public, scenario.auxiliary_classes, half)
     victims = _of_classes(victims, scenario.target_classes, half)
     there = max(1, len(victims) // (scenario.batch * scenario.summed))
-    if "victims" not in scenario.given and there < scenario.victims:
+    if not scenario.chose("victims") and there < scenario.victims:
         scenario = dataclasses.replace(scenario, victims=there)
     return PrivateData(scenario, dataclasses.replace(dataset, public=public, victims=victims), clients)
 

@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedtap.simulator.attack import generator, numpy_seeded
 from fedtap.simulator.auxiliary import Pairs, chunk_size, gradients, trainings
 from fedtap.simulator.data.images import Side
-from fedtap.simulator.defences.notation import described
-from fedtap.simulator.defences.suited import check_model, check_summed
+from fedtap.simulator.defences.chained import check_model
+from fedtap.simulator.defences.defence import HOW_TO_FIX, ServerDefence
+from fedtap.simulator.defences.notation import averaged, described
 from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.federation.private_data import PrivateData
-from fedtap.simulator.federation.settings import Federation
+from fedtap.simulator.federation.settings import SECURE, Federation
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
-from fedtap.simulator.wire.threat_models import SECURE, Masked, difference, hear, isolated, threat_model
-from fedtap.simulator.wire.wiretap import PATIENCE, Wiretap
+from fedtap.simulator.wire.threat_models import Masked, difference, hear, isolated, threat_model
+from fedtap.simulator.wire.wiretap import REPLY_TIMEOUT, Wiretap
 
 METRICS = ("num-examples", "partition")
 """What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
@@ -50,12 +51,8 @@ PRACTICE = "query.auxiliary"
 LONGEST = 260
 """Characters of the reason that a row gives for a leak that is missing."""
 
-CENTRAL = "central_dp"
-"""Name of the defence by which the server clips what it hears."""
-
-TINY = 1e-18
-"""Change of the weights whose square float32 rounds to zero, so that a clip of it divides by zero; its reciprocal
-squared is nearly the largest number of float32."""
+HUGE = 1e18
+"""Weight whose square is nearly the largest number of float32."""
 
 
 @dataclass
@@ -124,13 +121,13 @@ def play(
     protocol = scenario.protocol(dataset)
     skeleton = build(scenario.architecture, dataset.shape, len(dataset.classes))
     net = build(scenario.architecture, dataset.shape, len(dataset.classes), seed=scenario.weights_seed)
-    check_model(described(scenario.defence), net, dataset.shape)
+    check_model(scenario.defence, net, dataset.shape)
     if scenario.summed > 1:
         check_summed(net)
     if scenario.weights:
         with_weights(net, Path(scenario.weights))
     hearing = threat_model(scenario.threat_model)
-    clipped = any(part.name == CENTRAL for part in described(scenario.defence))
+    server = servers(scenario.defence)
     who = call(grid)
     heard = Heard(nodes=who.nodes)
     masked: dict[int, dict[int, Masked]] = {}
@@ -149,7 +146,7 @@ def play(
             return
         try:
             with reading(client):
-                as_expected(order.content, answer.content, client, skeleton, metrics_of(scenario), clipped)
+                as_expected(order.content, answer.content, client, skeleton, metrics_of(scenario), server)
                 leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {short(error, LONGEST)}"
@@ -191,7 +188,8 @@ def play(
         still = scenario.rounds if scenario.repeats > 1 else None
         # all nodes that are there: a strategy that waits for one that went away waits for ever
         strategy = Still(still, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
-    strategy = _with_central_dp(strategy, scenario, clients + 1)
+    for defence in server:
+        strategy = defence.around(strategy, scenario.learning_rate, clients + 1)
     tensors = dict(net.named_parameters()) | float_buffers(net)
     tap = Wiretap(grid, ear)
     with numpy_seeded(generator(scenario.seed, "central_dp").initial_seed()):
@@ -228,25 +226,29 @@ def _means(heard: Heard, private: PrivateData) -> None:
     for client, first in private.names():
         rounds = range(first, first + private.scenario.repeats)
         if names := [(client, rnd) for rnd in rounds if (client, rnd) in heard.leaks]:
-            kept = mean([heard.leaks[name] for name in names])
+            defence = averaged(private.scenario.defence, len(names))
+            kept = mean([heard.leaks[name] for name in names], defence)
             means[client, first] = dataclasses.replace(kept, rounds=torch.tensor([first]))
             heard.drift_norm[client, first] = heard.drift_norm[names[0]]
     heard.leaks = means
 
 
-def _with_central_dp(strategy: Strategy, scenario: Federation, nodes: int) -> Strategy:
-    """The strategy in Flower's wrapper, if the server is to clip what it hears and to add noise to the average.
+def servers(defence: str) -> tuple[ServerDefence, ...]:
+    """What the server does to what it hears, of the defences as written."""
+    return tuple(part for part in described(defence) if isinstance(part, ServerDefence))
 
-    McMahan, Ramage, Talwar and Zhang 2018, https://arxiv.org/abs/1710.06963. The noise on an entry of the average has
-    ``noise_multiplier clip / nodes``; `clip` is in the gradient's units, as the clients' are. It protects the model
-    from those who are sent it, and nobody from the server, which hears what it clips. Where one client fails, Flower's
-    wrapper leaves the weights as they are.
+
+def check_summed(network: nn.Module) -> None:
+    """Refuse a network of which a mean of several clients' gradients is not the gradient of their images together.
+
+    Raises:
+        FedtapError: it has BatchNorm.
     """
-    for part in described(scenario.defence):
-        if part.name == CENTRAL:
-            clip = part["clip"] * scenario.learning_rate
-            return DifferentialPrivacyServerSideFixedClipping(strategy, part["noise_multiplier"], clip, nodes)
-    return strategy
+    if name := next(iter(float_buffers(network)), None):
+        raise FedtapError(
+            f"Each client's BatchNorm ({name.rpartition('.')[0]}) normalises its own images alone, so a sum of clients "
+            f"is not the gradient of one batch, which attacks look for: {HOW_TO_FIX}."
+        )
 
 
 def metrics_of(scenario: Federation) -> tuple[str, ...]:
@@ -260,7 +262,7 @@ def as_expected(
     client: int,
     network: nn.Module,
     reported: Sequence[str] = METRICS,
-    clipped: bool = False,
+    server: Sequence[ServerDefence] = (),
 ) -> None:
     """Refuse what a strategy could not average with the others' answers: it would end the run for all of them.
 
@@ -269,7 +271,7 @@ def as_expected(
 
     Args:
         reported: names of the metrics.
-        clipped: the server clips the change of the weights, and divides by its length.
+        server: what the server does to the change of the weights.
     """
     wanted = dict(network.named_parameters()) | float_buffers(network)
     for kind, mine, theirs in (
@@ -296,12 +298,11 @@ def as_expected(
                 f"Client {client} answered {short(name)} as {_said(tensor)} in the place of {_said(wanted[name])}: "
                 "client and server must name the same --model."
             )
-    sent = tensors_of(order["arrays"]) if clipped else {}  # type: ignore[arg-type]
-    if clipped and all(bool(((got[name] - sent[name]).abs() < TINY).all()) for name in got):
-        raise FedtapError(
-            f"Client {client} sent back the weights that it was sent, and {CENTRAL} cannot clip a change of length 0: "
-            "raise --learning-rate."
-        )
+    if server:
+        sent = tensors_of(order["arrays"])  # type: ignore[arg-type]
+        change = {name: got[name] - sent[name] for name in got}
+        for defence in server:
+            defence.check_change(change, client)
 
 
 def _said(tensor: Tensor) -> str:
@@ -391,7 +392,7 @@ def _fed(
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
         content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})
     order = Message(content, heard.nodes[private.clients], PRACTICE)
-    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=PATIENCE)
+    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=REPLY_TIMEOUT)
     if not answers or answers[0].has_error():
         why = short(answers[0].error.reason, LONGEST // 2) if answers else "no answer"
         raise ClientError(
@@ -418,7 +419,7 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
         tensor, shape = found.get(name), wanted.get(name)
         if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
             got = "nothing" if tensor is None else _said(tensor)
-        elif not bool((tensor.abs() < 1 / TINY).all()):
+        elif not bool((tensor.abs() < HUGE).all()):
             got = "NaN, infinity, or numbers without a square,"
         else:
             continue

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fedtap.simulator import scores
-from fedtap.simulator.attack import Attack, answered
+from fedtap.simulator.attack import Attack, reply_parts
 from fedtap.simulator.federation.guarantees import promised
 from fedtap.simulator.federation.settings import SECURE, THREATS, Federation, ImageObserved
 from fedtap.simulator.leaks import Leak, float_buffers
-from fedtap.simulator.report.page import Picture
+from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Row, Scored, Trial
 
 PICTURES = 8
@@ -131,7 +131,7 @@ def adaptation(attack: Attack, defence: str) -> Row:
     """
     missing = attack.unknown(defence)
     note = {"adaptive_note": f"does not know {'+'.join(missing)}"} if missing and attack.adapts else {}
-    return {"adaptive": not missing and (attack.adapts or bool(answered(defence))), **note}
+    return {"adaptive": not missing and (attack.adapts or bool(reply_parts(defence))), **note}
 
 
 def _finite(value: float) -> float | None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fedtap.simulator.federation.private_data import PrivateData
     from fedtap.simulator.federation.rounds import Heard
     from fedtap.simulator.leaks import Leak, Protocol
+    from fedtap.simulator.report.columns import Group
+    from fedtap.simulator.report.page import Page
 
 Half = Literal["all", "low", "high"]
 """Which classes: all, or a half of them."""
@@ -141,7 +143,11 @@ class Federation(Scenario):
     auxiliary: Annotated[
         str,
         Option(
-            "folder of saved auxiliary pairs, used if there and made if not", group="auxiliary", file=True, single=True
+            "folder of saved auxiliary pairs, used if there and made if not",
+            group="auxiliary",
+            file=True,
+            made=True,
+            single=True,
         ),
     ] = ""
     auxiliary_source: Annotated[
@@ -223,7 +229,7 @@ class Federation(Scenario):
         """The model's name, with what a defence puts into it."""
         from fedtap.simulator.defences.notation import described
 
-        parts = [part for part in described(self.defence) if part.kind.hook == "model"]
+        parts = [part for part in described(self.defence) if part.hook == "model"]
         return self.model + "".join(f"+{part}" for part in parts)
 
     def protocol(self, dataset: Dataset) -> Protocol:
@@ -254,6 +260,11 @@ class Federation(Scenario):
     def nodes(self) -> int:
         """The honest clients, and the compromised one."""
         return (self.clients or self.victims) + 1
+
+    @property
+    def any_nodes(self) -> bool:
+        """Where no number of clients is named, victims are attacked in as many rounds as it takes."""
+        return not self.clients
 
     def opened(self, data_root: Path) -> Dataset:
         """The dataset.
@@ -341,10 +352,11 @@ class Federation(Scenario):
         share = success_of(rows)
         return [row | share for row in rows]
 
-    @property
-    def columns(self) -> Sequence[Any]:
-        """The scores of images."""
-        return ()
+    def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:
+        """With answers, alarms, curves, and the price of privacy where it is asked for."""
+        from fedtap.simulator.report.images import page_of
+
+        return page_of(page, rows)
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The threat model, and what every client of the federation does."""

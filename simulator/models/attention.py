@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError, unknown
-from fedtap.simulator.models.registry import HEADS, WIDTH, EncoderBlock, ViT, build
+from fedtap.simulator.models.registry import VIT_HEADS, VIT_WIDTH, EncoderBlock, ViT, build
 
 NORMS = ("none", "before", "after")
 """LayerNorm before attention, as in GPT-2 and ViT, or after the residual sum, as in BERT."""
@@ -68,18 +68,20 @@ class Attention(nn.Module):
         self.after = nn.LayerNorm(self.width) if norm == "after" else None
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Normal entries: those of Q^T K of variance 1 / width, and so those of V; LayerNorm does nothing."""
+        """Normal entries: Q^T K and V have entries of variance 1 / width, and LayerNorm's gain is 1 and its shift 0."""
         width, columns = self.query.in_features, self.query.out_features // self.heads
         for layer in (self.query, self.key):
+            # an entry of Q^T K sums `columns` products of variance 1 / (width columns)
             nn.init.normal_(layer.weight, 0.0, (width * columns) ** -0.25, generator=generator)
         for layer in (self.value, *([] if self.project is None else [self.project])):
             nn.init.normal_(layer.weight, 0.0, layer.in_features**-0.5, generator=generator)
 
-    def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
+    def forward(self, x: Float[Tensor, "*elements n d"]) -> Float[Tensor, "*elements n m"]:
         u = x if self.before is None else self.before(x)
         query, key, value = (
             layer(u).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for layer in (self.query, self.key, self.value)
         )
+        # P = softmax(scale Q K^T) of each head, and P V
         mixed = torch.softmax(self.scale * query @ key.transpose(-1, -2), dim=-1) @ value
         out = mixed.transpose(-2, -3).flatten(-2)
         out = out if self.project is None else self.project(out)
@@ -88,7 +90,7 @@ class Attention(nn.Module):
 
 
 class Words(nn.Module):
-    """An attention block behind a table of embeddings, which the server has too; it is given what the table says."""
+    """An attention block behind a table of embeddings that the server knows; its input is a text's embeddings."""
 
     def __init__(self, vocabulary: int, attention: Attention, draw: torch.Generator | None) -> None:
         super().__init__()
@@ -97,8 +99,8 @@ class Words(nn.Module):
         )
         self.attention = attention
 
-    def embedded(self, words: Int[Tensor, "*lanes n"]) -> Float[Tensor, "*lanes n d"]:
-        """What the table says of these words.
+    def embedded(self, words: Int[Tensor, "*elements n"]) -> Float[Tensor, "*elements n d"]:
+        """The embeddings of these words.
 
         Raises:
             FedtapError: a word is not in it.
@@ -110,12 +112,12 @@ class Words(nn.Module):
             )
         return self.table.detach()[words]
 
-    def forward(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes n m"]:
+    def forward(self, x: Float[Tensor, "*elements n d"]) -> Float[Tensor, "*elements n m"]:
         return self.attention(x)  # type: ignore[no-any-return]
 
 
 class Patches(nn.Module):
-    """A vision transformer to the end of its first attention: patches of pixels in [0, 1], embedded, with positions."""
+    """A vision transformer up to its first attention: patches of pixels in [0, 1], embedded, plus positions."""
 
     def __init__(self, tokens: int, pixels: int, attention: Attention) -> None:
         super().__init__()
@@ -123,7 +125,7 @@ class Patches(nn.Module):
         self.position = nn.Parameter(torch.empty(tokens, attention.query.in_features))
         self.attention = attention
 
-    def forward(self, x: Float[Tensor, "*lanes n pixels"]) -> Float[Tensor, "*lanes n m"]:
+    def forward(self, x: Float[Tensor, "*elements n pixels"]) -> Float[Tensor, "*elements n m"]:
         return self.attention(self.embed(x) + self.position)  # type: ignore[no-any-return]
 
 
@@ -139,7 +141,7 @@ def first_attention(vit: ViT, *, residual: bool = True) -> Patches:
     channels, (high, wide) = vit.embed.in_channels, vit.embed.kernel_size
     attention = Attention(width, block.heads, width // block.heads, residual=residual, **OF_VIT)
     patches = Patches(tokens, channels * high * wide, attention)
-    # pixels are normalised by channel first, which is affine, as the embedding is
+    # E ((x - mean) / std) + b is affine in x, so that the normalisation goes into the embedding's weight and bias
     mean, std = (vit.normalise(torch.full((1, channels, 1, 1), value)) for value in (0.0, 1.0))
     scale, shift = (std - mean).view(-1, 1, 1), mean.view(-1, 1, 1)
     kernel = vit.embed.weight.detach()
@@ -162,8 +164,8 @@ def first_attention(vit: ViT, *, residual: bool = True) -> Patches:
     return patches
 
 
-BLOCK = re.compile(r"attention\(heads=([1-9]\d{0,3}), around='(\w+)', vocabulary=(0|[1-9]\d{0,6})\)")
-"""How a saved leak says what block it is of."""
+_BLOCK = re.compile(r"attention\(heads=([1-9]\d{0,3}), around='(\w+)', vocabulary=(0|[1-9]\d{0,6})\)")
+"""Form of a block's name in a saved leak."""
 
 HALVES = {"vit(cut='sum')": True, "vit(cut='attention')": False}
 """A vision transformer's half by name: whether it ends after the residual sum."""
@@ -175,7 +177,7 @@ def block_name(heads: int, around: str, vocabulary: int) -> str:
 
 
 def architecture(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """What a leak is of, on the meta device: the half of a model, where inputs are tokens and numbers of a token.
+    """The architecture behind a leak, on the meta device: half of a model, whose inputs are `tokens width`.
 
     Raises:
         FedtapError: there is none of this name.
@@ -183,25 +185,27 @@ def architecture(name: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     if len(shape) != 2:
         return build(name, shape, classes)
     tokens, numbers = shape
-    found = BLOCK.fullmatch(name)
+    found = _BLOCK.fullmatch(name)
     with torch.device("meta"):
         if found and found[2] in AROUND:
             attention = Attention(numbers, int(found[1]), **AROUND[found[2]])
             return Words(int(found[3]), attention, None) if int(found[3]) else attention
         if name in HALVES:
-            columns = WIDTH // HEADS
-            return Patches(tokens, numbers, Attention(WIDTH, HEADS, columns, residual=HALVES[name], **OF_VIT))
+            columns = VIT_WIDTH // VIT_HEADS
+            return Patches(tokens, numbers, Attention(VIT_WIDTH, VIT_HEADS, columns, residual=HALVES[name], **OF_VIT))
     raise unknown("half of a model", name, (block_name(4, "nothing", 0), *HALVES))
 
 
 OF_VIT: dict[str, Any] = {"scaled": True, "norm": "before", "project": True, "bias": True}
-"""What is around a vision transformer's heads."""
+"""Arguments of `Attention` for a block of a vision transformer."""
 
 MOVES = ((-4, -2, -5, -3), (-5, -4, -3, -2))
-"""From (channel, row, y, column, x) to (row, column, channel, y, x)."""
+"""Permutation from (channel, row, y, column, x) to (row, column, channel, y, x)."""
 
 
-def cut(images: Float[Tensor, "*lanes channel height width"], high: int, wide: int) -> Float[Tensor, "*lanes n pixels"]:
+def patches_of(
+    images: Float[Tensor, "*elements channel height width"], high: int, wide: int
+) -> Float[Tensor, "*elements n pixels"]:
     """Pictures as patches, row by row; a patch's pixels channel by channel."""
     columns = images.unflatten(-1, (-1, wide))  # type: ignore[no-untyped-call]
     rows = columns.unflatten(-3, (-1, high))
@@ -209,9 +213,9 @@ def cut(images: Float[Tensor, "*lanes channel height width"], high: int, wide: i
 
 
 def joined(
-    patches: Float[Tensor, "*lanes n pixels"], shape: tuple[int, int, int], high: int, wide: int
-) -> Float[Tensor, "*lanes channel height width"]:
-    """Patches as a picture of this shape: `cut` undone."""
+    patches: Float[Tensor, "*elements n pixels"], shape: tuple[int, int, int], high: int, wide: int
+) -> Float[Tensor, "*elements channel height width"]:
+    """Patches as a picture of this shape: the inverse of `patches_of`."""
     channels, height, width = shape
     apart = patches.unflatten(-2, (height // high, width // wide)).unflatten(-1, (channels, high, wide))  # type: ignore[no-untyped-call]
     return apart.movedim(*reversed(MOVES)).flatten(-2).flatten(-3, -2)  # type: ignore[no-any-return]

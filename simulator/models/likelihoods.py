@@ -1,4 +1,4 @@
-"""Bayesian models by name: how likely a record is under parameters, and how likely those are beforehand.
+"""Bayesian models by name: the likelihood of a record under parameters, and the prior of the parameters.
 
 A record is a point ``(inputs, output)``. The client samples the posterior of such a model, and the server, which chose
 it, knows it: its name is in the leak's protocol.
@@ -25,12 +25,12 @@ HIGHEST, WIDEST = 20, 500
 """Degree of a polynomial, and hidden units of a network, at most: beyond, powers are lost in rounding, and the Hessian
 of the log-posterior needs gigabytes."""
 
-HOW = "write linear_regression, polynomial(DEGREE) or bayesian_network(HIDDEN, NOISE)"
+HOW_TO_WRITE = "write linear_regression, polynomial(DEGREE) or bayesian_network(HIDDEN, NOISE)"
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Of a standard deviation σ > 0: flat, or Half-Cauchy(0, `scale`)."""
+    """Prior of a standard deviation σ > 0: flat, or Half-Cauchy(0, `scale`)."""
 
     scale: float = math.inf
 
@@ -61,7 +61,7 @@ def prior(text: str) -> Prior:
 
 
 class Likelihood(ABC):
-    """What an attack on a posterior has to know of the model.
+    """The model as an attack on a posterior needs it.
 
     One whose log-likelihood is ``natural(θ) . statistics(point)`` says both, and is an exponential family.
     """
@@ -92,7 +92,7 @@ class Likelihood(ABC):
 
     @property
     def positive(self) -> tuple[int, ...]:
-        """Entries of θ that are over 0."""
+        """Indices of the entries of θ that are positive."""
         return ()
 
 
@@ -152,7 +152,7 @@ class LinearRegression(Likelihood):
         return [(0,) * self.columns, *inputs, units[-1]]
 
     def statistics(self, points: Float[Tensor, "*points columns"]) -> Float[Tensor, "*points statistics"]:
-        """What of a record the likelihood sees: its sums over all records are sufficient."""
+        """Sufficient statistics of a record; the likelihood depends on the records through their sums alone."""
         u, pairs = self._u, combinations_with_replacement(range(len(self._u)), 2)
         place = {_product(u[left], u[right]): (left, right) for left, right in pairs}  # of equal ones, any does
         left, right = zip(*(place[powers] for powers in self.monomials), strict=True)
@@ -169,7 +169,7 @@ class LinearRegression(Likelihood):
 
     @property
     def _gather(self) -> Float[Tensor, "statistics products"]:
-        """Which entries of uuᵀ are the same monomial."""
+        """Index, for each entry of uuᵀ, of its monomial among the statistics."""
         u, place = self._u, {powers: row for row, powers in enumerate(self.monomials)}
         gather = torch.zeros(len(place), len(u) ** 2)
         for row, left in enumerate(u):
@@ -220,14 +220,14 @@ class BayesianNetwork(Likelihood):
         return -0.5 * theta @ theta
 
 
-KINDS = ("linear_regression", "polynomial", "bayesian_network")
+LIKELIHOODS = ("linear_regression", "polynomial", "bayesian_network")
 
 NORMAL = "normal(1)"
 """The prior of a network's parameters."""
 
 
 def likelihood(model: str, inputs: int, prior_of_sigma: str = "flat") -> Likelihood:
-    """The model of this name, as a protocol says it, on so many inputs.
+    """The model of this name, as a protocol says it, for this number of inputs.
 
     Raises:
         FedtapError: there is none of this name, or its values are not such.
@@ -239,11 +239,13 @@ def likelihood(model: str, inputs: int, prior_of_sigma: str = "flat") -> Likelih
             hidden, noise = values
             return BayesianNetwork(inputs, int(hidden), float(noise))
         (degree,) = values if name == "polynomial" else ["1"] if not values else ["", ""]
-        if name in KINDS:
+        if name in LIKELIHOODS:
             return LinearRegression(inputs, int(degree), prior(prior_of_sigma))
     except ValueError as error:
-        raise FedtapError(f"{short(model)!r} cannot be read as a likelihood ({short(error)}): {HOW}.") from error
-    raise FedtapError(f"{short(model)!r} is no likelihood that fedtap knows: {HOW}.")
+        raise FedtapError(
+            f"{short(model)!r} cannot be read as a likelihood ({short(error)}): {HOW_TO_WRITE}."
+        ) from error
+    raise FedtapError(f"{short(model)!r} is no likelihood that fedtap knows: {HOW_TO_WRITE}.")
 
 
 def likelihood_of(protocol: Protocol) -> Likelihood:

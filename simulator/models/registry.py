@@ -27,11 +27,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedtap.simulator.data import vision
-from fedtap.simulator.defences.precode import with_bottleneck
+from fedtap.simulator.defences.defence import ModelDefence
+from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 from fedtap.simulator.models import likelihoods
-from fedtap.simulator.models.language import NAMES, build_language
+from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language
 
 Shape = tuple[int, ...]
 
@@ -86,6 +87,7 @@ class LeNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         hidden = images
         for number in range(self.depth):
+            # a_k = s(W_k * a_{k-1} + b_k): the sigmoid has the second derivatives that gradient matching needs
             hidden = torch.sigmoid(self.get_submodule(f"conv{number + 1}")(hidden))
         return self.fc(hidden.flatten(1))  # type: ignore[no-any-return]
 
@@ -95,6 +97,7 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         colour = images.shape[-3] == 3
+        # mean and standard deviation of ImageNet's training images, as torchvision's models take them
         mean = images.new_tensor([0.485, 0.456, 0.406] if colour else [0.449]).view(-1, 1, 1)
         std = images.new_tensor([0.229, 0.224, 0.225] if colour else [0.226]).view(-1, 1, 1)
         return (images - mean) / std
@@ -177,13 +180,14 @@ class EncoderBlock(nn.Module):
         query, key, value = (
             self.qkv(self.norm1(tokens)).view(images, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         )
+        # softmax(Q K^T / sqrt(columns)) V
         mixed = torch.softmax(query @ key.transpose(-1, -2) / (width // self.heads) ** 0.5, dim=-1) @ value
         tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(images, length, width))
         return tokens + self.mlp(self.norm2(tokens))  # type: ignore[no-any-return]
 
 
-WIDTH, HEADS = 96, 4
-"""Of the vision transformer's tokens, and of each of its attentions."""
+VIT_WIDTH, VIT_HEADS = 96, 4
+"""Features of a token, and heads of each attention, of the vision transformer."""
 
 
 class ViT(nn.Module):
@@ -197,11 +201,11 @@ class ViT(nn.Module):
         channels, height, width = shape
         patch = (max(height // 8, 1), max(width // 8, 1))
         self.normalise = Normalise()
-        self.embed = nn.Conv2d(channels, WIDTH, patch, stride=patch)
-        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), WIDTH))
-        self.blocks = nn.Sequential(*(EncoderBlock(WIDTH, HEADS) for _ in range(4)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, classes)
+        self.embed = nn.Conv2d(channels, VIT_WIDTH, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, (height // patch[0]) * (width // patch[1]), VIT_WIDTH))
+        self.blocks = nn.Sequential(*(EncoderBlock(VIT_WIDTH, VIT_HEADS) for _ in range(4)))
+        self.norm = nn.LayerNorm(VIT_WIDTH)
+        self.head = nn.Linear(VIT_WIDTH, classes)
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -226,11 +230,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-BOTTLENECK = re.compile(r"(.+)\+precode\((\d{1,6})\)")
-"""A model's name where it has a variational bottleneck before its last linear layer."""
+INSTALLED = re.compile(r"(.+)\+(\w+\([^()]*\))")
+"""A model's name with what a defence put into it: lenet+precode(64)."""
 
 
-LARGEST = {"depth": 256, "width": 65_536}
+LARGEST_ARGUMENTS = {"depth": 256, "width": 65_536}
 """Sizes that a model's name may ask for, at most: more are a mistake, or meant to fill the memory."""
 
 OWN_MODELS = "FEDTAP_OWN_MODELS"
@@ -240,9 +244,20 @@ CODE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 def plain_name(name: str) -> str:
-    """A model's name without the bottleneck that a defence put into it."""
-    bottleneck = BOTTLENECK.fullmatch(name)
-    return bottleneck[1] if bottleneck else name
+    """A model's name without what a defence put into it."""
+    return _installed(name)[0]
+
+
+def _installed(name: str) -> tuple[str, ModelDefence | None]:
+    """A model's name without a defence, and that defence."""
+    if found := INSTALLED.fullmatch(name):
+        try:
+            (part,) = described(found[2])
+        except FedtapError:
+            return name, None
+        if isinstance(part, ModelDefence):
+            return found[1], part
+    return name, None
 
 
 def allow(names: Iterable[str]) -> None:
@@ -272,12 +287,11 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     Raises:
         FedtapError: no such model, or a user's function that does not return a module for these images.
     """
-    if name.partition("(")[0] in NAMES and len(shape) == 1:
+    if name.partition("(")[0] in LANGUAGE_MODELS and len(shape) == 1:
         return build_language(name, shape[0], classes, seed)
-    if name.partition("(")[0] in likelihoods.KINDS:  # a Bayesian model, which answers with a posterior
+    if name.partition("(")[0] in likelihoods.LIKELIHOODS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
-    bottleneck = BOTTLENECK.fullmatch(name)
-    plain = plain_name(name)
+    plain, defence = _installed(name)
     own = CODE.fullmatch(plain) is not None
     factory = _users_own(plain) if own else _sized(plain)
 
@@ -287,12 +301,10 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             network = factory(shape, classes)
             if isinstance(network, LeNet) and seed is not None:
                 network.reset_parameters(torch.Generator().manual_seed(seed))
-            if bottleneck:
-                if _numbers(network) > LARGE:
-                    raise ValueError(f"precode is for models of up to {LARGE:,} parameters")
-                if (last := _yields_logits(network, shape)) is None:  # not remembered: the layer's name changes here
-                    raise ValueError("precode stands before the linear layer that yields the logits, and there is none")
-                with_bottleneck(network, last, int(bottleneck[2]))
+            if defence:
+                if _numbers(network) > LARGE_MODEL:
+                    raise ValueError(f"{defence.name} is for models of up to {LARGE_MODEL:,} parameters")
+                network = defence.install(network, _yields_logits(network, shape))  # not remembered: its name changes
         return network
 
     def checked(network: nn.Module, device: str) -> nn.Module:
@@ -307,7 +319,7 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
             return checked(made("cpu"), "cpu")
         try:
             skeleton = made("meta")
-            large = _numbers(skeleton) > SMALL or math.prod(shape) > SMALL // 4
+            large = _numbers(skeleton) > SMALL_MODEL or math.prod(shape) > SMALL_MODEL // 4
             if large and not _counts(skeleton):
                 return on_meta(checked(skeleton, "meta"))
         except (Exception, SystemExit):  # a user's code may need real numbers as it is built
@@ -324,11 +336,11 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
         ) from error
 
 
-SMALL = 2**22
+SMALL_MODEL = 2**22
 """Parameters of a model, and four times the numbers of an example, up to which it is tried out with real numbers. That
 takes milliseconds; the first forward pass on the meta device loads torch's compiler, which takes seconds."""
 
-LARGE = 2**26
+LARGE_MODEL = 2**26
 """Parameters up to which the layer that yields the logits is looked for, which takes real numbers."""
 
 
@@ -347,15 +359,15 @@ def on_meta(network: nn.Module) -> nn.Module:
 
     `to` would untie weights that layers share, and take their values from masks and positions, which are no weights.
     """
-    drift_norm: dict[int, Any] = {}
+    on_meta: dict[int, Any] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
-                twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                module._parameters[name] = drift_norm.setdefault(id(parameter), twin)
+                copied = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[name] = on_meta.setdefault(id(parameter), copied)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = drift_norm.setdefault(id(buffer), buffer.to("meta"))
+                module._buffers[name] = on_meta.setdefault(id(buffer), buffer.to("meta"))
     return network
 
 
@@ -378,7 +390,8 @@ _LOGITS_LAYERS: WeakKeyDictionary[nn.Module, dict[Shape, str | None]] = WeakKeyD
 
 
 def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
-    """Told from one backward pass at made-up weights: with z the logits of one input and ``d = softmax(z) - onehot``,
+    """The layer is found by one backward pass at made-up weights, with z the logits of one input and
+    ``d = softmax(z) - onehot``:
 
     the layer z = W e + b has the gradients ``dL/db = d`` and ``dL/dW = d e^T``, and its ``softmax(W e + b)`` is the
     network's. Neither views, dropout nor a log-softmax after the layer change that; anything else does.
@@ -404,13 +417,13 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
             z = functional_call(copied, {**weights, **buffers, **whole}, (torch.rand(1, *shape, generator=draw),))
             label, single = torch.zeros(1, dtype=torch.long), z.shape[1] == 1  # of one logit the softmax is constant
             loss = z.sum() if single else F.cross_entropy(z, label)
-            slopes = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
+            gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     except Exception as error:  # a user's code may raise anything
         raise FedtapError(
             f"The model cannot be run on one input with made-up weights ({short(error, 120)}), by which the layer that "
             "yields the logits is found: keep its tensors as parameters or buffers, and do without branches on data."
         ) from error
-    gradient = {name: slope for name, slope in zip(weights, slopes, strict=True) if slope is not None}
+    gradient = {name: gradient for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
     names = {id(weight): name for name, weight in copied.named_parameters()}
     ends = z.detach()[0] if single else z.detach().softmax(1)[0]
     d = torch.ones(1) if single else ends - F.one_hot(label, z.shape[1])[0]
@@ -425,6 +438,7 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
             return True
         if weight not in gradient:
             return False
+        # dL/dW = d e', so e = d' dL/dW / |d|^2
         e = d @ gradient[weight] / d.square().sum()
         off = gradient[weight] - torch.outer(d, e)
         there = weights[weight] @ e + (0 if bias is None else weights[bias])
@@ -437,7 +451,7 @@ def _yields_logits(network: nn.Module, shape: Shape) -> str | None:
 
 
 def with_weights(network: nn.Module, path: Path) -> nn.Module:
-    """The network with the weights of a .safetensors file, parameter name -> tensor, buffers likewise.
+    """The network with the weights of a .safetensors file, parameters and buffers by name.
 
     Raises:
         FedtapError: the file is not there, damaged, or of another model.
@@ -481,11 +495,11 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
     fit = all(
         name in takes
         and type(size) is type(takes[name])
-        and (type(size) is not int or 1 <= size <= LARGEST.get(name, 0))
+        and (type(size) is not int or 1 <= size <= LARGEST_ARGUMENTS.get(name, 0))
         for name, size in sizes.items()
     )
     if bracket and not (sizes and fit):
-        most = " and ".join(f"{size} to {LARGEST[size]:,}" for size in LARGEST if size in takes)
+        most = " and ".join(f"{size} to {LARGEST_ARGUMENTS[size]:,}" for size in LARGEST_ARGUMENTS if size in takes)
         how = f"it has one: {base}"
         if takes:
             how = f"it takes whole numbers from 1, {most}: {base}({next(iter(takes))}=16)"
@@ -494,7 +508,7 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
 
 
 def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:
-    """The user's function of (shape, classes); what takes no such two is called without."""
+    """The user's function, called with (shape, classes), or without arguments where it takes none."""
     module, _, function = name.partition(":")
     try:
         try:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedtap.simulator.attack import Attack, Guess
+from fedtap.simulator.attack import Attack, Reconstructed
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import TEMPORARY, check_writable, sweep, write_atomically
 from fedtap.simulator.leaks import Leak
@@ -79,7 +79,7 @@ class Folder:
             sweep(folder)
         if before is not None and not resume:
             self._clear(before)
-        self.describe(finished=False)
+        self.describe(finished=False, done=self._done)
 
     def describe(self, **more: Any) -> None:
         """Write run.json, with `more` in it."""
@@ -132,7 +132,7 @@ class Folder:
             )
         leak.save(path)
 
-    def keep(self, unit: str, guess: Guess) -> None:
+    def keep(self, unit: str, guess: Reconstructed) -> None:
         """Save a guess, so that a resumed run can show it."""
         # a copy of each: an attack may bring back one tensor under two names, which safetensors refuses
         tensors = {
@@ -140,11 +140,11 @@ class Folder:
         }
         self.write(f"guesses/{unit}.safetensors", save(tensors))
 
-    def kept(self, unit: str, attack: Attack[Any], leak: Leak) -> Guess | None:
+    def kept(self, unit: str, attack: Attack[Any], leak: Leak) -> Reconstructed | None:
         """The saved reconstruction of this unit, if it is there, whole, finite where it has to be, and of this leak."""
         try:
             tensors = load_file(self.path / f"guesses/{unit}.safetensors")
-            made = attack.guesses
+            made = attack.reconstructs
             names = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
             found = made(**{name: tensor for name, tensor in tensors.items() if name in names})
             sound = found.checked(leak)

@@ -27,7 +27,7 @@ def leak(
     batch: int = 1,
     weights: Mapping[str, Tensor] | None = None,
     name: str = "",
-    **told: Any,
+    **terms: Any,
 ) -> GradientLeak:
     """The leak of one victim, or of several at the same weights: `leak(model, grads, shape=(3, 32, 32))`.
 
@@ -40,7 +40,7 @@ def leak(
         batch: examples behind each gradient.
         weights: those of the model, where it has others by now; name -> tensor.
         name: of the model in rows; `module:function` lets `fedtap attack` build it again. Its class's where not given.
-        told: what else the protocol tells (`fedtap.simulator.leaks.Protocol`): `defence="noise(0.01)"`, …
+        terms: further terms of the protocol (`fedtap.simulator.leaks.Protocol`): `defence="noise(0.01)"`, …
 
     Raises:
         FedtapError: the model does not take such an input, or the gradients are not those of its parameters.
@@ -57,7 +57,7 @@ def leak(
     numbers = torch.arange(len(victims))
     found = GradientLeak(
         observed={name: torch.stack([victim[name] for victim in victims]) for name in victims[0]},
-        protocol=Protocol(name, tuple(shape), logits, batch, **told),
+        protocol=Protocol(name, tuple(shape), logits, batch, **terms),
         network=on_meta(copy.deepcopy(model)),
         weights=_plain(known),
         buffers=_plain(float_buffers(model)),

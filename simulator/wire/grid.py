@@ -21,15 +21,15 @@ SERVER_NODE = 1
 CLIENT_FAILED = 2
 """Flower's own error code for a ClientApp that raised."""
 
-LONGEST = 400
+LONGEST_REASON = 400
 """Characters of what is kept of a client's error."""
 
 
 class LocalGrid(Grid):
-    """Nodes 0 … `nodes` - 1, each with its own Context, answering with `app` as soon as a message is pushed."""
+    """Nodes 0 … `nodes` - 1, each with its own Context, replying with `app` as soon as a message is pushed."""
 
     instant = True
-    """All answers that there will be are there once messages are pushed."""
+    """All replies that there will be are there once messages are pushed."""
 
     def __init__(self, app: ClientApp, nodes: int, run_config: UserConfig | None = None) -> None:
         self._app = app
@@ -72,17 +72,17 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Let each node answer its message now; answers that nobody pulls are kept as `Unpulled` says."""
+        """Let each node reply its message now; replies that nobody pulls are kept as `Unpulled` says."""
         answers = {(name := _named(message)): self._answer(message, name) for message in messages}
         self._answers.put(answers, lambda answer: answer.metadata.src_node_id)
         return list(answers)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers to these messages, each handed out once."""
+        """The replies to these messages, each handed out once."""
         return [self._answers.pop(name) for name in list(message_ids) if name in self._answers]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push and pull. Every node has answered when this returns, so `timeout` never passes."""
+        """Push and pull. Every node has replied when this returns, so `timeout` never passes."""
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message, name: str) -> Message:
@@ -99,7 +99,7 @@ class LocalGrid(Grid):
                 raise ValueError("the ClientApp answered another message than the one that it was sent")
             if answer.has_error():
                 failed = answer.error
-                return Message(Error(int(failed.code), short(failed.reason, LONGEST)), reply_to=asked)
+                return Message(Error(int(failed.code), short(failed.reason, LONGEST_REASON)), reply_to=asked)
             return Message(_arrived(answer.content), reply_to=asked)
         except KeyboardInterrupt:  # the user's
             raise
@@ -147,4 +147,4 @@ def _reason(error: BaseException) -> str:
     except BaseException:  # a client's own exception may raise as it is told
         said = "which does not say why"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {short(said, LONGEST)} (line {last.lineno} of {last.name})"
+    return f"{type(error).__name__}: {short(said, LONGEST_REASON)} (line {last.lineno} of {last.name})"

@@ -1,4 +1,4 @@
-"""Audit a Flower app of one's own: save what its server hears, for `fedtap attack`.
+"""Audit a Flower app of one's own: save what its server observes, for `fedtap attack`.
 
 In the app's `@app.main()`, hand the strategy `Wiretap(grid, recorder(...))` in place of `grid`. Nothing else changes,
 on no client either: the gradient is in the difference of the weights.
@@ -21,10 +21,10 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.leaks import Protocol, Tensors, check_protocol
 from fedtap.simulator.wire.soundness import doubts
-from fedtap.simulator.wire.threat_models import exchanged, weights_in
+from fedtap.simulator.wire.threat_models import leak_of_exchange, weights_in
 from fedtap.simulator.wire.wiretap import Ear
 
-EXAMPLES = ("num-examples", "num_examples")
+EXAMPLE_METRICS = ("num-examples", "num_examples")
 """Metrics that Flower's strategies weigh a client by, unless an app names another."""
 
 
@@ -50,30 +50,30 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
     counts: Counter[str] = Counter()
     rounds: Counter[int] = Counter()
 
-    def ear(order: Message, answer: Message) -> None:
-        kind, node = order.metadata.message_type, order.metadata.dst_node_id
-        if answer.has_error():
+    def ear(message: Message, reply: Message) -> None:
+        kind, node = message.metadata.message_type, message.metadata.dst_node_id
+        if reply.has_error():
             return
         client = node % 2**63  # Flower's node ids are unsigned
         try:
             counts[kind] += 1
             if kind != MessageType.TRAIN and counts[kind] == 1:
                 _warn(
-                    f"Client {client} answers {kind!r} with {_contents(answer.content)}: the server reads this as it "
+                    f"Client {client} answers {kind!r} with {_contents(reply.content)}: the server reads this as it "
                     "is, and fedtap counts such replies and attacks none."
                 )
             write_atomically(folder / "messages.json", json.dumps(counts, indent=2).encode() + b"\n")
             if kind != MessageType.TRAIN:
                 return
             rounds[node] += 1
-            rnd = _round(order.content) or rounds[node]
+            rnd = _round(message.content) or rounds[node]
             before, sent = (
                 _by_name(weights_in(content, what), network)
-                for content, what in ((order.content, "message"), (answer.content, "reply"))
+                for content, what in ((message.content, "message"), (reply.content, "reply"))
             )
             after = _as_weights(before, sent, network, client)
-            examples = _examples(answer.content, weighted_by_key)
-            leak = exchanged(before, after, protocol, network, client, rnd, examples)
+            examples = _examples(reply.content, weighted_by_key)
+            leak = leak_of_exchange(before, after, protocol, network, client, rnd, examples)
             found = doubts(leak)[0]
             leak.save(folder / f"round_{rnd}-client_{client}.safetensors")
         except Exception as error:  # the bytes are a client's, and may raise whatever they like
@@ -89,9 +89,9 @@ def _warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=3)
 
 
-def _round(order: RecordDict) -> int:
+def _round(message: RecordDict) -> int:
     """The server's own number of this round, from 1; 0 where the message names none."""
-    for config in order.config_records.values():
+    for config in message.config_records.values():
         number = config.get("server-round")
         if type(number) is int and 0 < number < 2**63:
             return number
@@ -142,12 +142,12 @@ def _as_weights(before: Tensors, after: Tensors, network: nn.Module, client: int
     return dict(before) | {name: tensor.to(torch.float64) for name, tensor in apart.items()}
 
 
-def _examples(answer: RecordDict, key: str) -> int | None:
+def _examples(reply: RecordDict, key: str) -> int | None:
     """How many examples the client says that it has; None where it says none that could be a count."""
     metrics: Mapping[str, Any] = {
-        name: value for record in answer.metric_records.values() for name, value in record.items()
+        name: value for record in reply.metric_records.values() for name, value in record.items()
     }
-    found = next((metrics[name] for name in (key, *EXAMPLES) if name in metrics), None)
+    found = next((metrics[name] for name in (key, *EXAMPLE_METRICS) if name in metrics), None)
     return round(found) if isinstance(found, int | float) and 0 < found < 2**53 else None
 
 

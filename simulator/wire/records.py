@@ -30,7 +30,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(client: int) -> Iterator[None]:
-    """Whatever is raised while a client's answer is read is a sentence about the client.
+    """Whatever is raised while a client's reply is read is a sentence about the client.
 
     Raises:
         FedtapError: in the place of any exception of another kind.

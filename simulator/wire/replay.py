@@ -1,6 +1,6 @@
-"""What a client of this protocol would have sent for given images: its loss, its optimiser, its steps.
+"""What a client of a protocol would have sent for given images: its loss, its optimiser, its steps.
 
-The frame asks it how much of a leak a guess explains, and attacks that match gradients ask it thousands of times.
+It serves to measure how much of a leak a reconstruction explains, and as the inner loop of gradient matching.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 
+from fedtap.simulator.defences.defence import Exchange
+from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak
+from fedtap.simulator.models.registry import logits_layer
 
-Answer = Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]
+Reply = Callable[[Tensors, Tensors, Tensor, Tensor], dict[str, Tensor]]
 """Of (weights, buffers, images `batch channel height width`, targets `batch classes`): a tensor a trained parameter."""
 
 
@@ -27,8 +30,19 @@ def trained(network: nn.Module) -> list[str]:
 
 
 def local_steps(leak: Leak) -> int:
-    """Steps behind what was sent: a gradient is of one."""
+    """Local steps behind what was sent; 1 for a gradient."""
     return leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
+
+
+def exchange_of(leak: Leak, softness: float = Exchange.softness) -> Exchange:
+    """What the protocol tells of the exchange, for defences that are replayed on `mean_gradient`."""
+    try:
+        layer = logits_layer(leak.network, leak.protocol.shape)
+    except FedtapError:  # a model that cannot be tried out shows nothing
+        layer = None
+    steps = local_steps(leak)
+    last = "" if layer is None else f"{layer}.weight".removeprefix(".")
+    return Exchange(steps, alone=leak.protocol.batch == steps == 1, last=last, softness=softness)
 
 
 def mean_gradient(leak: Leak) -> dict[str, Tensor]:
@@ -43,31 +57,35 @@ def mean_gradient(leak: Leak) -> dict[str, Tensor]:
 
 
 def undecayed(leak: Leak) -> dict[str, Tensor]:
-    """`mean_gradient` less what weight decay alone would have moved, but for Adam's signs and unknown weights.
+    """`mean_gradient` without the contribution of weight decay; unchanged for Adam, and where the weights are unknown.
 
-    What is left is a sum of the loss's own gradients, also of several steps with momentum: the optimiser is linear.
+    The rest is a sum of the loss's own gradients, also after several steps with momentum: the optimiser is linear.
     """
     gradient, protocol = mean_gradient(leak), leak.protocol
     if not protocol.weight_decay or leak.weights is None or protocol.optimiser == "adam":
         return gradient
-    decay = _moved(leak, slope=0.0, start=1.0)
+    decay = _linear_response(leak, gradient=0.0, start=1.0)
     return {name: tensor - decay * leak.weights[name] for name, tensor in gradient.items()}
 
 
 def loss_gradient(leak: Leak) -> dict[str, Tensor]:
     """`undecayed` in units of one gradient of the mean loss; of several steps, a mean along them."""
-    gain = 1.0 if leak.protocol.optimiser == "adam" else _moved(leak, slope=1.0, start=0.0) * summands(leak.protocol)
+    gain = (
+        1.0
+        if leak.protocol.optimiser == "adam"
+        else _linear_response(leak, gradient=1.0, start=0.0) * summands(leak.protocol)
+    )
     return undecayed(leak) if gain == 1 else {name: tensor / gain for name, tensor in undecayed(leak).items()}
 
 
-def _moved(leak: Leak, slope: float, start: float) -> float:
-    """What the optimiser makes of one weight, which begins at `start`, under an even slope."""
-    fixed, begun = ({"": torch.tensor(value, dtype=torch.float64)} for value in (slope, start))
+def _linear_response(leak: Leak, gradient: float, start: float) -> float:
+    """What `descended` gives for one weight that begins at `start`, under a constant gradient of the loss."""
+    fixed, begun = ({"": torch.tensor(value, dtype=torch.float64)} for value in (gradient, start))
     return float(descended(leak.protocol, local_steps(leak), begun, lambda here: fixed)[""])
 
 
 def summands(protocol: Protocol) -> int:
-    """How many times the mean loss a client's loss is: 1, or where it is a sum, the terms of that."""
+    """Factor between a client's loss and the mean loss: 1, or the number of terms where the loss is a sum."""
     if protocol.reduction == "mean":
         return 1
     own = max(1, protocol.batch // protocol.summed)
@@ -90,15 +108,19 @@ def mean_loss(protocol: Protocol, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def descended(
-    protocol: Protocol, steps: int, start: dict[str, Tensor], slopes: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    protocol: Protocol,
+    steps: int,
+    start: dict[str, Tensor],
+    gradients: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """``(start - end) / (learning rate x steps)`` of torch.optim.SGD from empty state, with g the slope at w.
+    """``(start - end) / (learning rate x steps)`` of torch.optim.SGD from empty state, with g the gradient at w.
 
-    ``g + decay w`` moves it; with momentum m ``v <- m v + g + decay w``, or ``g + decay w + m v``, nesterov.
+    A step is ``g + decay w``; with momentum m it is ``v <- m v + g + decay w``, and with Nesterov's ``g + decay w + m
+    v``.
     """
     here, velocity, total = start, dict[str, Tensor](), dict[str, Tensor]()
     for step in range(steps):
-        move = slopes(here)
+        move = gradients(here)
         if protocol.weight_decay:
             move = {name: tensor + protocol.weight_decay * here[name] for name, tensor in move.items()}
         if protocol.momentum:
@@ -111,8 +133,8 @@ def descended(
     return {name: tensor / steps for name, tensor in total.items()} if steps > 1 else total
 
 
-def answer(leak: Leak) -> Answer:
-    """What one victim would send, in the units of `mean_gradient`; of Adam the gradient whose signs it sends."""
+def client_reply(leak: Leak) -> Reply:
+    """The function from images to one victim's reply, in units of `mean_gradient`; for Adam, before the signs."""
     protocol, steps = leak.protocol, local_steps(leak)
     network, names, times = stateless(leak.network, protocol.batchnorm), trained(leak.network), summands(protocol)
 
@@ -149,7 +171,7 @@ class BatchStatistics(nn.Module):
 
 
 def stateless(network: nn.Module, batchnorm: str = "train") -> nn.Module:
-    """The network with BatchNorm made functional and dropout left out: nobody knows which units a victim dropped.
+    """The network with BatchNorm made functional and without dropout, since a victim's dropped units are unknown.
 
     Args:
         batchnorm: as in the protocol.

@@ -2,7 +2,7 @@
 
 A node says its number itself, so any node can say any number. It is asked once, and the number is then bound to the
 node: what comes from there later is that client's and nobody else's. Where two nodes say the same number neither is
-believed, so that it does not matter which of them answers first.
+believed, so that it does not matter which of them replies first.
 """
 
 from __future__ import annotations
@@ -20,46 +20,43 @@ from fedtap.simulator.wire.wiretap import Wiretap
 ASKED = "query.partition"
 """Message type by which a node is asked for its number."""
 
-PATIENCE = 600.0
-"""Seconds in which it has to say it: an engine may have to start a process first."""
+ROLL_TIMEOUT = 600.0
+"""Seconds in which a node has to reply: an engine may have to start a process first."""
 
 
 @dataclass(frozen=True)
 class Roll:
-    """The clients of a grid.
-
-    Args:
-        clients: node -> its client's number, from 0; no two nodes have the same.
-        strangers: node -> why it has none, in a sentence.
-    """
+    """The clients of a grid."""
 
     clients: Mapping[int, int]
+    """Node -> number of its client, from 0; no two nodes have the same."""
     strangers: Mapping[int, str]
+    """Node without a client -> the reason, in a sentence."""
 
     @property
     def nodes(self) -> dict[int, int]:
         """Client -> its node, in the order of clients."""
         return {client: node for node, client in sorted(self.clients.items(), key=lambda both: both[1])}
 
-    def client(self, order: Message) -> int:
-        """Whose answer this order gets: the client's that was asked, whatever the answer says.
+    def client(self, message: Message) -> int:
+        """The client from which a reply to this message comes: the one that was asked, whatever the reply says.
 
         Raises:
             FedtapError: the node is no client.
         """
-        node = order.metadata.dst_node_id
+        node = message.metadata.dst_node_id
         if node not in self.clients:
             raise FedtapError(self.strangers.get(node) or f"Node {node} came after the clients were counted.")
         return self.clients[node]
 
 
-def check_name(answer: RecordDict, client: int) -> None:
-    """Refuse an answer that reports another partition than its client's.
+def check_name(reply: RecordDict, client: int) -> None:
+    """Refuse a reply that reports another partition than its client's.
 
     Raises:
         FedtapError: with both.
     """
-    for record in answer.metric_records.values():
+    for record in reply.metric_records.values():
         said = record.get("partition", client)
         if type(said) is not int or said != client:
             raise FedtapError(f"Client {client} answered in the name of client {short(said)}, which it is not.")
@@ -76,15 +73,15 @@ def call(grid: Grid) -> Roll:
     said: dict[int, Any] = {}
     strangers: dict[int, str] = {node: f"Node {node} did not say which client it is." for node in nodes}
 
-    def ear(order: Message, answer: Message) -> None:
-        node = order.metadata.dst_node_id
-        if answer.has_error():
-            strangers[node] = f"Node {node} did not say which client it is: {short(answer.error.reason, 150)}."
+    def ear(message: Message, reply: Message) -> None:
+        node = message.metadata.dst_node_id
+        if reply.has_error():
+            strangers[node] = f"Node {node} did not say which client it is: {short(reply.error.reason, 150)}."
             return
-        said[node] = answer.content.metric_records.get("metrics", MetricRecord()).get("partition")
+        said[node] = reply.content.metric_records.get("metrics", MetricRecord()).get("partition")
 
     asked = [Message(RecordDict({"config": ConfigRecord()}), node, ASKED) for node in nodes]
-    Wiretap(grid, ear).send_and_receive(asked, timeout=PATIENCE)
+    Wiretap(grid, ear).send_and_receive(asked, timeout=ROLL_TIMEOUT)
     sound = {node: number for node, number in said.items() if type(number) is int and 0 <= number < len(nodes)}
     for node, number in said.items():
         others = [str(other) for other in sound if other != node and sound[other] == number]
@@ -103,7 +100,7 @@ def call(grid: Grid) -> Roll:
     return Roll({node: number for node, number in sound.items() if node not in strangers}, strangers)
 
 
-def present(order: Message, context: Context) -> Message:
-    """A node's answer: the partition of its configuration."""
+def present(message: Message, context: Context) -> Message:
+    """A node's reply: the partition of its configuration."""
     metrics = MetricRecord({"partition": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"metrics": metrics}), reply_to=order)
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -1,8 +1,8 @@
-"""Whether a leak is what its protocol says: doubts before an attack, and after it what the guess leaves unexplained.
+"""Whether a leak is what its protocol says: doubts before an attack, and after it the share that stays unexplained.
 
-A failed attack is not privacy, and an attack on a leak that was misread is not even a failed attack. So what
-contradicts the protocol is said before an attack is tried, and after it how much of the gradient the guess does not
-cause.
+A failed attack is not privacy, and an attack on a leak that was misread is not even a failed attack. So contradictions
+to the protocol are reported before an attack is tried, and after it the share of the gradient that the reconstruction
+does not cause.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedtap.simulator.attack import Images, Labels
-from fedtap.simulator.defences.announced import sigma
-from fedtap.simulator.defences.notation import Part, described
+from fedtap.simulator.defences.chained import sigma
+from fedtap.simulator.defences.defence import EVERYTHING, Defence, Exchange, Trace
+from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 from fedtap.simulator.models.registry import logits_layer
-from fedtap.simulator.wire.replay import answer, local_steps, loss_gradient, mean_gradient, summands, targets
+from fedtap.simulator.wire.replay import (
+    client_reply,
+    exchange_of,
+    local_steps,
+    loss_gradient,
+    mean_gradient,
+    summands,
+    targets,
+)
 
 EXPLAINED = 2.5e-3
-"""`unexplained` up to which a guess counts as an explanation.
+"""`unexplained` up to which a reconstruction counts as an explanation.
 
-Chosen on training images, between honest leaks and misread ones (tests/misread.py). Of 128 others it tells 4 wrongly,
-and 2 where a doubt counts as well: one attack had not converged, one image had next to no gradient.
+Chosen on training images, between honest leaks and misread ones (tests/misread.py). Of 128 further leaks it decides 4
+wrongly, and 2 where a doubt counts too: one attack had not converged, and one image had almost no gradient.
 """
 
 CAUSES = "not converged, or not this model, loss, range, batch or number of steps"
 
-ROOM = 2**24
+_ROOM = 2**24
 """Entries of the gradients that are computed at once."""
-
-RANDOM = {"noise", "laplace", "local_dp", "dp_sgd"}
-"""Defences that add noise of a size that is announced."""
-
-BLURS = {"prune", "sign", "quantise"}
-"""Defences after which the last layer's bias no longer shows what it showed."""
 
 
 def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "victims"] | None:
@@ -49,21 +52,21 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
     g is what a client of this protocol would send for them after all its steps. Weight decay does not count in the
     length of G. A clip and a pruning are done to g as well. Noise and rounding leave an error e of known ``E|e|^2``,
     which is subtracted with three of its standard deviations (down to 0), so that the truth has 0 under noise too;
-    NaN where it is over half of ``|G|^2``, since then next to any guess would have 0. None where the weights are not
+    NaN where it is over half of ``|G|^2``, since then almost any images would have 0. None where the weights are not
     known, where a defence or Adam leaves nothing to compare, and of a network that torch.func cannot differentiate.
     """
-    protocol, steps = leak.protocol, local_steps(leak)
-    parts = _parts(protocol.defence)
+    protocol, parts = leak.protocol, _parts(leak.protocol.defence)
     comparable = isinstance(leak, GradientLeak | UpdateLeak) and len(protocol.shape) == 3
     if not comparable or leak.weights is None or protocol.optimiser != "sgd" or parts is None:
         return None
-    if not _replayable(parts, alone=protocol.batch == steps == 1):
+    exchange = exchange_of(leak) if parts else Exchange()
+    if not _replayable(parts, exchange):
         return None
-    respond, leaked, plain = answer(leak), mean_gradient(leak), loss_gradient(leak)
+    respond, leaked, plain = client_reply(leak), mean_gradient(leak), loss_gradient(leak)
     shared = 0 if leak.stacked else None
     every = vmap(respond, in_dims=(shared, shared, 0, 0))
     target = targets(labels, protocol.classes).to(images.dtype)
-    at_once = max(1, ROOM // sum(tensor[0].numel() for tensor in leaked.values()))
+    at_once = max(1, _ROOM // sum(tensor[0].numel() for tensor in leaked.values()))
     values = []
     for some in torch.arange(len(leak)).split(at_once):  # type: ignore[no-untyped-call]
         model = leak[some]
@@ -71,55 +74,44 @@ def unexplained(leak: Leak, images: Images, labels: Labels) -> Float[Tensor, "vi
             sent = every(model.weights or {}, model.buffers, images[some].nan_to_num(), target[some])
         except (RuntimeError, TypeError, ValueError):
             return None  # not a model whose gradient can be computed for several victims at once
-        heard = {name: tensor[some] for name, tensor in leaked.items()}
+        leaked_here = {name: tensor[some] for name, tensor in leaked.items()}
         for part in parts:
-            sent = _defended(part, sent, heard, steps)
-        apart = _squares({name: sent[name] - heard[name] for name in heard})
-        noise = _noise(leak, heard, parts)
-        values.append(torch.where(noise > _squares(heard) / 2, torch.nan, (apart - noise).clamp_min(0)))
+            if replay := part.replay(exchange):
+                sent = replay.does(sent, leaked_here)
+        apart = _squares({name: sent[name] - leaked_here[name] for name in leaked_here})
+        noise = _noise(leak, leaked_here, parts)
+        values.append(torch.where(noise > _squares(leaked_here) / 2, torch.nan, (apart - noise).clamp_min(0)))
     length = _squares(plain) * (summands(protocol) ** 2)
     return (torch.cat(values) / length).to(images.dtype)
 
 
-def _parts(defence: str) -> tuple[Part, ...] | None:
-    """What is done to a gradient, as announced; None where that is no defence of ours."""
+def _parts(defence: str) -> tuple[Defence, ...] | None:
+    """What is done to a gradient, as announced; None where that is no defence known here."""
     try:
-        return tuple(part for part in described(defence) if part.kind.hook in ("step", "update"))
+        return tuple(part for part in described(defence) if part.hook in ("step", "update"))
     except FedtapError:
         return None
 
 
-def _replayable(parts: Sequence[Part], alone: bool) -> bool:
+def _replayable(parts: Sequence[Defence], exchange: Exchange) -> bool:
     """Whether what these do is done to a guess's gradient as well, or is noise that nothing comes after."""
-    names = [part.name for part in parts]
-    known = {"clip", "prune", "quantise", *RANDOM} - (set() if alone else {"dp_sgd"})
-    noisy = [number for number, name in enumerate(names) if name in RANDOM or name == "quantise"]
-    return set(names) <= known and (not noisy or set(names[noisy[0] :]) <= {*RANDOM, "quantise"})
+    replays = [part.replay(exchange) for part in parts]
+    errors = [part.error(batch=1) is not None for part in parts]
+    return all(replay is not None and replay.exact for replay in replays) and errors == sorted(errors)
 
 
-def _defended(part: Part, sent: dict[str, Tensor], heard: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-    if part.name == "prune":
-        return {name: torch.where(heard[name] == 0, 0.0, tensor) for name, tensor in sent.items()}
-    if part.name in ("clip", "local_dp", "dp_sgd"):
-        most = part["norm" if part.name == "clip" else "clip"] / steps  # norms are of the steps' sum
-        share = (most / _squares(sent).clamp_min(1e-30).sqrt()).clamp_max(1)
-        return {name: tensor * share.view(-1, *(1 for _ in tensor.shape[1:])) for name, tensor in sent.items()}
-    return sent
-
-
-def _noise(leak: Leak, heard: dict[str, Tensor], parts: Sequence[Part]) -> Float[Tensor, "victims"]:
+def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Defence]) -> Float[Tensor, "victims"]:
     """``E|e|^2`` of what is random in each victim's gradient, and three standard deviations of ``|e|^2``.
 
     A square has the variance ``2 s^4`` under Gaussian noise of variance ``s^2``, and ``5 s^4`` under Laplace's.
     """
-    first = next(iter(heard.values()))
-    entries = sum(tensor[0].numel() for tensor in heard.values())
+    first = next(iter(leaked_here.values()))
+    entries = sum(tensor[0].numel() for tensor in leaked_here.values())
     total = first.new_full((len(first),), (entries + 3 * math.sqrt(5 * entries)) * _error(leak) ** 2)
-    for part in (part for part in parts if part.name == "quantise"):
-        for tensor in heard.values():  # rounding at random has the variance step^2 f (1 - f), f in U(0, 1)
-            flat = tensor.flatten(1)
-            step = (flat.amax(1) - flat.amin(1)) / (2 ** part["bits"] - 1)
-            total = total + flat.shape[1] * step.square() / 6
+    for error in (part.error(batch=1) for part in parts):
+        if error and error.steps:
+            for name, step in error.steps(leaked_here).items():
+                total = total + leaked_here[name][0].numel() * step.square() / 6
     return total
 
 
@@ -148,13 +140,13 @@ def doubts(leak: Leak) -> list[list[str]]:
     if not isinstance(leak, GradientLeak | UpdateLeak):
         return [[] for _ in range(len(leak))]
     gradient, parts = mean_gradient(leak), _parts(leak.protocol.defence)
-    names = {part.name for part in parts or ()}
+    left = EVERYTHING.intersection(*(part.survives for part in parts or ()))
     sent = [{name: tensor[victim] for name, tensor in gradient.items()} for victim in range(len(leak))]
-    found = [_empty(leak, one, names) for one in sent]
+    found = [_empty(leak, one, left) for one in sent]
     plain = leak.protocol.optimiser == "sgd" and leak.protocol.loss == "cross_entropy"
-    readable = plain and parts is not None and not names & BLURS and not any(found)
+    readable = plain and parts is not None and Trace.BIAS in left and not any(found)
     if readable and len(leak.protocol.shape) == 3:
-        found = _of_last_layer(leak, names)
+        found = _of_last_layer(leak, left)
     for victim in range(len(leak)):
         if leak.examples is not None and leak.protocol.local_steps == 1:
             said, batch = int(leak.examples[victim]), leak.protocol.batch
@@ -175,12 +167,12 @@ def warned(leak: Leak, found: Sequence[Sequence[str]]) -> list[str]:
     return [f"{same[0]} ({len(same)} of {len(leak)} victims)" for same in groups.values()]
 
 
-def _empty(leak: Leak, sent: dict[str, Tensor], defences: set[str]) -> list[str]:
+def _empty(leak: Leak, sent: dict[str, Tensor], left: frozenset[Trace]) -> list[str]:
     """Of a gradient, or a weight's part of it, that says nothing."""
     whole = torch.cat([tensor.flatten() for tensor in sent.values()]).abs()
     if not bool(whole.any()):
         return ["The gradient is zero in every entry: the client did not train, or its update was lost on the way."]
-    if "prune" not in defences and "soteria" not in defences:
+    if Trace.LAYERS in left:
         silent = [name for name, tensor in sent.items() if tensor.ndim > 1 and not bool(tensor.any())]
         if silent:
             more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
@@ -188,17 +180,22 @@ def _empty(leak: Leak, sent: dict[str, Tensor], defences: set[str]) -> list[str]
                 f"The gradient of {silent[0]}{more} is zero in every entry: the layer is frozen, unused or dead, or "
                 "its change was too small for the wire."
             ]
-    heard = whole[whole > 0]
-    alike = (heard - heard.median()).abs() < 1e-3 * heard.median()
-    if "sign" not in defences and leak.protocol.optimiser == "sgd" and len(heard) > 16 and alike.double().mean() > 0.5:
+    leaked_here = whole[whole > 0]
+    alike = (leaked_here - leaked_here.median()).abs() < 1e-3 * leaked_here.median()
+    if (
+        Trace.SIZES in left
+        and leak.protocol.optimiser == "sgd"
+        and len(leaked_here) > 16
+        and alike.double().mean() > 0.5
+    ):
         return [
-            f"Most entries have the size {heard.median():.2g}, which is no plain gradient: a step of Adam, a "
+            f"Most entries have the size {leaked_here.median():.2g}, which is no plain gradient: a step of Adam, a "
             "compression to signs, or rounding that left nothing else."
         ]
     return []
 
 
-def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
+def _of_last_layer(leak: Leak, left: frozenset[Trace]) -> list[list[str]]:
     """What the gradient by the logits contradicts; nothing where the model does not end in a layer that shows it."""
     protocol, found = leak.protocol, [list[str]() for _ in range(len(leak))]
     try:
@@ -206,16 +203,16 @@ def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
     except FedtapError:  # a model that cannot be tried out shows nothing here
         name = None
     gradient, prefix = loss_gradient(leak), f"{name}." if name else ""
-    slopes, weight = gradient.get(f"{prefix}bias"), gradient.get(f"{prefix}weight")
+    logit_gradients, weight = gradient.get(f"{prefix}bias"), gradient.get(f"{prefix}weight")
     decayed = protocol.weight_decay and leak.weights is None  # by weights that are not known
-    if name is None or slopes is None or slopes.shape[1] != protocol.classes or decayed:
+    if name is None or logit_gradients is None or logit_gradients.shape[1] != protocol.classes or decayed:
         return found
     batch, classes, error = protocol.batch, protocol.classes, _error(leak) / summands(protocol)
     if leak.weights is not None and leak.resolution:  # a difference of float32 is known to an ulp of the weights
         scale = protocol.learning_rate * local_steps(leak) * summands(protocol)
         largest = max(float(leak.weights[part].abs().max()) for part in (f"{prefix}weight", f"{prefix}bias"))
         error = max(error, torch.finfo(torch.float32).eps * largest / scale / math.sqrt(6))
-    for victim, d in enumerate(slopes.double()):
+    for victim, d in enumerate(logit_gradients.double()):
         grain = _grain(d)
         slack = grain * float(d.abs().sum()) + SIGMAS * math.sqrt(classes) * error
         if abs(total := float(d.sum())) > slack:
@@ -235,7 +232,7 @@ def _of_last_layer(leak: Leak, defences: set[str]) -> list[list[str]]:
                 "most: more images than the protocol tells of, several or smoothed labels, or another loss."
             )
         most = batch * local_steps(leak)
-        if weight is None or "soteria" in defences:
+        if weight is None or Trace.RANK not in left:
             continue
         sizes = torch.linalg.svdvals(torch.cat([weight[victim].double(), d[:, None]], dim=1))
         noise = 2 * error * (math.sqrt(classes) + math.sqrt(weight.shape[2] + 1))

@@ -1,9 +1,9 @@
-"""The threat models: what a listener makes of one exchange between server and client.
+"""The threat models: what an attacker observes of one exchange between server and client.
 
 `curious_server` knows the weights it sent. `eavesdropper` sits on the clients' uplink: it sees what each client sends
 (as a difference to what the client was sent) and knows the architecture, but not the weights; GIT's threat model
-(https://arxiv.org/abs/2505.20026). `secure_aggregation` is a curious server to which the clients' answers come masked,
-so that it hears of each round their sum alone (Bonawitz et al., CCS 2017, https://eprint.iacr.org/2017/281).
+(https://arxiv.org/abs/2505.20026). `secure_aggregation` is a curious server to which the clients' replies come masked,
+so that it observes their sum alone in each round (Bonawitz et al., CCS 2017, https://eprint.iacr.org/2017/281).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def curious_server(leak: Leak) -> Leak:
 
 
 def eavesdropper(leak: Leak) -> Leak:
-    """Knows architecture and answers; neither weights nor buffers."""
+    """Knows architecture and replies; neither weights nor buffers."""
     return dataclasses.replace(leak, weights=None, buffers={}, stacked=False)
 
 
 def secure_aggregation(leak: Leak) -> Leak:
-    """Knows the weights; what it is told by its own client, outside the sum, is not masked. See `isolated`."""
+    """Knows the weights, and its own client's reply, which is not masked. See `isolated` for the sum."""
     return leak
 
 
@@ -61,14 +61,14 @@ def threat_model(name: str) -> ThreatModel:
 
 @dataclass(frozen=True)
 class Masked:
-    """One answer that goes into a sum, and the number of examples by which it is weighted there."""
+    """One reply of a masked sum, and the number of examples by which it is weighted there."""
 
     leak: Leak
     examples: float
 
 
-def isolated(answers: Mapping[int, Masked], clients: int, others: str) -> Leak:
-    """What a server behind secure aggregation learns of one round: the sum, less what it is told of it.
+def isolated(replies: Mapping[int, Masked], clients: int, others: str) -> Leak:
+    """What a server behind secure aggregation learns of one round: the sum, less the replies that it knows.
 
     It reads the channel of the compromised client (number `clients`), and it knows whether the `others`, clients 1 to
     `clients` - 1, send zero, send what the compromised client sends, or collude and tell it what they send. What is
@@ -76,18 +76,18 @@ def isolated(answers: Mapping[int, Masked], clients: int, others: str) -> Leak:
     over all their images.
 
     Raises:
-        FedtapError: an answer is missing, so that the sum is not unmasked, or is of fewer clients than announced.
+        FedtapError: a reply is missing, so that the sum is not unmasked, or is of fewer clients than announced.
     """
-    _all_answered(answers, clients)
-    told = _told(answers, clients, others)
-    some, rest = answers[0].leak, [answer.examples for client, answer in answers.items() if client not in told]
+    _all_replied(replies, clients)
+    revealed = _revealed(replies, clients, others)
+    some, rest = replies[0].leak, [reply.examples for client, reply in replies.items() if client not in revealed]
     observed = {}
     for name in some.observed:
         left = torch.zeros_like(some.observed[name], dtype=torch.float64)
-        for answer in answers.values():  # the server is given this sum
-            left += answer.leak.observed[name].double() * answer.examples
-        for client, tensors in told.items():
-            left -= tensors[name].double() * answers[client].examples
+        for reply in replies.values():  # the server is given this sum
+            left += reply.leak.observed[name].double() * reply.examples
+        for client, tensors in revealed.items():
+            left -= tensors[name].double() * replies[client].examples
         observed[name] = (left / sum(rest)).float()
     return dataclasses.replace(
         some,
@@ -97,8 +97,8 @@ def isolated(answers: Mapping[int, Masked], clients: int, others: str) -> Leak:
     )
 
 
-def _all_answered(answers: Mapping[int, Masked], clients: int) -> None:
-    absent = [client for client in range(clients) if client not in answers]
+def _all_replied(replies: Mapping[int, Masked], clients: int) -> None:
+    absent = [client for client in range(clients) if client not in replies]
     if clients - len(absent) < FEWEST:
         raise FedtapError(
             f"Of the {clients} clients to be summed {clients - len(absent)} answered, and secure aggregation unmasks "
@@ -107,45 +107,45 @@ def _all_answered(answers: Mapping[int, Masked], clients: int) -> None:
     if absent:
         raise FedtapError(
             f"Of the {clients} clients to be summed these dropped out: {', '.join(map(str, absent))}; the sum is of "
-            "fewer images than an attack is told of: play another round, or lower --clients."
+            "fewer images than the attack assumes: play another round, or lower --clients."
         )
 
 
-def _told(answers: Mapping[int, Masked], clients: int, others: str) -> dict[int, Tensors]:
-    """What the server knows of single answers: the compromised client's, and what it knows of the others'."""
-    told = {clients: answers[clients].leak.observed} if clients in answers else {}
-    if others == "identical" and not told:
+def _revealed(replies: Mapping[int, Masked], clients: int, others: str) -> dict[int, Tensors]:
+    """Replies that the server knows singly: the compromised client's, and those of clients that do not hide theirs."""
+    revealed = {clients: replies[clients].leak.observed} if clients in replies else {}
+    if others == "identical" and not revealed:
         raise FedtapError(
             "The compromised client did not answer, and only from it would the server know what the identical others "
             "sent: play another round."
         )
     for client in range(1, clients):
-        its_own = answers[client].leak.observed
+        its_own = replies[client].leak.observed
         if others == "silent":
-            told[client] = {name: torch.zeros_like(tensor) for name, tensor in its_own.items()}
+            revealed[client] = {name: torch.zeros_like(tensor) for name, tensor in its_own.items()}
         elif others == "identical":
-            told[client] = told[clients]
+            revealed[client] = revealed[clients]
         elif others == "colluding":
-            told[client] = its_own
-    return told
+            revealed[client] = its_own
+    return revealed
 
 
-def hear(order: RecordDict, answer: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
+def hear(order: RecordDict, reply: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
     """The leak of one exchange with a client of fedtap's own, which FedAvg averages: weights out, weights back.
 
     Raises:
         FedtapError: the answer is not what a client of this protocol sends.
     """
-    if len(answer.metric_records) != 1 or not _counts(answer):
+    if len(reply.metric_records) != 1 or not _counts(reply):
         raise FedtapError(
             f"Client {client} reported no positive num-examples, without which its answer cannot be averaged: "
             "send exactly one MetricRecord with that key."
         )
-    before, after = weights_in(order, "message"), weights_in(answer, "reply")
-    return exchanged(before, after, protocol, network, client, rnd, round(_examples(answer)))
+    before, after = weights_in(order, "message"), weights_in(reply, "reply")
+    return leak_of_exchange(before, after, protocol, network, client, rnd, round(_examples(reply)))
 
 
-def exchanged(
+def leak_of_exchange(
     before: Tensors,
     after: Tensors,
     protocol: Protocol,
@@ -154,7 +154,7 @@ def exchanged(
     rnd: int,
     examples: int | None = None,
 ) -> Leak:
-    """What the weights that a client was sent and those that it sent back give away.
+    """The leak of an exchange: of the weights that a client was sent and those that it sent back.
 
     One prescribed step of SGD gives away the gradient, (before - after) / learning rate; several give away their
     sum, after - before. What else the protocol says of loss and optimiser is left to whoever reads the leak. Rounding
@@ -202,7 +202,7 @@ def _rounding(weights: Tensor) -> float:
 
 
 def difference(before: Tensor, after: Tensor, scale: float) -> Tensor:
-    """``(after - before) scale``, as a listener takes it from weights on the wire; of one client, or of a stack."""
+    """``(after - before) scale``, the change of the weights on the wire; of one client, or of a stack."""
     return ((after.double() - before.double()) * scale).float()
 
 
@@ -227,13 +227,13 @@ def weights_in(content: RecordDict, what: str) -> dict[str, Tensor]:
         raise FedtapError(f"The {what} holds arrays that are no tensors ({short(error)}): send float32.") from error
 
 
-def _counts(answer: RecordDict) -> bool:
-    count = _examples(answer)
+def _counts(reply: RecordDict) -> bool:
+    count = _examples(reply)
     return isinstance(count, int | float) and 0 < count < 2**53
 
 
-def _examples(answer: RecordDict) -> Any:
-    return next(iter(answer.metric_records.values())).get("num-examples")
+def _examples(reply: RecordDict) -> Any:
+    return next(iter(reply.metric_records.values())).get("num-examples")
 
 
 def _whole(found: Tensors, wanted: list[str], what: str, client: int) -> None:

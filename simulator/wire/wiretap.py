@@ -1,4 +1,4 @@
-"""The leak hook: a Flower Grid that wraps a Grid and overhears each order and its answer.
+"""The leak hook: a Flower Grid that wraps a Grid and overhears each message and its reply.
 
 Any strategy runs over it unchanged. Answers that no honest client could have sent are handed on as errors, so that
 the strategy counts a failure and the round goes on. Answers that nobody asked for (to no order, from another node than
@@ -18,19 +18,19 @@ from flwr.supercore.run import Run
 from fedtap.simulator.errors import FedtapError, short
 
 Ear = Callable[[Message, Message], None]
-"""What is done with an order and its answer. Raises FedtapError where the answer is nonsense."""
+"""What is done with a message and its reply. Raises FedtapError where the reply is nonsense."""
 
 NONSENSE = 1001
-"""Flower error code of an answer that the tap found unusable."""
+"""Flower error code of a reply that the tap found unusable."""
 
-PATIENCE = 3600.0
-"""Seconds that answers are waited for, where nobody names a limit: Flower's own default for a round."""
+REPLY_TIMEOUT = 3600.0
+"""Seconds that replies are waited for, where nobody names a limit: Flower's own default for a round."""
 
 PAUSE = 0.25
-"""Seconds between two looks for answers on a grid whose nodes are elsewhere."""
+"""Seconds between two looks for replies on a grid whose nodes are elsewhere."""
 
 UNPULLED = 8
-"""Messages to a node that are remembered until somebody pulls their answers."""
+"""Messages to a node that are remembered until somebody pulls their replies."""
 
 
 class Unpulled(dict[str, Message]):
@@ -47,10 +47,10 @@ class Unpulled(dict[str, Message]):
 
 
 class Wiretap(Grid):
-    """`grid`, with every exchange told to `ear` before the server sees the answer.
+    """`grid`, with every exchange passed to `ear` before the server sees the reply.
 
     Attributes:
-        dropped: answers that nobody had asked for.
+        dropped: replies that nobody had asked for.
     """
 
     def __init__(self, grid: Grid, ear: Ear) -> None:
@@ -61,14 +61,14 @@ class Wiretap(Grid):
         self.dropped = 0
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """The wrapped grid's answers, overheard as they come, and in the order of the clients' partitions.
+        """The wrapped grid's replies, overheard as they come, and in the order of the clients' partitions.
 
         Args:
-            timeout: seconds after which answers are no longer waited for; None means PATIENCE.
+            timeout: seconds after which replies are no longer waited for; None means PATIENCE.
         """
         orders = list(messages)
         kept = {id(order): _keep(order) for order in orders}  # a grid may empty a message as it sends it
-        limit = PATIENCE if timeout is None else timeout
+        limit = REPLY_TIMEOUT if timeout is None else timeout
         if getattr(self._grid, "instant", False):
             answers = list(self._grid.send_and_receive(orders, timeout=limit))
             return _sorted(self._overhear(answers, {_id(order): kept[id(order)] for order in orders}))
@@ -84,7 +84,7 @@ class Wiretap(Grid):
         return _sorted(passed_on)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Push through the wrapped grid, remembering each order until its answer comes, or as `Unpulled` says."""
+        """Push through the wrapped grid, remembering each message until its reply comes, or as `Unpulled` says."""
         orders = list(messages)
         kept = {id(order): _keep(order) for order in orders}
         ids = list(self._grid.push_messages(orders))
@@ -92,11 +92,11 @@ class Wiretap(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Pull from the wrapped grid, overhearing each answer."""
+        """Pull from the wrapped grid, overhearing each reply."""
         return _sorted(self._overhear(list(self._grid.pull_messages(message_ids)), self._orders))
 
     def _overhear(self, answers: list[Message], orders: dict[str, Message]) -> list[Message]:
-        """Those of the answers that were asked for, told to the ear; their orders are taken out of `orders`."""
+        """Those of the replies that were asked for, passed to the ear; their messages are taken out of `orders`."""
         passed_on = []
         for answer in answers:
             order = orders.get(answer.metadata.reply_to_message_id)
@@ -143,13 +143,15 @@ class Wiretap(Grid):
         nodes = list(self._grid.get_node_ids())
         if nodes:
             self._seen = time.monotonic()
-        elif time.monotonic() - self._seen > PATIENCE:
-            raise FedtapError(f"No node has been connected for {PATIENCE:g} s: start the SuperNodes, and run again.")
+        elif time.monotonic() - self._seen > REPLY_TIMEOUT:
+            raise FedtapError(
+                f"No node has been connected for {REPLY_TIMEOUT:g} s: start the SuperNodes, and run again."
+            )
         return nodes
 
 
 def partition_of(answer: Message) -> int:
-    """The partition an answer reports; its node's id where it reports none (an unmodified client, an error).
+    """The partition a reply reports; its node's id where it reports none (an unmodified client, an error).
 
     It is the client's word, for any node can report any number: see `fedtap.simulator.wire.roll` for who is who.
     """
@@ -162,18 +164,18 @@ def partition_of(answer: Message) -> int:
 
 
 def _from_there(order: Message, answer: Message) -> bool:
-    """Whether an answer is the asked node's, or the engine's own word that there will be none."""
+    """Whether a reply is the asked node's, or the engine's own word that there will be none."""
     source = answer.metadata.src_node_id
     return source == order.metadata.dst_node_id or (answer.has_error() and source == order.metadata.src_node_id)
 
 
 def _sorted(answers: list[Message]) -> list[Message]:
-    """Engines answer in any order, and an average should not depend on it to the last bit."""
+    """Engines reply in any order, and an average should not depend on it to the last bit."""
     return sorted(answers, key=lambda answer: (partition_of(answer), answer.metadata.src_node_id))
 
 
 def _refused(order: Message, answer: Message, why: str) -> Message:
-    """The answer's place taken by an error."""
+    """The reply's place taken by an error."""
     error = Message(Error(NONSENSE, why), reply_to=order)
     error.__dict__["_metadata"] = answer.metadata
     return error

@@ -17,18 +17,17 @@ from fedtap.attackers.baselines.ridge import Ridge
 from fedtap.attackers.gradients.dlg import DLG
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.inverting_gradients import InvertingGradients
-from fedtap.attackers.parts.adaptive import KINK, ROUGHNESS, SOFTNESS, Objective, informed
+from fedtap.attackers.parts.adaptive import KINK, ROUGHNESS, SOFTNESS, MatchingObjective, informed
 from fedtap.attackers.parts.gradients import Match, mean_gradient, relative_distance, squared_distance
 from fedtap.attackers.parts.priors import smooth_variation, total_variation
-from fedtap.attackers.wrappers.panel import Panel, implausible
+from fedtap.attackers.wrappers.best_of import BestOf, implausible
 from fedtap.attackers.wrappers.restarts import Restarts
 from fedtap.clients.app import client_app
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.attack import Attack
 from fedtap.simulator.auxiliary import gradients
-from fedtap.simulator.defences.announced import sigma
-from fedtap.simulator.defences.chain import parse
-from fedtap.simulator.defences.notation import WORDS, described
+from fedtap.simulator.defences.chained import parse, sigma
+from fedtap.simulator.defences.notation import described, kind_of, names
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import adaptation, run
@@ -117,7 +116,7 @@ def test_the_aware_distance_is_the_plain_one_written_out(text: str) -> None:
     known = informed(leak, relative_distance)
     assert known is not None
     guess = (0.7 * images + 0.3 * images.flip(0)).clone()
-    found = Match(leak, known.misfit)(guess, labels)
+    found = Match(leak, known.distance)(guess, labels)
     network = build("lenet", (3, 16, 16), 10, seed=5)
     for victim in range(3):
         target = torch.nn.functional.one_hot(labels[victim], 10).float()
@@ -130,7 +129,7 @@ def test_at_the_truth_nothing_is_amiss_though_the_plain_distance_says_so(text: s
     leak, images, labels = defended(text)
     known = informed(leak, relative_distance)
     assert known is not None
-    assert float(Match(leak, known.misfit)(images, labels).max()) < 1e-6
+    assert float(Match(leak, known.distance)(images, labels).max()) < 1e-6
     assert float(Match(leak, relative_distance)(images, labels).min()) > 1e-3
 
 
@@ -144,7 +143,7 @@ def test_clipped_examples_are_met_at_their_means_length(batch: int) -> None:
     leak = dataclasses.replace(leak, observed=sent, protocol=protocol)
     known = informed(leak, relative_distance)
     assert known is not None
-    adaptive, plain = (Match(leak, misfit)(images, labels) for misfit in (known.misfit, relative_distance))
+    adaptive, plain = (Match(leak, distance)(images, labels) for distance in (known.distance, relative_distance))
     assert float(adaptive.max()) < (1e-6 if batch == 1 else 0.1)
     assert float((plain / adaptive.clamp_min(1e-9)).min()) > 100
 
@@ -159,7 +158,7 @@ def test_the_objective_under_noise_is_the_posterior(text: str, monkeypatch: pyte
     monkeypatch.setattr("fedtap.attackers.parts.adaptive.KINK", 1e-4)
     leak, images, labels = defended(text)
     guess, spread = images.flip(0).contiguous(), sigma(leak.protocol)
-    found = Objective(leak, adaptive=True)(guess, labels)
+    found = MatchingObjective(leak, adaptive=True)(guess, labels)
     energy = torch.stack([tensor.square().flatten(1).sum(1) for tensor in mean_gradient(leak).values()]).sum(0)
     likelihood = Match(leak, squared_distance)(guess, labels) / (2 * spread**2)
     if text.startswith("laplace"):
@@ -184,15 +183,15 @@ def test_of_several_steps_the_mean_gradients_noise_is_that_much_less(kind: str, 
     noisy = dataclasses.replace(leak, protocol=dataclasses.replace(leak.protocol, defence="noise(0.1)"))
     known = informed(noisy, squared_distance)
     assert known is not None
-    assert known.misfit.error == pytest.approx(0.1 / steps)
+    assert known.distance.error == pytest.approx(0.1 / steps)
 
 
 @pytest.mark.parametrize("adaptive", [IDLG(steps=3, adaptive=True), DLG(steps=3, adaptive=True)], ids=repr)
 def test_the_slope_is_that_of_the_value(adaptive: Attack) -> None:
     leak, images, labels = defended("noise(0.02)+quantise(6)")
-    objective = Objective(leak, adaptive=True)
+    objective = MatchingObjective(leak, adaptive=True)
     x = (0.8 * images + 0.3).requires_grad_()  # some pixels are outside
-    values, slope = objective.with_slope(x, labels)
+    values, slope = objective.with_input_gradient(x, labels)
     again = objective(x, labels)
     torch.testing.assert_close(values, again.detach())
     torch.testing.assert_close(slope, torch.autograd.grad(again.sum(), x)[0])
@@ -215,13 +214,13 @@ def test_a_panel_takes_each_victims_more_plausible_guess_and_says_whose_it_is() 
     leak, _, _ = defended("soteria(0.5)", victims=3)
     weak, strong = IDLG(steps=3), IDLG(steps=10, adaptive=True)
     alone = [attack(leak, seed=4) for attack in (weak, strong)]
-    best = Panel(weak, Restarts(strong, 1))(leak, seed=4)
+    best = BestOf(weak, Restarts(strong, 1))(leak, seed=4)
     judged = torch.stack([implausible(leak, guess.images, guess.labels) for guess in alone])
     for victim, which in enumerate(judged.argmin(0).tolist()):
         assert torch.equal(best.images[victim], alone[which].images[victim])
         assert best.made_by[victim] == [weak.written(), Restarts(strong, 1).written()][which]
     torch.testing.assert_close(best.objective, judged.amin(0))
-    nested = Panel(Panel(weak, strong), weak)(leak, seed=4)
+    nested = BestOf(BestOf(weak, strong), weak)(leak, seed=4)
     assert torch.equal(nested.images, best.images)
     assert set(nested.made_by) <= {weak.written(), strong.written()}
     for number, which in enumerate((0, 1, 0)):
@@ -240,13 +239,13 @@ def test_a_panel_judges_signs_and_not_how_soft_they_are() -> None:
     known = informed(leak, relative_distance)
     assert known is not None
     torch.testing.assert_close(implausible(leak, images, labels), known.prior(images), rtol=0, atol=1e-3)
-    assert float((Objective(leak, adaptive=True)(images, labels) - known.prior(images)).min()) > 0.01
+    assert float((MatchingObjective(leak, adaptive=True)(images, labels) - known.prior(images)).min()) > 0.01
 
 
 def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
     parts = plan("defences", {})
     named = {part.name for one in parts for part in described(one.defence)}
-    assert named == {name for name, kind in WORDS.items() if kind.hook != "server"}
+    assert named == {name for name in names() if kind_of(name).hook != "server"}
     for one in parts:
         assert [attack.adapts for attack in one.attacks] == [False, True, False, True]
 
@@ -260,8 +259,8 @@ def test_the_scenario_plays_every_defence_that_a_client_has() -> None:
         ("idlg(adaptive=True)", "precode(64)", False, "does not know precode(64)"),
         ("dlg(adaptive=True)", "precode(64)+clip(1.0)", False, "does not know precode(64)"),
         ("restarts(inverting_gradients(adaptive=True),2)", "precode(8)", False, "does not know precode(8)"),
-        ("panel(idlg,idlg(adaptive=True))", "prune(0.9)", True, None),
-        ("panel(idlg,idlg(adaptive=True))", "precode(64)", False, "does not know precode(64)"),
+        ("best_of(idlg,idlg(adaptive=True))", "prune(0.9)", True, None),
+        ("best_of(idlg,idlg(adaptive=True))", "precode(64)", False, "does not know precode(64)"),
         ("idlg(adaptive=True)", "none", True, None),
         ("idlg", "none", False, None),
         ("idlg(adaptive=True)", "central_dp(1.0, 0.1)", True, None),  # done after the answer was heard
@@ -299,7 +298,7 @@ def test_what_practised_under_another_defence_is_not_adapted_to_this_one(tmp_pat
 
 
 def test_rows_say_what_was_adapted_and_whose_guess_it_is(tmp_path: Path) -> None:
-    text = "idlg(steps=3),panel(idlg(steps=3),idlg(steps=3,adaptive=True))"
+    text = "idlg(steps=3),best_of(idlg(steps=3),idlg(steps=3,adaptive=True))"
     parts = plan("defences", {"victims": 1, "size": 16, "defence": "sign()", "attack": text})
     grid = LocalGrid(client_app(lambda config: parts), 2)
     run(parts, lambda part: grid, tmp_path / "out", device=torch.device("cpu"), data_root=tmp_path)

@@ -16,8 +16,7 @@ from fedtap.attackers.baselines.ridge import Ridge
 from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.wrappers.assuming import Assuming, taken_for
-from fedtap.scenarios.command.options import settings as settings_of
-from fedtap.scenarios.command.plan import catalogue
+from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.models.registry import build
@@ -73,7 +72,7 @@ def test_what_was_learned_is_of_the_assumed_model(tmp_path: Path) -> None:
     assert learned.about.protocol.model == "lenet(width=4)"
     assert "pairs=40" in repr(learned.about)
     fitted.accepts(leak)
-    with pytest.raises(FedtapError, match="practised on"):
+    with pytest.raises(FedtapError, match="trained on"):
         learned.accepts(leak)
 
 
@@ -118,15 +117,14 @@ def test_a_sized_model_is_what_its_name_says(width: int, depth: int) -> None:
 
 
 def test_commas_within_brackets_do_not_sweep() -> None:
-    parts = settings_of(catalogue()["git"], {"model": "lenet(width=8,depth=2),mlp"})
-    assert [knobs["model"] for knobs, _ in parts] == ["lenet(width=8,depth=2)", "mlp"]
+    parts = plan("git", {"model": "lenet(width=8,depth=2),mlp", "attack": "idlg"})
+    assert [part.model for part in parts] == ["lenet(width=8,depth=2)", "mlp"]
 
 
 def test_the_scenario_misleads_whoever_it_is_told_to() -> None:
-    function = catalogue()["wrong_architecture"]
-    (knobs, swept), *rest = settings_of(function, {"attack": "idlg,ridge"})
+    part, *rest = plan("wrong_architecture", {"attack": "idlg,ridge"})
     assert len(rest) == 4
-    assert swept == {"assumed": "lenet"}
-    (part,) = function(**knobs)
+    assert part.swept == (("assumed", "lenet"),)
     assert part.attacks == (Assuming("lenet", IDLG()), Assuming("lenet", Ridge()))
-    assert dataclasses.replace(part, attacks=()) == dataclasses.replace(function(**rest[0][0])[0], attacks=())
+    same = {"attack": "", "assumed": "", "swept": ()}
+    assert dataclasses.replace(part, **same) == dataclasses.replace(rest[0], **same)

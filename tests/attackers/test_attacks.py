@@ -60,7 +60,7 @@ def of_the_readme() -> dict[str, type[Attack]]:
 
 CANDIDATES = ATTACKS | of_the_readme()
 EVERY = sorted(CANDIDATES)
-NAMES = [name for name in EVERY if CANDIDATES[name].guesses is Reconstruction]
+NAMES = [name for name in EVERY if CANDIDATES[name].reconstructs is Reconstruction]
 """Those that bring back images; attacks on other leaks have tests of their own."""
 
 KINDS = ("gradient", "update")
@@ -342,8 +342,8 @@ def test_a_match_is_over_where_the_wire_rounds_more() -> None:
     start = draw(leak, 0, "uniform")
     rough = dataclasses.replace(leak, resolution=1e3)
     assert torch.equal(IDLG(steps=20)(rough, start=start).images, start)
-    assert Match(rough, squared_distance).floor > 1
-    assert Match(leak, squared_distance).floor == 0
+    assert Match(rough, squared_distance).tolerance > 1
+    assert Match(leak, squared_distance).tolerance == 0
 
 
 @dataclasses.dataclass(frozen=True)

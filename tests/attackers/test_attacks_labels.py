@@ -14,8 +14,8 @@ from torch import nn
 
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.parts import labels as labels_module
-from fedtap.attackers.parts.labels import class_slopes, last_linear, paired, recovered
-from fedtap.simulator.defences.steps import Soteria
+from fedtap.attackers.parts.labels import last_linear, logit_gradients, paired, recovered
+from fedtap.simulator.defences.soteria import Soteria
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import Shape, build, logits_layer
@@ -187,10 +187,10 @@ def test_under_noise_the_weights_rows_tell_labels_beside_the_bias(batch: int) ->
     unaware = dataclasses.replace(clear, observed=noisy)
     told = dataclasses.replace(unaware, protocol=dataclasses.replace(clear.protocol, defence="noise(0.2)"))
     assert right(told, labels) > right(unaware, labels)
-    slopes = class_slopes(clear)
-    assert (class_slopes(told) - slopes).norm() < (class_slopes(unaware) - slopes).norm()
+    slopes = logit_gradients(clear)
+    assert (logit_gradients(told) - slopes).norm() < (logit_gradients(unaware) - slopes).norm()
     silent = dataclasses.replace(told, observed={name: torch.zeros_like(tensor) for name, tensor in noisy.items()})
-    assert bool(class_slopes(silent).isfinite().all())
+    assert bool(logit_gradients(silent).isfinite().all())
 
 
 def test_a_last_layer_that_is_frozen_is_refused_and_half_of_one_tells() -> None:

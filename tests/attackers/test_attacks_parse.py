@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -77,3 +78,44 @@ def test_what_is_wrong_is_said(text: str, said: str) -> None:
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     with contextlib.suppress(FedtapError):
         assert all(type(attack) in ATTACKS.values() for attack in parse(text))
+
+
+def test_types_are_checked_without_postponed_annotations() -> None:
+    """Annotations are then types and not strings: a file of a user's own may lack the __future__ import."""
+    source = """
+from dataclasses import dataclass
+from typing import Any
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.simulator.attack import Attack
+
+@dataclass(frozen=True)
+class Eager(Attack):
+    attack: Attack[Any]
+    steps: int = 1
+    rate: float = 0.5
+    fast: bool = False
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1)
+
+    def reconstruct(self, leak, start):
+        raise NotImplementedError
+"""
+    space: dict[str, Any] = {"__name__": __name__}
+    exec(compile(source, "eager.py", "exec", dont_inherit=True), space)
+    eager = space["Eager"]
+    assert eager(IDLG(), steps=2).steps == 2
+    wrong: tuple[dict[str, Any], ...] = (
+        {"attack": 3},
+        {"steps": 0},
+        {"steps": 1.5},
+        {"steps": True},
+        {"rate": -1.0},
+        {"rate": float("nan")},
+        {"fast": 1},
+        {"text": 3},
+    )
+    for values in wrong:
+        with pytest.raises(FedtapError, match=f"{next(iter(values))} of Eager"):
+            eager(**{"attack": IDLG()} | values)

@@ -15,14 +15,23 @@ from torch.nn import functional as F
 
 from fedtap.attackers.activations.attention_descent import AttentionDescent
 from fedtap.attackers.activations.attention_newton import AttentionNewton
-from fedtap.attackers.activations.block import Dense, Products, block_of, nearest
+from fedtap.attackers.activations.block import Dense, Products, block_of, nearest_embeddings
 from fedtap.scenarios.activations import attention, attention_vit
 from fedtap.scenarios.activations.attention_report import found, order, reached
 from fedtap.scenarios.activations.split import SplitLearning
 from fedtap.simulator.attack import Attack, Inputs
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import AttentionLeak, Leak, Protocol
-from fedtap.simulator.models.attention import AROUND, HALVES, Attention, Patches, Words, cut, first_attention, joined
+from fedtap.simulator.models.attention import (
+    AROUND,
+    HALVES,
+    Attention,
+    Patches,
+    Words,
+    first_attention,
+    joined,
+    patches_of,
+)
 from fedtap.simulator.models.registry import ViT, build
 from fedtap.simulator.options import options_of
 from fedtap.simulator.scenario import Observed, Row
@@ -119,10 +128,10 @@ def test_products_and_steps_are_those_of_the_jacobian(
     block = block_of(leak_of(block_with(d, heads, **around), x))
     dense, products = Dense(block, x), Products(block, x)
     v, r = tokens(lanes, n, d, seed=1).flatten(1), torch.randn_like(dense.out.flatten(1))
-    torch.testing.assert_close(products.push(v), dense.push(v), atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(products.pull(r), dense.pull(r), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(products.times(v), dense.times(v), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(products.transposed_times(r), dense.transposed_times(r), atol=1e-9, rtol=1e-9)
     added = torch.full((lanes,), 0.5, dtype=torch.float64)
-    slow = torch.linalg.solve(dense.slope.mT @ dense.slope + 0.5 * torch.eye(n * d), v)
+    slow = torch.linalg.solve(dense.jacobian.mT @ dense.jacobian + 0.5 * torch.eye(n * d), v)
     torch.testing.assert_close(dense.solve(v, added), slow, atol=1e-9, rtol=1e-9)
     assert float((products.solve(v, added) - slow).norm() / slow.norm()) < 1e-3
 
@@ -257,7 +266,7 @@ def test_words_come_back_whole_from_the_output_alone() -> None:
     words = torch.randint(300, (4, 8), generator=draw)
     leak = leak_of(network, network.embedded(words))
     guess = AttentionNewton()(leak, seed=0)
-    assert torch.equal(nearest(block_of(leak), guess.values, network.table.detach()), words)
+    assert torch.equal(nearest_embeddings(block_of(leak), guess.values, network.table.detach()), words)
     with pytest.raises(FedtapError, match="Token 300 is outside the vocabulary of 300 words"):
         network.embedded(torch.tensor([[3, 300]]))
     with pytest.raises(FedtapError, match="Token -1 is outside"):
@@ -271,23 +280,26 @@ def test_where_norm_hides_scale_and_mean_a_word_is_told_by_the_rest() -> None:
     block = block_of(leak_of(network, x))
     drift_norm = 3 * x + 1
     torch.testing.assert_close(block(drift_norm), block(x), atol=1e-4, rtol=1e-4)  # LayerNorm's eps is all that differs
-    assert torch.equal(nearest(block, drift_norm, network.table.detach()), nearest(block, x, network.table.detach()))
+    assert torch.equal(
+        nearest_embeddings(block, drift_norm, network.table.detach()),
+        nearest_embeddings(block, x, network.table.detach()),
+    )
 
 
 def test_patches_are_cut_and_joined_and_the_cut_model_is_the_models_first_part() -> None:
     vit = build("vit", (3, 16, 16), 10, seed=5).eval()
     assert isinstance(vit, ViT)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(joined(cut(images, 2, 2), (3, 16, 16), 2, 2), images)
+    assert torch.equal(joined(patches_of(images, 2, 2), (3, 16, 16), 2, 2), images)
     unfolded = F.unfold(images, 2, stride=2).transpose(1, 2)
-    assert torch.equal(cut(images, 2, 2), unfolded)
+    assert torch.equal(patches_of(images, 2, 2), unfolded)
     heard: list[Tensor] = []
     vit.blocks[0].norm2.register_forward_pre_hook(lambda module, given: heard.append(given[0]))  # type: ignore[union-attr]
     with torch.no_grad():
         vit(images)
-        torch.testing.assert_close(first_attention(vit)(cut(images, 2, 2)), heard[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(first_attention(vit)(patches_of(images, 2, 2)), heard[0], atol=1e-5, rtol=1e-4)
         tokens = vit.embed(vit.normalise(images)).flatten(2).transpose(1, 2) + vit.position
-        own = first_attention(vit, residual=False)(cut(images, 2, 2))
+        own = first_attention(vit, residual=False)(patches_of(images, 2, 2))
         torch.testing.assert_close(own + tokens, heard[0], atol=1e-5, rtol=1e-4)
 
 
@@ -295,7 +307,7 @@ def test_a_photograph_comes_back_from_grey(tmp_path: Path) -> None:
     vit = build("vit", (1, 16, 16), 10, seed=5).eval()
     assert isinstance(vit, ViT)
     images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    leak = leak_of(first_attention(vit), cut(images, 2, 2))
+    leak = leak_of(first_attention(vit), patches_of(images, 2, 2))
     guess = AttentionNewton(steps=10)(leak)
     found = joined(guess.values.float(), (1, 16, 16), 2, 2)
     assert bool((psnr(mse(found, images)) > 50).all())
@@ -338,7 +350,7 @@ class Plain(Attack[Inputs]):
     """Brings back its start, without a regulariser."""
 
     leaks = (AttentionLeak,)
-    guesses = Inputs
+    reconstructs = Inputs
 
     def reconstruct(self, leak: Leak, start: Tensor) -> Inputs:
         steps = torch.zeros(len(leak), dtype=torch.long)
@@ -481,4 +493,4 @@ def test_blocks_that_are_not_ours_and_attacks_on_other_leaks_are_refused() -> No
         attention.Attention(vocabulary=1)
     with pytest.raises(FedtapError, match="lower --victims"):
         attention_vit.AttentionViT(victims=999).dataset_at(Path("data"))
-    assert AttentionNewton.guesses is Inputs
+    assert AttentionNewton.reconstructs is Inputs

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtap.attackers.baselines.flat_mlp import Flat, FlatMLP
+from fedtap.attackers.baselines.flat_mlp import FlatGenerator, FlatMLP
 from fedtap.attackers.baselines.training_mean import TrainingMean
 from fedtap.attackers.gradients.coarse_git import CoarseGIT, compact
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
@@ -161,12 +161,12 @@ def test_the_flat_mlp_has_as_many_parameters(model: str) -> None:
     found = stages(build(model, SHAPE, 10), SHAPE)
     sizes = [
         sum(parameter.numel() for parameter in kind(found, SHAPE, 32, 64, 32).parameters())
-        for kind in (Generator, Flat)
+        for kind in (Generator, FlatGenerator)
     ]
     unit = sizes[0] / max(1, sizes[0] // 10_000)
     assert abs(sizes[0] - sizes[1]) < unit + 0.5 * sizes[0]
     assert FlatMLP().width == CoarseGIT().width
-    assert not any(parameter.any() for parameter in Flat(found, SHAPE, 32, 64, 32).bootstrap[-1].parameters())
+    assert not any(parameter.any() for parameter in FlatGenerator(found, SHAPE, 32, 64, 32).bootstrap[-1].parameters())
 
 
 class Recurrent(nn.Module):

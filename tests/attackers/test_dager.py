@@ -20,8 +20,7 @@ from fedtap.scenarios.texts import text_gradients
 from fedtap.scenarios.texts.text_gradients import TextGradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
-from fedtap.simulator.models.language import NAMES as MODELS
-from fedtap.simulator.models.language import LanguageModel, build_language
+from fedtap.simulator.models.language import LANGUAGE_MODELS, LanguageModel, build_language
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.options import options_of
 from fedtap.simulator.scores import score_texts
@@ -110,7 +109,7 @@ def test_a_strangers_gradient_tells_nothing(kind: str) -> None:
 def test_a_victims_texts_do_not_depend_on_its_neighbours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leak = leak_of(texts_of(3, 2), kind)
     together = DAGER()(leak)
-    monkeypatch.setattr(dager, "PAIRS", 1)
+    monkeypatch.setattr(dager, "PAIRS_AT_ONCE", 1)
     for alone, victims in ((DAGER()(leak), [0, 1, 2]), (DAGER()(leak[1]), [1])):
         for found, victim in zip(alone.ids, victims, strict=True):
             assert sorted(found.tolist()) == sorted(together.ids[victim].tolist())
@@ -296,7 +295,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], why: st
 
 
 def test_choices_are_the_models_that_there_are() -> None:
-    assert options_of(TextGradients)["model"].choices == MODELS
+    assert options_of(TextGradients)["model"].choices == LANGUAGE_MODELS
 
 
 def test_more_victims_than_texts_are_refused(news: Path, tmp_path: Path) -> None:

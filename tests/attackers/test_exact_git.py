@@ -193,7 +193,7 @@ def test_an_activation_undoes_itself_and_knows_its_slopes(activation: Activation
     a = activation.apply(z)
     torch.testing.assert_close(activation.inverse(a), z)
     (slope,) = torch.autograd.grad(a.sum(), z)
-    torch.testing.assert_close(activation.slope(a.detach()), slope)
+    torch.testing.assert_close(activation.derivative(a.detach()), slope)
 
 
 def test_victims_with_weights_of_their_own_fare_as_they_do_alone() -> None:

@@ -16,12 +16,12 @@ from fedtap.attackers.baselines.ridge import Ridge
 from fedtap.attackers.baselines.training_mean import TrainingMean
 from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.exact_git import ExactGIT
-from fedtap.attackers.gradients.fused_git import FusedGIT, Prior
+from fedtap.attackers.gradients.fused_git import FusedGIT, LearnedPrior
 from fedtap.attackers.gradients.gauss_newton import GaussNewton
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.parts.newton import conjugate_gradients, fitted, residual, standard_errors
 from fedtap.attackers.wrappers.refine import Refine
-from fedtap.simulator.auxiliary import About
+from fedtap.simulator.auxiliary import Provenance
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from tests.attackers.test_exact_git import announcing, drawn, noisy, psnr, sigmoid_net
@@ -63,8 +63,8 @@ def test_a_linear_problem_is_solved_as_its_normal_equations_are() -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.integers(2, 30), st.integers(0, 1000))
 def test_the_priors_precision_is_the_inverse_of_its_covariance(samples: int, seed: int) -> None:
-    about = About(leaked(1)[1].protocol, "test", 20 * samples)
-    prior = Prior(about, torch.nn.Identity())
+    about = Provenance(leaked(1)[1].protocol, "test", 20 * samples)
+    prior = LearnedPrior(about, torch.nn.Identity())
     draw = torch.Generator().manual_seed(seed)
     prior.errors.copy_(torch.randn(prior.errors.shape, generator=draw) * torch.rand(192, generator=draw))
     errors = prior.errors.double()

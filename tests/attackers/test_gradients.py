@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fedtap.attackers.parts import gradients
-from fedtap.attackers.parts.convolutions import correlate, filters_slope, spread
+from fedtap.attackers.parts.convolutions import correlate, filters_gradient, spread
 from fedtap.attackers.parts.gradients import Match, check_match, cosine_distance, squared_distance
 from fedtap.attackers.parts.priors import isotropic_variation, statistics_gap, total_variation
 from fedtap.simulator.errors import FedtapError
@@ -91,20 +91,20 @@ def test_frozen_parameters_stay_as_they_are_and_out_of_the_match(kind: str, step
     assert "conv1.weight" not in gradients.mean_gradient(leak)
     assert gradients.mean_gradient(leak).keys() == set(gradients.trained(network)) > {"linear.weight"}
     rough = Match(dataclasses.replace(leak, resolution=1.0), squared_distance)
-    assert rough.floor * (leak.protocol.learning_rate * steps if kind == "update" else 1) ** 2 == pytest.approx(
+    assert rough.tolerance * (leak.protocol.learning_rate * steps if kind == "update" else 1) ** 2 == pytest.approx(
         sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     )
 
 
 @pytest.mark.parametrize("kind", ["gradient", "update"])
-@pytest.mark.parametrize("misfit", [squared_distance, cosine_distance])
-def test_every_gradient_tensor_takes_part_in_the_match(kind: str, misfit: gradients.Misfit) -> None:
+@pytest.mark.parametrize("distance", [squared_distance, cosine_distance])
+def test_every_gradient_tensor_takes_part_in_the_match(kind: str, distance: gradients.Distance) -> None:
     images, labels = pictures(1, 1)
     leak = leak_of(images, labels, build("lenet", (3, 16, 16), 10, seed=5), "lenet", kind=kind, steps=2)
-    before = Match(leak, misfit)(images, labels)
+    before = Match(leak, distance)(images, labels)
     for name, tensor in leak.observed.items():
         louder = dataclasses.replace(leak, observed={**leak.observed, name: tensor * 1.5})
-        assert float(Match(louder, misfit)(images, labels)) > float(before) + 1e-6, name
+        assert float(Match(louder, distance)(images, labels)) > float(before) + 1e-6, name
 
 
 def test_own_weights_of_each_victim_are_used() -> None:
@@ -159,13 +159,13 @@ def test_a_model_that_is_frozen_throughout_is_refused() -> None:
     "model", ["mlp", "lenet", "convnet", "resnet20", pytest.param("vit", marks=pytest.mark.slow), "in place"]
 )
 def test_a_trace_agrees(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "WARM_UP", 1)
+    monkeypatch.setattr(gradients, "CALLS_BEFORE_TRACING", 1)
     images, labels = pictures(2, 1)
     own = InPlace if model == "in place" else None
     network = (own() if own else build(model, (3, 16, 16), 10, seed=5)).double()
     match = Match(leak_of(images.double(), labels, network, model, meta=own), squared_distance)
     guess = images.flip(0).double()
-    (value, slope), (traced_value, traced_slope) = (match.with_slope(guess, labels) for _ in range(2))
+    (value, slope), (traced_value, traced_slope) = (match.with_input_gradient(guess, labels) for _ in range(2))
     torch.testing.assert_close(traced_value, value, rtol=1e-9, atol=0)
     torch.testing.assert_close(traced_slope, slope, rtol=1e-7, atol=1e-9 * float(slope.abs().max()))
 
@@ -233,7 +233,7 @@ def test_the_tables_convolutions_are_torchs() -> None:
         close = {"rtol": 1e-4, "atol": 1e-3}
         torch.testing.assert_close(correlate(images, filters, s, p, groups), forward, **close)
         torch.testing.assert_close(spread(signal, filters, images.shape[2:], s, p, groups), images_slope, **close)
-        torch.testing.assert_close(filters_slope(signal, images, filters.shape, s, p, groups), filter_slope, **close)
+        torch.testing.assert_close(filters_gradient(signal, images, filters.shape, s, p, groups), filter_slope, **close)
 
 
 def test_priors_on_known_pictures() -> None:

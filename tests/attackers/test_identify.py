@@ -165,7 +165,7 @@ def test_anothers_images_are_refused(make: Build) -> None:
 
 def test_anothers_labels_are_refused() -> None:
     leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 200, 6)
-    with pytest.raises(FedtapError, match=r"Practice pair \d+ has another label than its gradient shows"):
+    with pytest.raises(FedtapError, match=r"Auxiliary pair \d+ has another label than its gradient shows"):
         identify(leak, images, labels.flip(0))
 
 
@@ -218,5 +218,5 @@ def test_batches_are_refused() -> None:
 
 def test_a_pair_is_an_image_and_a_gradient() -> None:
     leak, images, labels = auxiliary_at(drawn(leaky_net), leaky_net(), 60, 6)
-    with pytest.raises(FedtapError, match=r"59 practice images and 60 gradients"):
+    with pytest.raises(FedtapError, match=r"59 auxiliary images and 60 gradients"):
         identify(leak, images[:59], labels[:59])

@@ -1,4 +1,4 @@
-"""The batched L-BFGS against scipy's, and each lane against itself alone."""
+"""The batched L-BFGS against scipy's, and each element against itself alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedtap.attackers.gradients import lbfgs
 from fedtap.attackers.gradients.lbfgs import minimise
 
 
-def rosenbrock(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
+def rosenbrock(points: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
     points = points.detach().requires_grad_()
     here, after = points[:, :-1], points[:, 1:]
     value = (100 * (after - here.square()).square() + (1 - here).square()).sum(1)
@@ -22,14 +22,14 @@ def rosenbrock(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
 SCALES = torch.logspace(0, 3, 20, dtype=torch.float64) * torch.arange(1.0, 4.0, dtype=torch.float64)[:, None]
 
 
-def bowl(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """A quadratic of its own for each lane."""
-    scales = SCALES[lanes]
+def bowl(points: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """A quadratic of its own for each element."""
+    scales = SCALES[elements]
     return (scales * points.square()).sum(1) / 2, scales * points
 
 
-def starts(lanes: int, size: int) -> Tensor:
-    return torch.randn(lanes, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def starts(elements: int, size: int) -> Tensor:
+    return torch.randn(elements, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("history", [5, 10])
@@ -41,34 +41,34 @@ def test_each_lane_ends_where_scipy_ends(history: int) -> None:
         value, slope = rosenbrock(torch.as_tensor(point)[None], torch.zeros(1, dtype=torch.long))
         return float(value), slope[0].numpy()
 
-    for lane in range(4):
-        theirs = minimize(alone, start[lane].numpy(), jac=True, method="L-BFGS-B", options={"maxcor": history})
-        assert float(values[lane]) < theirs.fun + 1e-6  # both are at a minimum, this one to more digits
-        assert theirs.fun < 1e-6 or abs(theirs.fun - float(values[lane])) < 1e-6
+    for element in range(4):
+        theirs = minimize(alone, start[element].numpy(), jac=True, method="L-BFGS-B", options={"maxcor": history})
+        assert float(values[element]) < theirs.fun + 1e-6  # both are at a minimum, this one to more digits
+        assert theirs.fun < 1e-6 or abs(theirs.fun - float(values[element])) < 1e-6
 
 
 def test_quadratics_take_about_as_many_evaluations_as_scipys() -> None:
     start = starts(3, 20)
-    for lane in range(3):
-        pick = torch.tensor([lane])
+    for element in range(3):
+        pick = torch.tensor([element])
 
         def alone(point: object, pick: Tensor = pick) -> tuple[float, object]:
             value, slope = bowl(torch.as_tensor(point)[None], pick)
             return float(value), slope[0].numpy()
 
         options = {"maxcor": 20, "ftol": 0, "gtol": 1e-6, "maxiter": 500}
-        theirs = minimize(alone, start[lane].numpy(), jac=True, method="L-BFGS-B", options=options)
+        theirs = minimize(alone, start[element].numpy(), jac=True, method="L-BFGS-B", options=options)
         _, values = minimise(bowl, start, int(1.5 * theirs.nfev), history=20)
-        assert float(values[lane]) < 1e-8
+        assert float(values[element]) < 1e-8
 
 
 def test_a_lane_does_not_feel_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     start = starts(5, 6)
     together, _ = minimise(rosenbrock, start, 30, history=8)
-    for lane in range(5):
-        alone, _ = minimise(rosenbrock, start[lane : lane + 1], 30, history=8)
-        torch.testing.assert_close(alone[0], together[lane], rtol=1e-6, atol=1e-8)
-    monkeypatch.setattr(lbfgs, "BLOCK", 2)
+    for element in range(5):
+        alone, _ = minimise(rosenbrock, start[element : element + 1], 30, history=8)
+        torch.testing.assert_close(alone[0], together[element], rtol=1e-6, atol=1e-8)
+    monkeypatch.setattr(lbfgs, "CPU_BLOCK", 2)
     apart, _ = minimise(rosenbrock, start, 30, history=8)
     torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-8)
 
@@ -83,27 +83,27 @@ def test_values_never_rise_and_are_those_of_the_points() -> None:
         last = values
 
 
-def test_lanes_that_are_done_cost_nothing() -> None:
+def test_elements_that_are_done_cost_nothing() -> None:
     asked: list[int] = []
 
-    def counted(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(points: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
         asked.append(len(points))
-        value, slope = bowl(points, lanes)
-        return value * torch.where(lanes == 0, 1e-3, 1.0), slope * torch.where(lanes == 0, 1e-3, 1.0)[:, None]
+        value, slope = bowl(points, elements)
+        return value * torch.where(elements == 0, 1e-3, 1.0), slope * torch.where(elements == 0, 1e-3, 1.0)[:, None]
 
-    minimise(counted, starts(3, 20), 60, floor=1e-3)
+    minimise(counted, starts(3, 20), 60, tolerance=1e-3)
     assert asked[0] == 3
     assert sorted(asked, reverse=True) == asked
     assert sum(asked) < 3 * 60
     asked.clear()
     low = float(counted(starts(1, 20), torch.tensor([0]))[0])
-    minimise(counted, starts(1, 20), 60, floor=low)  # no higher than the floor from the beginning
+    minimise(counted, starts(1, 20), 60, tolerance=low)  # no higher than the tolerance from the beginning
     assert asked == [1, 1]
 
 
 def test_a_wall_of_nan_is_backed_away_from() -> None:
-    def walled(points: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = bowl(points, lanes)
+    def walled(points: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = bowl(points, elements)
         return torch.where(points.abs().amax(1) > 3, torch.nan, value), slope
 
     _, values = minimise(walled, starts(3, 20).clamp(-2.9, 2.9), 200)
@@ -113,29 +113,29 @@ def test_a_wall_of_nan_is_backed_away_from() -> None:
 
 
 def test_a_direction_is_that_of_the_inverse_hessian_written_out() -> None:
-    """The textbook's matrix, built of each lane's last pairs; those of no positive curvature teach nothing."""
-    lanes, size, history = 3, 6, 4
+    """The textbook's matrix, built of each element's last pairs; those of no positive curvature teach nothing."""
+    elements, size, history = 3, 6, 4
     draw = torch.Generator().manual_seed(1)
-    memory = lbfgs._Memory(torch.zeros(lanes, size, dtype=torch.float64), history)
-    pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(lanes)]
-    slope = torch.randn(lanes, size, dtype=torch.float64, generator=draw)
-    bends = torch.rand(12, lanes, 1, dtype=torch.float64, generator=draw) * 2 - 0.4
+    memory = lbfgs._Memory(torch.zeros(elements, size, dtype=torch.float64), history)
+    pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(elements)]
+    slope = torch.randn(elements, size, dtype=torch.float64, generator=draw)
+    bends = torch.rand(12, elements, 1, dtype=torch.float64, generator=draw) * 2 - 0.4
     bends[0], bends[5, 0] = 1.0, 0.0  # flat: the slope stays as it is
     for number, bend in enumerate(bends):
         accept = torch.tensor([True, True, number % 3 != 1])
-        s = torch.randn(lanes, size, dtype=torch.float64, generator=draw)
-        turned = bend * s + 0.1 * bend * torch.randn(lanes, size, dtype=torch.float64, generator=draw)
+        s = torch.randn(elements, size, dtype=torch.float64, generator=draw)
+        turned = bend * s + 0.1 * bend * torch.randn(elements, size, dtype=torch.float64, generator=draw)
         after = torch.where(accept[:, None], slope + turned, slope)
         found = memory.direction(accept, s, slope, after)
-        for lane in accept.nonzero().flatten().tolist():
-            y = after[lane] - slope[lane]
-            if float(s[lane] @ y) > 0:
-                pairs[lane] = [*pairs[lane], (s[lane], y)][-history:]
-            last_s, last_y = pairs[lane][-1]
+        for element in accept.nonzero().flatten().tolist():
+            y = after[element] - slope[element]
+            if float(s[element] @ y) > 0:
+                pairs[element] = [*pairs[element], (s[element], y)][-history:]
+            last_s, last_y = pairs[element][-1]
             inverse = (last_s @ last_y) / (last_y @ last_y) * torch.eye(size, dtype=torch.float64)
-            for one, change in pairs[lane]:
+            for one, change in pairs[element]:
                 turn = torch.eye(size, dtype=torch.float64) - torch.outer(one, change) / (one @ change)
                 inverse = turn @ inverse @ turn.T + torch.outer(one, one) / (one @ change)
-            assert torch.allclose(found[lane], -inverse @ after[lane], rtol=1e-6, atol=1e-8)
+            assert torch.allclose(found[element], -inverse @ after[element], rtol=1e-6, atol=1e-8)
         slope = after
     assert all(len(each) == history for each in pairs)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtap.attackers.posteriors.fisher import ESTIMATORS, coordinates, directions, divergence, reduced
 from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD, Units
-from fedtap.clients.bayesian import exact, hmc, laplace
+from fedtap.clients.bayesian import exact, hmc, laplace_approximation
 from fedtap.scenarios.posteriors.regression import Regression, all_of, apart, sums_in, sums_of
 from fedtap.simulator.attack import PseudoData
 from fedtap.simulator.errors import FedtapError
@@ -203,7 +203,7 @@ def test_the_objective_is_that_of_the_guess() -> None:
 
 
 def test_mean_and_covariance_serve_as_well_as_draws() -> None:
-    mean, covariance = laplace(MODELS[0], records(400))
+    mean, covariance = laplace_approximation(MODELS[0], records(400))
     leak = leak_of(MODELS[0], {"mean": mean[None], "covariance": covariance[None]})
     found = statistics(PosteriorMMD()(leak))
     assert float(found["sum_w"]) == pytest.approx(400, rel=0.03)
@@ -213,7 +213,7 @@ def test_mean_and_covariance_serve_as_well_as_draws() -> None:
 def test_a_mode_that_is_none_has_no_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtap.clients.bayesian.hessian", lambda function: lambda at: torch.eye(len(at)).to(at))
     with pytest.raises(FedtapError, match="no definite curvature"):
-        laplace(MODELS[0], records(400))
+        laplace_approximation(MODELS[0], records(400))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_network_that_cannot_be_sampled_is_refused(wrong: dict[str, float]) ->
 
 
 def test_a_networks_posterior_is_attacked_by_its_likelihood_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtap.clients.bayesian.WARM_UP", 20)
+    monkeypatch.setattr("fedtap.clients.bayesian.WARM_UP_DRAWS", 20)
     model = BayesianNetwork(1, 2, 0.3)
     x = torch.linspace(-1, 1, 30).double()
     data = torch.stack([x, (2 * x).tanh()], dim=1)
@@ -267,7 +267,7 @@ def test_exact_draws_have_the_posterior_s_distribution(scale: float) -> None:
 
 
 def test_hamiltonian_draws_are_those_of_the_exact_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtap.clients.bayesian.WARM_UP", 50)
+    monkeypatch.setattr("fedtap.clients.bayesian.WARM_UP_DRAWS", 50)
     model, data = MODELS[0], records(60)
     one, other = exact(model, data, 20_000), hmc(model, data, 2000)
     spread = one.std(0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtap.attackers.gradients.exact_git import ExactGIT
-from fedtap.attackers.gradients.rgap import RGAP, _slopes, solve
+from fedtap.attackers.gradients.rgap import RGAP, _logit_gradients, solve
 from fedtap.attackers.parts.layers import Layer, chain
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, stack
@@ -128,7 +128,7 @@ def test_the_weights_gradient_alone_shows_the_slopes_of_the_logits(make: Build) 
     layer = chain(leak).layers[-1]
     weight, bias = layer.parameters(leak.weights or {}, 3, False)
     expected = network(images[:, 0].double()).softmax(1).detach() - F.one_hot(labels[:, 0], 10)
-    torch.testing.assert_close(_slopes(leak.observed[layer.weight], weight, bias, labels[:, 0]), expected)
+    torch.testing.assert_close(_logit_gradients(leak.observed[layer.weight], weight, bias, labels[:, 0]), expected)
 
 
 def test_what_the_equations_leave_open_stays_finite() -> None:

@@ -16,7 +16,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedtap.attackers.checkpoints import stationary_mmd
-from fedtap.attackers.checkpoints.stationary_mmd import StationaryMMD, Terms, flat, pull, recombined, unexplainable
+from fedtap.attackers.checkpoints.stationary_mmd import (
+    StationaryMMD,
+    Terms,
+    flat,
+    recombined,
+    regulariser_gradient,
+    unexplainable,
+)
 from fedtap.clients.app import client_app
 from fedtap.clients.stationary import Training
 from fedtap.scenarios.checkpoints.fedprox import FedProx, scenario
@@ -24,7 +31,7 @@ from fedtap.scenarios.checkpoints.stationary import Case
 from fedtap.simulator import scores
 from fedtap.simulator.attack import generator
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import Leak, Protocol, StationaryLeak, Tensors, load
+from fedtap.simulator.leaks import Leak, Protocol, Tensors, TrainedWeightsLeak, load
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.models.regulariser import Regulariser
 from fedtap.simulator.report.folder import Row
@@ -36,13 +43,13 @@ SMALL = Case(width=24, examples=3, features=4)
 QUICK = StationaryMMD(restarts=5, rounds=2, steps=20)
 
 
-def leaked(case: Case, clients: int = 2, seed: int = 0) -> StationaryLeak:
+def leaked(case: Case, clients: int = 2, seed: int = 0) -> TrainedWeightsLeak:
     """What so many clients of a case send, without a federation."""
     broadcast = {name: value.detach() for name, value in case.network(seed).named_parameters()}
     training = Training(Regulariser.parse(case.regulariser), case.training)
     trained = [training(case.network(), broadcast, *case.private(seed, client))[0] for client in range(clients)]
     names = torch.arange(clients)
-    return StationaryLeak(
+    return TrainedWeightsLeak(
         observed={name: torch.stack([own[name] for own in trained]) for name in broadcast},
         protocol=Protocol(case.model, (case.features,), 2, case.examples, prior=case.regulariser),
         network=case.network(),
@@ -56,7 +63,7 @@ def leaked(case: Case, clients: int = 2, seed: int = 0) -> StationaryLeak:
 
 def recovered(guess_of: int, truth_of: int, case: Case, guess: object, seed: int = 0) -> float:
     points, weights = guess.points[guess_of], guess.weights[guess_of]  # type: ignore[attr-defined]
-    return float((scores.nearest(points, weights, case.private(seed, truth_of)[0]) < 0.01).double().mean())
+    return float((scores.matched_distances(points, weights, case.private(seed, truth_of)[0]) < 0.01).double().mean())
 
 
 def played(tmp_path: Path, case: Case, attack: StationaryMMD = QUICK, victims: int = 2) -> list[Row]:
@@ -103,7 +110,7 @@ def test_their_derivatives_are_those_of_finite_differences() -> None:
 
 def test_recombined_starts_pick_the_true_points_from_different_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     leak, (truth, _) = leaked(SMALL, 1), SMALL.private(0, 0)
-    terms, slope = Terms(leak.network, (4,), 2), flat(pull(leak))
+    terms, slope = Terms(leak.network, (4,), 2), flat(regulariser_gradient(leak))
     found = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for place in range(3):  # each start has found one of them
         found[0, place, place, :4] = truth[place]
@@ -127,7 +134,7 @@ def test_a_federations_trained_weights_give_the_data_back(tmp_path: Path) -> Non
         assert row["left"] < 1e-8
         assert row["unexplainable"] < 1e-7
     leak = load(tmp_path / "out/leaks/part_0.safetensors", build)
-    assert isinstance(leak, StationaryLeak)
+    assert isinstance(leak, TrainedWeightsLeak)
     guess = QUICK(leak)
     for client in range(2):
         labels = SMALL.private(0, client)[1]
@@ -202,7 +209,7 @@ def test_haims_form_explains_a_homogeneous_networks_weights_and_not_by_the_priva
     trained, left = Training(Regulariser("weight_decay", 1e-2))(Squared(), broadcast, inputs, labels)
     assert left < 1e-6
     name = torch.zeros(1, dtype=torch.long)
-    leak = StationaryLeak(
+    leak = TrainedWeightsLeak(
         observed={key: value[None] for key, value in trained.items()},
         protocol=Protocol("squared", (4,), 2, 3, prior="max_margin"),
         network=Squared().to("meta"),
@@ -215,12 +222,15 @@ def test_haims_form_explains_a_homogeneous_networks_weights_and_not_by_the_priva
     guess = StationaryMMD(restarts=6, rounds=3, steps=30)(leak)
     assert float(guess.objective) ** 0.5 < 1e-3
     assert int(torch.linalg.matrix_rank(trained["first.weight"], rtol=1e-6)) == 2
-    assert float(scores.nearest(guess.points[0], torch.ones(4), inputs).min()) > 0.01
+    assert float(scores.matched_distances(guess.points[0], torch.ones(4), inputs).min()) > 0.01
     logits = functional_call(Squared(), trained, (inputs,))
     slopes = (logits.softmax(1) - F.one_hot(labels, 2)) / 1e-2  # the KKT multipliers, by the training's stationarity
     terms = Terms(leak.network, (4,), 2)
-    rest = flat(pull(leak)) + terms.sums(leak.observed, torch.cat([inputs, slopes @ terms.basis], 1)[None, None])[:, 0]
-    assert float(rest.norm() / flat(pull(leak)).norm()) < 1e-5
+    rest = (
+        flat(regulariser_gradient(leak))
+        + terms.sums(leak.observed, torch.cat([inputs, slopes @ terms.basis], 1)[None, None])[:, 0]
+    )
+    assert float(rest.norm() / flat(regulariser_gradient(leak)).norm()) < 1e-5
 
 
 def test_no_points_explain_what_is_of_too_high_a_rank() -> None:
@@ -239,7 +249,7 @@ def test_no_points_explain_what_is_of_too_high_a_rank() -> None:
     idle = dataclasses.replace(
         leak, observed={name: value.expand(2, *value.shape).double() for name, value in weights_of(leak).items()}
     )
-    with pytest.raises(FedtapError, match=r"client 0 are where fedprox.*let the client train"):
+    with pytest.raises(FedtapError, match=r"client 0 are at the minimum of fedprox.*let the client train"):
         QUICK(idle)
 
 
@@ -297,8 +307,8 @@ def test_an_examples_distance_is_to_the_point_that_is_matched_to_it() -> None:
     truth = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     points = torch.tensor([[1.0, 0.1], [0.0, 1.0], [0.0, 2.0]])
     weights = torch.tensor([1.0, 1.0, 1e-3])  # the third stands for no example
-    torch.testing.assert_close(scores.nearest(points, weights, truth), torch.tensor([0.1, 0.5]))
-    assert scores.nearest(points[:1], weights[:1], truth).tolist() == pytest.approx([0.1, 1.0])
-    assert scores.nearest(points[:0], weights[:0], truth).tolist() == [1, 1]
+    torch.testing.assert_close(scores.matched_distances(points, weights, truth), torch.tensor([0.1, 0.5]))
+    assert scores.matched_distances(points[:1], weights[:1], truth).tolist() == pytest.approx([0.1, 1.0])
+    assert scores.matched_distances(points[:0], weights[:0], truth).tolist() == [1, 1]
     twice = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # one point is no two examples
-    assert sorted(scores.nearest(points[:1], weights[:1], twice).tolist()) == pytest.approx([0.1, 1.0])
+    assert sorted(scores.matched_distances(points[:1], weights[:1], twice).tolist()) == pytest.approx([0.1, 1.0])

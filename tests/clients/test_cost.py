@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fedtap.clients.cost import exchange, overhead, times_as_long
-from fedtap.simulator.federation.settings import Scenario, private_data
+from fedtap.simulator.federation.private_data import private_data
+from tests.support.scenes import Scene
 
 
 def measured(defence: str, **knobs: object) -> float | None:
-    part = Scenario((), model="mlp", defence=defence, victims=1, clients=2, **knobs)  # type: ignore[arg-type]
+    part = Scene(model="mlp", defence=defence, victims=1, clients=2, **knobs)  # type: ignore[arg-type]
     return overhead(part, private_data(part, Path("data"), 2))
 
 

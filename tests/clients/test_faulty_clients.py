@@ -17,14 +17,15 @@ from flwr.clientapp import ClientApp
 from fedtap.clients.app import client_app
 from fedtap.simulator.auxiliary import Pairs
 from fedtap.simulator.errors import ClientError
+from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import PRACTICE, Heard, auxiliary, play
-from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.support.faulty_clients import FAULTS, UNCHANGED, Armed, Fault, Reply, raising
+from tests.support.scenes import Scene
 
 CLIENTS, FAULTY = 2, 1
 
-BASE = Scenario(attacks=(), name="test", model="mlp", size=8, victims=4, clients=CLIENTS)
+BASE = Scene(attack="", name="test", model="mlp", size=8, victims=4, clients=CLIENTS)
 
 MODES = {
     "plain": BASE,
@@ -48,7 +49,7 @@ def quiet() -> Iterator[None]:
 _SOUND: dict[object, RecordDict] = {}
 
 
-def sound(scenario: Scenario, order: Message, context: Context) -> Message:
+def sound(scenario: Scene, order: Message, context: Context) -> Message:
     """The honest answer, remembered: it depends on the order alone."""
     rnd = order.content.config_records["config"].get("server-round")
     sent = [hash(array.data) for record in order.content.array_records.values() for array in record.values()]
@@ -64,7 +65,7 @@ def sound(scenario: Scenario, order: Message, context: Context) -> Message:
 Practised = list[Pairs] | ClientError
 
 
-def played(scenario: Scenario, faults: Sequence[Fault], faulty: int) -> tuple[Heard, PrivateData, list[Practised]]:
+def played(scenario: Scene, faults: Sequence[Fault], faulty: int) -> tuple[Heard, PrivateData, list[Practised]]:
     """What is heard where this client does these in turn, one a round, and what it then practises, one for each.
 
     It practises in an eavesdropper's federation alone.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import UserConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,11 +20,14 @@ from PIL import Image
 import fedtap.simulator.data.vision
 import fedtap.simulator.federation.settings
 from fedtap.attackers import ATTACKS, parse
+from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.main import main
-from fedtap.scenarios.command.options import knobs_of, settings
-from fedtap.scenarios.command.plan import catalogue, plan, plan_of
-from fedtap.scenarios.gradients.game import Game
+from fedtap.scenarios.command.options import RENAMED, absolute, combinations, pairs, written
+from fedtap.scenarios.command.plan import plan, plan_of
+from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import private_data
+from fedtap.simulator.options import options_of
 
 QUICK = ["--victims", "2", "--attack", "linear", "--model", "mlp"]
 
@@ -50,7 +56,9 @@ def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     about = json.loads((tmp_path / "run.json").read_text())
     assert about["finished"]
-    assert about["scenario"][0].startswith("Scenario(")
+    assert about["schema"] == 2
+    assert [setting["model"] for setting in about["settings"]] == ["mlp"]
+    assert about["settings"][0]["victims"] == 2
     page = (tmp_path / "report.html").read_text()
     assert all(f"alt='linear on mlp, client {client}'" in page for client in (0, 1))
     assert {"seed", "device", "versions", "question"} <= about.keys()
@@ -114,7 +122,7 @@ def test_a_resumed_run_must_hear_what_it_heard(
     assert run(monkeypatch, *words, "--resume") == 0
     dataset(seed=1)
     fedtap.simulator.federation.settings.dataset_of.cache_clear()
-    fedtap.simulator.federation.settings.private_data.cache_clear()
+    private_data.cache_clear()
     before = rows(tmp_path / "out")
     assert run(monkeypatch, *words, "--resume") == 2
     assert "data or the clients have changed" in capsys.readouterr().err
@@ -199,11 +207,32 @@ def test_list_names_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert name in shown
 
 
-def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_a_scenarios_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "run", "batch_size", "--help") == 0
     shown = capsys.readouterr().out
     assert "1,2,4,8,16" in shown
     assert "--learning-rate" in shown
+    assert "curious_server|eavesdropper|secure_aggregation" in "".join(shown.split())
+
+
+@pytest.mark.parametrize("words", ["--version", "list", "run git --help", "run attention --help"])
+def test_help_and_lists_need_no_torch(words: str) -> None:
+    code = (
+        "import sys; from fedtap.scenarios.command.main import main\n"
+        f"sys.argv = ['fedtap', *{words.split()!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'flwr', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_former_names_of_options_are_refused_with_the_new_ones(name: str) -> None:
+    known = options_of(SCENARIOS[name])
+    for former, now in RENAMED.items():
+        if now in known and former not in known:
+            with pytest.raises(FedtapError, match=f"is called --{now.replace('_', '-')}"):
+                plan(name, {former: "1"})
 
 
 @pytest.mark.parametrize(
@@ -221,8 +250,8 @@ def test_help_explains_a_scenarios_knobs(monkeypatch: pytest.MonkeyPatch, capsys
         (["run", "first_leak", "--learning-rate", "nan"], "out of range"),
         (["run", "first_leak", "--victims", "1,,2"], "empty value"),
         (["run", "first_leak", "--victims"], "has no value"),
-        (["run", "first_leak", "stray"], "belongs to no knob"),
-        (["run", "--victims", "2", "first_leak"], "comes before its knobs"),
+        (["run", "first_leak", "stray"], "belongs to no option"),
+        (["run", "--victims", "2", "first_leak"], "comes before its options"),
         (["atack", "leak.safetensors"], "did you mean attack?"),
         (["first_lek"], "did you mean first_leak?"),
         (["run", "first_leak", "--alpha", "0.1"], "add --rounds"),
@@ -311,15 +340,13 @@ def test_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(row["psnr"] > 40 for row in rows(out))  # type: ignore[operator]
 
 
-IMAGE_SCENARIOS = sorted(
-    name for name, function in catalogue().items() if {"size", "batch"} <= knobs_of(function).keys()
-)
+IMAGE_SCENARIOS = sorted(name for name, kind in SCENARIOS.items() if {"size", "batch"} <= options_of(kind).keys())
 
 
 @given(name=st.sampled_from(IMAGE_SCENARIOS), batch=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True))
 def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
     parts = plan(name, {"batch": ",".join(map(str, batch)), "local_steps": "1", "attack": "linear", "model": "mlp"})
-    parts = tuple(part for part in parts if part.attacks)  # the others are games of canaries
+    parts = tuple(part for part in parts if not isinstance(part, Canary))
     assert list(dict.fromkeys(part.batch for part in parts)) == batch  # a scenario may sweep more by itself
     assert all(part.name == name and part.question for part in parts)
 
@@ -327,8 +354,7 @@ def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
 @pytest.mark.parametrize("name", IMAGE_SCENARIOS)
 def test_every_scenario_can_be_planned_as_it_is(name: str) -> None:
     parts = plan(name, {})
-    assert parts[0].attacks
-    assert all(part.attacks or isinstance(part, Game) for part in parts)
+    assert all(part.attacks for part in parts)
     for part in parts:
         for attack in part.attacks:
             assert parse(attack.written()) == (attack,)
@@ -339,6 +365,7 @@ def test_a_threat_model_that_is_named_is_the_one_that_listens() -> None:
         ({}, {"eavesdropper", "curious_server"}),
         ({"threat_model": "curious_server"}, {"curious_server"}),
         ({"attack": "ridge"}, {"eavesdropper"}),
+        ({"attack": "exact_git"}, {"curious_server"}),  # it compares gradients at the weights
         ({"attack": "idlg", "threat_model": "curious_server"}, {"curious_server"}),
     ):
         assert {part.threat_model for part in plan("git", words)} == threat_models
@@ -358,7 +385,7 @@ def test_a_threat_model_that_is_named_is_the_one_that_listens() -> None:
 @given(word=st.text(max_size=12), knob=st.sampled_from(["victims", "learning_rate", "batch", "alpha", "threat_model"]))
 def test_any_word_is_a_value_or_a_clear_error(word: str, knob: str) -> None:
     try:
-        found = settings(catalogue()["first_leak"], {knob: word})
+        found = combinations(options_of(SCENARIOS["first_leak"]), {knob: word})
     except FedtapError as error:
         assert knob.replace("_", "-") in str(error)  # noqa: PT017
     else:
@@ -366,7 +393,59 @@ def test_any_word_is_a_value_or_a_clear_error(word: str, knob: str) -> None:
 
 
 def test_run_config_means_the_same_as_the_command_line() -> None:
-    config = {"scenario": "batch_size", "victims": 3, "batch": "2,4", "data-root": "/data", "out": "", "seed": ""}
-    assert plan_of(config) == plan("batch_size", {"victims": "3", "batch": "2,4"})  # type: ignore[arg-type]
-    with pytest.raises(FedtapError, match="names no scenario"):
-        plan_of({"scenario": ""})
+    words = ["--victims", "3", "--batch=2,4", "--attack", "linear,idlg(steps=20)", "--dataset", "my 'own' photos"]
+    config: UserConfig = {"scenario": "batch_size", "options": shlex.join(words), "data-root": "/data", "out": ""}
+    assert plan_of(config) == plan("batch_size", pairs(words))
+    assert plan_of({"scenario": "noise", "options": ""}) == plan_of({"scenario": "noise"}) == plan("noise", {})
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({}, "names no scenario"),
+        ({"scenario": "", "options": "--victims 3"}, "names no scenario"),
+        ({"scenario": "first_leak", "victims": 3}, "no key 'victims': a scenario's options go into one string"),
+        ({"scenario": "first_leak", "options": "--attack 'idlg"}, "cannot be split into words .No closing quotation"),
+        ({"scenario": "first_leak", "options": 3}, "'3' belongs to no option"),
+        ({"scenario": "first_leak", "options": "--victims 3 --victims 4"}, "--victims is given twice"),
+        ({"scenario": "first_leak", "options": "--victim 3"}, "did you mean --victims"),
+    ],
+)
+def test_a_run_config_that_cannot_be_read_is_one_sentence(config: UserConfig, sentence: str) -> None:
+    with pytest.raises(FedtapError, match=sentence) as error:
+        plan_of(config)
+    assert len(str(error.value)) < 300
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z][a-z_]*", fullmatch=True), st.text(), max_size=4))
+def test_options_in_one_string_are_read_as_they_were_written(knobs: dict[str, str]) -> None:
+    found = pairs(shlex.split(written(knobs)))
+    assert {name.replace("-", "_"): value for name, value in found.items()} == knobs
+
+
+def test_files_that_options_name_are_absolute_before_they_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.npz", "b,c.npz", "photos", "net.safetensors"):
+        (tmp_path / name).touch()
+    given = {"dataset": "a.npz,cifar10,photos,gone.npz", "target-dataset": "b,c.npz", "weights": "net.safetensors"}
+    found = absolute(options_of(SCENARIOS["first_leak"]), {**given, "auxiliary": "to_be_made", "attack": "a.npz"})
+    assert found == {
+        "dataset": f"{tmp_path / 'a.npz'},cifar10,photos,gone.npz",
+        "target_dataset": str(tmp_path / "b,c.npz"),
+        "weights": str(tmp_path / "net.safetensors"),
+        "auxiliary": str(tmp_path / "to_be_made"),
+        "attack": "a.npz",
+    }
+
+
+def test_each_option_that_speaks_of_a_file_is_marked() -> None:
+    marked = set()
+    for name, scenario in SCENARIOS.items():
+        for option, known in options_of(scenario).items():
+            about = known.option.help
+            if known.type is str and re.search(r"\b(files?|folders?|paths?|zip|npz|json|safetensors)\b", about, re.I):
+                assert known.option.file, f"--{option} of {name} names a file: file=True"
+            marked |= {option} if known.option.file else set()
+    assert marked == {"dataset", "target_dataset", "data", "draws", "weights", "trained_attack", "auxiliary"}

@@ -22,25 +22,26 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from fedtap.attackers import parse
 from fedtap.clients.app import client_app
 from fedtap.scenarios.command.plan import plan
-from fedtap.scenarios.gradients.game import Game
+from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.defences.accountant import Gaussian
 from fedtap.simulator.defences.notation import averaged, described
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.guarantees import promised, success_of
+from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
-from fedtap.simulator.federation.settings import Scenario, private_data
 from fedtap.simulator.leaks import mean
-from fedtap.simulator.report import privacy_report
-from fedtap.simulator.report.curves import apart
-from fedtap.simulator.report.page import summarise
-from fedtap.simulator.run import promised, success_of
+from fedtap.simulator.report.charts import apart
+from fedtap.simulator.report.columns import summary, table
+from fedtap.simulator.report.defences import price
+from fedtap.simulator.report.images import columns
 from fedtap.simulator.run import run as run_parts
 from fedtap.simulator.scores import limits
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.records import tensors_of
 from tests.scenarios.test_cli import run
+from tests.support.scenes import Scene
 
 SMALL = {"model": "mlp", "size": "16", "attack": "linear", "victims": "2", "clients": "2"}
 SMALL |= {"rounds": "1", "training_batch": "4"}
@@ -49,7 +50,7 @@ SMALL |= {"rounds": "1", "training_batch": "4"}
 ATTACKS = "inverting_gradients(steps=2),inverting_gradients(steps=2,adaptive=True)"
 
 
-def part(**knobs: str) -> Scenario:
+def part(**knobs: str) -> Scene:
     return plan("dp", {**SMALL, **knobs})[0]
 
 
@@ -161,8 +162,8 @@ def test_sigma_takes_the_place_of_epsilon() -> None:
     parts = plan("dp", {"sigma": "0.1,0.2"})
     assert [made.defence for made in parts] == ["clip(1.0)+noise(0.1)", "clip(1.0)+noise(0.2)"]
     assert [made.swept for made in parts] == [(("sigma", "0.1"),), (("sigma", "0.2"),)]
-    games = [made for made in plan("dp", {"epsilon": "1,2,inf"}) if isinstance(made, Game)]
-    assert [game.epsilon for game in games] == [1.0, 2.0]
+    canaries = [made for made in plan("dp", {"epsilon": "1,2,inf"}) if isinstance(made, Canary)]
+    assert [canary.epsilon for canary in canaries] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_what_no_epsilon_covers_stands_in_the_row(tmp_path: Path) -> None:
         "repeat",
         {"model": "tests.scenarios.test_dp:normed", "size": "16", "batch": "2", "victims": "1", "repeats": "1"},
     )
-    parts = [dataclasses.replace(made[0], attacks=parse("grey"), local_samples=samples) for samples in (0, 8)]
+    parts = [dataclasses.replace(made[0], attack="grey", local_samples=samples) for samples in (0, 8)]
     found = run_parts(
         parts,
         lambda part: LocalGrid(client_app(lambda config: parts), 2),
@@ -227,7 +228,7 @@ def test_what_no_epsilon_covers_stands_in_the_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("defence", ["none", "clip(1.0)+noise(0.1)"])
 @pytest.mark.parametrize("samples", [0, 8])
 def test_beside_the_update_travels_what_the_server_needs(samples: int, defence: str) -> None:
-    made = Scenario((), model="mlp", size=16, victims=1, clients=2, defence=defence, local_samples=samples)
+    made = Scene(model="mlp", size=16, victims=1, clients=2, defence=defence, local_samples=samples)
     app, seen = client_app(lambda config: (made,)), list[dict[str, Any]]()
 
     class Seen(LocalGrid):
@@ -246,7 +247,7 @@ def test_beside_the_update_travels_what_the_server_needs(samples: int, defence: 
 
 
 def heard(**knobs: Any) -> Any:
-    made = Scenario(attacks=(), name="repeat", model="mlp", size=16, victims=3, clients=2, **knobs)
+    made = Scene(attack="", name="repeat", model="mlp", size=16, victims=3, clients=2, **knobs)
     private = private_data(made, Path("data"), 2)
     return play(made, LocalGrid(client_app(lambda config: (made,)), 3), private), private
 
@@ -276,7 +277,7 @@ def test_training_goes_on_before_the_repetitions() -> None:
 def test_answers_at_other_weights_have_no_mean() -> None:
     found, _ = heard()
     with pytest.raises(FedtapError, match="different weights"):
-        mean([found.leaks[0, 1], found.leaks[0, 2]])
+        mean([found.leaks[0, 1], found.leaks[0, 2]], "none")
 
 
 def test_only_gaussian_noise_that_comes_last_wears_off_by_a_root() -> None:
@@ -294,22 +295,24 @@ def test_defences_act_in_training_rounds_too() -> None:
 
 def test_the_table_holds_every_attack_and_every_game(left: Path) -> None:
     console = Console(width=80, record=True)
-    console.print(privacy_report.table(rows(left)))
+    console.print(table(rows(left), columns(rows(left))))
     shown = console.export_text()
     assert shown.count("linear") == 2
     assert "∞" in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
-    assert privacy_report.section([{"attack": "dlg"}]) == ""
+    assert price([{"attack": "dlg"}]) == {}
 
 
 def test_defences_of_the_same_epsilon_are_told_apart(left: Path) -> None:
     unprotected = [row for row in rows(left) if row["epsilon"] is None]
     pruned = [row | {"defence": "prune(0.9)"} for row in unprotected]
-    assert [entry.victims for entry in summarise([*unprotected, *pruned])] == [2, 2]
+    both = [*unprotected, *pruned]
+    groups, shown = summary(both, columns(both))
+    assert [len(group) for group in groups] == [2, 2]
+    assert "prune(0.9)" in [column.cell(groups[1]) for column in shown]
     console = Console(width=100, record=True)
-    console.print(privacy_report.table([*unprotected, *pruned]))
+    console.print(table(both, columns(both)))
     assert "prune(0.9)" in console.export_text()
-    assert "prune(0.9)" in privacy_report.section([*unprotected, *pruned])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=18).map(sorted))

@@ -13,7 +13,7 @@ from flwr.app import Message
 
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.wrappers.identified import Identified
-from fedtap.clients.compromised import along
+from fedtap.clients.compromised import stops_along
 from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, sgd
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import gradients
@@ -91,7 +91,7 @@ def test_examples_are_answered_on_the_way() -> None:
     trained = copy.deepcopy(net)
     parts = [
         gradients(trained, examples["images"][some], examples["labels"][some])
-        for some in along(trained, {"images": images, "labels": labels, "steps": due})
+        for some in stops_along(trained, {"images": images, "labels": labels, "steps": due})
     ]
     assert [len(part["fc.bias"]) for part in parts] == [1, 2, 1, 1]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -128,9 +128,11 @@ def test_pairs_of_drifted_weights_look_like_a_drifted_victims_leak(monkeypatch: 
 def test_weights_are_not_read_from_pairs_of_many(tmp_path: Path) -> None:
     leak = leak_of(*pictures(2, 1), build("lenet", (3, 16, 16), 10, seed=1), "lenet")
     auxiliary_at = auxiliary_for(leak, tmp_path, 8)
-    along = dataclasses.replace(auxiliary_at, about=dataclasses.replace(auxiliary_at.about, auxiliary_trainings=4))
+    stops_along = dataclasses.replace(
+        auxiliary_at, about=dataclasses.replace(auxiliary_at.about, auxiliary_trainings=4)
+    )
     with pytest.raises(FedtapError, match=r"one set of weights.*along 4 trainings: leave out --auxiliary-trainings"):
-        Identified(IDLG(steps=1)).fit(along)
+        Identified(IDLG(steps=1)).fit(stops_along)
 
 
 def test_who_reads_one_set_of_weights_refuses_many_before_it_practises(

@@ -7,22 +7,30 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.cli.build import build_fab_from_disk
+from PIL import Image
 from safetensors.torch import load_file
 
-from fedtap.scenarios.deploy import APP, flower
+from fedtap.scenarios.deploy import flower
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run
 
 
 def test_flwr_run_leaves_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaks to 1e-6, scores to 0.5 dB: what DESIGN.md allows between engines."""
-    knobs = {"attack": "linear", "model": "mlp", "victims": "3", "seed": "7"}
-    words = [word for knob, value in knobs.items() for word in (f"--{knob}", value)]
+    """Leaks to 1e-6, scores to 0.5 dB: what DESIGN.md allows between engines. The images are named from here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"my photos/{number}.png")
+    knobs = {"dataset": "my photos", "attack": "linear,idlg(steps=2)", "model": "mlp", "victims": "2", "seed": "7"}
+    absolute = {**knobs, "dataset": str(tmp_path / "my photos")}
+    words = [word for knob, value in absolute.items() for word in (f"--{knob}", value)]
     assert run(monkeypatch, "run", "first_leak", *words, "--out", str(tmp_path / "local")) == 0
-    flower("first_leak", knobs, tmp_path / "flower", tmp_path, nodes=4, engine="simulation")
+    flower("first_leak", knobs, tmp_path / "flower", tmp_path, nodes=3, engine="simulation")
 
     here, there = (load_file(tmp_path / engine / "leaks/part_0.safetensors") for engine in ("local", "flower"))
     assert here.keys() == there.keys()
@@ -53,7 +61,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_app_bundle_holds_no_code() -> None:
-    bundle = build_fab_from_disk(APP)
+    bundle = build_fab_from_disk(Path(__file__).parents[2])
     assert len(bundle) < 100_000
     names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
     assert not [name for name in names if name.endswith(".py")], "the bundle's code would hide the installed package"

@@ -29,19 +29,21 @@ from safetensors.torch import save
 from fedtap.attackers import ATTACKS, parse, suited
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
-from fedtap.scenarios.command.options import knobs_of
-from fedtap.scenarios.command.plan import catalogue, plan, plan_of
+from fedtap.scenarios import SCENARIOS
+from fedtap.scenarios.command.options import written
+from fedtap.scenarios.command.plan import plan, plan_of
 from fedtap.simulator.auxiliary import Auxiliary
 from fedtap.simulator.data.images import open_dataset
 from fedtap.simulator.data.posteriordb import read_columns, read_draws
 from fedtap.simulator.data.texts import WordPieces, read_texts
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import AttentionLeak, Leak, PosteriorLeak, Protocol, StationaryLeak, float_buffers, load
+from fedtap.simulator.leaks import AttentionLeak, Leak, PosteriorLeak, Protocol, TrainedWeightsLeak, float_buffers, load
 from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.likelihoods import likelihood, prior
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.models.regulariser import Regulariser
+from fedtap.simulator.options import options_of
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 SECONDS, BYTES, CASES = 20, 2 << 30, 20_000
@@ -107,7 +109,7 @@ TEXTS: dict[str, tuple[Callable[[str], object], tuple[str, ...]]] = {
     "attack": (parse, (*ATTACKS, *FIELDS,
                        "idlg(steps=300),dlg", "restarts(attack=idlg, times=2)", "assuming('mlp', idlg)",
                        "refine(start=lti, finish=idlg(steps=3))", "identified(exact_git)", "saved('a.safetensors')",
-                       "idlg(" + "1+" * 2000 + "1)", "panel(idlg,dlg)", "-" * 3000 + "1", "idlg" + ".a" * 3000)),
+                       "idlg(" + "1+" * 2000 + "1)", "best_of(idlg,dlg)", "-" * 3000 + "1", "idlg" + ".a" * 3000)),
     "defence": (described, ("none", "clip(1.0)+noise(0.01)", "prune(0.9)", "local_dp(1,1,1,0.1)", "precode(8)")),
     "model": (lambda text: build(text, (3, 8, 8), 4), ("mlp", "lenet(width=16, depth=4)", "mlp(activation='tanh')",
                                                        "convnet", "vit", "resnet20", "lenet+precode(8)")),
@@ -216,7 +218,7 @@ def samples(folder: Path) -> dict[str, Reader]:
              {"output": (3, 8)}).save(folder / "attention/leak.safetensors")  # fmt: skip
     small = build("mlp(width=3, depth=1)", (2,), 2)
     trained = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
-    stack_of(StationaryLeak, "mlp(width=3, depth=1)", (2,), small, trained,
+    stack_of(TrainedWeightsLeak, "mlp(width=3, depth=1)", (2,), small, trained,
              classes=2, prior="fedprox(0.05)").save(folder / "stationary/leak.safetensors")  # fmt: skip
     made = auxiliary_for(leak, folder / "made", pairs=4)
     shutil.copytree(made.folder, folder / "auxiliary")
@@ -293,15 +295,15 @@ class Fuzz:
         if kind == "paths":
             path, which = self.folder / draw.choice(PATHS), draw.choice(list(self.readers))
             return kind, lambda: self.readers[which](path)
-        name = draw.choice(sorted(catalogue()))
-        known = knobs_of(catalogue()[name])
+        name = draw.choice(sorted(SCENARIOS))
+        known = options_of(SCENARIOS[name])
         knobs = {}
         for knob in draw.sample(list(known), draw.randrange(1, 4)):
-            values = known[knob][2] if isinstance(known[knob][2], tuple) else (known[knob][2],)
-            knobs[knob] = text_mutated(draw.choice((*map(str, values), "1", "0.5,2", "mlp", "idlg")), draw)
+            knobs[knob] = text_mutated(draw.choice((*map(str, known[knob].values), "1", "0.5,2", "mlp", "idlg")), draw)
         if kind == "knobs":
             return kind, lambda: plan(name, knobs)
-        return kind, lambda: plan_of({**knobs, "scenario": name, "seed": draw.choice((1, 1.5, True, "2"))})
+        options = text_mutated(written(knobs), draw) if draw.random() < 0.5 else written(knobs)
+        return kind, lambda: plan_of({"scenario": name, "options": options, "overwrite": draw.choice((1, 1.5, True))})
 
     def changed(self, kind: str, draw: Random) -> Path:
         """A copy of the sound folder with one file in it mutated."""

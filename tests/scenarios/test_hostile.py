@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from fedtap.attackers import ATTACKS
+from fedtap.scenarios.command import entry
 from fedtap.scenarios.command import main as command
-from fedtap.scenarios.command.interrupt import _hook
+from fedtap.scenarios.command.entry import _hook
 from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import rows, run
@@ -130,11 +131,9 @@ def test_ctrl_c_ends_the_imports_in_a_sentence(capsys: pytest.CaptureFixture[str
         _hook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert end.value.code == 130
     assert "stopped" in told(capsys)
-    body = ast.parse(Path(command.__file__).read_text()).body
-    first = next(
-        node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and node.names[0].name != "annotations"
-    )
-    assert ast.unparse(first) == "import fedtap.scenarios.command.interrupt"
+    body = ast.parse(Path(entry.__file__).read_text()).body
+    imported = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imported == ["from __future__ import annotations", "import sys", "from types import TracebackType"]
 
 
 def test_an_ascii_locale_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +207,10 @@ def test_a_sentence_is_short_and_a_mistake_of_ours_stays_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(error: Exception) -> None:
-        def catalogue() -> None:
+        def catalogue(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(command, "catalogue", catalogue)
+        monkeypatch.setattr(command, "_catalogue", catalogue)
 
     fails(FedtapError("long " * 1000 + "\n: end."))
     assert run(monkeypatch, "list") == 2

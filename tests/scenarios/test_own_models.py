@@ -17,8 +17,8 @@ from fedtap.attackers.parts.gradients import check_match
 from fedtap.simulator.attack import draw
 from fedtap.simulator.data import vision
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.rounds import Heard, play
-from fedtap.simulator.federation.settings import PrivateData
 from fedtap.simulator.leaks import Leak, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.captured import leak

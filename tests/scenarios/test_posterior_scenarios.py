@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD
-from fedtap.clients.bayesian import exact, laplace
+from fedtap.clients.bayesian import exact, laplace_approximation
 from fedtap.scenarios.command.plan import plan
 from fedtap.scenarios.posteriors.posterior_features import Moments
 from fedtap.scenarios.posteriors.regression import Regression
@@ -89,7 +89,7 @@ def test_moments_to_2p_are_told_and_no_more(tmp_path: Path, monkeypatch: pytest.
         kind, order = str(row["statistic"]).split("_")[0], str(row["statistic"]).split("_")[1:]
         told = kind == "sum" or int(order[0]) <= row["degree"] * (1 if len(order) > 1 else 2)
         assert row["told"] == told
-        assert (row["twins_differ"] < 1e-6) == told, row
+        assert (row["seconds_differ"] < 1e-6) == told, row
         if told:
             assert row["error"] < 0.08
 
@@ -117,7 +117,7 @@ def test_draws_of_which_no_posterior_is_known_are_refused(change: object, said: 
 
 
 def test_a_covariance_that_is_none_is_refused() -> None:
-    mean, covariance = laplace(MODELS[0], records())
+    mean, covariance = laplace_approximation(MODELS[0], records())
     flat = covariance.clone()
     flat[:, 0], flat[0, :] = flat[:, 1], flat[1, :]
     flat[0, 0] = flat[1, 1]

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
 
 import pytest
@@ -19,7 +18,7 @@ from fedtap.simulator.attack import Attack, PseudoData
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import KINDS, Leak, PosteriorLeak, Protocol, load
 from fedtap.simulator.options import Option
-from fedtap.simulator.report.study_report import said, summary
+from fedtap.simulator.report.columns import Column, said, summary
 from fedtap.simulator.run import run
 from fedtap.simulator.scenario import Observed, Scenario, Scored, Session, Trial
 from fedtap.simulator.wire.grid import LocalGrid
@@ -39,7 +38,7 @@ class Echo(Attack[PseudoData]):
     """Brings back zeros, and what was observed as its objective."""
 
     leaks = (PosteriorLeak,)
-    guesses = PseudoData
+    reconstructs = PseudoData
     needs_weights = False
     features: int = FEATURES
 
@@ -59,6 +58,12 @@ class Echo(Attack[PseudoData]):
 @dataclass(frozen=True)
 class Ask(Scenario):
     reconstructs: ClassVar[str] = "PseudoData"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("client", over="rows"),
+        Column("mean", "of all that a client drew"),
+        Column("wrong"),
+        Column("nothing"),
+    )
     size: Annotated[int, Option("nodes", 1)] = 3
     absent: int = -1
     """A client that fails."""
@@ -101,10 +106,6 @@ class Ask(Scenario):
             for client, mean in zip(trial.leak.clients.tolist(), found, strict=True)
         ]
         return Scored(rows, sections={"A chart": "<svg></svg>"})
-
-    @property
-    def columns(self) -> Sequence[str]:
-        return ("client", "mean", "nothing")
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         return ("A curious server.",)
@@ -217,20 +218,23 @@ def test_an_attack_on_another_kind_of_leak_is_refused_before_anything_is_played(
 
 
 def test_rows_that_repeat_each_other_are_summed_up_by_setting_and_word() -> None:
-    study = SimpleNamespace(columns=("client", "mean", "nothing"), settings=(), swept=(("nodes", "3"),))
     rows = [
         {"nodes": nodes, "client": client, "mean": float(client), "nothing": None}
         for nodes in (3, 5)
         for client in range(5)
     ]
-    assert summary(study, rows) == [
-        {"nodes": 3, "rows": 5, "mean": 2.0},
-        {"nodes": 5, "rows": 5, "mean": 2.0},
+
+    def summed(rows: list[dict[str, object]]) -> list[dict[str, str]]:
+        groups, columns = summary(rows, Ask.columns)
+        return [{column.name: column.cell(group) for column in columns} for group in groups]
+
+    assert summed(rows) == [
+        {"nodes": "3", "rows": "5", "mean": "2", "wrong": "–", "nothing": "–"},
+        {"nodes": "5", "rows": "5", "mean": "2", "wrong": "–", "nothing": "–"},
     ]
-    assert summary(study, rows[:5]) == []
-    assert summary(study, [row | {"nodes": number} for number, row in enumerate(rows)]) == []
-    named = [row | {"mean": row["client"] > 0} for row in rows]
-    assert [row["mean"] for row in summary(study, named)] == ["80%", "80%"]
+    assert summed(rows[:5]) == []
+    assert summed([row | {"nodes": number} for number, row in enumerate(rows)]) == []
+    assert Column("mean", over="share").cell([row | {"mean": row["client"] > 0} for row in rows]) == "80%"
     assert [said(value) for value in (1.5e-9, 0.0, 12345.678, 2.0, True, None, 7)] == (
         ["1.5e-09", "0", "1.2e+04", "2", "yes", "–", "7"]
     )
@@ -247,4 +251,4 @@ def test_an_attack_may_guess_other_things_than_images() -> None:
 def test_draws_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(FedtapError, match="posterior/draws"):
         leak_of(torch.zeros(shape), [0, 1]).check()
-    assert set(KINDS) == {"gradient", "update", "posterior", "attention", "stationary"}
+    assert set(KINDS) == {"gradient", "update", "posterior", "attention", "trained_weights"}

@@ -18,10 +18,10 @@ from fedtap.attackers.parts.gradients import Match, squared_distance
 from fedtap.attackers.parts.labels import recovered
 from fedtap.scenarios.command.main import main
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak, Protocol, UpdateLeak, load, told
+from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak, Protocol, UpdateLeak, load, with_terms
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.recorder import recorder
-from fedtap.simulator.wire.replay import answer, targets
+from fedtap.simulator.wire.replay import client_reply, targets
 from fedtap.simulator.wire.soundness import EXPLAINED, doubts, unexplained, warned
 from tests.support.attack_leaks import pictures
 from tests.support.clients import heard, protocol
@@ -158,7 +158,7 @@ def test_examples_that_are_not_the_batch_are_doubted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("defence", ["noise(0.01)", "clip(0.5)+noise(0.001)", "laplace(0.01)", "clip(0.5)"])
 def test_noise_that_is_announced_is_neither_doubted_nor_unexplained(defence: str) -> None:
     from fedtap.clients.mod import defended
-    from fedtap.simulator.defences.chain import parse as defences
+    from fedtap.simulator.defences.chained import parse as defences
 
     true = said(defence=defence)
     images, labels = pictures(1, 1, SHAPE[1])
@@ -171,7 +171,7 @@ def test_noise_that_is_announced_is_neither_doubted_nor_unexplained(defence: str
     assert share is not None
     assert share < EXPLAINED
     assert doubts(leak) == [[]]
-    silent = told(leak, defence=defence.partition("+")[0] if "+" in defence else "none")
+    silent = with_terms(leak, defence=defence.partition("+")[0] if "+" in defence else "none")
     if defence != "clip(0.5)":
         assert doubts(silent)[0]
     other = unexplained(silent, images, labels)
@@ -216,8 +216,8 @@ def test_a_leak_without_conventions_has_fedtaps_own(tmp_path: Path) -> None:
     ("name", "value", "sentence"),
     [
         ("loss", "hinge", "cross_entropy or bce or mse"),
-        ("low", [0.0, 1.0], "one or one a channel"),
-        ("low", "dark", "one or one a channel"),
+        ("low", [0.0, 1.0], "one or one for each channel"),
+        ("low", "dark", "one or one for each channel"),
         ("low", 2.0, "low is below high"),
         ("momentum", 1.0, "momentum is a number from 0 and below 1"),
         ("weight_decay", -1, "weight_decay is a number from 0"),
@@ -235,7 +235,7 @@ def test_a_convention_that_is_none_is_refused(tmp_path: Path, name: str, value: 
     with pytest.raises(FedtapError, match=sentence):
         load(path, build)
     with pytest.raises(FedtapError, match=sentence):
-        told(leak, **{name: value})
+        with_terms(leak, **{name: value})
 
 
 def test_a_gradient_that_is_said_to_be_of_several_steps_is_their_update() -> None:
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_said_to_be_of_several_steps_is_their_update() -> Non
     misread = heard(network_of(true), images, labels, true, said(learning_rate=0.01))
     assert isinstance(misread, GradientLeak)
     assert doubts(misread)[0]
-    leak = told(misread, local_steps=3)
+    leak = with_terms(misread, local_steps=3)
     assert isinstance(leak, UpdateLeak)
     assert doubts(leak) == [[]]
     assert unexplained(leak, images, labels).item() < 1e-9  # type: ignore[union-attr]
@@ -301,9 +301,9 @@ def test_the_network_goes_on_taking_pixels() -> None:
     leak = heard(network, *pictures(1, 1, SHAPE[1]), true)
     assert [name for name, _ in leak.network.named_parameters()] == [name for name, _ in network.named_parameters()]
     assert not network._forward_pre_hooks
-    assert len(told(leak, low=0.5).network._forward_pre_hooks) == 1
-    assert not told(leak, low=0.0, high=1.0).network._forward_pre_hooks
-    assert told(leak, low=-1.0).network is leak.network
+    assert len(with_terms(leak, low=0.5).network._forward_pre_hooks) == 1
+    assert not with_terms(leak, low=0.0, high=1.0).network._forward_pre_hooks
+    assert with_terms(leak, low=-1.0).network is leak.network
 
 
 # The attacks.
@@ -344,7 +344,7 @@ def test_signs_that_adam_left_are_matched_as_signs(attack: str) -> None:
     assert unexplained(leak, guess.images, guess.labels) is None
 
     def agree(images: Tensor) -> float:
-        sent = answer(leak)(leak.weights or {}, {}, images[0], targets(labels[0], 10))
+        sent = client_reply(leak)(leak.weights or {}, {}, images[0], targets(labels[0], 10))
         alike = [(sent[name].sign() == leak.observed[name][0].sign()).flatten() for name in sent]
         return float(torch.cat(alike).float().mean())
 
@@ -382,5 +382,5 @@ def test_a_single_logit_has_labels_too(batch: int) -> None:
     labels = (pictures(3, batch, SHAPE[1])[1] % 2).sort(dim=1).values
     assert torch.equal(recovered(leak), labels)
     assert targets(labels, 1).shape == (3, batch, 1)
-    sent = answer(leak)(leak.weights or {}, {}, images[0], targets(pictures(3, batch, SHAPE[1])[1][0] % 2, 1))
+    sent = client_reply(leak)(leak.weights or {}, {}, images[0], targets(pictures(3, batch, SHAPE[1])[1][0] % 2, 1))
     torch.testing.assert_close(sent["fc.bias"], leak.observed["fc.bias"][0], atol=1e-6, rtol=1e-4)

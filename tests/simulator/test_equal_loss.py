@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedtap.scenarios.command.plan import plan
-from fedtap.scenarios.gradients.defences import DEFENCES
+from fedtap.scenarios.gradients.defences import Defences
 from fedtap.simulator.defences.notation import described, strengths
-from fedtap.simulator.federation.equal_loss import nearest, strengths_of, undefended
-from fedtap.simulator.report import defence_report
-from fedtap.simulator.report.page import summarise
-from fedtap.simulator.run import Trainings
+from fedtap.simulator.federation.equal_loss import compared, nearest, strengths_of, undefended
+from fedtap.simulator.options import options_of
+from fedtap.simulator.report import defences, images
 from tests.scenarios.test_cli import run
 
 SMALL = {"model": "mlp", "size": "16", "attack": "linear,grey", "victims": "1", "clients": "1"}
@@ -38,7 +37,7 @@ def test_bisection_finds_the_nearest_where_more_costs_more(losses: list[float], 
     assert len(set(asked)) <= len(losses).bit_length()
 
 
-@pytest.mark.parametrize("text", DEFENCES)
+@pytest.mark.parametrize("text", options_of(Defences)["defence"].values)
 def test_every_defence_has_strengths_that_can_be_written(text: str) -> None:
     each = strengths(text)
     assert len(set(each)) == len(each) >= (1 if text in ("none", "sign()") else 7)
@@ -68,14 +67,14 @@ def test_a_run_attacks_the_strength_nearest_by_what_is_held_out(monkeypatch: pyt
     parts = plan("defences", SMALL | {"accuracy_loss": "0.1", "defence": "none,laplace(0.1),prune(0.5)"})
     first = {part.defence.partition("(")[0]: number for number, part in reversed([*enumerate(parts)])}
 
-    def lost(self: Trainings, number: int, which: str) -> float:
+    def lost(number: int, settings: object, observed: object, which: str) -> float:
         """Laplace loses 3 points a strength and pruning 6, on public images; on test images nothing tells."""
         name = parts[number].defence.partition("(")[0]
         return {"laplace": 0.03, "prune": 0.06}[name] * (number - first[name]) if which == "held_out" else 0.0
 
-    monkeypatch.setattr(Trainings, "_lost", lost)
-    trainings = Trainings(parts, lambda part: pytest.fail("nothing has to be played"), Path())
-    attacked = [number for number in range(len(parts)) if trainings.attacked(number)]
+    monkeypatch.setattr("fedtap.simulator.federation.equal_loss._lost", lost)
+    monkeypatch.setattr("fedtap.simulator.federation.equal_loss._cost", lambda *which: {})
+    attacked = [number for number in range(len(parts)) if compared(number, parts, {}) is not None]
     assert attacked == [0, first["laplace"] + 3, first["prune"] + 2]
 
 
@@ -127,20 +126,21 @@ def test_rows_tell_an_epsilon_where_one_is_known(left: Path) -> None:
 
 def test_the_report_has_a_line_for_each_defence_and_marks_what_needs_the_truth(left: Path) -> None:
     found = rows(left)
-    entries = defence_report.entries(found)
-    assert len(entries) == 3
-    for entry in entries:
-        assert entry.psnr[defence_report.UPPER] >= entry.psnr[defence_report.PLAIN]
+    groups, _ = defences.compared(found)
+    assert len(groups) == 3
+    for group in groups:
+        psnr = {who: middle for who, (middle, _) in defences.attackers(group).items()}
+        assert psnr[defences.UPPER] >= psnr[defences.PLAIN]
     console = Console(width=80, record=True)
-    console.print(defence_report.table(found))
+    console.print(defences.table(found))
     shown = console.export_text()
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "needs the" in shown
     page = (left / "report.html").read_text()
     assert "What each defence leaves, and what it costs" in page
     assert "privacy against accuracy" in page
-    assert {tuple(entry.knobs) for entry in summarise(found)} == {("defence",)}
-    assert defence_report.section([row for row in found if row["defence"] == "none"]) == ""
+    assert [column.name for column in images.chosen([row for row in found if "attack" in row])] == ["defence"]
+    assert defences.section([row for row in found if row["defence"] == "none"]) == {}
 
 
 @pytest.mark.parametrize(

@@ -17,23 +17,24 @@ from torch.nn import functional as F
 
 from fedtap.clients.app import client_app
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import Heard, accuracy, auxiliary, clients_on, play
-from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.leaks import GradientLeak, UpdateLeak, float_buffers, load, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
+from tests.support.scenes import Scene
 
-BASE = Scenario(attacks=(), name="test", victims=3, size=16)
+BASE = Scene(attack="", name="test", victims=3, size=16)
 
 
-def federation(scenario: Scenario, app: ClientApp | None = None, clients: int = 3) -> tuple[LocalGrid, PrivateData]:
-    def planned(config: UserConfig) -> tuple[Scenario, ...]:
+def federation(scenario: Scene, app: ClientApp | None = None, clients: int = 3) -> tuple[LocalGrid, PrivateData]:
+    def planned(config: UserConfig) -> tuple[Scene, ...]:
         return (scenario,)
 
     return LocalGrid(app or client_app(planned), clients + 1), private_data(scenario, Path("data"), clients)
 
 
-def gradient(scenario: Scenario, images: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
+def gradient(scenario: Scene, images: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
     net = build(scenario.model, (3, 16, 16), classes, seed=scenario.weights_seed)
     loss = F.cross_entropy(net(images), labels)
     return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
@@ -118,7 +119,7 @@ def test_any_strategy_runs_over_the_tap(strategy: type[FedAdam] | type[FedMedian
     assert set(heard.leaks) == set(private.names())
 
 
-def misbehaving(how: str, scenario: Scenario) -> ClientApp:
+def misbehaving(how: str, scenario: Scene) -> ClientApp:
     """An app whose client 1 misbehaves."""
     app, sound = ClientApp(), client_app(lambda config: (scenario,))
 

@@ -14,15 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtap.attackers import parse
 from fedtap.clients.app import client_app
 from fedtap.simulator import files
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import Scenario
 from fedtap.simulator.report import page as report
 from fedtap.simulator.report.folder import Folder, judged, place, read_rows
 from fedtap.simulator.run import described_run, device_named, run
 from fedtap.simulator.wire.grid import LocalGrid
+from tests.support.scenes import Scene
 
 ABOUT: dict[str, Any] = {
     "name": "ask",
@@ -93,7 +92,7 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
         "leaks/mine.safetensors",
         "guesses/best.png",
         "trained_attacks/tuned.json",
-        "auxiliary/a/practice.json",
+        "auxiliary/a/auxiliary.json",
     ]
     left(tmp_path)
     for name in ours + mine:
@@ -283,9 +282,7 @@ class Writes:
                 monkeypatch.setattr(module, "write_atomically", write)
 
 
-TINY = Scenario(
-    attacks=parse("linear,training_mean"), name="tiny", question="?", model="mlp", victims=2, size=8, pairs=2
-)
+TINY = Scene(attack="linear,training_mean", name="tiny", model="mlp", victims=2, size=8, pairs=2)
 
 
 @pytest.fixture(autouse=True)
@@ -296,8 +293,8 @@ def plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "strip", lambda *_: b"a strip")
 
 
-def play(parts: list[Scenario], out: Path, **flags: bool) -> list[dict[str, Any]]:
-    def grid(part: Scenario) -> LocalGrid:
+def play(parts: list[Scene], out: Path, **flags: bool) -> list[dict[str, Any]]:
+    def grid(part: Scene) -> LocalGrid:
         return LocalGrid(client_app(lambda config: tuple(parts)), part.victims + 1)
 
     return run(parts, grid, out, device=CPU, data_root=Path("data"), **flags)
@@ -319,7 +316,7 @@ def everything(out: Path) -> dict[str, Any]:
 def test_killed_at_any_write_it_goes_on_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs, attackers, guesses and leaks of two parts; resumed, or run again."""
     device_named("cpu")
-    parts = [TINY, dataclasses.replace(TINY, attacks=parse("linear"), batch=2)]
+    parts = [TINY, dataclasses.replace(TINY, attack="linear", batch=2)]
     writes = Writes(monkeypatch)
     play(parts, tmp_path / "whole")
     whole, total = everything(tmp_path / "whole"), writes.count

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import GradientLeak, Leak, Protocol, UpdateLeak, float_buffers, load, mean, stack
+from fedtap.simulator.leaks import (
+    GradientLeak,
+    Leak,
+    Protocol,
+    TrainedWeightsLeak,
+    UpdateLeak,
+    float_buffers,
+    load,
+    mean,
+    stack,
+)
 from fedtap.simulator.models.registry import build
 
 SHAPE = (3, 8, 8)
@@ -101,13 +111,13 @@ def test_a_mean_of_answers_is_as_precise_as_it_says() -> None:
         )
         for _ in range(9)
     ]
-    average = mean(answers)
+    average = mean(answers, "none")
     wrong = torch.cat([(average.observed[name] - tensor).flatten() for name, tensor in true.observed.items()])
     assert float(wrong.square().mean().sqrt()) == pytest.approx(average.resolution, rel=0.05)
     with pytest.raises(FedtapError, match="different weights"):
-        mean([true, leak(1, seed=1)])
+        mean([true, leak(1, seed=1)], "none")
     with pytest.raises(FedtapError, match="different weights"):
-        mean([true, dataclasses.replace(true, weights=None)])
+        mean([true, dataclasses.replace(true, weights=None)], "none")
 
 
 def test_leaks_of_unequal_protocol_are_not_stacked() -> None:
@@ -195,7 +205,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("nobody", "at least one"),
         ("fewer rounds", "one entry a victim"),
         ("float clients", "int64"),
-        ("a stray tensor", "no part of a gradient leak"),
+        ("a stray tensor", "does not belong to a gradient leak"),
         ("local_steps", "several steps give an update"),
         ("batch 0", "whole numbers from 1"),
         ("half an image", "batch is a multiple of summed"),
@@ -224,3 +234,23 @@ def test_no_damaged_header_does_anything_but_load_or_be_refused(
     path.write_bytes(bytes(content[: len(content) - cut]))
     with contextlib.suppress(FedtapError):
         load(path, build).check()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_trained_weights_of_the_former_kind_are_read(tmp_path: Path, version: int) -> None:
+    """They were called stationary, in the description and before the tensors' names."""
+    trained = leak(kind=TrainedWeightsLeak)
+    path = tmp_path / "leak.safetensors"
+    trained.save(path)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["kind"] == "trained_weights"
+    about |= {"kind": "stationary", "format": version}
+    if version == 1:
+        terms = about["protocol"]
+        terms["steps"], terms["listener"] = terms.pop("local_steps"), terms.pop("threat_model")
+    path.with_suffix(".json").write_text(json.dumps(about))
+    tensors = {name.replace("trained_weights/", "stationary/"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    found = load(path, build)
+    assert type(found) is TrainedWeightsLeak
+    assert same(trained, found)

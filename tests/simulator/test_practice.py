@@ -18,22 +18,22 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.parts import teaching
-from fedtap.attackers.parts.teaching import Flat, check_room, ordered, teach
-from fedtap.attackers.wrappers.identified import Identified
+from fedtap.attackers.parts.teaching import FlatGradient, check_room, ordered, teach
 from fedtap.attackers.wrappers.refine import Refine
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.clients.app import client_app
-from fedtap.simulator.attack import Attack, Learned
-from fedtap.simulator.auxiliary import About, Auxiliary, gradients, trainings
+from fedtap.simulator.attack import Learned
+from fedtap.simulator.auxiliary import Auxiliary, Provenance, gradients, trainings
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import auxiliary as hear_pairs
 from fedtap.simulator.federation.rounds import play as play_rounds
-from fedtap.simulator.federation.settings import Scenario, private_data
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import run
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
+from tests.support.scenes import Scene
 
 LENET = build("lenet", (3, 16, 16), 10, seed=1234)
 
@@ -84,10 +84,10 @@ def test_a_auxiliary_that_is_not_whole_is_none_or_refused(tmp_path: Path) -> Non
     chunk = sorted(made.folder.glob("pairs_*"))[1]
     content = chunk.read_bytes()
     chunk.write_bytes(content[: len(content) // 2])
-    with pytest.raises(FedtapError, match="the practice is not whole"):
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
         list(made)
-    (made.folder / "practice.json").write_text('{"format": 1}')
-    with pytest.raises(FedtapError, match="does not describe a practice"):
+    (made.folder / "auxiliary.json").write_text('{"format": 1}')
+    with pytest.raises(FedtapError, match="does not describe auxiliary pairs"):
         Auxiliary.saved(made.folder, build)
 
 
@@ -97,7 +97,7 @@ def test_hashing_is_linear_and_keeps_lengths_on_average(most: int, seed: int) ->
     network = nn.Linear(6, 5)
     draw = torch.Generator().manual_seed(seed)
     gradient = {name: torch.randn(200, *p.shape, generator=draw) for name, p in network.named_parameters()}
-    flat = Flat(network, most)
+    flat = FlatGradient(network, most)
     hashed = flat(gradient)
     assert hashed.shape == (200, min(most, 35))
     doubled = flat({name: 2 * tensor for name, tensor in reversed(gradient.items())})  # whatever the order
@@ -160,7 +160,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
 def test_wrappers_pass_their_auxiliary_on(tmp_path: Path) -> None:
     wrapped = Refine(LTI(width=8, epochs=1), IDLG(steps=2))
     assert wrapped.needs_auxiliary
-    with pytest.raises(FedtapError, match="has learned nothing yet"):
+    with pytest.raises(FedtapError, match="is not trained"):
         wrapped(heard())
     ready = wrapped.fit(auxiliary_for(heard(), tmp_path))
     assert not ready.needs_auxiliary
@@ -174,7 +174,7 @@ def test_what_it_has_not_practised_on_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FedtapError, match=said):
             made(leak)
     defended = dataclasses.replace(heard(), protocol=dataclasses.replace(heard().protocol, defence="noise(0.1)"))
-    with pytest.warns(UserWarning, match="practised under defence none and this leak's is noise"):
+    with pytest.warns(UserWarning, match="was trained under defence none and this leak's is noise"):
         made(defended)
     with pytest.raises(FedtapError, match="at least 2 auxiliary pairs"):
         LTI(width=8).fit(auxiliary_for(heard(), tmp_path).first(1))
@@ -211,15 +211,13 @@ def test_written_is_read_back() -> None:
         assert parse(attack.written()) == (attack,)
 
 
-BASE = Scenario(
-    (LTI(width=8, epochs=1),), "test", "?", size=16, victims=2, pairs=20, model="mlp", threat_model="eavesdropper"
-)
+BASE = Scene(attack="lti(width=8,epochs=1)", size=16, victims=2, pairs=20, model="mlp", threat_model="eavesdropper")
 
 
 def play(out: Path, **change: object) -> list[dict[str, object]]:
     part = dataclasses.replace(BASE, **change)  # type: ignore[arg-type]
 
-    def grid(part: Scenario) -> LocalGrid:
+    def grid(part: Scene) -> LocalGrid:
         return LocalGrid(client_app(lambda config: (part,)), part.victims + 1)
 
     return run([part], grid, out, device=torch.device("cpu"), data_root=Path("data"), overwrite=True)
@@ -231,8 +229,8 @@ def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypa
     rows = play(tmp_path / "one", auxiliary=shared)
     assert [row["pairs"] for row in rows] == [20, 20]
     assert all(float(row["fit_seconds"]) > 0 for row in rows)  # type: ignore[arg-type]
-    trained: tuple[Attack, ...] = (Saved(str(tmp_path / "one/trained_attacks/part_0-0-lti.safetensors")),)
-    again = play(tmp_path / "two", attacks=trained)
+    trained = str(tmp_path / "one/trained_attacks/part_0-0-lti.safetensors")
+    again = play(tmp_path / "two", attack="", trained_attack=trained)
     assert [row["mse"] for row in again] == [row["mse"] for row in rows]
 
     made = sorted((tmp_path / "pairs").iterdir())
@@ -259,18 +257,18 @@ def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypa
 
 
 def test_a_damaged_auxiliary_ends_the_run_and_pairs_that_teach_nothing_do_not(tmp_path: Path) -> None:
-    rows = play(tmp_path / "one", attacks=(Identified(IDLG(steps=2)), LTI(width=8, epochs=1)), model="lenet")
+    rows = play(tmp_path / "one", attack="identified(idlg(steps=2)),lti(width=8,epochs=1)", model="lenet")
     assert [row["error"] is None for row in rows] == [False, False, True, True]
     assert "auxiliary pairs" in str(rows[0]["error"])
     (chunk,) = (tmp_path / "one/auxiliary").rglob("pairs_00000.safetensors")
     chunk.write_bytes(chunk.read_bytes()[:-20])
-    with pytest.raises(FedtapError, match="the practice is not whole"):
-        play(tmp_path / "one", attacks=(LTI(width=8, epochs=2),), model="lenet")
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
+        play(tmp_path / "one", attack="lti(width=8,epochs=2)", model="lenet")
 
 
 def test_each_learner_is_saved_under_a_name_of_its_own(tmp_path: Path) -> None:
-    one, two = LTI(width=8, epochs=1), LTI(width=8, epochs=2)
-    play(tmp_path, attacks=(one, two, Refine(one, two)), threat_model="curious_server")
+    one, two = "lti(width=8,epochs=1)", "lti(width=8,epochs=2)"
+    play(tmp_path, attack=f"{one},{two},refine({one},{two})", threat_model="curious_server")
     names = sorted(path.name for path in (tmp_path / "trained_attacks").glob("*.safetensors"))
     assert names == [f"part_0-{n}-lti.safetensors" for n in ("0", "1", "2-1", "2")]
 
@@ -334,6 +332,6 @@ def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path
 
 
 def test_about_says_what_it_is() -> None:
-    about = About(heard().protocol, "photos", 1200)
+    about = Provenance(heard().protocol, "photos", 1200)
     assert "1,200 pairs of lenet on 3x16x16 images of photos in 10 classes, batch 1" in str(about)
-    assert About.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about
+    assert Provenance.of(json.loads(json.dumps(dataclasses.asdict(about)))) == about

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,15 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from fedtap.simulator.defences.accountant import ADJACENCIES, Gaussian, flower_local_dp, mechanism_of, noise_for
+from fedtap.simulator.defences.clip import Clip
+from fedtap.simulator.defences.defence import Defence
+from fedtap.simulator.defences.dp_sgd import DPSGD
 from fedtap.simulator.defences.gaussian import bound, delta_of, epsilon_of
+from fedtap.simulator.defences.laplace import Laplace
+from fedtap.simulator.defences.local_dp import LocalDP
+from fedtap.simulator.defences.noise import Noise
+from fedtap.simulator.defences.prune import Prune
+from fedtap.simulator.defences.sign import Sign
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.records import tensors_of
@@ -174,12 +182,7 @@ def test_flowers_local_dp_under_noises_where_epsilon_is_large_or_the_sensitivity
     assert real(0.0, 1.0, "add/remove") == math.inf
 
 
-class Part(NamedTuple):
-    name: str
-    values: tuple[float, ...] = ()
-
-
-CLIP, NOISE, SIGN, PRUNE = Part("clip", (2.0,)), Part("noise", (0.5,)), Part("sign"), Part("prune", (0.1,))
+CLIP, NOISE, SIGN, PRUNE = Clip(2.0), Noise(0.5), Sign(), Prune(0.1)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +195,12 @@ CLIP, NOISE, SIGN, PRUNE = Part("clip", (2.0,)), Part("noise", (0.5,)), Part("si
         ([NOISE, CLIP], 0.5, math.inf),
         ([CLIP, PRUNE, NOISE, SIGN], 0.5, 2.0),
         ([CLIP, SIGN, NOISE], 0.5, math.inf),
-        ([CLIP, Part("clip", (3.0,)), NOISE], 0.5, 2.0),
+        ([CLIP, Clip(3.0), NOISE], 0.5, 2.0),
         ([SIGN, CLIP, NOISE, NOISE], 0.5, 2.0),
-        ([Part("local_dp", (3.0, 1.0, 2.0, 1e-5))], 1.2112013156513473 * 2, 3.0),
+        ([LocalDP(3.0, 1.0, 2.0, 1e-5)], 1.2112013156513473 * 2, 3.0),
     ],
 )
-def test_a_chain_of_defences_is_worth_its_clip_and_its_noise(parts: list[Part], sigma: float, clip: float) -> None:
+def test_a_chain_of_defences_is_worth_its_clip_and_its_noise(parts: list[Defence], sigma: float, clip: float) -> None:
     found = mechanism_of(parts, "add/remove", releases=3)
     assert found == Gaussian(found.sigma, clip, "client", "add/remove", 3)
     assert found.sigma == pytest.approx(sigma)
@@ -206,7 +209,7 @@ def test_a_chain_of_defences_is_worth_its_clip_and_its_noise(parts: list[Part], 
 
 def test_dp_sgd_protects_an_example_in_every_step() -> None:
     for adjacency in ADJACENCIES:  # of clients: examples are replaced, since their number is public
-        found = mechanism_of([Part("dp_sgd", (2.0, 1.5)), CLIP, NOISE], adjacency, releases=3, steps=4)
+        found = mechanism_of([DPSGD(2.0, 1.5), CLIP, NOISE], adjacency, releases=3, steps=4)
         assert found == Gaussian(3.0, 2.0, "example", "replace", releases=12)
 
 
@@ -229,7 +232,7 @@ def test_dp_sgd_protects_an_example_in_every_step() -> None:
         (lambda: client(1.0, rate=0.5, sampling="epochs"), "no sampling named 'epochs'"),
         (lambda: client(1.0).bound(0.0), "κ is the chance of a blind guess"),
         (lambda: client(1.0, rate=0.5).renyi_bound(0.1), "does not cover sampling"),
-        (lambda: mechanism_of([CLIP, Part("laplace", (1.0,))], "replace"), "No ε is known here for Laplace"),
+        (lambda: mechanism_of([CLIP, Laplace(1.0)], "replace"), "No ε is known here for Laplace"),
         (lambda: noise_for(0.0, 1e-5, 1.0), "an ε of 0"),
         (lambda: noise_for(1.0, 1.5, 1.0), "δ is a probability"),
         (lambda: noise_for(1.0, 1e-5, 0.0), "a sensitivity of 0"),

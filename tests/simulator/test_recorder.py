@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from torch.nn import functional as F
 
+import fedtap
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
 from fedtap.simulator.models.registry import build
@@ -45,9 +46,8 @@ def test_an_unmodified_flower_app_leaks_its_gradients(tmp_path: Path) -> None:
         metrics = MetricRecord({"num-examples": 2})
         return Message(RecordDict({"weights": ArrayRecord(model.state_dict()), "m": metrics}), reply_to=message)
 
-    protocol = Protocol("mine:net", (3, 8, 8), 3, batch=2, learning_rate=0.05)
-    grid = LocalGrid(app, 2)
-    tap = Wiretap(grid, recorder(tmp_path, protocol, net()))
+    known = {"name": "mine:net", "shape": (3, 8, 8), "classes": 3, "batch": 2, "learning_rate": 0.05}
+    tap = fedtap.tap(LocalGrid(app, 2), tmp_path, net(), **known)  # type: ignore[arg-type]
     FedAvg(fraction_evaluate=0.0).start(tap, ArrayRecord(net().state_dict()), num_rounds=2)
 
     files = sorted(tmp_path.glob("*.safetensors"))

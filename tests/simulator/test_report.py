@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-import statistics
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from scipy.stats import binom
 from torch import Tensor
 
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.report import page as report
+from fedtap.simulator.report import images, pictures
+from fedtap.simulator.report.columns import summary, table
 from fedtap.simulator.report.outcomes import outcome
-from fedtap.simulator.report.page import About, Picture, summarise
+from fedtap.simulator.report.page import Page, html, write
+from fedtap.simulator.report.pictures import Picture, strip
 from fedtap.simulator.scores import median_interval
 
 EVIL = "<script>alert('x')</script> & [bold]"
@@ -53,15 +55,25 @@ def picture(batch: int = 1, size: int = 32, channels: int = 3, **changes: Any) -
     return Picture(**(fields | changes))
 
 
-def about(**changes: Any) -> About:
+def about(**changes: Any) -> Page:
     fields = {
-        "scenario": "first_leak",
+        "title": "first_leak",
         "question": "Does a gradient give away the photograph behind it?",
         "threat": "A curious server.",
         "settings": {"model": "lenet"},
         "environment": {"torch": "2"},
     }
-    return About(**(fields | changes))
+    return Page(**(fields | changes))
+
+
+def page_of(rows: list[dict[str, Any]], shown: Sequence[Picture] = (), **changes: Any) -> str:
+    return html(*images.page_of(about(pictures=shown, **changes), rows))
+
+
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Heading -> cell of each line of the summary."""
+    groups, columns = summary(rows, images.columns(rows))
+    return [{column.title: column.cell(group) for column in columns} for group in groups]
 
 
 def opened(png: bytes) -> Image.Image:
@@ -77,11 +89,9 @@ def test_a_summary_is_of_medians_over_victims() -> None:
     rows = [
         row(client=n, psnr=value, levels=[level]) for n, (value, level) in enumerate(zip(values, levels, strict=True))
     ]
-    (entry,) = summarise(rows)
-    assert (entry.victims, entry.failed, entry.psnr, entry.psnr_blind) == (5, 0, 31.0, 12.0)
-    assert entry.spread == (20.0, 50.0)
-    assert (entry.back.images, entry.back.won, entry.back.identical, entry.back.share) == (5, 3, 2, 0.6)
-    assert entry.seconds == statistics.mean([2.0] * 5)
+    (line,) = summarised(rows)
+    assert (line["n"], line["PSNR dB"], line["blind"], line["seconds"]) == ("5", "31.0 [10–60]", "12.0", "2.00")
+    assert (line["recognisable"], line["identical"]) == ("60% [15–95]", "40%")
 
 
 def test_swept_knobs_make_groups_and_seeds_do_not() -> None:
@@ -92,33 +102,32 @@ def test_swept_knobs_make_groups_and_seeds_do_not() -> None:
         for client in range(2)
         for seed in range(3)
     ]
-    entries = summarise(rows)
-    assert [(entry.knobs, entry.attack, entry.victims) for entry in entries] == [
-        ({"sigma": sigma}, attack, 6) for sigma in ("0", "0.01") for attack in ("dlg", "idlg")
+    assert [(line["sigma"], line["attack"], line["n"]) for line in summarised(rows)] == [
+        (sigma, attack, "6") for sigma in ("0", "0.01") for attack in ("dlg", "idlg")
     ]
 
 
 def test_epsilon_stands_for_the_defence_only_where_it_is_what_is_asked() -> None:
     plain = [row(epsilon=float(number), defence=f"noise({number})") for number in (1, 2)]
-    assert [entry.knobs.keys() for entry in summarise(plain)] == [{"defence"}] * 2
+    assert [column.title for column in images.chosen(plain)] == ["defence"]
     asked = [{**one, "success": 0.5} for one in plain]
-    assert [entry.knobs.keys() for entry in summarise(asked)] == [{"epsilon"}] * 2
+    assert [column.title for column in images.chosen(asked)] == ["ε"]
     alike = [{**one, "epsilon": 1.0} for one in asked]
-    assert [entry.knobs.keys() for entry in summarise(alike)] == [{"defence"}] * 2
+    assert [column.title for column in images.chosen(alike)] == ["defence"]
 
 
 def test_a_failed_client_is_counted_and_spoils_no_median() -> None:
-    (entry,) = summarise([row(psnr=40.0), failed(client=1), row(client=2, psnr=50.0)])
-    assert (entry.victims, entry.failed, entry.psnr, entry.back.share) == (3, 1, 45.0, 1.0)
-    (entry,) = summarise([failed()])
-    assert (entry.psnr, entry.spread, entry.back.share) == (None, None, None)
-    (entry,) = summarise([row(psnr=40.0)])
-    assert entry.spread == (40.0, 40.0)
+    (line,) = summarised([row(psnr=40.0), failed(client=1), row(client=2, psnr=50.0)])
+    assert (line["n"], line["PSNR dB"], line["recognisable"]) == ("3 (1 failed)", "45.0 [40–50]", "100% [16–100]")
+    (line,) = summarised([failed()])
+    assert (line["n"], line["PSNR dB"], line["recognisable"]) == ("1 (1 failed)", "–", "–")
+    (line,) = summarised([row(psnr=40.0)])
+    assert line["PSNR dB"] == "40.0"
 
 
 def test_a_guess_with_nan_counts_as_not_recovered() -> None:
-    (entry,) = summarise([row(), row(client=1, psnr=None, psnr_images=None, mse=None, levels=["nothing"])])
-    assert (entry.psnr, entry.back.share) == (40.0, 0.5)
+    (line,) = summarised([row(), row(client=1, psnr=None, psnr_images=None, mse=None, levels=["nothing"])])
+    assert (line["PSNR dB"], line["recognisable"]) == ("40.0", "50% [1–99]")
 
 
 # Batches: image by image.
@@ -135,15 +144,13 @@ HALF_LOST = {
 
 def test_a_batch_of_which_half_is_lost_is_not_a_batch_at_56_decibels() -> None:
     rows = [row(client=n, **HALF_LOST) for n in range(3)]
-    (entry,) = summarise(rows)
-    assert (entry.victims, entry.back.images, entry.back.won, entry.back.identical) == (3, 6, 3, 3)
-    assert (entry.psnr, entry.psnr_blind) == (55.9, 12.5)  # of six images the median lies between the two kinds
-    assert entry.spread == (11.8, 100.0)
+    (line,) = summarised(rows)
+    assert line["blind"] == "12.5"  # of six images the median lies between the two kinds
     text = shown(rows)
     assert "3×2" in text
     assert "50% [12–88]" in text
     assert "55.9 [12–100]" in text  # and its interval says that it stands for no image
-    page = report.html(about(), rows, [])
+    page = page_of(rows)
     assert "3 of 6 images recognisable (95 % interval 12–88 %), 3 of them identical" in page
 
 
@@ -168,10 +175,10 @@ def test_every_share_has_clopper_and_pearsons_interval(won: int, more: int) -> N
 def test_a_psnr_that_the_user_names_is_the_only_measure_of_its_page() -> None:
     rows = [row(success_db=20.0, psnr_images=[25.0, 19.0], levels=["nothing", "recognisable"])]
     assert (outcome(rows).won, outcome(rows).identical) == (1, None)
-    page = report.html(about(), rows, [])
+    page = page_of(rows)
     assert "1 of 2 images ≥20 dB" in page
-    assert "recognisable" not in page.partition("What each attack got")[0]
-    assert re.findall(r"<th [^>]*>(≥20 dB|recognisable|identical)</th>", page.split("Every victim")[1]) == ["≥20 dB"]
+    assert "recognisable" not in page.partition("<h2>Summary")[0]
+    assert re.findall(r"<th [^>]*>(≥20 dB|recognisable|identical)</th>", page.split("Every row")[1]) == ["≥20 dB"]
 
 
 # The answer and the banner.
@@ -179,20 +186,20 @@ def test_a_psnr_that_the_user_names_is_the_only_measure_of_its_page() -> None:
 
 def test_the_answer_is_what_the_rows_say_whatever_was_expected() -> None:
     question = "Does it leak?\n\nExpect: nothing comes back."
-    page = Page(report.html(about(question=question), [row(client=n) for n in range(8)], [])).text
+    page = Parsed(page_of([row(client=n) for n in range(8)], question=question)).text
     answer = "dlg: 8 of 8 images recognisable (95 % interval 63–100 %), 8 of them identical; "
     answer += "median 40.0 dB (blind guess 12.0 dB)."
     assert page.index("Does it leak?") < page.index(answer) < page.index("Expect: nothing comes back.")
     assert "Read this first" not in page
     lost = [row(client=n, psnr=9.0, levels=["nothing"]) for n in range(8)]
-    assert report.answers(lost)[0].startswith("dlg: 0 of 8 images recognisable (95 % interval 0–37 %)")
+    assert images.answers(lost)[0].startswith("dlg: 0 of 8 images recognisable (95 % interval 0–37 %)")
 
 
 def test_a_sweeps_answer_names_each_setting_or_the_two_ends() -> None:
     def swept(count: int) -> list[dict[str, Any]]:
         return [row(sigma=n / 10, levels=["nothing" if n else "identical"], psnr=40.0 - n) for n in range(count)]
 
-    (few,), (many,) = report.answers(swept(2)), report.answers(swept(9))
+    (few,), (many,) = images.answers(swept(2)), images.answers(swept(9))
     assert few == (
         "dlg, images recognisable (blind guess 12.0 dB): "
         "sigma 0: 1 of 1 image, 40.0 dB; sigma 0.1: 0 of 1 image, 39.0 dB."
@@ -201,9 +208,9 @@ def test_a_sweeps_answer_names_each_setting_or_the_two_ends() -> None:
 
 
 def test_a_failed_attack_is_no_answer_about_privacy() -> None:
-    (said,) = report.answers([failed(), failed(client=1)])
+    (said,) = images.answers([failed(), failed(client=1)])
     assert said == "dlg: no result; 2 victims without a result."
-    (said,) = report.answers([row(), failed(client=1)])
+    (said,) = images.answers([row(), failed(client=1)])
     assert said.endswith("; 1 victim without a result.")
 
 
@@ -221,27 +228,27 @@ def test_a_failed_attack_is_no_answer_about_privacy() -> None:
 def test_what_is_wrong_with_a_run_stands_above_its_answer(
     rows: list[dict[str, Any]], finished: bool, said: str
 ) -> None:
-    page = Page(report.html(about(finished=finished), rows, [])).text
+    page = Parsed(page_of(rows, finished=finished)).text
     if not said:
         assert "Read this first" not in page
         return
     assert page.index("Read this first") < page.index(said) < page.index("Answer")
-    assert summarise(rows)[0].knobs in ({}, {"defence": "none"})  # doubts are no settings
+    assert {column.name for column in images.chosen(rows)} <= {"defence"}  # doubts are no settings
 
 
 def test_a_leak_is_said_in_words_and_in_the_colour_of_alarm() -> None:
-    found = report.html(about(), [row()], [picture(levels={"dlg": ["identical"], "idlg": ["nothing"]})])
+    found = page_of([row()], [picture(levels={"dlg": ["identical"], "idlg": ["nothing"]})])
     assert re.findall(r"<span class='(\w+)'>([^<]+)</span>", found)[0] == ("leak", "identical, 41.0 dB")
     assert "green" not in shown([row()])
     batch = picture(batch=3, levels={"dlg": ["identical", "nothing", "recognisable"]})
-    assert "2 of 3 recognisable, 41.0 dB" in report.html(about(), [], [batch])
+    assert "2 of 3 recognisable, 41.0 dB" in page_of([], [batch])
     none = picture(levels={"dlg": ["nothing"]})
-    assert "<span class='pale'>nothing, 41.0 dB" in report.html(about(), [], [none])
+    assert "<span class='pale'>nothing, 41.0 dB" in page_of([], [none])
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
     console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(report.table(rows))
+    console.print(table(rows, images.columns(rows), images.notes(rows)))
     return console.export_text()
 
 
@@ -256,9 +263,9 @@ def test_the_terminals_table_leaves_out_what_another_knob_tells() -> None:
     rows = [
         row(clients=clients, others=others, threat_model=threat_model) for clients, others, threat_model in settings
     ]
-    headings = [str(column.header) for column in report.table(rows).columns]
+    headings = [str(column.header) for column in table(rows, images.columns(rows)).columns]
     assert headings[:3] == ["clients", "others", "attack"]
-    assert "threat_model" in summarise(rows)[0].knobs
+    assert "threat_model" in [column.name for column in images.chosen(rows)]
 
 
 def test_the_table_shows_figures_knobs_and_failures() -> None:
@@ -288,10 +295,10 @@ def test_what_is_no_knob_makes_no_groups_and_reasons_are_said_once() -> None:
         )
         for n in range(4)
     ]
-    (entry,) = summarise(rows)
-    assert (entry.knobs, entry.victims, entry.lpips) == ({}, 4, None)
+    (line,) = summarised(rows)
+    assert (images.chosen(rows), line["n"], line["LPIPS"]) == ([], "4", "–")
     assert shown(rows).count(reason) == 1
-    assert report.html(about(), rows, []).count(reason) == 1
+    assert page_of(rows).count(reason) == 1
 
 
 # The strip.
@@ -299,23 +306,23 @@ def test_what_is_no_knob_makes_no_groups_and_reasons_are_said_once() -> None:
 
 def test_the_strip_holds_the_originals_pixels_enlarged_to_whole_squares() -> None:
     image = picture()
-    page = opened(report.strip([image])).convert("RGB")
+    page = opened(strip([image])).convert("RGB")
     assert image.original is not None
     expected = (image.original[0] * 255).round().byte().permute(1, 2, 0)
     found = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(page.height, page.width, 3)
     enlarged = expected.repeat_interleave(6, 0).repeat_interleave(6, 1)
-    x, y = report.MARGIN + 150, report.MARGIN + 24 + 12
+    x, y = pictures.MARGIN + 150, pictures.MARGIN + 24 + 12
     assert torch.equal(found[y : y + 192, x : x + 192], enlarged)
 
 
 def test_the_strip_has_a_row_for_each_victim_up_to_eight() -> None:
-    heights = [opened(report.strip([picture()] * count)).height for count in (1, 2, 8, 20)]
-    assert heights[1] - heights[0] == report.CELL + report.CAPTION
+    heights = [opened(strip([picture()] * count)).height for count in (1, 2, 8, 20)]
+    assert heights[1] - heights[0] == pictures.CELL + pictures.CAPTION
     assert heights[2] == heights[3]
 
 
 @pytest.mark.parametrize(
-    "pictures",
+    "shown",
     [
         [],
         [picture(batch=5), picture(batch=1)],
@@ -339,14 +346,16 @@ def test_the_strip_has_a_row_for_each_victim_up_to_eight() -> None:
         [picture(guesses={"dlg": (torch.full((1, 3, 32, 32), float("nan")), None)}), picture(guesses={})],
     ],
 )
-def test_pictures_of_every_kind_are_shown(pictures: list[Picture]) -> None:
-    assert opened(report.strip(pictures)).format == "PNG"
-    assert report.html(about(), [row()], pictures).endswith("</html>\n")
+def test_pictures_of_every_kind_are_shown(shown: list[Picture]) -> None:
+    assert opened(strip(shown)).format == "PNG"
+    assert page_of([row()], shown).endswith("</html>\n")
 
 
 def test_originals_have_no_column_where_none_is_known() -> None:
-    assert report._columns([picture(original=None)]) == ["dlg", "idlg", "blind guess"]
-    assert report._columns([picture(), picture(original=None, guesses={"linear": (torch.zeros(1, 3, 2, 2), 1.0)})]) == [
+    assert pictures.columns_of([picture(original=None)]) == ["dlg", "idlg", "blind guess"]
+    assert pictures.columns_of(
+        [picture(), picture(original=None, guesses={"linear": (torch.zeros(1, 3, 2, 2), 1.0)})]
+    ) == [
         "original",
         "dlg",
         "idlg",
@@ -357,14 +366,14 @@ def test_originals_have_no_column_where_none_is_known() -> None:
 
 def test_the_blind_guess_is_captioned_with_its_own_psnr() -> None:
     truth = torch.full((2, 3, 8, 8), 0.6)
-    _, decibels = report._cell(picture(guesses={}, original=truth, blind=torch.full((3, 8, 8), 0.5)), "blind guess")
+    _, decibels = picture(guesses={}, original=truth, blind=torch.full((3, 8, 8), 0.5)).cell("blind guess")
     assert decibels == pytest.approx(20.0, abs=1e-4)
 
 
 # The page.
 
 
-class Page(HTMLParser):
+class Parsed(HTMLParser):
     """Every tag and attribute of a page; that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
@@ -393,19 +402,19 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_self_contained() -> None:
-    text = report.html(about(), [row(client=n) for n in range(3)], [picture(), picture(batch=4)])
-    page = Page(text)
+    text = page_of([row(client=n) for n in range(3)], [picture(), picture(batch=4)])
+    page = Parsed(text)
     assert page.open == []
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "//" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
     assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
-    for words in ("Does a gradient give away", "A curious server.", "lenet", "40.0", "Every victim", "Environment"):
+    for words in ("Does a gradient give away", "A curious server.", "lenet", "40.0", "Every row", "Environment"):
         assert words in page.text
 
 
 def test_the_pages_pictures_are_the_images_pixel_for_pixel() -> None:
     image = picture()
-    (first, *_) = re.findall(r"base64,([A-Za-z0-9+/=]+)", report.html(about(), [], [image]))
+    (first, *_) = re.findall(r"base64,([A-Za-z0-9+/=]+)", page_of([], [image]))
     found = pixels(opened(base64.b64decode(first)).convert("RGB"))
     assert image.original is not None
     assert torch.equal(found, (image.original[0] * 255).round().byte().permute(1, 2, 0))
@@ -416,17 +425,19 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def test_nothing_in_a_run_becomes_markup() -> None:
-    named = about(scenario=EVIL, question=EVIL, threat=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
+    told = {"settings": {EVIL: EVIL}, "environment": {EVIL: EVIL}, "notes": [EVIL], "alarms": [EVIL], "answers": [EVIL]}
+    shown = [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 32, 32), 2.0)})]
+    named = about(title=EVIL, question=EVIL, threat=EVIL, charts={EVIL: ""}, pictures=shown, **told)
     rows = [row(attack=EVIL, defence=EVIL), failed(error=EVIL, client=EVIL)]
-    page = Page(report.html(named, rows, [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 32, 32), 2.0)})]))
+    page = Parsed(html(*images.page_of(named, rows)))
     assert "script" not in page.tags
     assert "bold" not in page.tags
     assert page.text.count("alert('x')") >= 8
 
 
 def test_settings_that_do_not_vary_are_left_out_of_the_rows() -> None:
-    text = report.html(about(), [row(sigma=0.0), row(client=1, sigma=0.5)], [])
-    headings = re.findall(r"<th [^>]*>(.*?)</th>", text.split("Every victim")[1])
+    text = page_of([row(sigma=0.0), row(client=1, sigma=0.5)])
+    headings = re.findall(r"<th [^>]*>(.*?)</th>", text.split("Every row")[1])
     assert headings[:4] == ["sigma", "attack", "client", "round"]
     assert "threat_model" not in headings
     assert "error" not in headings
@@ -434,17 +445,17 @@ def test_settings_that_do_not_vary_are_left_out_of_the_rows() -> None:
 
 def test_a_leak_attacked_without_the_truth_has_a_page_too() -> None:
     unknown = dict.fromkeys(("mse", "psnr", "ssim", "lpips", "label_correct", "recovered", "psnr_blind", "levels"))
-    page = Page(report.html(about(), [row(**unknown)], [picture(original=None)]))
-    assert "–" in page.text
-    assert "Answer" not in page.text
+    page = Parsed(page_of([row(**unknown)], [picture(original=None)]))
+    assert "Every row" in page.text
+    assert not {"Answer", "None", "nan"} & set(page.text.split())
 
 
 def test_write_leaves_a_strip_and_a_page_and_nothing_half_done(tmp_path: Path) -> None:
-    report.write(tmp_path / "out", about(), [row()], [picture()])
+    write(tmp_path / "out", about(pictures=[picture()]), [row()])
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "strip.png"]
     (tmp_path / "file").write_text("")
     with pytest.raises(FedtapError, match="could not be written"):
-        report.write(tmp_path / "file", about(), [row()], [picture()])
+        write(tmp_path / "file", about(pictures=[picture()]), [row()])
 
 
 def test_a_swept_number_is_drawn_as_a_curve() -> None:
@@ -454,16 +465,16 @@ def test_a_swept_number_is_drawn_as_a_curve() -> None:
         for attack in ("dlg", "lti <b>")
         for client in range(3)
     ]
-    page = report.html(about(), rows, [])
-    chart = page[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    page = page_of(rows)
+    chart = page[page.index("<h2>PSNR and MSE against sigma</h2>") :].partition("<h2>Summary")[0]
     assert "PSNR and MSE against sigma" in chart
     assert "lti &lt;b&gt;" in chart
     assert "<b>" not in chart
-    assert chart == report.html(about(), rows, [])[page.index("<h2>Curves</h2>") :].partition("<h2>What")[0]
+    assert chart == page_of(rows)[page.index("<h2>PSNR and MSE against sigma</h2>") :].partition("<h2>Summary")[0]
     follows = [
         each | {"defence": f"noise({each['sigma']})", "pairs": 10 if "lti" in each["attack"] else None} for each in rows
     ]
-    legend = report.html(about(), follows, [])
-    assert "defence noise" not in legend.partition("<h2>What")[0].partition("<h2>Curves</h2>")[2]
+    legend = page_of(follows)
+    assert "defence noise" not in legend.partition("<h2>Summary")[0].partition("<h2>PSNR and MSE against sigma</h2>")[2]
     for flat in ([row(sigma=0.0), row(client=1, sigma=0.0)], [row(model="lenet"), row(model="vit")], [failed()]):
-        assert "<h2>Curves</h2>" not in report.html(about(), flat, [])
+        assert "<h2>PSNR and MSE against sigma</h2>" not in page_of(flat)

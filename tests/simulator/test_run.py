@@ -14,28 +14,29 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
-import fedtap.simulator.run
 from fedtap.attackers import parse
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.clients.app import client_app
-from fedtap.simulator.data.images import Side
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
+from fedtap.simulator.federation.private_data import private_data
+from fedtap.simulator.federation.settings import ImageObserved
 from fedtap.simulator.models.registry import build
-from fedtap.simulator.run import attack_saved, device_named, run
+from fedtap.simulator.run import device_named, run
+from fedtap.simulator.saved_leak import attack_saved
 from fedtap.simulator.scores import blind, mse, psnr
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.simulator.test_report import row as row_of
 from tests.support.attack_leaks import leak_of, pictures
+from tests.support.scenes import Scene
 
 PANEL = "linear,idlg(steps=20),restarts(dlg(steps=10),2),inverting_gradients(steps=10),gradinversion(steps=10,seeds=2)"
-BASE = Scenario(attacks=parse(PANEL), name="test", question="?", model="mlp", victims=3, batch=2, size=16)
+BASE = Scene(attack=PANEL, name="test", model="mlp", victims=3, batch=2, size=16)
 
 
-def play(scenario: Scenario, out: Path, app: ClientApp | None = None) -> list[dict[str, Any]]:
+def play(scenario: Scene, out: Path, app: ClientApp | None = None) -> list[dict[str, Any]]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
 
-    def grid(part: Scenario) -> LocalGrid:
+    def grid(part: Scene) -> LocalGrid:
         return LocalGrid(app or client_app(lambda config: (scenario,)), (part.clients or part.victims) + 1)
 
     return run([scenario], grid, out, device=device_named("cpu"), data_root=Path("data"))
@@ -48,17 +49,13 @@ def guesses(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shuffle the truth that the scorer sees: the scores change, and not one bit of the guesses."""
     honest = play(BASE, tmp_path / "honest")
-    true_data = fedtap.simulator.run.private_data
+    true = ImageObserved.truths.func  # what only the scorer asks for: clients train as before
 
-    def shuffled(scenario: Scenario, data_root: Path, clients: int) -> PrivateData:
-        private = true_data(scenario, data_root, clients)
-        victims = private.dataset.victims
-        turned = Side(victims.images.roll(BASE.batch, dims=0), victims.labels.roll(BASE.batch))
-        return dataclasses.replace(private, dataset=dataclasses.replace(private.dataset, victims=turned))
+    def shuffled(observed: ImageObserved) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = true(observed)
+        return found[1:] + found[:1]
 
-    monkeypatch.setattr(
-        fedtap.simulator.run, "private_data", shuffled
-    )  # the clients' own is another name: they train as before
+    monkeypatch.setattr(ImageObserved, "truths", property(shuffled))
     deceived = play(BASE, tmp_path / "deceived")
     one, other = guesses(tmp_path / "honest"), guesses(tmp_path / "deceived")
     assert one.keys() == other.keys()
@@ -70,7 +67,7 @@ def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_blind_guess_is_made_of_public_images_alone(tmp_path: Path) -> None:
-    scenario = dataclasses.replace(BASE, attacks=parse("grey"))
+    scenario = dataclasses.replace(BASE, attack="grey")
     rows = play(scenario, tmp_path)
     private = private_data(scenario, Path("data"), BASE.victims)
     public = blind(private.dataset.public.batch(slice(None))[0])
@@ -94,7 +91,7 @@ def test_a_clients_rows_are_the_same_alone_and_among_many(tmp_path: Path) -> Non
 def test_a_mistake_is_refused_before_anything_is_played(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
 
-    def grid(part: Scenario) -> LocalGrid:
+    def grid(part: Scene) -> LocalGrid:
         raise AssertionError("an hour is spent")
 
     with pytest.raises(FedtapError, match="no fedtap run left"):
@@ -112,7 +109,7 @@ def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     games = iter([[row_of(attack="the first game", settings="")]])
-    monkeypatch.setattr(Scenario, "alone", lambda part, parts: next(games))
+    monkeypatch.setattr(Scene, "alone", lambda part, parts: next(games))
     with pytest.raises(StopIteration):
         run([BASE, dataclasses.replace(BASE)], lambda part: pytest.fail("no game is over a grid"), tmp_path,
             device=device_named("cpu"), data_root=Path("data"))  # fmt: skip
@@ -135,7 +132,7 @@ def test_a_run_repeats_itself_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_failed_client_has_a_row_that_says_so(tmp_path: Path) -> None:
-    scenario = dataclasses.replace(BASE, attacks=parse("linear"))
+    scenario = dataclasses.replace(BASE, attack="linear")
     app, sound = ClientApp(), client_app(lambda config: (scenario,))
 
     @app.train()
@@ -153,16 +150,16 @@ def test_a_failed_client_has_a_row_that_says_so(tmp_path: Path) -> None:
 
 
 def test_batchnorm_is_explained(tmp_path: Path) -> None:
-    play(dataclasses.replace(BASE, model="resnet20", attacks=parse("idlg(steps=1)"), victims=1), tmp_path)
+    play(dataclasses.replace(BASE, model="resnet20", attack="idlg(steps=1)", victims=1), tmp_path)
     assert "BatchNorm in training mode" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_cpu_and_cuda_agree(tmp_path: Path) -> None:
-    leaks = play(dataclasses.replace(BASE, attacks=parse("linear,idlg(steps=20)")), tmp_path / "cpu")
-    scenario = dataclasses.replace(BASE, attacks=parse("linear,idlg(steps=20)"))
+    leaks = play(dataclasses.replace(BASE, attack="linear,idlg(steps=20)"), tmp_path / "cpu")
+    scenario = dataclasses.replace(BASE, attack="linear,idlg(steps=20)")
 
-    def grid(part: Scenario) -> LocalGrid:
+    def grid(part: Scene) -> LocalGrid:
         return LocalGrid(client_app(lambda config: (scenario,)), part.victims + 1)
 
     rows = run([scenario], grid, tmp_path / "cuda", device=device_named("cuda"), data_root=Path("data"))

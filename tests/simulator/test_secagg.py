@@ -24,10 +24,10 @@ from fedtap.attackers.gradients.lti import LTI
 from fedtap.clients.app import client_app
 from fedtap.clients.training import sgd
 from fedtap.scenarios.command.plan import plan
-from fedtap.simulator.defences.announced import sigma
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import play
-from fedtap.simulator.federation.settings import PrivateData, Scenario, private_data
 from fedtap.simulator.leaks import GradientLeak, Protocol
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import run
@@ -38,6 +38,7 @@ from fedtap.simulator.wire.wiretap import Wiretap
 from tests.scenarios.test_cli import run as fedtap
 from tests.support import legacy_secagg
 from tests.support.legacy_secagg import Arrays
+from tests.support.scenes import Scene
 
 RING = 2**32
 
@@ -97,18 +98,18 @@ def test_secagg_plus_unmasks_nothing_once_too_few_clients_are_left() -> None:
     assert np.array_equal(legacy_secagg.aggregated(grid, start, clients=3, examples=1)[0], start[0])
 
 
-def federation(scenario: Scenario) -> tuple[LocalGrid, PrivateData]:
+def federation(scenario: Scene) -> tuple[LocalGrid, PrivateData]:
     return grids(scenario)(scenario), private_data(scenario, Path("data"), scenario.clients)
 
 
-def grids(*parts: Scenario) -> Callable[[Scenario], LocalGrid]:
+def grids(*parts: Scene) -> Callable[[Scene], LocalGrid]:
     return lambda part: LocalGrid(client_app(lambda config: parts), part.clients + 1)
 
 
-BASE = Scenario(attacks=(), name="test", victims=2, clients=3, size=16, threat_model="secure_aggregation")
+BASE = Scene(attack="", name="test", victims=2, clients=3, size=16, threat_model="secure_aggregation")
 
 
-def gradient(scenario: Scenario, private: PrivateData, arrays: ArrayRecord, name: tuple[int, int]) -> dict[str, Tensor]:
+def gradient(scenario: Scene, private: PrivateData, arrays: ArrayRecord, name: tuple[int, int]) -> dict[str, Tensor]:
     """The slow oracle: autograd on all the images behind an answer."""
     net = build(scenario.model, (3, 16, 16), len(private.dataset.classes))
     net = net.to_empty(device="cpu")

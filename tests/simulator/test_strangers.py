@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import UserConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedtap.simulator.models.registry
-from fedtap.attackers import parse, parse_strangers
+from fedtap.attackers import parse, parse_saved
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
+from fedtap.scenarios.command.options import written
 from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator import files
 from fedtap.simulator.auxiliary import Auxiliary
@@ -100,7 +102,7 @@ ATTACKS = (
 def test_a_trained_attack_names_no_code_and_no_file(tmp_path: Path, marker: Path, attack: str) -> None:
     parse(attack)  # a command line may
     with pytest.raises(FedtapError, match="may name no code to import and no other file"):
-        parse_strangers(attack)
+        parse_saved(attack)
     leak = heard()
     made = LTI(width=3, epochs=1, features=20).fit(auxiliary_for(leak, tmp_path / "pairs", pairs=4))
     path = tmp_path / "lti.safetensors"
@@ -121,7 +123,7 @@ def test_a_trained_attacks_sizes_are_those_of_its_tensors(tmp_path: Path) -> Non
     with pytest.raises(FedtapError, match="does not hold what lti learns"):
         Saved(str(path))(leak)
     rewritten(path.with_suffix(".json"), attack="lti(width=3, features=20)", about__protocol__model="evil:net")
-    with pytest.raises(FedtapError, match="practised on"):
+    with pytest.raises(FedtapError, match="trained on"):
         Saved(str(path))(leak)
 
 
@@ -139,9 +141,9 @@ def test_every_learner_comes_back_from_its_tensors(tmp_path: Path, attack: str) 
 def test_auxiliary_data_name_no_code(tmp_path: Path, marker: Path) -> None:
     made = auxiliary_for(heard(), tmp_path, pairs=4)
     for code in CODE:
-        rewritten(made.folder / "practice.json", protocol__model=code)
+        rewritten(made.folder / "auxiliary.json", protocol__model=code)
         for wanted in (None, made.about):
-            with pytest.raises(FedtapError, match=r"practice\.json does not describe"):
+            with pytest.raises(FedtapError, match=r"auxiliary\.json does not describe"):
                 Auxiliary.saved(made.folder, build, wanted)
 
 
@@ -154,12 +156,12 @@ def test_auxiliary_data_name_no_code(tmp_path: Path, marker: Path) -> None:
 )  # fmt: skip
 def test_auxiliary_data_are_compared_with_what_is_wanted_before_anything_is_built(tmp_path: Path, change: Any) -> None:
     made = auxiliary_for(heard(), tmp_path, pairs=4)
-    rewritten(made.folder / "practice.json", **change)
+    rewritten(made.folder / "auxiliary.json", **change)
 
     def built(*_: object) -> nn.Module:
         raise AssertionError("it was built")
 
-    with pytest.raises(FedtapError, match="does not describe a practice"):
+    with pytest.raises(FedtapError, match="does not describe auxiliary pairs"):
         Auxiliary.saved(made.folder, built, made.about)
 
 
@@ -187,7 +189,7 @@ def test_the_tensors_of_auxiliary_data_are_checked_before_they_are_used(tmp_path
     (chunk,) = made.folder.glob("pairs_*")
     tensors = load_file(chunk)
     save_file(tensors | {name: CHUNKS[name](tensors[name])}, chunk)
-    with pytest.raises(FedtapError, match="the practice is not whole"):
+    with pytest.raises(FedtapError, match="the auxiliary pairs are not whole"):
         list(made)
 
 
@@ -205,7 +207,7 @@ CONFIGS = (
 def test_a_run_config_names_code_only_where_its_host_allows_it(
     marker: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str]
 ) -> None:
-    asked = {"scenario": "first_leak", **config}
+    asked: UserConfig = {"scenario": "first_leak", "options": written(config)}
     for allowed in ("", "evil:other,evil", "evil:net2"):
         monkeypatch.setenv(OWN_MODELS, allowed)
         with pytest.raises(FedtapError, match="only who runs this host may: start it with FEDTAP_OWN_MODELS=evil:net"):
@@ -217,8 +219,8 @@ def test_a_run_config_names_code_only_where_its_host_allows_it(
 def test_what_the_command_line_names_is_allowed_to_its_own_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OWN_MODELS, "other:net")
     fedtap.simulator.models.registry.allow(["mine:net+precode(3)"])
-    assert plan_of({"scenario": "first_leak", "model": "mine:net"})
-    assert plan_of({"scenario": "first_leak", "model": "other:net"})
+    assert plan_of({"scenario": "first_leak", "options": "--model mine:net"})
+    assert plan_of({"scenario": "first_leak", "options": "--model other:net"})
     assert plan_of({"scenario": "dp"}), "a game's model is fedtap's own"
 
 
@@ -276,7 +278,7 @@ def test_images_have_a_limit_that_the_error_states(tmp_path: Path, monkeypatch: 
         (tmp_path / "x.png").write_bytes(image_of(width, 10_000))
         with pytest.raises(FedtapError, match="more than 67,108,864 pixels"):
             open_dataset(str(tmp_path), tmp_path, 8)
-    monkeypatch.setattr(datasets, "LARGEST", 8 * 8 * 3 - 1)
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY", 8 * 8 * 3 - 1)
     with pytest.raises(FedtapError, match="holds 1 images, which at 8 pixels a side fill more than"):
         open_dataset(str(tmp_path), tmp_path, 8)
 
@@ -302,7 +304,7 @@ def test_small_npz_files_that_would_fill_the_memory(tmp_path: Path, monkeypatch:
             archive.writestr(name, header.getvalue() if name == "x_test.npy" else content)
     with pytest.raises(FedtapError, match=r"x_test promises \(1099511627776, 8, 8, 3\) entries"):
         open_dataset(str(tmp_path / "w.npz"), tmp_path)
-    monkeypatch.setattr(datasets, "LARGEST", 1000)
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY", 1000)
     with pytest.raises(FedtapError, match="unfolds to 2,"):
         open_dataset(str(npz(tmp_path)), tmp_path)
 
@@ -312,8 +314,8 @@ def test_a_zip_that_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypa
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("a.json", bytes(100_000))
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("it was unfolded"))
-    monkeypatch.setattr(datasets, "LARGEST", 50_000)
-    monkeypatch.setattr("fedtap.simulator.data.posteriordb.LARGEST", 50_000)
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY", 50_000)
+    monkeypatch.setattr("fedtap.simulator.data.posteriordb.LARGEST_ARCHIVE", 50_000)
     for ask in (lambda: open_dataset(str(tmp_path / "w.zip"), tmp_path), lambda: read_draws(tmp_path / "d.json.zip")):
         with pytest.raises(FedtapError, match="unfolds to 100,000 bytes, and no more than 50,000 are read"):
             ask()
@@ -385,7 +387,7 @@ def tied_and_real(shape: Any, classes: int) -> nn.Module:
 @pytest.mark.parametrize("function", ["tied", "tied_and_real"])
 @pytest.mark.parametrize("small", [2**22, 0])
 def test_tied_weights_stay_tied_on_the_meta_device(monkeypatch: pytest.MonkeyPatch, function: str, small: int) -> None:
-    monkeypatch.setattr(fedtap.simulator.models.registry, "SMALL", small)
+    monkeypatch.setattr(fedtap.simulator.models.registry, "SMALL_MODEL", small)
     name = f"{__name__}:{function}"
     bare, real = build(name, (3, 4, 4), 4), build(name, (3, 4, 4), 4, seed=0)
     shapes = [{key: tensor.shape for key, tensor in net.named_parameters()} for net in (bare, real)]

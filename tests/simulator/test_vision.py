@@ -79,14 +79,14 @@ def test_lpips_without_sound_weights_is_refused(fault: str, tmp_path: Path, monk
         path.write_text(json.dumps({"safetensors": base64.b64encode(save(tensors)).decode()}))
 
     if fault == "truncated":
-        path.write_bytes(vision.FEATURES.read_bytes()[:1000])
+        path.write_bytes(vision.LPIPS_FEATURES.read_bytes()[:1000])
     elif fault == "a layer missing":
         write({name: tensor for name, tensor in whole.items() if name != "features.8.bias"})
     elif fault == "a layer too many":
         write(whole | {"features.12.bias": torch.zeros(1)})
     elif fault == "misshapen":
         write(whole | {"features.8.bias": torch.zeros(1)})
-    monkeypatch.setattr(vision, "FEATURES", path)
+    monkeypatch.setattr(vision, "LPIPS_FEATURES", path)
     with pytest.raises(FedtapError, match="LPIPS cannot be loaded"):
         vision.lpips_alex()
 
@@ -100,7 +100,7 @@ def test_cifar10_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return SimpleNamespace(data=np.full((count, 32, 32, 3), count, np.uint8), targets=list(range(count)))
 
     monkeypatch.setattr(importlib.import_module("torchvision.datasets"), "CIFAR10", dataset)
-    arrays = vision.cifar10(tmp_path)
+    arrays = vision.cifar10_arrays(tmp_path)
     assert {name: array.shape for name, array in arrays.items()} == {
         "x_train": (5, 32, 32, 3),
         "y_train": (5,),
@@ -120,4 +120,4 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(
         FedtapError, match=r"no route to host.*put a cifar10\.npz .* --data-root, or use --dataset photos"
     ):
-        vision.cifar10(tmp_path)
+        vision.cifar10_arrays(tmp_path)

@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 
 from fedtap.clients.app import client_app
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
-from fedtap.simulator.federation.settings import Scenario, private_data
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
 from fedtap.simulator.study import ask
 from fedtap.simulator.wire import roll, wiretap
@@ -24,8 +24,9 @@ from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
 from fedtap.simulator.wire.recorder import recorder
 from fedtap.simulator.wire.wiretap import NONSENSE, UNPULLED, Wiretap
 from tests.simulator.test_recorder import net
+from tests.support.scenes import Scene
 
-BASE = Scenario(attacks=(), name="test", model="mlp", size=8, victims=3)
+BASE = Scene(attack="", name="test", model="mlp", size=8, victims=3)
 
 
 def echo(order: Message, context: Context) -> Message:
@@ -148,7 +149,7 @@ def test_a_push_of_many_messages_to_one_node_is_answered_whole() -> None:
 
 def test_a_wait_ends_and_what_came_before_was_heard_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wiretap, "PAUSE", 0.001)
-    monkeypatch.setattr(wiretap, "PATIENCE", 0.05)
+    monkeypatch.setattr(wiretap, "REPLY_TIMEOUT", 0.05)
     heard: list[int] = []
 
     class Slow(Engine):
@@ -173,7 +174,7 @@ def test_a_wait_ends_and_what_came_before_was_heard_as_it_came(monkeypatch: pyte
 def test_a_grid_without_nodes_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     tap = Wiretap(LocalGrid(app_of(echo), 0), lambda order, answer: None)
     assert tap.get_node_ids() == []
-    monkeypatch.setattr(wiretap, "PATIENCE", -1.0)
+    monkeypatch.setattr(wiretap, "REPLY_TIMEOUT", -1.0)
     with pytest.raises(FedtapError, match="No node has been connected"):
         tap.get_node_ids()
 

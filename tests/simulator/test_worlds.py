@@ -390,7 +390,7 @@ def test_cifar10_is_the_npz_of_the_data_root(cifar10: Path) -> None:
 
 
 def test_cifar10_is_downloaded_where_no_npz_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision, "cifar10", lambda root: arrays(shape=(32, 32, 3)))
+    monkeypatch.setattr(vision, "cifar10_arrays", lambda root: arrays(shape=(32, 32, 3)))
     dataset = open_dataset("cifar10", tmp_path)
     assert (dataset.name, len(dataset.classes), len(dataset.victims)) == ("cifar10", 10, 2)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtap.simulator.auxiliary import About, Auxiliary, Pairs, digest, digest_of, gradients
+from fedtap.simulator.auxiliary import Auxiliary, Pairs, Provenance, digest, digest_of, gradients
 from fedtap.simulator.leaks import KINDS, GradientLeak, Leak, Protocol, float_buffers
 from fedtap.simulator.models.registry import build
 
@@ -91,7 +91,9 @@ def auxiliary_for(
     network = network or copy.deepcopy(leak.network).to_empty(device="cpu")
     network.load_state_dict({**(leak.weights or {}), **leak.buffers}, strict=False)
     images, labels = pictures(pairs, protocol.batch, protocol.shape[1], seed)
-    about = About(protocol, "pictures", pairs, digest=f"{digest(leak.weights or {})}, {digest({'images': images})}")
+    about = Provenance(
+        protocol, "pictures", pairs, digest=f"{digest(leak.weights or {})}, {digest({'images': images})}"
+    )
 
     def chunks() -> Iterator[Pairs]:
         for some, named in zip(images.split(16), labels.split(16), strict=True):

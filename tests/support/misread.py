@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.simulator import scores
-from fedtap.simulator.data.images import cifar10
+from fedtap.simulator.data.images import cifar10_dataset
 from fedtap.simulator.leaks import Leak, Protocol
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.soundness import EXPLAINED, doubts, unexplained
@@ -77,7 +77,7 @@ def network_of(told: Protocol) -> torch.nn.Module:
 
 def images_from(first: int, victims: int, batch: int) -> tuple[Tensor, Tensor]:
     """Training images and labels of CIFAR-10, `victims batch ...`."""
-    side = cifar10(Path(os.environ["FEDTAP_DATA_ROOT"])).public
+    side = cifar10_dataset(Path(os.environ["FEDTAP_DATA_ROOT"])).public
     images, labels = side.batch(torch.arange(first, first + victims * batch))
     return images.unflatten(0, (victims, batch)), labels.unflatten(0, (victims, batch))
 

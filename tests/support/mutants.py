@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 BROKEN = 3  # what a child ends with if it raised
 REPORT = sys.stdout  # which pytest and the tests turn away
 FOLDERS = ("simulator", "attackers", "clients")
-DRAWINGS = ("curves", "pseudo_charts", "progress", "report", "study_report", "defence_report", "privacy_report")
+DRAWINGS = ("charts", "columns", "defences", "images", "page", "pictures", "progress")
 """Of these files only branches and comparisons are changed: the rest is where things stand on a page."""
 TALK = ("progress", "warn", "FedtapError", "Option", "Knob", "Field", "field", "DamagedError", "isinstance", "info")
 NUMBERS = ("float", "int", "Float", "Int", "Tensor", "torch.Tensor", "Points")

@@ -1,0 +1,272 @@
+"""Rows about images: their columns, curves, answers and alarms. A row is what one attack made of one victim."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.columns import (
+    Alarm,
+    Column,
+    Group,
+    Html,
+    follows,
+    grouped,
+    label,
+    setting,
+    settings,
+    telling,
+)
+from fedtap.simulator.report.defences import BLIND, attacker, epsilon_of, price, section, short, table
+from fedtap.simulator.report.outcomes import median, outcome, psnrs, ranged
+from fedtap.simulator.report.page import Page
+from fedtap.simulator.scores import LEVELLED
+from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED
+
+HIDDEN = (
+    *("recovered", "recognisable", "psnr_images", "psnr_blind_images", "ssim_note", "lpips_note", "drift_norm"),
+    *("adaptive", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost", "fit_seconds"),
+    *("delta", "adjacency", "sensitivity", "epsilon_note", "releases", "not_covered", "canaries", "exchanges"),
+    *("success", "success_low", "success_high", "success_db", "trials", "broken_mechanism"),
+)
+"""What a row holds beside settings and columns: details, and what is told with another value."""
+
+SENTENCES = 8
+"""Settings of an attack that its answer names one by one."""
+
+UNCONVERGED = 0.1
+"""Share of an undefended gradient, left unexplained, above which an attack did not converge."""
+
+DOTS = "the mark is a blind guess, and what is over 60 dB stands at the end"
+
+CAUTION = "An attack that fails shows that this attack fails here: it does not show that the data are private."
+
+
+def columns(rows: Group) -> tuple[Column, ...]:
+    """The columns of these rows. ε is one of them where it is asked for, and else follows from the defence."""
+    asked = any("success" in row for row in rows)
+    pairs = {(epsilon_of([row]), str(row.get("defence"))) for row in rows}
+    epsilons = {epsilon for epsilon, _ in pairs}
+    varies = asked and len(epsilons) > 1
+    guarantee = (
+        Column("epsilon_all", "", "ε of all exchanges", of=_all, page=True),
+        Column("protects", "", "ε is for", of=_protected, page=True),
+        Column("defence", over="same", page=True),  # ε stands for it, as its numbers are long
+    )
+    alone = [] if len({row.get("seed") for row in rows}) > 1 else ["seed"]
+    hidden = [*HIDDEN, *["epsilon_all", "protects"] * (not asked), *alone]
+    attacked = not rows or any("attack" in row for row in rows)
+    measure = outcome(rows).measure if attacked else "trials won"
+    back = "share of images, with its 95 % interval (Clopper-Pearson)"
+    if any("trials" in row for row in rows):
+        back += "; of trials won, with one-sided limits that are wrong in one honest run of 10,000"
+    middle = "median over images, with its 95 % interval (order statistics, of few the least and the largest)"
+    left = f"share of the gradient that the reconstruction does not cause; over {EXPLAINED:g} it is {CAUSES}"
+    return (
+        Column("epsilon", "of the attacked exchanges", "ε", over="same" if varies else "hidden", of=epsilon_of),
+        *[Column("sigma", "", "σ", ".3g", "median" if asked else "hidden")] * any("epsilon" in row for row in rows),
+        Column("attack", over="same", of=attacker),
+        *(Column(name, over="rows") for name in ("client", "round", "seed") if name not in hidden),
+        Column("dots", DOTS, "PSNR of each image (0–60 dB)", over="group", of=_dots, page=True),
+        Column("n", "victims (× images of each)" + ", or trials" * asked, over="group", of=_count),
+        Column("levels", back, measure, over="group", of=_back),
+        Column("levels", "", measure, ".0%", "rows", _own),
+        Column("identical", form=".0%", of=_identical, page=asked),
+        Column("psnr", middle, "PSNR dB", of=lambda some: ranged(psnrs(some))),
+        BLIND,
+        Column("accuracy", "of the trained model, on test images", "", ".0%", "median" if asked else "rows"),
+        Column("bound", "on the share, where a prior is known, as of canaries: 2302.07225", "", ".3f"),
+        Column("bound_renyi", "another bound: 2201.04845", "Rényi", ".3f", page=attacked),
+        Column("expected", "what the optimal attacker expects of these canaries", "best", ".3f", page=attacked),
+        Column("mse", "mean over victims, whose PSNR is -10 log10(MSE)", "MSE", ".2g", "mean", page=True),
+        Column("ssim", "", "SSIM", ".3f", page=True),
+        Column("lpips", "", "LPIPS", ".3f", page=True),
+        Column("label_correct", "share that is right", "label", ".0%", "mean", page=asked),
+        Column("unexplained", left, "left", ".0e", page=asked),
+        Column("objective", "the attack's own, lower is better", "", ".2g", "rows"),
+        Column("seconds", "for each victim", "", ".2f", "mean", page=True),
+        *guarantee[: 2 * asked + (asked and len(pairs) == len(epsilons))],
+        *(Column(name, over="rows") for name in ("labels", "adaptive_note", "doubts", "error")),
+        *(Column(name, over="hidden") for name in hidden),
+    )  # fmt: skip
+
+
+def _count(rows: Group) -> str:
+    images, failed = outcome(rows).images, sum(bool(row.get("error")) for row in rows)
+    each = f"×{images // (len(rows) - failed)}" if images > len(rows) - failed else ""
+    return str(rows[0].get("trials") or f"{len(rows)}{each}") + (f" ({failed} failed)" if failed else "")
+
+
+def _back(rows: Group) -> str:
+    back, first = outcome(rows), rows[0]
+    if "trials" not in first:
+        return Alarm(back) if back.won else str(back)
+    words = "{success:.3f} [{success_low:.3f}–{success_high:.3f}]".format(**first)
+    return Alarm(words) if first["success_low"] > first["bound"] else words
+
+
+def _own(rows: Group) -> str | float | None:
+    return _back(rows) if "trials" in rows[0] else outcome(rows).share
+
+
+def _identical(rows: Group) -> float | None:
+    back = outcome(rows)
+    return None if back.identical is None or not back.images else back.identical / back.images
+
+
+def _dots(rows: Group) -> str | None:
+    """A dot for each image on a line from 0 to 60 dB, and a mark at the blind guess."""
+    if not psnrs(rows):
+        return None
+    blind = [f"<b style='left:{_percent(value)}'></b>" for value in {median(psnrs(rows, "psnr_blind"))} - {None}]
+    dots = (  # at several heights, so that equal ones do not hide each other
+        f"<i style='left:{_percent(value)};top:{6 + number * 7 % 15}px'></i>"
+        for number, value in enumerate(psnrs(rows))
+    )
+    return Html(f"<span class='dots'>{''.join((*blind, *dots))}</span>")
+
+
+def _percent(decibels: float | None) -> str:
+    return f"{100 * min(max((decibels or 0.0) / 60, 0.0), 1.0):.1f}%"
+
+
+def _all(rows: Group) -> str | None:
+    first = rows[0]
+    return f"{short(first['epsilon_all'])} ({first['releases']})" if "releases" in first else None
+
+
+def _protected(rows: Group) -> str:
+    first = rows[0]
+    whom = "an example" if first["protects"] == "example" else "a client"
+    far = "no clip" if first["sensitivity"] is None else f"sensitivity {short(first['sensitivity'])}"
+    return f"{whom}, {first['adjacency']}, {far}"
+
+
+def chosen(rows: Group) -> list[Column]:
+    """The settings that vary, ε among them where it is asked for."""
+    known = columns(rows)
+    return [*(column for column in known if column.name == "epsilon" and column.over == "same"), *settings(rows, known)]
+
+
+def answers(rows: Group) -> list[str]:
+    """A sentence for each attack, made of the rows alone; none where there is no truth to score them against."""
+    keys, attacks = chosen(rows), grouped(rows, [setting("attack")])
+    return [_answer(some, keys) for some in attacks if outcome(some).images or any(row.get("error") for row in some)]
+
+
+def _answer(rows: Group, keys: Sequence[Column]) -> str:
+    attack, failed = rows[0]["attack"], sum(bool(row.get("error")) for row in rows)
+    lost = f"; {failed} {'victim' if failed == 1 else 'victims'} without a result" if failed else ""
+    groups = [some for some in grouped(rows, keys) if outcome(some).images]
+    if not groups:
+        return f"{attack}: no result{lost}."
+    names = telling([key for key in keys if len({key.cell(some) for some in groups}) > 1], groups)
+    blinds = sorted(value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None)
+    ends = dict.fromkeys(f"{value:.1f}" for value in (*blinds[:1], *blinds[-1:]))
+    blind, measure = f" (blind guess {'–'.join(ends)} dB)" * bool(ends), outcome(rows).measure
+    backs, middles = [outcome(some) for some in groups], [median(psnrs(some)) for some in groups]
+    counted = [f"{back.won} of {back.images} {'images' if back.images > 1 else 'image'}" for back in backs]
+    if len(groups) == 1:
+        low, high = (f"{100 * end:.0f}" for end in backs[0].interval)
+        same = "" if backs[0].identical is None else f", {backs[0].identical} of them identical"
+        decibels = "" if middles[0] is None else f"; median {middles[0]:.1f} dB{blind}"
+        return f"{attack}: {counted[0]} {measure} (95 % interval {low}–{high} %){same}{decibels}{lost}."
+    where = [label(some, names) or "otherwise" for some in groups]
+    if len(groups) > SENTENCES:
+        ranked = sorted(range(len(groups)), key=lambda at: (backs[at].share or 0.0, middles[at] or 0.0))
+        span = " to ".join(f"{counted[at]} ({where[at]})" for at in (ranked[0], ranked[-1]))
+        return f"{attack}: over {len(groups)} settings from {span} {measure}{blind}{lost}."
+    words = ["" if middle is None else f", {middle:.1f} dB" for middle in middles]
+    each = "; ".join(f"{one}: {many}{middle}" for one, many, middle in zip(where, counted, words, strict=True))
+    return f"{attack}, images {measure}{blind}: {each}{lost}."
+
+
+def _unexplained(rows: Group) -> tuple[str, bool]:
+    """A sentence on how much of the gradients is left unexplained, empty where that is little; and whether an attack
+    on an undefended gradient did not converge, so that it is an alarm."""
+    known = [row for row in rows if row.get("unexplained") is not None]
+    many = sum(row["unexplained"] > EXPLAINED for row in known)
+    far = [row for row in known if row.get("defence") == "none" and row["unexplained"] > UNCONVERGED]
+    plain = f"{many} of {len(known)} reconstructions leave more than {EXPLAINED:.2%} of the gradient unexplained"
+    worst = " and ".join(
+        f"{some[0]['attack']} did not converge on {len(some)} {'victim' if len(some) == 1 else 'victims'}"
+        for some in grouped(far, [setting("attack")])
+    )
+    if far:
+        plain = (
+            f"{worst}: more than {UNCONVERGED:.0%} of the undefended gradient is left unexplained there, so that its "
+            f"failure says nothing of what the gradient tells. In all, {plain}"
+        )
+    return f"{plain}: {CAUSES}." if many else "", bool(far)
+
+
+def alarms(rows: Group) -> list[str]:
+    """What has to be known before a figure of these rows is believed; nothing of a sound run."""
+    sentence, alarm = _unexplained(rows)
+    doubted = (f"The gradient is doubted: {row['doubts']}" for row in rows if row.get("doubts"))
+    return [*[sentence] * alarm, *dict.fromkeys(doubted)]
+
+
+def notes(rows: Group) -> list[str]:
+    """Why scores are empty, what attacks do not know, and what is left unexplained: each reason once."""
+    sentence, alarm = _unexplained(rows)
+    empty = dict.fromkeys(str(row[name]) for name in ("ssim_note", "lpips_note") for row in rows if row.get(name))
+    unknown = dict.fromkeys(f"{row['attack']} {row['adaptive_note']}" for row in rows if row.get("adaptive_note"))
+    return [*empty, *unknown, *[sentence] * (bool(sentence) and not alarm)]
+
+
+def page_of(page: Page, rows: Group) -> tuple[Page, Group]:
+    """The page with all that these rows tell, and those of them that its tables show."""
+    attacked, shown = ([row for row in rows if names & row.keys()] for names in ({"attack"}, {"attack", "trials"}))
+    return dataclasses.replace(
+        page,
+        columns=columns(shown),
+        charts={**page.charts, **price(rows), **section(rows), **curves(attacked)},
+        answers=answers(attacked),
+        alarms=alarms(attacked),
+        notes=[*page.notes, *[LEVELLED, CAUTION] * bool(attacked), *notes(attacked)],
+        beside=[compared] if (compared := table(rows)) else [],
+    ), shown
+
+
+def curves(rows: Group) -> dict[str, str]:
+    """PSNR and MSE against each setting that varies over numbers."""
+    keys, charts, attack = chosen(rows), {}, setting("attack")
+    groups = grouped([row for row in rows if row.get("mse") is not None and psnrs([row])], [attack, *keys])
+    for key in keys:
+        others = [other for other in keys if other != key and not follows(other, [attack, key], groups)]
+        lines: dict[str, list[tuple[float, Group]]] = {}
+        for some in groups:
+            if (value := _number(key.cell(some))) is not None:
+                lines.setdefault(label(some, [attack, *others]), []).append((value, some))
+        ticks = sorted({value for points in lines.values() for value, _ in points})
+        if len(ticks) < 2:
+            continue
+        quality, error = [], []
+        for name, points in lines.items():
+            points.sort(key=lambda point: point[0])
+            at = [value for value, _ in points]
+            low, middle, high = zip(*(_quartiles(psnrs(some)) for _, some in points), strict=True)
+            quality.append(Series(name, at, middle, low=low, high=high))
+            error.append(Series(name, at, [statistics.fmean(row["mse"] for row in some) for _, some in points]))
+        blinds = [value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None]
+        levels = {"blind guess": statistics.median(blinds)} if blinds else {}
+        panels = [Panel(key.title, "PSNR, dB (median, quartiles)", quality, levels=levels, ticks=ticks)]
+        panels += [Panel(key.title, "MSE (mean)", error, log=True, ticks=ticks)]
+        charts[f"PSNR and MSE against {key.title}"] = chart(panels, f"PSNR and MSE against {key.title}")
+    return charts
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles([*values, *values[:1]][: max(2, len(values))], method="inclusive")
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,200 @@
+"""Pictures of what came back: a strip as PNG, and a gallery for the page."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
+from importlib.resources import as_file, files
+from io import BytesIO
+from typing import TypeAlias
+
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fedtap.simulator.report.columns import breakable
+from fedtap.simulator.report.outcomes import MEASURE
+from fedtap.simulator.scores import LEVELS, mse, psnr
+
+Batch: TypeAlias = Float[Tensor, "batch channel height width"]
+
+SHOWN = 8
+"""Victims in the strip, at most."""
+
+CELL, GAP, CAPTION, MARGIN, TITLE = 192, 20, 64, 32, 150
+"""Of the strip, in pixels: a picture's side, what is between two, below one, and around all; and a title's width."""
+
+INK, PALE, ALARM, PAPER = "#1d2129", "#737a87", "#b3261e", "#ffffff"
+
+ORIGINAL, BLIND = "original", "blind guess"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A victim's images, pixels in [0, 1]. `original` is None where the truth is not known."""
+
+    title: str
+    original: Batch | None
+    guesses: dict[str, tuple[Batch, float | None]]
+    """Attack's label -> its reconstruction, in the original's order, and PSNR in dB; of a batch, that of its mean
+    squared error."""
+    blind: Tensor | None
+    """The blind guess: one image, or a batch."""
+    levels: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Attack's label -> of each image of its reconstruction, one of scores.LEVELS."""
+
+    def cell(self, column: str) -> tuple[Batch | None, float | None]:
+        """The images of this column, and their PSNR where there is one."""
+        if column in self.guesses:
+            return self.guesses[column]
+        if column != BLIND or self.blind is None:
+            return self.original if column == ORIGINAL else None, None
+        if self.original is None:
+            return self.blind.reshape(-1, *self.blind.shape[-3:]), None
+        blind = self.blind.expand_as(self.original)
+        return blind, float(psnr(mse(blind.cpu(), self.original.cpu()).mean()))
+
+    def leaked(self, column: str) -> bool:
+        """Whether any of the column's images is recognisable."""
+        return any(level != LEVELS[0] for level in self.levels.get(column, ()))
+
+    def caption(self, column: str) -> list[str]:
+        """What is shown, its level or of a batch how many images are recognisable, and the PSNR; where it is known."""
+        found, (_, decibels) = self.levels.get(column, ()), self.cell(column)
+        if decibels is None:
+            return []
+        many = f"{sum(level != LEVELS[0] for level in found)} of {len(found)} {MEASURE}"
+        return [*([many] if len(found) > 1 else found), f"{decibels:.1f} dB"]
+
+
+def columns_of(pictures: Sequence[Picture]) -> list[str]:
+    """`original` where one is known, every attack's label, `blind guess` where there is one."""
+    attacks = list(dict.fromkeys(label for picture in pictures for label in picture.guesses))
+    original = [ORIGINAL] * any(picture.original is not None for picture in pictures)
+    return original + attacks + [BLIND] * any(picture.blind is not None for picture in pictures)
+
+
+def gallery(pictures: Sequence[Picture]) -> str:
+    """Each victim's pictures side by side, as an element of the page; empty where there are none."""
+    if not pictures:
+        return ""
+    columns = columns_of(pictures)
+    head = "".join(f"<th>{breakable(column)}</th>" for column in ("", *columns))
+    body = ""
+    for picture in pictures:
+        body += f"<tr><td>{escape(picture.title)}</td>"
+        for column in columns:
+            images, _ = picture.cell(column)
+            shown = _embedded(images, f"{column}, {picture.title}") if images is not None else "–"
+            caption = escape(", ".join(picture.caption(column)))
+            body += f"<td>{shown}<span class='{'leak' if picture.leaked(column) else 'pale'}'>{caption}</span></td>"
+        body += "</tr>"
+    said = (
+        "<p class='pale'>Below each reconstruction stands what it shows, and its PSNR (of a batch: that of its mean "
+        "squared error). The blind guess is made without any leak, from public images.</p>"
+    ) * any(picture.original is not None for picture in pictures)
+    return (
+        "<h2>Pictures</h2><div class='scroll' style='max-height: none'>"
+        f"<table class='pictures' style='min-width: {110 * (len(columns) + 1)}px'>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{said}"
+    )
+
+
+def _embedded(images: Batch, words: str) -> str:
+    picture = _grid(images)
+    kind = "pixels" if max(picture.size) <= 144 else ""
+    content = base64.b64encode(_bytes(picture)).decode()
+    return f"<img class='{kind}' alt='{escape(words)}' src='data:image/png;base64,{content}'>"
+
+
+def strip(pictures: Sequence[Picture]) -> bytes:
+    """A PNG with a row for each victim, SHOWN at most: original, captioned reconstructions, blind guess."""
+    pictures = pictures[:SHOWN]
+    columns = columns_of(pictures)
+    bold, usual = _font(18, bold=True), _font(16)
+    headings = [_wrapped(column, bold, CELL) for column in columns]
+    head = 24 * max(map(len, headings), default=1) + 12
+    shown = [
+        [None if (images := picture.cell(column)[0]) is None else _enlarged(images) for column in columns]
+        for picture in pictures
+    ]
+    tall = [max((image.height for image in row if image), default=CELL) for row in shown]
+    left = MARGIN + TITLE * any(picture.title for picture in pictures)
+    width = max(left + len(columns) * (CELL + GAP) - GAP, MARGIN) + MARGIN
+    page = Image.new("RGB", (width, 2 * MARGIN + head + sum(tall) + len(tall) * CAPTION), PAPER)
+    draw = ImageDraw.Draw(page)
+    centres = [left + number * (CELL + GAP) + CELL // 2 for number in range(len(columns))]
+    for x, lines in zip(centres, headings, strict=True):
+        draw.multiline_text((x, MARGIN), "\n".join(lines), INK, bold, "ma", spacing=4, align="center")
+    y = MARGIN + head
+    for picture, height, row in zip(pictures, tall, shown, strict=True):
+        title = "\n".join(_wrapped(picture.title, usual, TITLE - GAP))
+        draw.multiline_text((MARGIN, y + height // 2), title, PALE, usual, "lm", spacing=4)
+        for x, column, image in zip(centres, columns, row, strict=True):
+            if image is not None:
+                page.paste(image, (x - image.width // 2, y), image)
+            said, colour = "\n".join(picture.caption(column)), ALARM if picture.leaked(column) else PALE
+            draw.multiline_text((x, y + height + 6), said, colour, usual, "ma", spacing=4, align="center")
+        y += height + CAPTION
+    return _bytes(page)
+
+
+def png(images: Batch) -> bytes:
+    """A batch of images as one picture, pixel by pixel."""
+    return _bytes(_grid(images))
+
+
+def _grid(images: Batch) -> Image.Image:
+    """A batch as one picture, as square as it goes, its images a transparent pixel apart."""
+    pixels = images.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
+    if pixels.shape[1] != 3:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    tiles = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    count, height, width, _ = tiles.shape
+    across = math.ceil(math.sqrt(count))
+    sheet = Image.new("RGBA", (across * (width + 1) - 1, math.ceil(count / across) * (height + 1) - 1))
+    for number, tile in enumerate(tiles):
+        sheet.paste(Image.fromarray(tile), (number % across * (width + 1), number // across * (height + 1)))
+    return sheet
+
+
+def _enlarged(images: Batch) -> Image.Image:
+    """The batch, CELL pixels at its longer side. Small images keep crisp pixels: enlarged further, then averaged."""
+    picture = _grid(images)
+    larger = CELL / max(picture.size)
+    size = (max(1, round(picture.width * larger)), max(1, round(picture.height * larger)))
+    whole = 4 * math.ceil(larger) if larger > 1 else 1
+    picture = picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
+    return picture.resize(size, Image.Resampling.BOX)
+
+
+def _bytes(picture: Image.Image) -> bytes:
+    content = BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans out of matplotlib: it has the letters of every name that a model or attack may carry."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    with as_file(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / name) as path:
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels, broken where words end (also at _ and capitals); three at most."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        lines.append("")
+        for word in re.findall(r"[A-Z]*[^A-Z\s_(),]*[\s_(),]*", line):
+            if lines[-1] and font.getlength((lines[-1] + word).strip()) > width:
+                lines.append("")
+            lines[-1] += word
+    kept = [line.strip() for line in lines[:3]]
+    return [*kept[:-1], kept[-1] + " …"] if len(lines) > 3 else kept
