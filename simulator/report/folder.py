@@ -79,7 +79,7 @@ class Folder:
             sweep(folder)
         if before is not None and not resume:
             self._clear(before)
-        self.describe(finished=False)
+        self.describe(finished=False, done=self._done)
 
     def describe(self, **more: Any) -> None:
         """Write run.json, with `more` in it."""

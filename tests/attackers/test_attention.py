@@ -350,7 +350,7 @@ class Plain(Attack[Inputs]):
     """Brings back its start, without a regulariser."""
 
     leaks = (AttentionLeak,)
-    guesses = Inputs
+    reconstructs = Inputs
 
     def reconstruct(self, leak: Leak, start: Tensor) -> Inputs:
         steps = torch.zeros(len(leak), dtype=torch.long)

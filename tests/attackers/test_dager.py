@@ -20,8 +20,7 @@ from fedtap.scenarios.texts import text_gradients
 from fedtap.scenarios.texts.text_gradients import TextGradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
-from fedtap.simulator.models.language import NAMES as MODELS
-from fedtap.simulator.models.language import LanguageModel, build_language
+from fedtap.simulator.models.language import LANGUAGE_MODELS, LanguageModel, build_language
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.options import options_of
 from fedtap.simulator.scores import score_texts
@@ -296,7 +295,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], why: st
 
 
 def test_choices_are_the_models_that_there_are() -> None:
-    assert options_of(TextGradients)["model"].choices == MODELS
+    assert options_of(TextGradients)["model"].choices == LANGUAGE_MODELS
 
 
 def test_more_victims_than_texts_are_refused(news: Path, tmp_path: Path) -> None:

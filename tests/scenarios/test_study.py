@@ -61,6 +61,7 @@ class Ask(Scenario):
     columns: ClassVar[tuple[Column, ...]] = (
         Column("client", over="rows"),
         Column("mean", "of all that a client drew"),
+        Column("wrong"),
         Column("nothing"),
     )
     size: Annotated[int, Option("nodes", 1)] = 3
@@ -228,8 +229,8 @@ def test_rows_that_repeat_each_other_are_summed_up_by_setting_and_word() -> None
         return [{column.name: column.cell(group) for column in columns} for group in groups]
 
     assert summed(rows) == [
-        {"nodes": "3", "rows": "5", "mean": "2", "nothing": "–"},
-        {"nodes": "5", "rows": "5", "mean": "2", "nothing": "–"},
+        {"nodes": "3", "rows": "5", "mean": "2", "wrong": "–", "nothing": "–"},
+        {"nodes": "5", "rows": "5", "mean": "2", "wrong": "–", "nothing": "–"},
     ]
     assert summed(rows[:5]) == []
     assert summed([row | {"nodes": number} for number, row in enumerate(rows)]) == []
