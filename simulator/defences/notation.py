@@ -24,13 +24,11 @@ GROUP = "fedtap.defences"
 HOW = "write none, or defences joined by +, as clip(1.0)+noise(0.01)"
 
 
-@cache
 def names() -> tuple[str, ...]:
     """Of all defences that can be written: this folder's in the order of their names, then installed packages'."""
     return (*_scanned(), *(name for name in _installed() if name not in _scanned()))
 
 
-@cache
 def kind_of(name: str) -> type[Defence]:
     """The defence of this name.
 
