@@ -29,7 +29,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.wire.replay import exchange_of, mean_gradient
 
-SOFTNESS, HARD = 0.3, 1e-4
+SOFTNESS, HARD = Exchange.softness, 1e-4
 """Of the sign: ``tanh(g / (softness rms(g)))``, for a slope to follow; and so that next to nothing is left of it."""
 
 ROUGHNESS = 5.0
