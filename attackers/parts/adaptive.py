@@ -29,7 +29,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.wire.replay import exchange_of, mean_gradient
 
-SOFTNESS, HARD = 0.3, 1e-4
+SOFTNESS, HARD = Exchange.softness, 1e-4
 """Softness of the sign ``tanh(g / (softness rms(g)))``: one that gradient descent can follow, and one close to the
 sign itself, for comparing reconstructions."""
 

@@ -15,16 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Annotated, ClassVar, final, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, ClassVar, final, get_args, get_origin, get_type_hints
 
-from flwr.serverapp.strategy import Strategy
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedtap.simulator.defences.accountant import Gaussian
 from fedtap.simulator.defences.source import Source
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Tensors
+
+if TYPE_CHECKING:  # scipy and Flower take seconds to import, and who reads a leak without a defence needs neither
+    from flwr.serverapp.strategy import Strategy
+
+    from fedtap.simulator.defences.accountant import Gaussian
 
 HOOKS = ("model", "step", "update", "server")
 """Where a defence acts, in the order in which things happen: on the model before it is trained, on each local step, on

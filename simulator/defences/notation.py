@@ -18,13 +18,11 @@ from fedtap.simulator.errors import FedtapError, short, unknown
 HOW = "write none, or defences joined by +, as clip(1.0)+noise(0.01)"
 
 
-@cache
 def names() -> tuple[str, ...]:
     """Of all defences that can be written: fedtap's own, and those of installed packages."""
     return tuple(DEFENCES)
 
 
-@cache
 def kind_of(name: str) -> type[Defence]:
     """The defence of this name.
 

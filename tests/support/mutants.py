@@ -44,8 +44,8 @@ TALK = ("progress", "warn", "FedtapError", "Option", "Knob", "Field", "field", "
 NUMBERS = ("float", "int", "Float", "Int", "Tensor", "torch.Tensor", "Points")
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
-        "clients/defences/updates.py",
-        "smallest = flat.abs().sort(dim=1, stable=(False)).indices[:, :dropped]",
+        "simulator/defences/prune.py",
+        "smallest = rows.abs().sort(dim=1, stable=(False)).indices[:, :dropped]",
     ): "torch sorts stably on a CPU whether asked to or not",
     (
         "simulator/federation.py",
