@@ -211,8 +211,8 @@ class Played:
         """The part's auxiliary pairs: those of its folder, or heard now and kept there."""
         part, dataset = self.part, self.private.dataset
         wanted, batch = part.pairs or min(self.private.most_pairs, PAIRS), part.batch * part.summed
-        images, labels = dataset.public.batch(torch.arange(wanted * batch) % len(dataset.public))
-        mirrored = torch.arange(len(images)) >= len(dataset.public)
+        images, labels = dataset.auxiliary.batch(torch.arange(wanted * batch) % len(dataset.auxiliary))
+        mirrored = torch.arange(len(images)) >= len(dataset.auxiliary)
         images[mirrored] = images[mirrored].flip(3)
         if part.auxiliary_labels == "random":  # of all classes, also of those whose images the adversary lacks
             draw = generator(part.seed, "practice labels")
@@ -220,8 +220,8 @@ class Played:
         protocol = dataclasses.replace(part.protocol(dataset), local_steps=1)
         known = {
             **tensors_of(self.heard.auxiliary_weights(part.auxiliary_at)),
-            "examples": dataset.public.images,
-            "classes": dataset.public.labels,
+            "examples": dataset.auxiliary.images,
+            "classes": dataset.auxiliary.labels,
         }
         plain = not part.auxiliary_trainings and part.auxiliary_labels == "own"
         if part.defence != "none" or not plain:  # then what is drawn depends on the seed
@@ -259,7 +259,7 @@ class Played:
     @cached_property
     def floor(self) -> Tensor:
         """The blind guess: one image."""
-        public = self.private.dataset.public
+        public = self.private.dataset.auxiliary
         return scores.blind(public.batch(torch.arange(len(public)))[0])
 
 

@@ -71,9 +71,9 @@ class AttentionViT(Split):
             FedtapError: it has fewer than there are clients.
         """
         dataset = dataset_of(self.dataset, data_root, self.size)
-        if self.victims > len(dataset.victims):
+        if self.victims > len(dataset.target):
             raise FedtapError(
-                f"{self.victims} clients with a picture each are more than the {len(dataset.victims)} on the victims' "
+                f"{self.victims} clients with a picture each are more than the {len(dataset.target)} on the victims' "
                 f"side of {self.dataset}: lower --victims."
             )
         return dataset
@@ -100,7 +100,7 @@ class AttentionViT(Split):
 
     def private(self, client: int, data_root: Path) -> Tensor:
         """A client's photograph, in patches."""
-        images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
+        images, _ = self.dataset_at(data_root).target.batch(slice(client, client + 1))
         return patches_of(images[0], *self.patch(data_root))
 
     def play(self, grid: Grid, part: int, device: torch.device, data_root: Path) -> Outcome:
@@ -109,7 +109,7 @@ class AttentionViT(Split):
         leak = self.listen(grid, part, data_root, failed)
         dataset, (high, wide) = self.dataset_at(data_root), self.patch(data_root)
         truth = joined(self.truth(leak, data_root), dataset.shape, high, wide)
-        floor = blind(dataset.public.batch(slice(None))[0])
+        floor = blind(dataset.auxiliary.batch(slice(None))[0])
         pictures = [
             Picture(f"client {client}", truth[v][None], {}, floor) for v, client in enumerate(leak.clients.tolist())
         ]

@@ -333,7 +333,7 @@ def _sides(name: str, pretrained: bool, tokens: int, data_root: Path) -> Sides:
     if pretrained:
         vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
     else:
-        vocabulary = WordPieces.learned(dataset.public.texts, VOCABULARY)
+        vocabulary = WordPieces.learned(dataset.auxiliary.texts, VOCABULARY)
     return Sides(
-        vocabulary, dataset.classes, cut(dataset.public, vocabulary, tokens), cut(dataset.victims, vocabulary, tokens)
+        vocabulary, dataset.classes, cut(dataset.auxiliary, vocabulary, tokens), cut(dataset.target, vocabulary, tokens)
     )

@@ -206,7 +206,7 @@ class PrivateData:
     clients: int
 
     def __post_init__(self) -> None:
-        scenario, held = self.scenario, len(self.dataset.victims)
+        scenario, held = self.scenario, len(self.dataset.target)
         images = scenario.summed * scenario.batch
         if scenario.victims * images > held:
             what = "victims" if scenario.summed == 1 else f"sums of {scenario.summed} clients"
@@ -242,7 +242,7 @@ class PrivateData:
         if scenario.pairs > self.most_pairs:
             raise FedtapError(
                 f"{scenario.pairs:,} auxiliary pairs of {scenario.batch} images are more than the "
-                f"{len(self.dataset.public):,} images on the public side of {scenario.dataset} and their mirror images "
+                f"{len(self.dataset.auxiliary):,} auxiliary images of {scenario.dataset} and their mirror images "
                 f"give ({self.most_pairs:,}): lower --pairs."
             )
         if scenario.auxiliary_trainings > (scenario.pairs or self.most_pairs):
@@ -282,7 +282,7 @@ class PrivateData:
     @property
     def most_pairs(self) -> int:
         """Auxiliary pairs that the public images and their mirror images make."""
-        return 2 * len(self.dataset.public) // (self.scenario.batch * self.scenario.summed)
+        return 2 * len(self.dataset.auxiliary) // (self.scenario.batch * self.scenario.summed)
 
     @cached_property
     def shares(self) -> list[Int[Tensor, "images"]]:
@@ -326,7 +326,7 @@ class PrivateData:
         """The images in [0, 1] and labels that `client` trains on in round `rnd`."""
         batch, victim = self.scenario.batch_in(rnd), self.victim(client, rnd)
         if victim is not None:
-            return self.dataset.victims.batch(torch.arange(victim * batch, (victim + 1) * batch))
+            return self.dataset.target.batch(torch.arange(victim * batch, (victim + 1) * batch))
         if self.conduct(client, rnd) == "identical":
             client = self.clients
         share = self.shares[client]
@@ -344,7 +344,7 @@ def private_data(scenario: Scenario, data_root: Path, clients: int) -> PrivateDa
         FedtapError: the dataset cannot be opened or holds too little.
     """
     dataset = dataset_of(scenario.dataset, data_root, scenario.size)
-    victims = dataset.victims
+    victims = dataset.target
     if scenario.target_dataset:
         other = dataset_of(scenario.target_dataset, data_root, scenario.size)
         if other.shape != dataset.shape:
@@ -355,15 +355,15 @@ def private_data(scenario: Scenario, data_root: Path, clients: int) -> PrivateDa
                 f"The images of {scenario.target_dataset} are {'x'.join(map(str, other.shape))} and those of "
                 f"{scenario.dataset} {'x'.join(map(str, dataset.shape))}, so one model cannot take both: {cure}."
             )
-        victims = Side(other.victims.images, other.victims.labels % len(dataset.classes))
+        victims = Side(other.target.images, other.target.labels % len(dataset.classes))
         dataset = dataclasses.replace(dataset, note=" ".join(filter(None, (dataset.note, other.note))))
     half = len(dataset.classes) // 2
-    public = _of_classes(dataset.public, scenario.auxiliary_classes, half)
+    public = _of_classes(dataset.auxiliary, scenario.auxiliary_classes, half)
     victims = _of_classes(victims, scenario.target_classes, half)
     there = max(1, len(victims) // (scenario.batch * scenario.summed))
     if scenario.fewer and there < scenario.victims:
         scenario = dataclasses.replace(scenario, victims=there)
-    return PrivateData(scenario, dataclasses.replace(dataset, public=public, victims=victims), clients)
+    return PrivateData(scenario, dataclasses.replace(dataset, auxiliary=public, target=victims), clients)
 
 
 def _of_classes(side: Side, which: str, half: int) -> Side:

@@ -52,9 +52,9 @@ def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.Mo
 
     def shuffled(scenario: Scenario, data_root: Path, clients: int) -> PrivateData:
         private = true_data(scenario, data_root, clients)
-        victims = private.dataset.victims
+        victims = private.dataset.target
         turned = Side(victims.images.roll(BASE.batch, dims=0), victims.labels.roll(BASE.batch))
-        return dataclasses.replace(private, dataset=dataclasses.replace(private.dataset, victims=turned))
+        return dataclasses.replace(private, dataset=dataclasses.replace(private.dataset, target=turned))
 
     monkeypatch.setattr(
         fedtap.simulator.run, "private_data", shuffled
@@ -73,7 +73,7 @@ def test_the_blind_guess_is_made_of_public_images_alone(tmp_path: Path) -> None:
     scenario = dataclasses.replace(BASE, attacks=parse("grey"))
     rows = play(scenario, tmp_path)
     private = private_data(scenario, Path("data"), BASE.victims)
-    public = blind(private.dataset.public.batch(slice(None))[0])
+    public = blind(private.dataset.auxiliary.batch(slice(None))[0])
     assert len(rows) == BASE.victims
     for row in rows:
         truth, _ = private.behind(row["client"], row["round"])
