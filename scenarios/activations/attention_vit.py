@@ -57,12 +57,12 @@ class AttentionViT(Split):
     size: int = 32
     weights_seed: int = 1234
     weights: str = ""
-    patches_of: str = "sum"
+    cut: str = "sum"
 
     @property
     def block(self) -> str:
         """The half, as a saved leak names it."""
-        return f"vit(cut={self.patches_of!r})"
+        return f"vit(cut={self.cut!r})"
 
     def dataset_at(self, data_root: Path) -> Dataset:
         """Where the photographs are from.
@@ -87,7 +87,7 @@ class AttentionViT(Split):
 
     def half(self, data_root: Path) -> Patches:
         """The model to its first attention, in float32."""
-        return first_attention(self.vit(data_root), residual=self.patches_of == "sum")
+        return first_attention(self.vit(data_root), residual=self.cut == "sum")
 
     def patch(self, data_root: Path) -> tuple[int, int]:
         """Height and width of a patch, in pixels."""
@@ -128,7 +128,7 @@ class AttentionViT(Split):
                     {
                         "attack": attack.written(),
                         "client": int(leak.clients[victim]),
-                        "cut": self.patches_of,
+                        "cut": self.cut,
                         "noise": self.noise,
                         "psnr": own[victim],
                         "psnr_blind": none[victim],
@@ -150,7 +150,7 @@ def scenario(
     size: Annotated[
         int, Knob("pixels a side that photos and the images of a folder or zip are brought to", 8, 512)
     ] = 32,
-    patches_of: Annotated[
+    cut: Annotated[
         str, Knob("where the clients' half ends: after the residual sum, or before it", choices=CUTS)
     ] = "sum",
     noise: Annotated[
@@ -169,7 +169,7 @@ def scenario(
         attacks=attacks_on_blocks(attack),
         dataset=dataset,
         size=size,
-        patches_of=patches_of,
+        cut=cut,
         noise=noise,
         victims=victims,
         weights_seed=weights_seed,
