@@ -53,8 +53,9 @@ def mod_of(
         kept = [name for name in floating if parameters is None or name in parameters]
         if strange := [name for name in kept if name not in before or before[name].shape != after[name].shape]:
             raise FedtapError(
-                f"The client sends {strange[0]}, and was sent no array of that name and shape, so nothing to "
-                "compare it with: reply with the arrays that came, or name those to defend, mod_of(parameters=...)."
+                f"The client sends {strange[0]}, and was sent no array of that name and shape, so there "
+                "is nothing to compare it with: reply with the arrays that came, or name those to defend, "
+                "mod_of(parameters=...)."
             )
         sent = after | defended(defence, before, {name: after[name] for name in kept}, learning_rate, draw)
         reply.content.array_records[key] = ArrayRecord({name: sent[name] for name in after})

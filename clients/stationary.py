@@ -123,7 +123,7 @@ class Training:
 
 
 def train_to_the_end(
-    order: Message,
+    message: Message,
     client: int,
     network: nn.Module,
     inputs: Float[Tensor, "examples features"],
@@ -131,15 +131,15 @@ def train_to_the_end(
     training: Training,
     precision: str,
 ) -> Message:
-    """Train from the weights of the order, and reply with the trained ones, as FedAvg expects them.
+    """Train from the weights of the message, and reply with the trained ones, as FedAvg expects them.
 
     Raises:
-        KeyError: the order carries another model's weights.
+        KeyError: the message carries another model's weights.
     """
-    sent = tensors_of(order.content.array_records["arrays"])
+    sent = tensors_of(message.content.array_records["arrays"])
     if sent.keys() != dict(network.named_parameters()).keys():
         raise KeyError(f"the server sent {len(sent)} tensors that are not those of this client's model")
     trained, left = training(network, sent, inputs, labels)
     arrays = ArrayRecord({name: tensor.to(getattr(torch, precision)) for name, tensor in trained.items()})
     metrics = MetricRecord({"num-examples": len(inputs), "partition": client, "left": left})
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=order)
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

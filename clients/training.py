@@ -119,9 +119,9 @@ def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor
         draw = generator(scenario.seed, "unshared")
         with seeded(scenario.seed, "unshared"):
             for _ in range(scenario.local_epochs):
-                message = torch.randperm(len(images), generator=draw)
-                steps = -(-len(message) // UNSHARED_BATCH)
-                sgd(net, images[message], labels[message], steps, UNSHARED_BATCH, UNSHARED_RATE)
+                shuffled = torch.randperm(len(images), generator=draw)
+                steps = -(-len(shuffled) // UNSHARED_BATCH)
+                sgd(net, images[shuffled], labels[shuffled], steps, UNSHARED_BATCH, UNSHARED_RATE)
         _DRIFTED.clear()
         _DRIFTED[key] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
     return _DRIFTED[key]

@@ -157,7 +157,7 @@ def replayable(defence: Defence) -> bool:
 
 
 class MatchingObjective:
-    """What dlg and idlg minimise: the squared distance of `Match`, or of an adaptive attack, the one of `informed`.
+    """What dlg and idlg minimise: the squared distance of `Match`, or, for an adaptive attack, the loss of `informed`.
 
     An adaptive attack's distance is relative to the leaked gradient, defended as announced, and has an image prior.
     After a step of Adam signs are matched, adaptive or not.

@@ -84,7 +84,7 @@ class Leaf:
     activation: str = ""
     """Name of the activation that yields the input, where INVERSES holds it; empty otherwise."""
     stride: Sizes = (1, 1)
-    """Of a convolution, rows and columns."""
+    """Stride of a convolution, rows and columns."""
     padding: Sizes = (0, 0)
     """Zeros around the input of a convolution, rows and columns."""
     dilation: Sizes = (1, 1)

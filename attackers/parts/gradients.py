@@ -86,7 +86,7 @@ class Match:
         size = sum(tensor[0].numel() for tensor in self.leaked.values())
         cuda = leak.device.type == "cuda"
         # an element's tensors and their adjoints take about its parameters and 200 numbers a pixel; 2**28 float32 are
-        # 1 GiB of a GPU, 2**25 are 128 MiB, about what a CPU's caches still help with
+        # 1 GiB of a GPU, and 2**25 are 128 MiB, which keep a chunk's memory bounded on a CPU
         room = (2**28 if cuda else 2**25) // (size + 200 * leak.protocol.batch * _pixels(leak))
         sizes: tuple[int, ...] = CUDA_SIZES if cuda else SIZES
         if compiled:
@@ -173,7 +173,7 @@ class Match:
         return values[:true], gradients[0][:true], gradients[1][:true] if soft else gradients[0][:0]
 
     def _program(self, inputs: Any, soft: bool) -> Callable[..., Any]:
-        """The vmapped function at first; from the `WARM_UP`th call with as many elements on, its trace."""
+        """The vmapped function at first; after `CALLS_BEFORE_TRACING` calls with as many elements, its trace."""
         count = len(inputs[3])
         self._calls[count, soft] = self._calls.get((count, soft), 0) + 1
         if self._calls[count, soft] <= CALLS_BEFORE_TRACING and not self.compiled:

@@ -77,9 +77,9 @@ class AttentionViT(SplitLearning):
         from fedtap.simulator.federation.settings import dataset_of
 
         dataset = dataset_of(self.dataset, data_root, self.size)
-        if self.victims > len(dataset.victims):
+        if self.victims > len(dataset.target):
             raise FedtapError(
-                f"{self.victims} clients with a picture each are more than the {len(dataset.victims)} on the victims' "
+                f"{self.victims} clients with a picture each are more than the {len(dataset.target)} on the victims' "
                 f"side of {self.dataset}: lower --victims."
             )
         return dataset

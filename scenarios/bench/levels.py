@@ -67,7 +67,7 @@ def leak_of(
 
 def auxiliary_of(dataset: Dataset, pairs: int, folder: Path) -> Auxiliary:
     """Pairs of the public side, under LeNet."""
-    images, labels = dataset.public.batch(slice(pairs))
+    images, labels = dataset.auxiliary.batch(slice(pairs))
     leak = leak_of("lenet", images[:, None], labels[:, None], len(dataset.classes))
     about = Provenance(leak.protocol, dataset.name, pairs)
     return Auxiliary.record(folder, about, leak.network, [Pairs(leak, images[:, None], labels[:, None])])
@@ -117,7 +117,7 @@ def made(dataset: Dataset, each: int, first: int) -> Iterator[Made]:
 
 def floors(dataset: Dataset, truth: Batch) -> Iterator[tuple[str, Batch]]:
     """Guesses that know nothing of their original: all of them have to be nothing."""
-    public = dataset.public.batch(slice(None))[0]
+    public = dataset.auxiliary.batch(slice(None))[0]
     yield "a blind guess", scores.blind(public).expand_as(truth)
     yield "the public mean", scores.training_mean(public).expand_as(truth)
     yield "grey", torch.full_like(truth, 0.5)
@@ -203,7 +203,7 @@ def main(
     torch.set_num_threads(1)
     played = open_dataset(dataset, data_root)
     draw = torch.Generator().manual_seed(0)
-    others = features(played.public.batch(torch.randperm(len(played.public), generator=draw)[: GALLERY - 1])[0])
+    others = features(played.auxiliary.batch(torch.randperm(len(played.auxiliary), generator=draw)[: GALLERY - 1])[0])
     kinds: dict[str, Judged] = {}
     print(f"{'reconstruction':<36} {'LPIPS, median':>14} {'identified':>11} {'recognisable':>13} {'identical':>10}")
     for some in made(played, each, first):

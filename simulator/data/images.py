@@ -1,7 +1,7 @@
 """Datasets: image datasets with three sides that share no picture, and their partition over clients.
 
-The public side is the attacker's, the train side the clients', and the victims' side is what is attacked; it also
-serves as test data.
+The auxiliary data are the attacker's, the train side is the clients', and the target data are what is attacked; they
+serve as test data too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Box: TypeAlias = tuple[int, int, int, int]
 Fitted: TypeAlias = UInt8[np.ndarray, "..."]
 """Height, width, and three channels; a grey one has no third axis."""
 
-SideName: TypeAlias = Literal["public", "train", "victims"]
+SideName: TypeAlias = Literal["auxiliary", "train", "target"]
 
-SIDES: tuple[SideName, ...] = ("public", "train", "victims")
+SIDES: tuple[SideName, ...] = ("auxiliary", "train", "target")
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -69,9 +69,9 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]
-    public: Side
+    auxiliary: Side
     train: Side
-    victims: Side
+    target: Side
     note: str = ""
     """What a reader of the results has to know about how the dataset was made; the page shows it."""
 
@@ -85,11 +85,11 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        channels, height, width = self.victims.images.shape[1:]
+        channels, height, width = self.target.images.shape[1:]
         return channels, height, width
 
     def __repr__(self) -> str:
-        sides = f"public={len(self.public)}, train={len(self.train)}, victims={len(self.victims)}"
+        sides = f"auxiliary={len(self.auxiliary)}, train={len(self.train)}, target={len(self.target)}"
         return f"Dataset({self.name!r}, classes={len(self.classes)}, shape={'x'.join(map(str, self.shape))}, {sides})"
 
 
@@ -172,12 +172,12 @@ def partition(labels: Int64[Tensor, " images"], clients: int, alpha: float | Non
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph and its three regions, which share no pixel. The victims' side begins with the portraits."""
+    """A photograph and its three regions, which share no pixel. The target data begin with the portraits."""
 
     file: str
     portraits: tuple[Box, Box]
-    victims: Box
-    public: Box
+    target: Box
+    auxiliary: Box
     train: Box
 
 
@@ -185,57 +185,57 @@ PHOTOGRAPHS = {
     "astronaut": Photograph(
         file="astronaut.png",
         portraits=((130, 0, 338, 208), (330, 0, 512, 182)),
-        victims=(112, 0, 512, 240),
-        public=(0, 240, 256, 512),
+        target=(112, 0, 512, 240),
+        auxiliary=(0, 240, 256, 512),
         train=(256, 240, 512, 512),
     ),
     "cat": Photograph(
         file="chelsea.png",
         portraits=((96, 44, 352, 300), (140, 80, 240, 180)),
-        victims=(96, 0, 352, 300),
-        public=(0, 0, 96, 300),
+        target=(96, 0, 352, 300),
+        auxiliary=(0, 0, 96, 300),
         train=(352, 0, 451, 300),
     ),
     "coffee": Photograph(
         file="coffee.png",
         portraits=((176, 0, 432, 256), (300, 200, 440, 340)),
-        victims=(160, 0, 440, 400),
-        public=(0, 0, 160, 400),
+        target=(160, 0, 440, 400),
+        auxiliary=(0, 0, 160, 400),
         train=(440, 0, 600, 400),
     ),
     "motorcycle": Photograph(
         file="motorcycle_left.png",
         portraits=((480, 250, 700, 470), (200, 180, 456, 436)),
-        victims=(190, 170, 741, 480),
-        public=(0, 0, 190, 500),
+        target=(190, 170, 741, 480),
+        auxiliary=(0, 0, 190, 500),
         train=(190, 0, 741, 170),
     ),
     "rocket": Photograph(
         file="rocket.jpg",
         portraits=((192, 171, 448, 427), (220, 120, 440, 340)),
-        victims=(192, 100, 448, 427),
-        public=(0, 0, 192, 427),
+        target=(192, 100, 448, 427),
+        auxiliary=(0, 0, 192, 427),
         train=(448, 0, 640, 427),
     ),
     "retina": Photograph(
         file="retina.jpg",
         portraits=((160, 520, 416, 776), (150, 550, 330, 730)),
-        victims=(100, 480, 520, 860),
-        public=(250, 60, 1160, 480),
+        target=(100, 480, 520, 860),
+        auxiliary=(250, 60, 1160, 480),
         train=(250, 860, 1160, 1350),
     ),
     "tissue": Photograph(
         file="ihc.png",
         portraits=((230, 290, 430, 490), (256, 272, 496, 512)),
-        victims=(208, 272, 512, 512),
-        public=(0, 0, 208, 512),
+        target=(208, 272, 512, 512),
+        auxiliary=(0, 0, 208, 512),
         train=(208, 0, 512, 272),
     ),
     "galaxies": Photograph(
         file="hubble_deep_field.jpg",
         portraits=((677, 424, 773, 520), (752, 540, 880, 668)),
-        victims=(620, 0, 1000, 872),
-        public=(0, 0, 310, 872),
+        target=(620, 0, 1000, 872),
+        auxiliary=(0, 0, 310, 872),
         train=(310, 0, 620, 872),
     ),
 }
@@ -249,13 +249,13 @@ WINDOW_STRIDE = 8
 FLAT = 0.03
 """Standard deviation of a window's grey pixels in [0, 1], each the mean of 8 x 8, below which it shows nothing."""
 
-WINDOWS: dict[SideName, int] = {"public": 64, "train": 64, "victims": 32}
+WINDOWS: dict[SideName, int] = {"auxiliary": 64, "train": 64, "target": 32}
 """Windows taken from a photograph, at most."""
 
 
 @lru_cache(maxsize=2)
 def photos(size: int) -> Dataset:
-    """Windows of eight photographs, resized; the classes take turns, and the first eight victims are portraits."""
+    """Windows of eight photographs, resized; classes take turns, and the first eight target images are portraits."""
     sides: dict[SideName, list[list[Fitted]]] = {side: [] for side in WINDOWS}
     for name, photograph in PHOTOGRAPHS.items():
         try:
@@ -281,7 +281,7 @@ def windows(photograph: Photograph, picture: Image.Image, side: SideName) -> lis
         for x in range(left, right - width + 1, WINDOW_STRIDE)
     ]
     shuffled = (boxes[number] for number in np.random.default_rng(0).permutation(len(boxes)))
-    portraits = photograph.portraits if side == "victims" else ()
+    portraits = photograph.portraits if side == "target" else ()
     return list(islice(chain(portraits, (box for box in shuffled if not _flat(picture.crop(box)))), WINDOWS[side]))
 
 
@@ -297,19 +297,19 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 HELD_OUT_FOLDERS = {"val", "valid", "validation", "test"}
-"""Folders beside one named train whose pictures are the victims."""
+"""Folders beside one named train whose images are the target data."""
 
 
 def pictures(path: Path, size: int) -> Dataset:
     """A folder or .zip of images, each resized (shorter side to `size`) and cropped at its centre.
 
     A class is a subfolder, below any folder that holds all the rest. In order of class and name the images go to
-    public, train and victims by turns, a third to each; but where the top folders are `train` and some of
+    auxiliary, train and target by turns, a third to each; but where the top folders are `train` and some of
     HELD_OUT_FOLDERS, the
-    latter are the victims' side, and `train` goes to the other two by turns. Images without subfolders have no labels:
-    they get balanced pseudo-labels, and all of them are victims, as are all of a folder too small for three sides; the
-    public and the training side are then the embedded photographs. Images that are all grey have one channel. Of images
-    that are the same to the last pixel only the first is used. Nothing is unpacked to disk.
+    latter are the target data, and `train` goes to the other two by turns. Images without subfolders have no labels:
+    they get balanced pseudo-labels, and all of them are target data, as are all of a folder too small for three sides;
+    the auxiliary and the training side are then the embedded photographs. Images that are all grey have one channel. Of
+    images that are the same to the last pixel only the first is used. Nothing is unpacked to disk.
 
     Raises:
         FedtapError: there are no images, or one of them is broken.
@@ -364,8 +364,8 @@ def _pictures(path: Path, readers: Mapping[PurePosixPath, Callable[[], bytes]], 
             seen.add(digest)
             fitted[file] = picture
     grey = all(picture.ndim == 2 for picture in fitted.values())
-    turns = cycle(("public", "train") if held_out else SIDES)
-    side_of: dict[PurePosixPath, SideName] = {file: "victims" if file in held_out else next(turns) for file in fitted}
+    turns = cycle(("auxiliary", "train") if held_out else SIDES)
+    side_of: dict[PurePosixPath, SideName] = {file: "target" if file in held_out else next(turns) for file in fitted}
     alike = len(classes) == 1
     if (not held_out and (alike or len(fitted) < _SMALL)) or set(side_of.values()) != set(SIDES):
         labels = [classes.index(classes_of[file]) for file in fitted]
@@ -392,17 +392,19 @@ def _beside_photos(
     classes: tuple[str, ...],
     size: int,
 ) -> Dataset:
-    """All of these images as victims; the public and the training side are the embedded photographs."""
+    """All of these images as target data; the auxiliary and the training side are the embedded photographs."""
     others = photos(size)
-    note = f"All images of {name} are victims; the public and the training images are scikit-image's photographs."
+    note = (
+        f"All images of {name} are target data; the auxiliary and the training images are scikit-image's photographs."
+    )
     if labels is None:
         classes, labels = _pseudo(len(images))
         note += NO_LABELS.format(name)
-    public, train = (
+    auxiliary, train = (
         Side(side.images if images.shape[1] == 3 else _luminance(side.images), side.labels % len(classes))
-        for side in (others.public, others.train)
+        for side in (others.auxiliary, others.train)
     )
-    return Dataset(name, classes, public, train, Side(images, torch.tensor(labels)), note)
+    return Dataset(name, classes, auxiliary, train, Side(images, torch.tensor(labels)), note)
 
 
 NO_LABELS = f" {{}} has no labels, so its images are called 0 to {PSEUDO_LABELS - 1} by turns."
@@ -420,7 +422,7 @@ def _called(name: str, sides: dict[SideName, list[list[Fitted]]], grey: bool) ->
         for side, of_class in sides.items()
     }
     note = NO_LABELS.format(name).strip()
-    return Dataset(name, _pseudo(0)[0], made["public"], made["train"], made["victims"], note)
+    return Dataset(name, _pseudo(0)[0], made["auxiliary"], made["train"], made["target"], note)
 
 
 def _luminance(
@@ -461,7 +463,7 @@ def _layout(images: list[PurePosixPath], single: str) -> tuple[dict[PurePosixPat
 def npz(path: Path, classes: Sequence[str] = ()) -> Dataset:
     """An .npz of `x_train y_train x_test y_test`: uint8 images N x H x W x C (or N x H x W, grey) and their classes.
 
-    Public is the first third of `x_train`, 10,000 at most; train is the rest of it; the victims are `x_test`.
+    Auxiliary data are the first third of `x_train`, 10,000 at most; train is the rest of it; target data are `x_test`.
 
     Raises:
         FedtapError: the file cannot be read, or holds something else.
@@ -533,13 +535,13 @@ def of_arrays(name: str, arrays: dict[str, Shaped[np.ndarray, "..."]], classes: 
     highest = int(max(train.labels.max(), test.labels.max()))
     if classes and highest >= len(classes):
         raise ValueError(f"label {highest} where there are {len(classes)} classes")
-    public = min(len(train) // 3, 10_000)
+    auxiliary = min(len(train) // 3, 10_000)
     return Dataset(
         name,
         tuple(classes) or tuple(map(str, range(highest + 1))),
-        public=Side(train.images[:public], train.labels[:public]),
-        train=Side(train.images[public:], train.labels[public:]),
-        victims=test,
+        auxiliary=Side(train.images[:auxiliary], train.labels[:auxiliary]),
+        train=Side(train.images[auxiliary:], train.labels[auxiliary:]),
+        target=test,
     )
 
 
@@ -600,4 +602,4 @@ def _dataset(name: str, classes: tuple[str, ...], sides: dict[SideName, list[lis
         turns = sorted((rank, label) for label, pictures in enumerate(of_class) for rank in range(len(pictures)))
         images = _stacked([of_class[label][rank] for rank, label in turns], grey)
         made[side] = Side(images, torch.tensor([label for _, label in turns]))
-    return Dataset(name, classes, made["public"], made["train"], made["victims"])
+    return Dataset(name, classes, made["auxiliary"], made["train"], made["target"])

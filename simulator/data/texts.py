@@ -1,6 +1,6 @@
 """Texts: a vocabulary of word pieces, and datasets of two sides that share no text, from comma-separated files.
 
-The public side is the attacker's and whoever builds the vocabulary's; the victims' side is what is attacked.
+The auxiliary data are the attacker's, and the vocabulary is built from them; the target data are what is attacked.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class WordPieces:
         pieces = [UNKNOWN, START, END, *letters, *(CONTINUED + letter for letter in letters)]
         if len(pieces) > most:
             raise FedtapError(
-                f"The public texts have {len(letters)} different letters, and a vocabulary of {most} has no room for "
-                f"them as words and within words: ask for {len(pieces)} at least."
+                f"The auxiliary texts have {len(letters)} different letters, and a vocabulary of {most} has no room "
+                f"for them as words and within words: ask for {len(pieces)} at least."
             )
         frequent = sorted(counts, key=lambda word: (-counts[word], word))
         return WordPieces(tuple(islice(dict.fromkeys([*pieces, *frequent]), most)))
@@ -159,11 +159,11 @@ class TextDataset:
 
     name: str
     classes: int
-    public: TextSide
-    victims: TextSide
+    auxiliary: TextSide
+    target: TextSide
 
     def __repr__(self) -> str:
-        sides = f"{len(self.public)} public, {len(self.victims)} victims"
+        sides = f"{len(self.auxiliary)} auxiliary, {len(self.target)} target"
         return f"TextDataset({self.name!r}, classes={self.classes}, {sides})"
 
 
@@ -191,7 +191,7 @@ def cut(side: TextSide, vocabulary: WordPieces, tokens: int) -> Cut:
     return Cut(torch.tensor([begun[number] for number in kept]), side.labels[kept])
 
 
-SIDE_FILES = {"public": "train", "victims": "test"}
+SIDE_FILES = {"auxiliary": "train", "target": "test"}
 """Side -> what the name of its file has in it."""
 
 
@@ -211,13 +211,15 @@ def open_texts(name: str, data_root: Path) -> TextDataset:
                 "or name the folder that has it, --data-root."
             )
         sides[side] = read_texts(found[0])
-    seen = set(sides["public"].texts)
-    fresh = [number for number, text in enumerate(sides["victims"].texts) if text not in seen]
+    seen = set(sides["auxiliary"].texts)
+    fresh = [number for number, text in enumerate(sides["target"].texts) if text not in seen]
     if not fresh:
-        raise FedtapError(f"All victims' texts of {name} are public, so nothing is private: give other files.")
-    victims = TextSide(tuple(sides["victims"].texts[number] for number in fresh), sides["victims"].labels[fresh])
+        raise FedtapError(
+            f"All target texts of {name} are auxiliary data too, so nothing is private: give other files."
+        )
+    target = TextSide(tuple(sides["target"].texts[number] for number in fresh), sides["target"].labels[fresh])
     classes = 1 + int(max(side.labels.max() for side in sides.values()))
-    return TextDataset(name, classes, sides["public"], victims)
+    return TextDataset(name, classes, sides["auxiliary"], target)
 
 
 def read_texts(path: Path) -> TextSide:

@@ -178,9 +178,9 @@ def play(
             heard.arrays = arrays
         foreign = bool(scenario.target_dataset)  # the victims' labels are then another dataset's
         if scenario.rounds and rnd == scenario.rounds and not foreign:
-            heard.accuracy = accuracy(net, arrays, dataset.victims)
+            heard.accuracy = accuracy(net, arrays, dataset.target)
             if scenario.accuracy_loss:
-                heard.held_out = accuracy(net, arrays, dataset.public, HELD_OUT)
+                heard.held_out = accuracy(net, arrays, dataset.auxiliary, HELD_OUT)
             return MetricRecord({"accuracy": heard.accuracy})
         return None
 
@@ -387,7 +387,7 @@ def _fed(
         }
     )
     if private.scenario.auxiliary_trainings:
-        draw, public = generator(private.scenario.seed, "drift", number), private.dataset.public
+        draw, public = generator(private.scenario.seed, "drift", number), private.dataset.auxiliary
         which = torch.randperm(len(public), generator=draw)[: -(-len(public) // DRIFT_SHARE)]
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
         content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})

@@ -72,7 +72,7 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Let each node reply its message now; replies that nobody pulls are kept as `Unpulled` says."""
+        """Let each node reply to its message now; replies that nobody pulls are kept as `Unpulled` says."""
         answers = {(name := _named(message)): self._answer(message, name) for message in messages}
         self._answers.put(answers, lambda answer: answer.metadata.src_node_id)
         return list(answers)

@@ -180,16 +180,16 @@ def _empty(leak: Leak, sent: dict[str, Tensor], left: frozenset[Trace]) -> list[
                 f"The gradient of {silent[0]}{more} is zero in every entry: the layer is frozen, unused or dead, or "
                 "its change was too small for the wire."
             ]
-    leaked_here = whole[whole > 0]
-    alike = (leaked_here - leaked_here.median()).abs() < 1e-3 * leaked_here.median()
+    nonzero = whole[whole > 0]
+    alike = (nonzero - nonzero.median()).abs() < 1e-3 * nonzero.median()
     if (
         Trace.SIZES in left
         and leak.protocol.optimiser == "sgd"
-        and len(leaked_here) > 16
+        and len(nonzero) > 16
         and alike.double().mean() > 0.5
     ):
         return [
-            f"Most entries have the size {leaked_here.median():.2g}, which is no plain gradient: a step of Adam, a "
+            f"Most entries have the size {nonzero.median():.2g}, which is no plain gradient: a step of Adam, a "
             "compression to signs, or rounding that left nothing else."
         ]
     return []

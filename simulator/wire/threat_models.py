@@ -130,7 +130,7 @@ def _revealed(replies: Mapping[int, Masked], clients: int, others: str) -> dict[
     return revealed
 
 
-def hear(order: RecordDict, reply: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
+def hear(message: RecordDict, reply: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
     """The leak of one exchange with a client of fedtap's own, which FedAvg averages: weights out, weights back.
 
     Raises:
@@ -141,7 +141,7 @@ def hear(order: RecordDict, reply: RecordDict, protocol: Protocol, network: nn.M
             f"Client {client} reported no positive num-examples, without which its answer cannot be averaged: "
             "send exactly one MetricRecord with that key."
         )
-    before, after = weights_in(order, "message"), weights_in(reply, "reply")
+    before, after = weights_in(message, "message"), weights_in(reply, "reply")
     return leak_of_exchange(before, after, protocol, network, client, rnd, round(_examples(reply)))
 
 

@@ -64,7 +64,7 @@ class Wiretap(Grid):
         """The wrapped grid's replies, overheard as they come, and in the order of the clients' partitions.
 
         Args:
-            timeout: seconds after which replies are no longer waited for; None means PATIENCE.
+            timeout: seconds after which replies are no longer waited for; None means REPLY_TIMEOUT.
         """
         orders = list(messages)
         kept = {id(order): _keep(order) for order in orders}  # a grid may empty a message as it sends it
@@ -138,7 +138,7 @@ class Wiretap(Grid):
         """The wrapped grid's nodes.
 
         Raises:
-            FedtapError: there has been none for PATIENCE; a strategy would wait for ever.
+            FedtapError: there has been none for REPLY_TIMEOUT; a strategy would wait for ever.
         """
         nodes = list(self._grid.get_node_ids())
         if nodes:

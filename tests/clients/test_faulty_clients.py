@@ -81,7 +81,7 @@ def played(scenario: Scene, faults: Sequence[Fault], faulty: int) -> tuple[Heard
     grid, private = LocalGrid(app, CLIENTS + 1), private_data(scenario, Path("data"), CLIENTS)
     heard = play(scenario, grid, private)
     auxiliary_at: list[Practised] = []
-    images, labels = private.dataset.public.batch(torch.arange(2))
+    images, labels = private.dataset.auxiliary.batch(torch.arange(2))
     for _ in faults if scenario.threat_model == "eavesdropper" else ():
         try:
             auxiliary_at.append(list(auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None])))

@@ -60,7 +60,7 @@ def test_no_drift_is_no_change() -> None:
 
 def test_auxiliary_may_be_older_than_the_leak() -> None:
     scenario = dataclasses.replace(BASE, rounds=2)
-    images, labels = federation(scenario)[1].dataset.public.batch(torch.arange(2))
+    images, labels = federation(scenario)[1].dataset.auxiliary.batch(torch.arange(2))
     found = {}
     for when in ("start", "now"):
         part = dataclasses.replace(scenario, auxiliary_at=when)
@@ -108,14 +108,14 @@ def test_pairs_of_drifted_weights_look_like_a_drifted_victims_leak(monkeypatch: 
     scenario = dataclasses.replace(BASE, auxiliary_trainings=2, local_samples=50)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    images, labels = private.dataset.public.batch(torch.arange(6))
+    images, labels = private.dataset.auxiliary.batch(torch.arange(6))
     orders: list[Message] = []
     feed = grid.send_and_receive
     monkeypatch.setattr(grid, "send_and_receive", lambda sent, **how: orders.extend(sent) or feed(sent, **how))
     pairs = list(auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None]))
     assert [len(some) for some in pairs] == [3, 3]
     one, other = (tensors_of(order.content.array_records["drift"]) for order in orders)
-    assert len(one["images"]) == len(one["labels"]) == math.ceil(len(private.dataset.public) / 3)
+    assert len(one["images"]) == len(one["labels"]) == math.ceil(len(private.dataset.auxiliary) / 3)
     assert not torch.equal(one["images"], other["images"])
     assert len(one["steps"]) == 3
     assert bool((one["steps"].diff() >= 0).all())

@@ -110,8 +110,8 @@ def test_victims_share_no_text_with_the_public_side(tmp_path: Path) -> None:
     write(tmp_path / "news_train_some.csv", [("1", "one text"), ("2", "another")])
     write(tmp_path / "news_test.csv", [("3", "one", "text"), ("1", "a third")])
     dataset = open_texts("news", tmp_path)
-    assert dataset.victims.texts == ("a third",)
-    assert (dataset.classes, dataset.victims.labels.tolist()) == (3, [0])
+    assert dataset.target.texts == ("a third",)
+    assert (dataset.classes, dataset.target.labels.tolist()) == (3, [0])
     for name in ("novels", "../news", ""):
         with pytest.raises(FedtapError, match="There is no"):
             open_texts(name, tmp_path)

@@ -93,7 +93,7 @@ def test_training_makes_the_model_better() -> None:
     assert heard.accuracy is not None
     assert heard.accuracy > 2 / len(private.dataset.classes)
     net = build(scenario.model, private.dataset.shape, len(private.dataset.classes))
-    assert heard.accuracy == accuracy(net.to_empty(device="cpu"), heard.arrays, private.dataset.victims)
+    assert heard.accuracy == accuracy(net.to_empty(device="cpu"), heard.arrays, private.dataset.target)
 
 
 def test_private_data_is_a_pure_function_and_each_client_keeps_to_its_share() -> None:
@@ -213,7 +213,7 @@ def test_the_compromised_client_answers_what_it_is_fed() -> None:
     scenario = dataclasses.replace(BASE, model="convnet")
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    images, labels = private.dataset.public.batch(torch.arange(10))
+    images, labels = private.dataset.auxiliary.batch(torch.arange(10))
     (pairs,) = auxiliary(grid, scenario, private, heard, images.view(5, 2, 3, 16, 16), labels.view(5, 2))
     pairs.leak.check()
     assert len(pairs) == 5
@@ -228,7 +228,7 @@ def test_a_server_makes_the_same_pairs_itself(model: str) -> None:
     scenario = dataclasses.replace(BASE, model=model)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
-    images, labels = private.dataset.public.batch(torch.arange(4))
+    images, labels = private.dataset.auxiliary.batch(torch.arange(4))
     (fed,) = auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None])
     own = dataclasses.replace(scenario, auxiliary_source="server")
     (made,) = auxiliary(grid, own, private, dataclasses.replace(heard, nodes={}), images[:, None], labels[:, None])
@@ -240,7 +240,7 @@ def test_an_honest_client_takes_no_examples() -> None:
     grid, private = federation(BASE)
     heard = play(BASE, grid, private)
     heard.nodes[private.clients] = heard.nodes[0]
-    images, labels = private.dataset.public.batch(torch.arange(2))
+    images, labels = private.dataset.auxiliary.batch(torch.arange(2))
     with pytest.raises(FedtapError, match="honest client takes no examples"):
         list(auxiliary(grid, BASE, private, heard, images[:, None], labels[:, None]))
     with pytest.raises(FedtapError, match="play one first"):

@@ -70,7 +70,7 @@ def test_the_blind_guess_is_made_of_public_images_alone(tmp_path: Path) -> None:
     scenario = dataclasses.replace(BASE, attack="grey")
     rows = play(scenario, tmp_path)
     private = private_data(scenario, Path("data"), BASE.victims)
-    public = blind(private.dataset.public.batch(slice(None))[0])
+    public = blind(private.dataset.auxiliary.batch(slice(None))[0])
     assert len(rows) == BASE.victims
     for row in rows:
         truth, _ = private.behind(row["client"], row["round"])

@@ -30,7 +30,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def photographs() -> Tensor:
     """The eight portraits, `8 3 32 32`."""
-    return open_dataset("photos", Path("nowhere")).victims.batch(slice(8))[0]
+    return open_dataset("photos", Path("nowhere")).target.batch(slice(8))[0]
 
 
 # Known values.
@@ -292,7 +292,7 @@ RECOGNISED = scores.IDENTICAL_PSNR
 
 def test_what_is_made_without_the_leak_is_nothing(photographs: Tensor) -> None:
     dataset = open_dataset("photos", Path("nowhere"))
-    public = dataset.public.batch(slice(None))[0]
+    public = dataset.auxiliary.batch(slice(None))[0]
     smooth = (0.5 + 0.02 * noise(1, 3, 32, 32)).expand(2, -1, -1, -1)  # a sky: any constant is at 40 dB
     for truth in (photographs, smooth, smooth.mean(1, keepdim=True), smooth[..., :20, :20], smooth[..., :5, :5]):
         for guess in (

@@ -105,17 +105,17 @@ def test_no_photograph_shows_what_another_does() -> None:
 
 def test_photos_are_made_of_those_windows(photos: Dataset) -> None:
     name = photos.classes[0]
-    box = datasets.windows(PHOTOGRAPHS[name], picture_of(name), "victims")[0]
+    box = datasets.windows(PHOTOGRAPHS[name], picture_of(name), "target")[0]
     expected = picture_of(name).crop(box).resize((32, 32), Image.Resampling.LANCZOS)
-    assert torch.equal(photos.victims.images[0], torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
+    assert torch.equal(photos.target.images[0], torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1))
 
 
 def test_photos_begin_with_eight_different_ones(photos: Dataset) -> None:
     assert photos.shape == (3, 32, 32)
-    assert photos.victims.labels[:16].tolist() == [*range(8), *range(8)]
-    assert len(photos.victims) >= 64
-    assert min(len(photos.public), len(photos.train)) >= 300
-    for side in (photos.public, photos.train, photos.victims):
+    assert photos.target.labels[:16].tolist() == [*range(8), *range(8)]
+    assert len(photos.target) >= 64
+    assert min(len(photos.auxiliary), len(photos.train)) >= 300
+    for side in (photos.auxiliary, photos.train, photos.target):
         assert set(side.labels.tolist()) == set(range(8))
         assert side.images.float().flatten(1).std(1).min() > 255 * 0.02
 
@@ -134,13 +134,13 @@ def test_a_missing_photograph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sides_give_pixels_from_0_to_1_and_a_short_repr(photos: Dataset) -> None:
-    images, labels = photos.public.batch(torch.tensor([3, 1]))
+    images, labels = photos.auxiliary.batch(torch.tensor([3, 1]))
     assert images.dtype == torch.float32
-    assert torch.equal((images * 255).round().byte(), photos.public.images[[3, 1]])
-    assert torch.equal(labels, photos.public.labels[[3, 1]])
-    assert len(photos.public.batch(slice(None))[0]) == len(photos.public)
-    assert repr(photos) == "Dataset('photos', classes=8, shape=3x32x32, public=474, train=474, victims=256)"
-    assert repr(photos.victims) == "Side(256 images)"
+    assert torch.equal((images * 255).round().byte(), photos.auxiliary.images[[3, 1]])
+    assert torch.equal(labels, photos.auxiliary.labels[[3, 1]])
+    assert len(photos.auxiliary.batch(slice(None))[0]) == len(photos.auxiliary)
+    assert repr(photos) == "Dataset('photos', classes=8, shape=3x32x32, auxiliary=474, train=474, target=256)"
+    assert repr(photos.target) == "Side(256 images)"
 
 
 # Folders and zips.
@@ -150,7 +150,7 @@ def test_a_folder_is_split_in_thirds_that_share_nothing(tmp_path: Path) -> None:
     dataset = open_dataset(str(animals(tmp_path)), Path("nowhere"))
     assert dataset.classes == ("cat", "dog")
     assert dataset.shape == (3, 32, 32)
-    sides = [dataset.public, dataset.train, dataset.victims]
+    sides = [dataset.auxiliary, dataset.train, dataset.target]
     assert [side.labels.tolist() for side in sides] == [[0, 1] * 4] * 3
     assert len(set.union(*map(pixels, sides))) == sum(len(pixels(side)) for side in sides) == 24
     shades = sorted(shade for side in sides for shade in side.images[:, 0, 0, 0].tolist())
@@ -168,35 +168,35 @@ def test_a_zip_reads_like_its_folder_and_leaves_no_file(tmp_path: Path) -> None:
     for archive in (zipped(root, tmp_path / "a.zip"), zipped(root, tmp_path / "b.zip", top="data/set/")):
         dataset = open_dataset(str(archive), Path("nowhere"), size=8)
         assert dataset.classes == plain.classes
-        assert torch.equal(dataset.victims.images, plain.victims.images)
+        assert torch.equal(dataset.target.images, plain.target.images)
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "a.zip", tmp_path / "b.zip"}
     assert open_dataset("a.zip", tmp_path, size=8).name == "a"
 
 
 def test_a_flat_folder_is_all_victims_with_balanced_pseudo_labels(tmp_path: Path, photos: Dataset) -> None:
     dataset = open_dataset(str(folder(tmp_path / "cats", {f"{n:02}.jpg": 9 * n for n in range(11)})), Path("nowhere"))
-    assert dataset.victims.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
+    assert dataset.target.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
     assert len(dataset.classes) == 8
-    assert torch.equal(dataset.public.images, photos.public.images)
+    assert torch.equal(dataset.auxiliary.images, photos.auxiliary.images)
     assert torch.equal(dataset.train.labels, photos.train.labels)
     assert "cats has no labels" in dataset.note
-    assert "all images of cats are victims" in dataset.note.lower()
+    assert "all images of cats are target data" in dataset.note.lower()
     assert photos.note == ""
 
 
 def test_a_labelled_folder_too_small_for_three_sides_is_all_victims(tmp_path: Path) -> None:
     dataset = open_dataset(str(folder(tmp_path / "few", {"a/0.png": 1, "b/0.png": 2})), Path("nowhere"), size=16)
     assert dataset.classes == ("a", "b")
-    assert dataset.victims.labels.tolist() == [0, 1]
-    assert set(dataset.public.labels.tolist()) == set(dataset.train.labels.tolist()) == {0, 1}
+    assert dataset.target.labels.tolist() == [0, 1]
+    assert set(dataset.auxiliary.labels.tolist()) == set(dataset.train.labels.tolist()) == {0, 1}
     assert "no labels" not in dataset.note
 
 
 def test_images_of_one_class_beside_a_test_folder_get_pseudo_labels(tmp_path: Path) -> None:
     names = {f"train/{n}.png": n for n in range(9)} | {f"test/{n}.png": 50 + n for n in range(3)}
     dataset = open_dataset(str(folder(tmp_path / "set", names)), Path("nowhere"), size=8)
-    assert dataset.victims.labels.tolist() == [0, 1, 2]
-    assert (len(dataset.public), len(dataset.train)) == (5, 4)
+    assert dataset.target.labels.tolist() == [0, 1, 2]
+    assert (len(dataset.auxiliary), len(dataset.train)) == (5, 4)
     assert "has no labels" in dataset.note
 
 
@@ -205,18 +205,18 @@ def test_a_grey_folder_keeps_one_channel_and_a_mixed_one_three(tmp_path: Path) -
         Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
     grey = open_dataset(str(tmp_path), Path("nowhere"), size=8)
     assert grey.shape == (1, 8, 8)
-    assert grey.public.images.shape[1:] == (1, 8, 8)
+    assert grey.auxiliary.images.shape[1:] == (1, 8, 8)
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "colour.png")
     mixed = open_dataset(str(tmp_path), Path("nowhere"), size=8)
     assert mixed.shape == (3, 8, 8)
-    assert mixed.victims.images[1, :, 0, 0].tolist() == [40, 40, 40]
+    assert mixed.target.images[1, :, 0, 0].tolist() == [40, 40, 40]
 
 
 def test_sixteen_bits_are_read_and_floats_refused(tmp_path: Path) -> None:
     for number, level in enumerate((0, 32768, 65535)):
         Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / f"{number}.png")
     dataset = open_dataset(str(tmp_path), Path("nowhere"), size=8)
-    assert dataset.victims.images[:, 0, 0, 0].tolist() == [0, 128, 255]
+    assert dataset.target.images[:, 0, 0, 0].tolist() == [0, 128, 255]
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "3.tiff")
     with pytest.raises(FedtapError, match=r"3\.tiff .* is broken \(its pixels are floating point"):
         open_dataset(str(tmp_path), Path("nowhere"))
@@ -234,7 +234,7 @@ def test_images_are_cropped_at_the_centre_after_the_shorter_side_fits(tmp_path: 
         wide = Image.new("RGB", (96, 32), (255, 0, 0))
         wide.paste((0, 255, number), (32, 0, 64, 32))
         wide.save(tmp_path / f"{number}.png")
-    victim = open_dataset(str(tmp_path), Path("nowhere"), size=16).victims.images[2]
+    victim = open_dataset(str(tmp_path), Path("nowhere"), size=16).target.images[2]
     assert (victim[:, :, 2:14].int() - torch.tensor([0, 255, 2]).view(3, 1, 1)).abs().max() <= 1
 
 
@@ -243,8 +243,8 @@ def test_val_beside_train_is_the_victims_side(tmp_path: Path) -> None:
     names |= {f"val/{name}/{n}.png": shade + 50 + n for name, shade in SHADES.items() for n in range(3)}
     dataset = open_dataset(str(folder(tmp_path / "set", names)), Path("nowhere"))
     assert dataset.classes == ("cat", "dog")
-    assert (len(dataset.public), len(dataset.train), len(dataset.victims)) == (4, 4, 6)
-    assert sorted(dataset.victims.images[:, 0, 0, 0].tolist()) == [90, 91, 92, 190, 191, 192]
+    assert (len(dataset.auxiliary), len(dataset.train), len(dataset.target)) == (4, 4, 6)
+    assert sorted(dataset.target.images[:, 0, 0, 0].tolist()) == [90, 91, 92, 190, 191, 192]
 
 
 def test_val_with_classes_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_val_with_classes_of_its_own_is_refused(tmp_path: Path) -> None:
 
 def test_the_same_picture_under_two_names_counts_once(tmp_path: Path) -> None:
     root = folder(tmp_path, {"a.png": 1, "b.png": 1, "c.png": 2, "d.png": 3, "e.png": 1})
-    assert open_dataset(str(root), Path("nowhere")).victims.images[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert open_dataset(str(root), Path("nowhere")).target.images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
@@ -327,12 +327,12 @@ def test_an_npz_is_public_train_and_victims_in_that_order(train: int, test: int,
         dataset = open_dataset(str(path), Path("nowhere"))
     finally:
         path.unlink()
-    assert len(dataset.public) == train // 3
-    whole = torch.cat([dataset.public.images, dataset.train.images]).permute(0, 2, 3, 1).numpy()
+    assert len(dataset.auxiliary) == train // 3
+    whole = torch.cat([dataset.auxiliary.images, dataset.train.images]).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(whole.reshape(made["x_train"].shape), made["x_train"])
-    assert np.array_equal(torch.cat([dataset.public.labels, dataset.train.labels]).numpy(), made["y_train"])
+    assert np.array_equal(torch.cat([dataset.auxiliary.labels, dataset.train.labels]).numpy(), made["y_train"])
     assert np.array_equal(
-        dataset.victims.images.permute(0, 2, 3, 1).numpy().reshape(made["x_test"].shape), made["x_test"]
+        dataset.target.images.permute(0, 2, 3, 1).numpy().reshape(made["x_test"].shape), made["x_test"]
     )
     assert dataset.shape == (shape[2] if len(shape) == 3 else 1, *shape[:2])
 
@@ -341,7 +341,7 @@ def test_public_is_ten_thousand_at_most(tmp_path: Path) -> None:
     made = arrays(30_003, 2, (1, 1))
     np.savez(tmp_path / "many.npz", **made)
     dataset = open_dataset("many.npz", tmp_path)
-    assert (len(dataset.public), len(dataset.train)) == (10_000, 20_003)
+    assert (len(dataset.auxiliary), len(dataset.train)) == (10_000, 20_003)
 
 
 def test_labels_in_a_column_are_read_too(tmp_path: Path) -> None:
@@ -383,16 +383,16 @@ def test_an_npz_that_is_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_cifar10_is_the_npz_of_the_data_root(cifar10: Path) -> None:
     dataset = open_dataset("cifar10", cifar10)
-    assert repr(dataset) == "Dataset('cifar10', classes=10, shape=3x32x32, public=10000, train=20000, victims=2000)"
+    assert repr(dataset) == "Dataset('cifar10', classes=10, shape=3x32x32, auxiliary=10000, train=20000, target=2000)"
     assert dataset.classes[3] == "cat"
     with np.load(cifar10 / "cifar10_32k.npz") as archive:
-        assert np.array_equal(dataset.victims.images[:64].permute(0, 2, 3, 1).numpy(), archive["x_test"][:64])
+        assert np.array_equal(dataset.target.images[:64].permute(0, 2, 3, 1).numpy(), archive["x_test"][:64])
 
 
 def test_cifar10_is_downloaded_where_no_npz_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "cifar10_arrays", lambda root: arrays(shape=(32, 32, 3)))
     dataset = open_dataset("cifar10", tmp_path)
-    assert (dataset.name, len(dataset.classes), len(dataset.victims)) == ("cifar10", 10, 2)
+    assert (dataset.name, len(dataset.classes), len(dataset.target)) == ("cifar10", 10, 2)
 
 
 def test_cifar10_with_an_eleventh_class_is_refused(tmp_path: Path) -> None:

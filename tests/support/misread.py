@@ -77,7 +77,7 @@ def network_of(told: Protocol) -> torch.nn.Module:
 
 def images_from(first: int, victims: int, batch: int) -> tuple[Tensor, Tensor]:
     """Training images and labels of CIFAR-10, `victims batch ...`."""
-    side = cifar10_dataset(Path(os.environ["FEDTAP_DATA_ROOT"])).public
+    side = cifar10_dataset(Path(os.environ["FEDTAP_DATA_ROOT"])).auxiliary
     images, labels = side.batch(torch.arange(first, first + victims * batch))
     return images.unflatten(0, (victims, batch)), labels.unflatten(0, (victims, batch))
 
