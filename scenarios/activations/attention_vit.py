@@ -113,7 +113,7 @@ class AttentionViT(SplitLearning):
         """A client's photograph, in patches."""
         from fedtap.simulator.models.attention import patches_of
 
-        images, _ = self.dataset_at(data_root).victims.batch(slice(client, client + 1))
+        images, _ = self.dataset_at(data_root).target.batch(slice(client, client + 1))
         return patches_of(images[0], *self.patch(data_root))
 
     def settled(self, attack: Attack[Any], label: str, observed: Observed) -> Row:
@@ -132,7 +132,7 @@ class AttentionViT(SplitLearning):
         dataset, (high, wide) = self.dataset_at(data_root), self.patch(data_root)
         truth = joined(self.truth(leak, data_root), dataset.shape, high, wide)
         images = joined(found.values.float(), dataset.shape, high, wide)
-        guess = blind(dataset.public.batch(slice(None))[0])
+        guess = blind(dataset.auxiliary.batch(slice(None))[0])
         own, none, others = (
             psnr(mse(some, truth)).tolist() for some in (images, guess.expand_as(truth), images.roll(1, dims=0))
         )

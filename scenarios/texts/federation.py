@@ -59,9 +59,9 @@ def _corpus(name: str, pretrained: bool, tokens: int, data_root: Path) -> Corpus
     if pretrained:
         vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
     else:
-        vocabulary = WordPieces.learned(dataset.public.texts, VOCABULARY)
+        vocabulary = WordPieces.learned(dataset.auxiliary.texts, VOCABULARY)
     return Corpus(
-        vocabulary, dataset.classes, cut(dataset.public, vocabulary, tokens), cut(dataset.victims, vocabulary, tokens)
+        vocabulary, dataset.classes, cut(dataset.auxiliary, vocabulary, tokens), cut(dataset.target, vocabulary, tokens)
     )
 
 

@@ -9,7 +9,6 @@ import ast
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from functools import cache
 
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.defences.defence import HOOKS, Argument, Defence

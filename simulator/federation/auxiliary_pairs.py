@@ -22,8 +22,8 @@ def auxiliary_pairs(setting: Federation, session: Session, observed: ImageObserv
     private, heard = observed.private, observed.heard
     part, dataset = setting, private.dataset
     wanted, batch = part.pairs or min(private.most_pairs, PAIRS), part.batch * part.summed
-    images, labels = dataset.public.batch(torch.arange(wanted * batch) % len(dataset.public))
-    mirrored = torch.arange(len(images)) >= len(dataset.public)
+    images, labels = dataset.auxiliary.batch(torch.arange(wanted * batch) % len(dataset.auxiliary))
+    mirrored = torch.arange(len(images)) >= len(dataset.auxiliary)
     images[mirrored] = images[mirrored].flip(3)
     if part.auxiliary_labels == "random":  # of all classes, also of those whose images the adversary lacks
         draw = generator(part.seed, "practice labels")
@@ -31,8 +31,8 @@ def auxiliary_pairs(setting: Federation, session: Session, observed: ImageObserv
     protocol = dataclasses.replace(part.protocol(dataset), local_steps=1)
     known = {
         **tensors_of(heard.auxiliary_weights(part.auxiliary_at)),
-        "examples": dataset.public.images,
-        "classes": dataset.public.labels,
+        "examples": dataset.auxiliary.images,
+        "classes": dataset.auxiliary.labels,
     }
     plain = not part.auxiliary_trainings and part.auxiliary_labels == "own"
     if part.defence != "none" or not plain:  # then what is drawn depends on the seed

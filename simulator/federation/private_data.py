@@ -29,14 +29,14 @@ class PrivateData:
     clients: int
 
     def __post_init__(self) -> None:
-        scenario, held = self.scenario, len(self.dataset.victims)
+        scenario, held = self.scenario, len(self.dataset.target)
         images = scenario.summed * scenario.batch
         if scenario.victims * images > held:
             what = "victims" if scenario.summed == 1 else f"sums of {scenario.summed} clients"
             cure = "" if scenario.summed == 1 else "--clients, "
             raise FedtapError(
                 f"{scenario.victims} {what} with {images} images each need {scenario.victims * images}, and the "
-                f"victims' side of {scenario.dataset} holds {held}: lower {cure}--victims or --batch."
+                f"target data of {scenario.dataset} holds {held}: lower {cure}--victims or --batch."
             )
         if self.clients + 1 > len(self.dataset.train):
             raise FedtapError(
@@ -65,7 +65,8 @@ class PrivateData:
         if scenario.pairs > self.most_pairs:
             raise FedtapError(
                 f"{scenario.pairs:,} auxiliary pairs of {scenario.batch} images are more than the "
-                f"{len(self.dataset.public):,} images on the public side of {scenario.dataset} and their mirror images "
+                f"{len(self.dataset.auxiliary):,} images on the auxiliary side of {scenario.dataset} and their mirror "
+                f"images "
                 f"give ({self.most_pairs:,}): lower --pairs."
             )
         if scenario.auxiliary_trainings > (scenario.pairs or self.most_pairs):
@@ -105,7 +106,7 @@ class PrivateData:
     @property
     def most_pairs(self) -> int:
         """Auxiliary pairs that the public images and their mirror images make."""
-        return 2 * len(self.dataset.public) // (self.scenario.batch * self.scenario.summed)
+        return 2 * len(self.dataset.auxiliary) // (self.scenario.batch * self.scenario.summed)
 
     @cached_property
     def shares(self) -> list[Int[Tensor, "images"]]:
@@ -149,7 +150,7 @@ class PrivateData:
         """The images in [0, 1] and labels that `client` trains on in round `rnd`."""
         batch, victim = self.scenario.batch_in(rnd), self.victim(client, rnd)
         if victim is not None:
-            return self.dataset.victims.batch(torch.arange(victim * batch, (victim + 1) * batch))
+            return self.dataset.target.batch(torch.arange(victim * batch, (victim + 1) * batch))
         if self.conduct(client, rnd) == "identical":
             client = self.clients
         share = self.shares[client]
@@ -167,7 +168,7 @@ def private_data(scenario: Federation, data_root: Path, clients: int) -> Private
         FedtapError: the dataset cannot be opened or holds too little.
     """
     dataset = scenario.opened(data_root)
-    victims = dataset.victims
+    victims = dataset.target
     if scenario.target_dataset:
         other = dataset_of(scenario.target_dataset, data_root, scenario.size)
         if other.shape != dataset.shape:
@@ -178,15 +179,15 @@ def private_data(scenario: Federation, data_root: Path, clients: int) -> Private
                 f"The images of {scenario.target_dataset} are {'x'.join(map(str, other.shape))} and those of "
                 f"{scenario.dataset} {'x'.join(map(str, dataset.shape))}, so one model cannot take both: {cure}."
             )
-        victims = Side(other.victims.images, other.victims.labels % len(dataset.classes))
+        victims = Side(other.target.images, other.target.labels % len(dataset.classes))
         dataset = dataclasses.replace(dataset, note=" ".join(filter(None, (dataset.note, other.note))))
     half = len(dataset.classes) // 2
-    public = _of_classes(dataset.public, scenario.auxiliary_classes, half)
+    public = _of_classes(dataset.auxiliary, scenario.auxiliary_classes, half)
     victims = _of_classes(victims, scenario.target_classes, half)
     there = max(1, len(victims) // (scenario.batch * scenario.summed))
     if not scenario.chose("victims") and there < scenario.victims:
         scenario = dataclasses.replace(scenario, victims=there)
-    return PrivateData(scenario, dataclasses.replace(dataset, public=public, victims=victims), clients)
+    return PrivateData(scenario, dataclasses.replace(dataset, auxiliary=public, target=victims), clients)
 
 
 def _of_classes(side: Side, which: str, half: int) -> Side:

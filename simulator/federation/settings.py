@@ -77,7 +77,7 @@ class ImageObserved(Observed):
 
         from fedtap.simulator import scores
 
-        public = self.private.dataset.public
+        public = self.private.dataset.auxiliary
         return scores.blind(public.batch(torch.arange(len(public)))[0])
 
 

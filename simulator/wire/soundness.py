@@ -182,12 +182,7 @@ def _empty(leak: Leak, sent: dict[str, Tensor], left: frozenset[Trace]) -> list[
             ]
     nonzero = whole[whole > 0]
     alike = (nonzero - nonzero.median()).abs() < 1e-3 * nonzero.median()
-    if (
-        Trace.SIZES in left
-        and leak.protocol.optimiser == "sgd"
-        and len(nonzero) > 16
-        and alike.double().mean() > 0.5
-    ):
+    if Trace.SIZES in left and leak.protocol.optimiser == "sgd" and len(nonzero) > 16 and alike.double().mean() > 0.5:
         return [
             f"Most entries have the size {nonzero.median():.2g}, which is no plain gradient: a step of Adam, a "
             "compression to signs, or rounding that left nothing else."

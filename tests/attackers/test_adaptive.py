@@ -27,7 +27,7 @@ from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.attack import Attack
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.defences.chained import parse, sigma
-from fedtap.simulator.defences.notation import described, kind_of, names
+from fedtap.simulator.defences.notation import described, kind_of
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import adaptation, run

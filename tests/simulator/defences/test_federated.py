@@ -61,7 +61,7 @@ def test_clients_send_the_defended_gradient(model: str, defence: str) -> None:
         grid, private = federation(scenario)
         heard = play(scenario, grid, private)
         leaks.append(stack([heard.leaks[name] for name in private.names()]))
-        images, labels = private.dataset.public.batch(torch.arange(3))
+        images, labels = private.dataset.auxiliary.batch(torch.arange(3))
         (pairs,) = auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None])
         fed.append(pairs.leak)
     assert leaks[1].protocol.defence == fed[1].protocol.defence == defence
