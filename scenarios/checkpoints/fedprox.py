@@ -26,7 +26,7 @@ COLUMNS = {
     "client": "whose weights they are",
     "recovered": "share of examples with a point within 1 % of their length, 0 for random points",
     "distance": "from an example to its point, relative to the example's length: the median",
-    "blind_distance": "the same of as many random points",
+    "blind_distance": "from an example to the nearest of as many random points: the median",
     "residual": "share of the regulariser's gradient that the points leave",
     "explained": "whether that is below 0.001 %",
     "left": "of the client's gradient when it ended, as it says",

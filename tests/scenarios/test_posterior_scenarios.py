@@ -28,7 +28,6 @@ from fedtap.simulator.models.registry import build
 from tests.attackers.test_posterior import MODELS, leak_of, leaked, records
 from tests.support.played import check_resumed, check_truth, command, play, untimed
 
-
 FEW_STEPS = "posterior_mmd(6, iterations=3)"
 
 
