@@ -69,5 +69,5 @@ class Clip(UpdateDefence):
 def shortened(gradients: Tensors, norm: float) -> dict[str, Tensor]:
     """Each gradient of a stack clipped, with a slope everywhere, in its own precision."""
     squares = torch.stack([tensor.flatten(1).square().sum(1) for tensor in gradients.values()]).sum(0)
-    factor = (norm / squares.clamp_min(1e-30).sqrt()).clamp_max(1)
-    return {name: tensor * along(factor, tensor) for name, tensor in gradients.items()}
+    length = squares.clamp_min(1e-30).sqrt()
+    return {name: tensor * along((norm / length).clamp_max(1), tensor) for name, tensor in gradients.items()}
