@@ -145,7 +145,7 @@ def test_an_attack_is_a_frozen_value_that_cites_its_paper(name: str) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         attack.surprise = 1  # type: ignore[attr-defined]
     said = sys.modules[type(attack).__module__].__doc__ or ""
-    assert re.search(r"https://\S+", said) or re.search("(wrapper|floor) without a paper", said)
+    assert re.search(r"https://\S+", said) or re.search("(wrapper|baseline) without a paper", said)
     assert said.splitlines()[0].endswith(".")
     assert type(attack).__doc__
 
