@@ -28,9 +28,10 @@ from fedtap.simulator.attack import Attack
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.defences.chained import parse, sigma
 from fedtap.simulator.defences.notation import described, kind_of
+from fedtap.simulator.federation.scoring import adaptation
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
-from fedtap.simulator.run import adaptation, run
+from fedtap.simulator.run import run
 from fedtap.simulator.scores import mse, psnr
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.attackers.test_gradients import plain_answer

@@ -37,6 +37,7 @@ from fedtap.simulator.auxiliary import digest
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
 from fedtap.simulator.models.registry import build
+from fedtap.simulator.registry import Registry
 from fedtap.simulator.scores import score_all
 from tests.support.attack_leaks import InPlace, OfTheUsers, WithConstant, auxiliary_for, conv_head, leak_of, pictures
 
@@ -53,12 +54,13 @@ def of_the_readme() -> dict[str, type[Attack]]:
         Path(folder, f"{file[1]}.py").write_text(code[1])
         attackers.__path__.append(folder)
         try:
-            return {file[1]: attackers._scan()[file[1]]}
+            found = Registry("attack", "fedtap.attackers", ATTACKS.group, ATTACKS.base)
+            return {file[1]: found[file[1]]}
         finally:
             attackers.__path__.remove(folder)
 
 
-CANDIDATES = ATTACKS | of_the_readme()
+CANDIDATES = {**ATTACKS, **of_the_readme()}
 EVERY = sorted(CANDIDATES)
 NAMES = [name for name in EVERY if CANDIDATES[name].reconstructs is Reconstruction]
 """Those that bring back images; attacks on other leaks have tests of their own."""

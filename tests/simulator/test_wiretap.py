@@ -18,9 +18,9 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
-from fedtap.simulator.study import ask
 from fedtap.simulator.wire import roll, wiretap
 from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
+from fedtap.simulator.wire.messages import ask
 from fedtap.simulator.wire.recorder import recorder
 from fedtap.simulator.wire.wiretap import NONSENSE, UNPULLED, Wiretap
 from tests.simulator.test_recorder import net

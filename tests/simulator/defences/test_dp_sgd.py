@@ -17,7 +17,7 @@ from fedtap.simulator.defences.accountant import Gaussian, mechanism_of
 from fedtap.simulator.defences.dp_sgd import DPSGD
 from fedtap.simulator.defences.gaussian import epsilon_of
 from fedtap.simulator.defences.notation import described
-from fedtap.simulator.run import ADJACENCY
+from fedtap.simulator.federation.guarantees import ADJACENCY
 
 CLIP, MULTIPLIER, DELTA = 0.5, 1.0, 1e-5
 ALONG = torch.tensor([-1.0, 1.0]) / math.sqrt(2)

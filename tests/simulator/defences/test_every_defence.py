@@ -18,7 +18,7 @@ from torch import Tensor
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.defences import notation
 from fedtap.simulator.defences.accountant import Gaussian
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.clip import Clip
 from fedtap.simulator.defences.defence import (
     EVERYTHING,

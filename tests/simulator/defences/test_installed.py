@@ -9,10 +9,10 @@ import pytest
 from fedtap.attackers.gradients.exact_git import ExactGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.simulator.defences import notation
-from fedtap.simulator.defences.chain import parse
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described, names, strengths, summary, usage
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.run import adaptation
+from fedtap.simulator.federation.scoring import adaptation
 from tests.support.top_k import TopK
 
 
