@@ -67,7 +67,7 @@ def test_a_second_run_with_other_settings_takes_another_folder(
     ("name", "knobs"),
     [
         ("attention", ("--victims", "1", "--heads", "1", "--n", "3", "--d", "4")),
-        ("canary", ("--games", "50", "--exchanges", "0", "--epsilon", "1", "--canaries", "2")),
+        ("canary", ("--trials", "50", "--exchanges", "0", "--epsilon", "1", "--canaries", "2")),
     ],
 )
 def test_studies_and_games_take_another_folder_too(
@@ -103,7 +103,7 @@ def test_a_run_of_other_versions_is_not_resumed(
     (tmp_path / "run.json").write_text(json.dumps(about))
     capsys.readouterr()
     assert run(monkeypatch, *words, "--resume") == 2
-    assert "another versions, so it cannot be resumed" in told(capsys)
+    assert "other versions, so it cannot be resumed" in told(capsys)
     assert run(monkeypatch, *words) == 2
     assert "another versions, which this one would replace" in told(capsys)
 
