@@ -76,10 +76,6 @@ def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
         assert question_of(kind).splitlines()[0].endswith("?")
         assert "Expect:" in question_of(kind)
 
-    for name in catalogue():
-        assert question(name).splitlines()[0].endswith("?")
-        assert "Expect:" in question(name)
-
 
 def undocumented(source: str) -> list[str]:
     """Fields of the dataclasses in a module's source that no docstring line follows."""

@@ -143,7 +143,7 @@ def test_what_is_overwritten_is_never_called_finished(tmp_path: Path, monkeypatc
 )
 def test_a_run_is_resumed_with_the_same_settings_alone(name: str, value: Any, tmp_path: Path) -> None:
     left(tmp_path)
-    with pytest.raises(FedtapError, match=f"a run with other {name}, so it cannot be resumed") as error:
+    with pytest.raises(FedtapError, match=f"a run that differs in {name}, so it cannot be resumed") as error:
         Folder(tmp_path, ABOUT | {name: value}, resume=True)
     sentence(error)
     assert Folder(tmp_path, dict(ABOUT), resume=True).before == {"part_0": [{"unit": "part_0"}]}
@@ -165,7 +165,7 @@ def test_a_run_takes_the_next_free_folder(tmp_path: Path) -> None:
     assert place(third, None, usual) == usual.with_name("ask-4")
     assert place(third, None, usual, overwrite=True) == usual
     assert place(OTHER, None, usual) == second
-    with pytest.raises(FedtapError, match="holds a run with other settings and seed, so it cannot be resumed"):
+    with pytest.raises(FedtapError, match="holds a run that differs in settings and seed, so it cannot be resumed"):
         place(third, None, usual, resume=True)
     assert place(OTHER, None, usual, resume=True) == second
     newer = left(usual.with_name("ask-12"), ABOUT | {"started": "2026-01-02T00:00:00Z"})
