@@ -199,7 +199,8 @@ def _compare(path: Path, before: dict[str, Any], about: dict[str, Any], resume: 
     what = " and ".join(differs)
     if resume:
         raise FedtapError(
-            f"{short(path)} holds a run that differs in {what}, so it cannot be resumed: repeat what its run.json says, "
+            f"{short(path)} holds a run that differs in {what}, so it cannot be resumed: repeat what its run.json "
+            f"says, "
             "or name another --out without --resume."
         )
     whose = f"a run of {short(before.get('name'))}" if "name" in differs else f"a run that differs in {what}"

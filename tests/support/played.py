@@ -58,14 +58,16 @@ def play(
     nodes: int | None = None,
     stop_at: int | None = None,
     resume: bool = False,
+    data_root: Path | None = None,
 ) -> list[Row]:
-    """The rows of a run of these settings, whose data lie beside its folder.
+    """The rows of a run of these settings, whose data lie beside its folder unless another one is named.
 
     Args:
         fault: what client 1 does wrong.
         nodes: of the federation; as many as are needed, where none is said.
         stop_at: the setting before which somebody presses Ctrl-C.
     """
+    root = data_root or out.parent
     begun: list[Scenario] = []
 
     def grid(setting: Scenario) -> LocalGrid:
@@ -73,9 +75,9 @@ def play(
             raise KeyboardInterrupt
         begun.append(setting)
         app = Faulty(settings, fault) if fault else client_app(lambda config: settings)
-        return LocalGrid(app, nodes or setting.nodes, {"data-root": str(out.parent)})
+        return LocalGrid(app, nodes or setting.nodes, {"data-root": str(root)})
 
-    return run(settings, grid, out, device=torch.device("cpu"), data_root=out.parent, resume=resume)
+    return run(settings, grid, out, device=torch.device("cpu"), data_root=root, resume=resume)
 
 
 def planned(name: str, options: Mapping[str, Any], out: Path, *, resume: bool = False) -> list[Row]:
