@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedtap.simulator.errors import FedtapError, short, unknown
@@ -22,6 +22,9 @@ ATTACKS: Registry[Attack[Any]] = Registry(
 """Name on the command line -> attack."""
 
 _HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
+
+FORMER = {"panel": "best_of", "aware": "adaptive"}
+"""Attacks and their fields of fedtap 0.1, and what they are called now."""
 
 OWN = "own_package_"
 """What an attack of a user's own package is called while its text is parsed."""
@@ -113,6 +116,7 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
     if not isinstance(call.func, ast.Name):
         raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {_HOW}.")
     name = call.func.id
+    _refuse_former(name, ATTACKS)
     kind = ATTACKS.own(own[int(name[len(OWN) :])]) if name.startswith(OWN) else ATTACKS[name]
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -120,6 +124,7 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
         raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {_HOW}.")
     given = dict(zip((field.name for field in fields), call.args, strict=False))
     for keyword in call.keywords:
+        _refuse_former(str(keyword.arg), {field.name for field in fields})
         if keyword.arg not in {field.name for field in fields}:
             raise unknown(f"field of {call.func.id}", str(keyword.arg), (field.name for field in fields))
         if keyword.arg in given:
@@ -132,6 +137,11 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
         **{field.name: _value(given[field.name], hints[field.name], own) for field in fields if field.name in given}
     )
     return attack
+
+
+def _refuse_former(name: str, known: Container[str]) -> None:
+    if name in FORMER and name not in known:
+        raise FedtapError(f"{name} in --attack is called {FORMER[name]} since fedtap 0.2: write that.")
 
 
 def _value(node: ast.expr, kind: Any, own: list[str]) -> Any:
