@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_run_one_way(file: Path) -> None:
     room = file.relative_to(ROOT).parts[0]
-    strange = {name.split(".")[0] for name in imports(file)} & ROOMS.keys() - ROOMS[room] - {room}
+    used = {name.removeprefix("fedtap.").split(".")[0] for name in imports(file)}
+    strange = used & ROOMS.keys() - ROOMS[room] - {room}
     assert not strange, f"{room} imports {strange}"
 
 
@@ -75,10 +77,6 @@ def test_every_scenario_asks_a_question_and_says_what_to_expect() -> None:
     for kind in SCENARIOS.values():
         assert question_of(kind).splitlines()[0].endswith("?")
         assert "Expect:" in question_of(kind)
-
-    for name in catalogue():
-        assert question(name).splitlines()[0].endswith("?")
-        assert "Expect:" in question(name)
 
 
 def undocumented(source: str) -> list[str]:
