@@ -2,18 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint types clean
 
 demo: .venv/ready
 	$(BIN)/fedtap run first_leak
 
-test: .venv/ready lint
+test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# mypy finds the package under its own name through a folder of links.
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# mypy finds the package under its own name through a folder of links.
+types: .venv/ready
 	mkdir -p build/types/fedtap
 	ln -sfn $(addprefix $(CURDIR)/,fedtap/__init__.py fedtap/py.typed simulator attackers clients scenarios) build/types/fedtap
 	MYPYPATH=build/types $(BIN)/mypy

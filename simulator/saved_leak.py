@@ -44,7 +44,7 @@ def described_attack(
         "schema": SCHEMA,
         "name": ATTACK,
         "question": f"What is in {_source(leaks)}?",
-        "settings": [*(dataclasses.asdict(leak.protocol) for leak in sound), *map(hyperparameters, panel)],
+        "settings": [*(finite(dataclasses.asdict(leak.protocol)) for leak in sound), *map(hyperparameters, panel)],
         "leak": known,
     }
     return {**about, "seed": seed, **environment(device)}
@@ -177,6 +177,6 @@ def _refusal(leak: Leak, attack: Attack) -> FedtapError | None:
     if not attack.needs_auxiliary:
         return None
     return FedtapError(
-        f"{attack.name} has to practise first, and a saved leak brings no pairs: train it in a scenario "
+        f"{attack.name} has to be trained first, and a saved leak brings no pairs: train it in a scenario "
         f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --trained-attack PATH."
     )

@@ -147,6 +147,7 @@ class Scenario(ABC):
         refusal_is_result: whether an attack that cannot use a leak is a row like any other, and not a mistake.
         doubted: whether leaks are checked for what contradicts the protocol, and reconstructions for what they leave
             unexplained.
+        spent: options that `settings` turns into others, so that settings which differ in these alone are one.
         columns: all that its rows measure, in this order; what else a row holds is a setting, shown where it varies.
     """
 
@@ -154,6 +155,7 @@ class Scenario(ABC):
     refusal_is_result: ClassVar[bool] = False
     doubted: ClassVar[bool] = True
     columns: ClassVar[Sequence[Column]] = ()
+    spent: ClassVar[tuple[str, ...]] = ()
 
     seed: Annotated[int, Option("seed of all that is drawn", 0, 2**31)] = 0
     name: str = ""

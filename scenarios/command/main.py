@@ -354,14 +354,18 @@ def _explain(name: str) -> None:
         if options:
             table.add_row(f"[bold]{group}[/bold]")
         for option in options:
-            kind = "|".join(option.choices) or option.type.__name__.upper()
+            kind = "NAME" if option.choices else KINDS[option.type]
             values = ",".join(map(str, option.values))
-            table.add_row(f"{option.flag} {kind}", values or "(as the scenario says)", option.option.help)
+            about = f"{option.option.help}: {', '.join(option.choices)}" if option.choices else option.option.help
+            table.add_row(f"{option.flag} {kind}", values or "(as the scenario says)", about)
     table.add_row("[bold]output[/bold]")
     for flag, default, help in OUTPUT:
         table.add_row(flag, default, help)
     console.print(table)
 
+
+KINDS = {int: "N", float: "NUMBER", str: "TEXT"}
+"""What an option takes, in the help."""
 
 OUTPUT = (
     ("--out DIR", "runs/NAME", "folder for what the run leaves"),

@@ -44,12 +44,14 @@ def plan(name: str, options: Mapping[str, Any]) -> tuple[Scenario, ...]:
             settings.append(dataclasses.replace(setting, name=name, given=given, swept=tuple(swept.items())))
     if not settings:
         raise FedtapError(f"Nothing is left of {name} to be played with these options: leave some of them out.")
-    once: dict[Scenario, dict[str, str]] = {}
+    once: dict[Scenario, tuple[Scenario, dict[str, str]]] = {}
     for setting in settings:  # a sweep may repeat a setting that does not depend on what is swept
-        same, here = dataclasses.replace(setting, swept=()), dict(setting.swept)
-        there = once.setdefault(same, here)
-        once[same] = {option: value for option, value in there.items() if here.get(option) == value}
-    return tuple(dataclasses.replace(setting, swept=tuple(swept.items())) for setting, swept in once.items())
+        spent: Any = {option: getattr(type(setting), option) for option in setting.spent}
+        same = dataclasses.replace(setting, swept=(), **spent)
+        first, there = once.setdefault(same, (setting, dict(setting.swept)))
+        here = dict(setting.swept)
+        once[same] = first, {option: value for option, value in there.items() if here.get(option) == value}
+    return tuple(dataclasses.replace(setting, swept=tuple(swept.items())) for setting, swept in once.values())
 
 
 def plan_of(config: UserConfig) -> tuple[Scenario, ...]:

@@ -27,6 +27,7 @@ TRIALS = 5000
 class DP(Promising):
     """Clipping and Gaussian noise by each client, in training and in the exchange that is attacked."""
 
+    spent: ClassVar[tuple[str, ...]] = ("epsilon", "sigma", "clip", "mechanism")
     tried: ClassVar[str] = "inverting_gradients(steps=200),inverting_gradients(steps=200,adaptive=True)"
     model: str = "convnet"
     victims: int = 4

@@ -1,9 +1,9 @@
-"""Does a learned attack still work on a client whose weights have moved since the attacker practised?
+"""Does a learned attack still work on a client whose weights have moved since the attack was trained?
 
-Expect: no, if it practised at one draw of the weights: a few steps of SGD take it below the blind guess, because what
+Expect: no, if it was trained at one draw of the weights: a few steps of SGD take it below the blind guess, because what
 it learned leans on small differences that any drift drowns. Practice along trainings of the compromised client's
-own (--auxiliary-trainings 12) still sees after thousands of steps, less sharply. A server that practises anew, or that
-knows the weights, loses nothing to global rounds.
+own (--auxiliary-trainings 12) still sees after thousands of steps, less sharply. A server that trains its attack anew,
+or that knows the weights, loses nothing to global rounds.
 """
 
 from __future__ import annotations

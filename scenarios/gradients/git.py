@@ -1,4 +1,4 @@
-"""What does an eavesdropper who has practised see in a gradient, and what a server that knows the weights?
+"""What does an eavesdropper with auxiliary pairs see in a gradient, and what a server that knows the weights?
 
 Expect: the learned attacks turn a gradient into a likeness in a millisecond, above every floor; from the same practice
 pairs the weights themselves can be read, and with them, or as the server that knows them, the image comes back exactly.

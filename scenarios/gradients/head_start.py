@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.options import Option, sweep
@@ -19,6 +19,7 @@ from fedtap.simulator.scenario import Scenario
 class HeadStart(ImageScenario):
     """Each attack from noise and from the learned guess; the weights are known."""
 
+    spent: ClassVar[tuple[str, ...]] = ("iterations",)
     victims: int = 4
     iterations: Annotated[
         int, Option("steps of the iterative attacks; of Gauss-Newton, conjugate gradients in all", 1)

@@ -1,6 +1,6 @@
 """How much noise must a client add before its image is lost?
 
-Expect: what stops the exact attack long before (1e-3 on an entry) costs the learned one little, since it practises
+Expect: what stops the exact attack long before (1e-3 on an entry) costs the learned one little, since it is trained
 under the same noise; the two in one estimator lie well above both in between, and above the learned one even at 0.1,
 where the noise is as large as the gradient itself.
 """
@@ -21,6 +21,7 @@ from fedtap.simulator.scenario import Scenario
 class Noise(ImageScenario):
     """Gaussian noise on every entry of what clients send; all know how much."""
 
+    spent: ClassVar[tuple[str, ...]] = ("sigma",)
     panels: ClassVar[Mapping[str, str]] = {
         "curious_server": "coarse_git,exact_git,refine(exact_git,gauss_newton),fused_git",
     }

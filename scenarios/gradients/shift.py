@@ -1,4 +1,4 @@
-"""Does a learned attack see what it never practised on?
+"""Does a learned attack see data unlike those that it was trained on?
 
 Expect: images of another dataset come back with less than twice the error. Of classes that were left out of the
 practice little comes back, since the stages lean on a label that they never met; an adversary without images of those

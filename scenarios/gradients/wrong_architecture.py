@@ -1,6 +1,6 @@
 """What does an attacker see who is wrong about the model's width or depth?
 
-Expect: attacks that compute with the model's weights see nothing at all. What has practised on the gradient as a row of
+Expect: attacks that compute with the model's weights see nothing at all. What was trained on the gradient as a row of
 numbers (ridge, LTI) does not notice. Coarse GIT, which lives on the last layer, bears a wrong depth, for that layer
 still stands at the row's end, and not a wrong width.
 """
@@ -20,6 +20,7 @@ from fedtap.simulator.scenario import Scenario
 class WrongArchitecture(ImageScenario):
     """Gradients of one model, read as if they were of another; auxiliary pairs too."""
 
+    spent: ClassVar[tuple[str, ...]] = ("assumed",)
     panels: ClassVar[Mapping[str, str]] = {
         "curious_server": "idlg(steps=300)",
         "eavesdropper": "training_mean,ridge,lti(width=250,epochs=30,rate=1e-3),coarse_git(epochs=3)",

@@ -97,8 +97,9 @@ class PrivateData:
             and any(attack.needs_auxiliary for attack in scenario.attacks)
         ):
             raise FedtapError(
-                f"A practice pair is defended once, and a sum of {scenario.summed} clients as many times, so practice "
-                "would teach another kind of gradient: leave out --defence, or the attacks that practise."
+                f"An auxiliary pair is defended once, and a sum of {scenario.summed} clients as many times, so the "
+                f"pairs "
+                "would teach another kind of gradient: leave out --defence, or the attacks that are trained."
             )
         if scenario.alpha and not scenario.rounds:
             raise FedtapError("--alpha shapes what the clients train on, and they do not train: add --rounds.")

@@ -74,7 +74,7 @@ class Heard:
     """Answers that nobody had asked for."""
 
     def auxiliary_weights(self, when: str) -> ArrayRecord:
-        """The weights at which the adversary practises."""
+        """The weights at which the auxiliary pairs are computed."""
         return self.start if when == "start" else self.arrays
 
     accuracy: float | None = None
@@ -396,14 +396,15 @@ def _fed(
     if not answers or answers[0].has_error():
         why = short(answers[0].error.reason, LONGEST // 2) if answers else "no answer"
         raise ClientError(
-            f"The compromised client, number {private.clients}, did not practise ({why}): check that its ClientApp is "
+            f"The compromised client, number {private.clients}, gave no auxiliary pairs ({why}): check that its "
+            f"ClientApp is "
             "fedtap's."
         )
     try:
         return tensors_of(answers[0].content.array_records["weights"])
     except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
         raise ClientError(
-            f"The compromised client, number {private.clients}, practised, and sent what cannot be read "
+            f"The compromised client, number {private.clients}, replied, and sent what cannot be read "
             f"({type(error).__name__}): check that its ClientApp is fedtap's."
         ) from error
 
@@ -424,7 +425,7 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
         else:
             continue
         raise ClientError(
-            f"The compromised client, number {client}, practised, and sent {got} in the place of the weights of "
+            f"The compromised client, number {client}, replied, and sent {got} in the place of the weights of "
             f"{short(name)}: check that its ClientApp is fedtap's."
         )
 

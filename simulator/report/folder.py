@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from fedtap.simulator.attack import Attack, Reconstructed
 from fedtap.simulator.errors import FedtapError, short
@@ -68,7 +68,7 @@ class Folder:
         self.before: dict[str, list[Row]] = {}
         """Rows of the resumed run, by unit, that this one has not come to yet."""
         self._done: dict[str, str] = {}
-        """Unit -> digest of its rows, once all of them are there."""
+        """Unit -> digest of its rows, once all of them are there; file of guesses/ -> digest of its bytes."""
         before = judged(path, about, resume=resume, overwrite=overwrite)
         if resume and before is not None:
             for row in read_rows(path / "rows.jsonl"):
@@ -99,12 +99,12 @@ class Folder:
     def done(self, unit: str) -> list[Row] | None:
         """The rows that the resumed run has of a unit; None unless all of them are there, as they were written."""
         rows = self.before.get(unit)
-        return rows if rows and self._done.get(unit) == _digest(rows) else None
+        return rows if rows and self._done.get(unit) == _digest(b"".join(map(_lines, rows))) else None
 
     def complete(self, unit: str, rows: list[Row]) -> None:
         """Append all rows of a unit, and note that they are all."""
         self.replace(unit, rows)
-        self._done[unit] = _digest(rows)
+        self._done[unit] = _digest(b"".join(map(_lines, rows)))
         self.describe(done=self._done)
 
     def finish(self) -> None:
@@ -138,22 +138,21 @@ class Folder:
         tensors = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in guess.tensors().items()
         }
-        self.write(f"guesses/{unit}.safetensors", save(tensors))
+        content = save(tensors)
+        self.write(f"guesses/{unit}.safetensors", content)
+        self._done[f"guesses/{unit}"] = _digest(content)
 
     def kept(self, unit: str, attack: Attack[Any], leak: Leak) -> Reconstructed | None:
-        """The saved reconstruction of this unit, if it is there, whole, finite where it has to be, and of this leak."""
+        """The saved reconstruction of this unit, if it is there, byte by byte as it was written, and of such a leak."""
         try:
-            tensors = load_file(self.path / f"guesses/{unit}.safetensors")
-            made = attack.reconstructs
+            content = (self.path / f"guesses/{unit}.safetensors").read_bytes()
+            if self._done.get(f"guesses/{unit}") != _digest(content):
+                return None
+            tensors, made = load(content), attack.reconstructs
             names = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]
-            found = made(**{name: tensor for name, tensor in tensors.items() if name in names})
-            sound = found.checked(leak)
+            return made(**{name: tensor for name, tensor in tensors.items() if name in names}).checked(leak)
         except (OSError, SafetensorError, KeyError, TypeError, AssertionError):
             return None
-        same = all(
-            torch.equal(one.nan_to_num(), sound.tensors()[name].nan_to_num()) for name, one in found.tensors().items()
-        )
-        return found if same and found.objective.is_floating_point() else None
 
     def _clear(self, before: dict[str, Any]) -> None:
         """Remove what fedtap left, and nothing else. In between, run.json does not call the old run finished."""
@@ -200,10 +199,11 @@ def _compare(path: Path, before: dict[str, Any], about: dict[str, Any], resume: 
     what = " and ".join(differs)
     if resume:
         raise FedtapError(
-            f"{short(path)} holds a run with another {what}, so it cannot be resumed: repeat what its run.json says, "
+            f"{short(path)} holds a run that differs in {what}, so it cannot be resumed: repeat what its run.json "
+            f"says, "
             "or name another --out without --resume."
         )
-    whose = f"a run of {short(before.get('name'))}" if "name" in differs else f"a run with another {what}"
+    whose = f"a run of {short(before.get('name'))}" if "name" in differs else f"a run that differs in {what}"
     raise FedtapError(
         f"{short(path)} holds {whose}, which this one would replace: add --overwrite, or name another --out."
     )
@@ -336,8 +336,8 @@ def _number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else value
 
 
-def _digest(rows: list[Row]) -> str:
-    return hashlib.blake2b(b"".join(map(_lines, rows)), digest_size=16).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _lines(document: Any, indent: int | None = None) -> bytes:

@@ -236,7 +236,7 @@ def test_a_strangers_leak_teaches_nothing(name: str) -> None:
     assert float(error) > 0.9 * float(grey)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if wants_weights(quick(name))])
+@pytest.mark.parametrize("name", [name for name in NAMES if wants_weights(quick(name)) and name != "known_image"])
 def test_the_image_moves_towards_the_leak(name: str) -> None:
     leak = suited(name)
     attack = ready(quick(name), leak)

@@ -36,8 +36,7 @@ from fedtap.simulator.models.registry import ViT, build
 from fedtap.simulator.options import options_of
 from fedtap.simulator.scenario import Observed, Row
 from fedtap.simulator.scores import mse, psnr, relative_error
-from tests.support.playing import no_attack_runs, planned, reconstructions
-from tests.support.playing import played as run_settings
+from tests.support.played import no_attack_runs, planned, play, reconstructions, untimed
 
 
 def block_with(d: int, heads: int, seed: int = 0, columns: int = 0, **around: object) -> Attention:
@@ -315,7 +314,7 @@ def test_a_photograph_comes_back_from_grey(tmp_path: Path) -> None:
 
 
 def played(tmp_path: Path, name: str, **options: object) -> list[Row]:
-    return planned(name, options, tmp_path / "out", tmp_path)
+    return planned(name, options, tmp_path / "out")
 
 
 def test_the_scenario_says_how_often_and_how_fast(tmp_path: Path) -> None:
@@ -385,9 +384,9 @@ def test_a_resumed_run_makes_only_the_attack_that_is_missing(name: str, tmp_path
     (lost,) = (tmp_path / "out/guesses").glob("part_0-1-*")
     lost.unlink()
     with no_attack_runs(AttentionNewton):
-        again = planned(name, PLAYED[name], tmp_path / "out", tmp_path, resume=True)
+        again = planned(name, PLAYED[name], tmp_path / "out", resume=True)
     assert again[:3] == before[:3]
-    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
+    assert untimed(again) == untimed(before)
     assert lost.is_file()
     assert (tmp_path / "out/report.html").read_text().count("<img") == pictures
 
@@ -453,7 +452,7 @@ class Odd(attention.Attention):
 @pytest.mark.parametrize(("sent", "said"), [("wide", "shape"), ("nan", "NaN"), ("nothing", "missing output")])
 def test_an_output_of_another_shape_and_other_nonsense_is_refused(sent: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match=said):
-        run_settings([Odd(n=4, d=4, victims=2, name="attention", sent=sent)], tmp_path / "out", tmp_path)
+        play([Odd(n=4, d=4, victims=2, name="attention", sent=sent)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -24,7 +24,7 @@ from fedtap.simulator.models.language import LANGUAGE_MODELS, LanguageModel, bui
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.options import options_of
 from fedtap.simulator.scores import score_texts
-from tests.support.playing import no_attack_runs, played, reconstructions
+from tests.support.played import no_attack_runs, play, reconstructions
 
 PIECES, TOKENS, WIDTH = 60, 5, 48
 NAMES = {"gpt": f"gpt(width={WIDTH}, heads=4)", "bert": f"bert(vocabulary={PIECES}, width={WIDTH}, heads=4)"}
@@ -215,13 +215,13 @@ def small(**options: object) -> TextGradients:
     return TextGradients(**settings, name="text_gradients")  # type: ignore[arg-type]
 
 
-def test_the_scenario_reads_the_texts_through_flowers_fedavg(news: Path, tmp_path: Path) -> None:
-    rows = played([small()], tmp_path / "out", news)
+def test_the_scenario_reads_the_texts_through_flowers_fedavg(news: Path) -> None:
+    rows = play([small()], news / "out")
     assert [row["exact_tokens"] for row in rows] == [1.0] * 3
     assert all(row["negative_control"] < 0.7 and row["blind"] < 0.7 for row in rows)
-    page = (tmp_path / "out/report.html").read_text()
+    page = (news / "out/report.html").read_text()
     assert "<b>epsilon" not in page
-    leak = load(tmp_path / "out/leaks/part_0.safetensors", build)
+    leak = load(news / "out/leaks/part_0.safetensors", build)
     assert leak.resolution > 0
     # the wire's rounding is what the smallest singular values show
     values = torch.linalg.svdvals(leak.observed["blocks.0.query.weight"].double())[:, 12:]
@@ -231,33 +231,33 @@ def test_the_scenario_reads_the_texts_through_flowers_fedavg(news: Path, tmp_pat
     assert DAGER()(leak).ids.shape == (3, 2, 6)
 
 
-def test_a_batch_that_fills_the_span_is_a_row_with_its_reason(news: Path, tmp_path: Path) -> None:
+def test_a_batch_that_fills_the_span_is_a_row_with_its_reason(news: Path) -> None:
     setting = small(batch=8)
-    rows = played([setting], tmp_path / "out", news)
+    rows = play([setting], news / "out")
     assert [row.get("exact_tokens") for row in rows] == [None] * 3
     assert all("every token seems to be in it" in str(row["error"]) for row in rows)
     assert {(row["model"], row["batch"], row["defence"]) for row in rows} == {("gpt", 8, "none")}
-    assert played([setting], tmp_path / "out", news, resume=True) == rows
+    assert play([setting], news / "out", resume=True) == rows
 
 
-def test_a_resumed_run_reads_no_texts_again_and_shows_them(news: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_reads_no_texts_again_and_shows_them(news: Path) -> None:
     settings = [small(), small(batch=1, swept=(("batch", "1"),))]
-    rows = played(settings, tmp_path / "out", news)
+    rows = play(settings, news / "out")
     with no_attack_runs(DAGER):
-        assert played(settings, tmp_path / "out", news, resume=True) == rows
-    page = (tmp_path / "out/report.html").read_text()
+        assert play(settings, news / "out", resume=True) == rows
+    page = (news / "out/report.html").read_text()
     assert "What was written, and what was read<" in page
     assert "What was written, and what was read (batch 1)<" in page
 
 
-def test_no_reading_is_helped_by_the_truth(news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_reading_is_helped_by_the_truth(news: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scorer is given another client's texts: the scores change, and not one bit of what was read."""
-    honest = played([small()], tmp_path / "honest", news)
+    honest = play([small()], news / "honest")
     truth = TextGradients.truth
     monkeypatch.setattr(TextGradients, "truth", lambda *given: [*truth(*given)[1:], *truth(*given)[:1]])
-    deceived = played([small()], tmp_path / "deceived", news)
-    ((file, one),) = reconstructions(tmp_path / "honest").items()
-    other = reconstructions(tmp_path / "deceived")[file]
+    deceived = play([small()], news / "deceived")
+    ((file, one),) = reconstructions(news / "honest").items()
+    other = reconstructions(news / "deceived")[file]
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert [row["exact_tokens"] for row in honest] == [1.0] * 3
@@ -265,16 +265,16 @@ def test_no_reading_is_helped_by_the_truth(news: Path, tmp_path: Path, monkeypat
     assert [row["objective"] for row in honest] == [row["objective"] for row in deceived]
 
 
-def test_a_large_leak_is_not_kept(news: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_leak_is_not_kept(news: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_gradients, "KEPT", 1000)
-    assert len(played([small(victims=1)], tmp_path / "out", news)) == 1
-    assert not (tmp_path / "out/leaks").exists()
+    assert len(play([small(victims=1)], news / "out")) == 1
+    assert not (news / "out/leaks").exists()
 
 
-def test_defended_clients_send_what_they_say(news: Path, tmp_path: Path) -> None:
-    loud = played([small(defence="noise(1.0)")], tmp_path / "loud", news)
+def test_defended_clients_send_what_they_say(news: Path) -> None:
+    loud = play([small(defence="noise(1.0)")], news / "loud")
     assert np.mean([row["exact_tokens"] for row in loud]) < 0.7
-    clipped = played([small(defence="clip(0.01)")], tmp_path / "clipped", news)
+    clipped = play([small(defence="clip(0.01)")], news / "clipped")
     assert np.mean([row["exact_tokens"] for row in clipped]) > 0.9
 
 
@@ -298,11 +298,11 @@ def test_choices_are_the_models_that_there_are() -> None:
     assert options_of(TextGradients)["model"].choices == LANGUAGE_MODELS
 
 
-def test_more_victims_than_texts_are_refused(news: Path, tmp_path: Path) -> None:
+def test_more_victims_than_texts_are_refused(news: Path) -> None:
     with pytest.raises(FedtapError, match="has 40 of 6 tokens or more"):
-        played([small(victims=21)], tmp_path / "out", news)
+        play([small(victims=21)], news / "out")
     with pytest.raises(FedtapError, match="lower --tokens"):
-        played([small(tokens=60, batch=1, victims=1)], tmp_path / "out", news)
+        play([small(tokens=60, batch=1, victims=1)], news / "out")
 
 
 def test_minilm_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

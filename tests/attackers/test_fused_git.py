@@ -131,7 +131,7 @@ def test_between_the_two_it_is_better_than_both(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedtapError, match="idlg, which does not learn"):
+    with pytest.raises(FedtapError, match="idlg, which is not trained"):
         FusedGIT(prior=IDLG())
     _, leak = leaked()
     with pytest.raises(FedtapError, match="at least 40 auxiliary pairs"):

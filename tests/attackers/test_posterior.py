@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtap.attackers.posteriors.fisher import ESTIMATORS, coordinates, directions, divergence, reduced
 from fedtap.attackers.posteriors.posterior_mmd import PosteriorMMD, Units
-from fedtap.clients.bayesian import exact, hmc
+from fedtap.clients.bayesian import exact, hmc, laplace_approximation
 from fedtap.scenarios.posteriors.posterior import Posterior
 from fedtap.scenarios.posteriors.scoring import all_of, apart, sums_in, sums_of
 from fedtap.simulator.attack import PseudoData

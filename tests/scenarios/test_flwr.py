@@ -75,5 +75,5 @@ def test_a_mistake_inside_flwr_is_one_sentence_and_an_old_run_does_not_hide_it(
     out = tmp_path / "out"
     words = ["run", "first_leak", "--victims", "1", "--attack", "linear", "--model", "mlp", "--out", str(out)]
     assert run(monkeypatch, *words) == 0
-    with pytest.raises(FedtapError, match=r"did not finish the scenario: .*victims' side of photos holds"):
+    with pytest.raises(FedtapError, match=r"did not finish the scenario: .*target data of photos holds"):
         flower("first_leak", {"victims": "9999", "model": "mlp"}, out, tmp_path, 2, "simulation", overwrite=True)

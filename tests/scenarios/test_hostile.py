@@ -60,14 +60,14 @@ def test_a_second_run_with_other_settings_takes_another_folder(
         assert run(monkeypatch, "attack", leak, "--attack", "linear") == 0
         assert f"Page: runs/attack{number}/report.html" in capsys.readouterr().out
     assert run(monkeypatch, "attack", leaks[1], "--attack", "linear", "--out", "runs/attack") == 2
-    assert "another leak" in told(capsys)
+    assert "differs in leak" in told(capsys)
 
 
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [
         ("attention", ("--victims", "1", "--heads", "1", "--n", "3", "--d", "4")),
-        ("canary", ("--games", "50", "--exchanges", "0", "--epsilon", "1", "--canaries", "2")),
+        ("canary", ("--trials", "50", "--exchanges", "0", "--epsilon", "1", "--canaries", "2")),
     ],
 )
 def test_studies_and_games_take_another_folder_too(
@@ -103,9 +103,9 @@ def test_a_run_of_other_versions_is_not_resumed(
     (tmp_path / "run.json").write_text(json.dumps(about))
     capsys.readouterr()
     assert run(monkeypatch, *words, "--resume") == 2
-    assert "another versions, so it cannot be resumed" in told(capsys)
+    assert "differs in versions, so it cannot be resumed" in told(capsys)
     assert run(monkeypatch, *words) == 2
-    assert "another versions, which this one would replace" in told(capsys)
+    assert "differs in versions, which this one would replace" in told(capsys)
 
 
 def test_ctrl_c_ends_a_run_in_a_sentence(

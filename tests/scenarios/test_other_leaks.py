@@ -37,13 +37,18 @@ def fedtap(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
         ("attention --gamma 0.5 --attack attention_newton(gamma=0.1)", "say the same twice"),
         ("attention --attack attention_newton(restarts=5)", "add --start-near-truth 0"),
         ("text_gradients --width 4092", "lower --victims or --width"),
-        ("first_leak --attack posterior_mmd", "brings back no images"),
     ],
 )
 def test_a_study_refuses_before_any_work(words: str, sentence: str) -> None:
     name, *rest = words.split()
     with pytest.raises(FedtapError, match=sentence):
         plan(name, dict(zip([word.removeprefix("--") for word in rest[::2]], rest[1::2], strict=True)))
+
+
+def test_a_scenario_about_images_refuses_an_attack_that_brings_back_none() -> None:
+    settings = plan("first_leak", {"attack": "posterior_mmd"})
+    with pytest.raises(FedtapError, match="brings back PseudoData, and first_leak is about Reconstruction"):
+        settings[0].check(settings)
 
 
 def test_a_client_that_refuses_is_quoted_once() -> None:
@@ -116,5 +121,5 @@ def test_a_study_is_deployed_on_as_many_nodes_as_it_has_clients() -> None:
     check_nodes(study, 3)
     with pytest.raises(FedtapError, match="--nodes 3"):
         check_nodes(study, 4)
-    with pytest.raises(FedtapError, match="--clients 3"):
+    with pytest.raises(FedtapError, match="--nodes 5"):
         check_nodes(plan("first_leak", {"clients": "4"})[0], 4)

@@ -277,7 +277,7 @@ def test_a_saved_leak_holds_no_private_pixel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"victims": 2000}, "victims' side of photos holds"),
+        ({"victims": 2000}, "target data of photos holds"),
         ({"batch": 200, "victims": 1, "rounds": 1}, "larger than the smallest client's data"),
         ({"alpha": 0.5}, "add --rounds"),
         ({"threat_model": "neighbour"}, "no threat_model named"),

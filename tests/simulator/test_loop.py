@@ -24,7 +24,7 @@ from fedtap.simulator.scenario import Observed, Scenario, Scored, Session, Trial
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.messages import ask, check_nodes
 from fedtap.simulator.wire.records import tensors_of
-from tests.support.playing import no_attack_runs, played, reconstructions
+from tests.support.played import no_attack_runs, play, reconstructions, untimed
 
 DRAWS, FEATURES = 5, 3
 
@@ -131,7 +131,7 @@ def leak_of(draws: torch.Tensor, clients: list[int]) -> PosteriorLeak:
 
 def test_a_scenario_leaves_rows_leak_and_page(tmp_path: Path) -> None:
     settings = (Ask(name="ask", swept=(("size", "3"),)), Ask(name="ask", size=2, swept=(("size", "2"),)))
-    rows = played(settings, tmp_path / "out", tmp_path)
+    rows = play(settings, tmp_path / "out")
     assert [(row["size"], row["client"], row["mean"]) for row in rows] == (
         [(3, 0, 0.0), (3, 1, 1.0), (3, 2, 2.0), (2, 0, 0.0), (2, 1, 1.0)]
     )
@@ -149,7 +149,7 @@ def test_a_scenario_leaves_rows_leak_and_page(tmp_path: Path) -> None:
 
 
 def test_a_client_that_fails_has_a_row_that_says_so(tmp_path: Path) -> None:
-    rows = played([Ask(name="ask", absent=1)], tmp_path / "out", tmp_path)
+    rows = play([Ask(name="ask", absent=1)], tmp_path / "out")
     assert {row["client"]: row.get("mean") for row in rows} == {0: 0.0, 1: None, 2: 2.0}
     (lost,) = (row for row in rows if row.get("error"))
     assert (lost["client"], lost["attack"]) == (1, Echo().name)
@@ -158,7 +158,7 @@ def test_a_client_that_fails_has_a_row_that_says_so(tmp_path: Path) -> None:
 
 def test_where_all_clients_are_needed_a_failure_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match="its data are lost"):
-        played([Ask(name="ask", absent=1, needs_all=True)], tmp_path / "out", tmp_path)
+        play([Ask(name="ask", absent=1, needs_all=True)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -176,31 +176,31 @@ class Tolerant(Ask):
 
 
 def test_a_leak_that_an_attack_refuses_is_a_row_where_that_is_a_result(tmp_path: Path) -> None:
-    rows = played([Tolerant(name="ask", only=0)], tmp_path / "result", tmp_path)
+    rows = play([Tolerant(name="ask", only=0)], tmp_path / "result")
     assert [(row["client"], row.get("mean")) for row in rows] == [(0, None)]
     assert "tell nothing" in rows[0]["error"]
     with pytest.raises(FedtapError, match="tell nothing"):
-        played([Ask(name="ask", only=0)], tmp_path / "mistake", tmp_path)
+        play([Ask(name="ask", only=0)], tmp_path / "mistake")
     assert not (tmp_path / "mistake").exists()
 
 
 def test_a_resumed_run_keeps_what_is_finished_and_makes_the_rest(tmp_path: Path) -> None:
     settings = (Ask(name="ask", swept=(("size", "3"),)), Ask(name="ask", size=2, swept=(("size", "2"),)))
-    before = played(settings, tmp_path / "out", tmp_path)
+    before = play(settings, tmp_path / "out")
     headings = (tmp_path / "out/report.html").read_text().count("<h2>")
     with no_attack_runs(Echo):
-        assert played(settings, tmp_path / "out", tmp_path, resume=True) == before
+        assert play(settings, tmp_path / "out", resume=True) == before
     assert (tmp_path / "out/report.html").read_text().count("<h2>") == headings
     (lost,) = (tmp_path / "out/guesses").glob("part_1-*")
     lost.unlink()
-    again = played(settings, tmp_path / "out", tmp_path, resume=True)
+    again = play(settings, tmp_path / "out", resume=True)
     assert again[:3] == before[:3]
-    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
+    assert untimed(again) == untimed(before)
     assert lost.is_file()
 
 
 def test_a_change_of_the_truth_moves_scores_and_nothing_else(tmp_path: Path) -> None:
-    honest, deceived = (played([Ask(name="ask", offset=off)], tmp_path / str(off), tmp_path) for off in (0.0, 1.0))
+    honest, deceived = (play([Ask(name="ask", offset=off)], tmp_path / str(off)) for off in (0.0, 1.0))
     assert [row["wrong"] for row in honest] == [0.0] * 3
     assert [row["wrong"] for row in deceived] == [-1.0] * 3
     ((file, one),) = reconstructions(tmp_path / "0.0").items()

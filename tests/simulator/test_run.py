@@ -25,7 +25,6 @@ from fedtap.simulator.run import device_named, run
 from fedtap.simulator.saved_leak import attack_saved
 from fedtap.simulator.scores import blind, mse, psnr
 from fedtap.simulator.wire.grid import LocalGrid
-from tests.simulator.test_report import row as row_of
 from tests.support.attack_leaks import leak_of, pictures
 from tests.support.scenes import Scene
 
@@ -106,14 +105,21 @@ def test_a_mistake_is_refused_before_anything_is_played(tmp_path: Path) -> None:
 
 
 def test_what_is_finished_is_on_the_page_before_the_rest_is_played(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    games = iter([[row_of(attack="the first game", settings="")]])
-    monkeypatch.setattr(Scene, "alone", lambda part, parts: next(games))
-    with pytest.raises(StopIteration):
-        run([BASE, dataclasses.replace(BASE)], lambda part: pytest.fail("no game is over a grid"), tmp_path,
-            device=device_named("cpu"), data_root=Path("data"))  # fmt: skip
-    assert "the first game" in (tmp_path / "report.html").read_text()
+    first = dataclasses.replace(BASE, attack="linear")
+    settings = [first, dataclasses.replace(first, seed=1)]
+
+    def grid(setting: Scene) -> LocalGrid:
+        if setting.seed:
+            raise KeyboardInterrupt
+        return LocalGrid(client_app(lambda config: tuple(settings)), 4)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, grid, tmp_path, device=device_named("cpu"), data_root=Path("data"))
+    page = (tmp_path / "report.html").read_text()
+    assert "This run is not finished" in page
+    assert "linear" in page
 
 
 def test_the_seconds_of_an_attack_are_shared_by_its_victims(tmp_path: Path) -> None:

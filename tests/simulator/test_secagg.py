@@ -20,7 +20,6 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtap.attackers.gradients.lti import LTI
 from fedtap.clients.app import client_app
 from fedtap.clients.training import sgd
 from fedtap.scenarios.command.plan import plan
@@ -233,7 +232,7 @@ def test_a_client_that_drops_out_is_named_in_its_rounds(who: str, why: str) -> N
         ({"model": "resnet20"}, r"BatchNorm \(.*\) normalises its own images alone"),
         ({"others": "noisy"}, "no kind of others named"),
         ({"threat_model": "curious_server", "others": "silent"}, "hears each client by itself"),
-        ({"defence": "noise(0.1)", "attacks": (LTI(),), "clients": 2}, "A practice pair is defended once"),
+        ({"defence": "noise(0.1)", "attack": "lti", "clients": 2}, "An auxiliary pair is defended once"),
     ],
 )
 def test_what_cannot_be_summed_is_refused(change: dict[str, Any], said: str) -> None:

@@ -42,9 +42,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         "--attack",
         "ridge,training_mean",
     ),
-    "study": ("run", "attention", "--victims", "2", "--heads", "1,2", "--n", "3", "--d", "4"),
+    "attention": ("run", "attention", "--victims", "2", "--heads", "1,2", "--n", "3", "--d", "4"),
 }
-"""By name, a command line; the last one is a study, which is run again."""
+"""By name, a command line."""
 
 TIMINGS = ("seconds", "fit_seconds", "overhead")
 
@@ -136,7 +136,7 @@ def moment(name: str, out: Path, draw: random.Random, seconds: float, writes: in
         if not ended(child):
             kill(child)
         said = f"{share:.0%} of its time"
-    again = name == "study" or draw.random() < 0.25
+    again = draw.random() < 0.25
     if result := code(start(RUNS[name], out, *([] if again else ["--resume"]))):
         raise AssertionError(f"exit code {result}: {out.with_suffix('.log').read_text()[-500:]}")
     return f"{name}, killed at {said}, {'run again' if again else 'resumed'}"

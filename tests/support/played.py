@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
 
 from fedtap.clients.app import client_app
 from fedtap.scenarios.command.main import main
+from fedtap.scenarios.command.plan import plan
+from fedtap.simulator.attack import Attack
 from fedtap.simulator.run import run
 from fedtap.simulator.scenario import Row, Scenario
 from fedtap.simulator.wire.grid import LocalGrid
@@ -54,14 +58,16 @@ def play(
     nodes: int | None = None,
     stop_at: int | None = None,
     resume: bool = False,
+    data_root: Path | None = None,
 ) -> list[Row]:
-    """The rows of a run of these settings, whose data lie beside its folder.
+    """The rows of a run of these settings, whose data lie beside its folder unless another one is named.
 
     Args:
         fault: what client 1 does wrong.
         nodes: of the federation; as many as are needed, where none is said.
         stop_at: the setting before which somebody presses Ctrl-C.
     """
+    root = data_root or out.parent
     begun: list[Scenario] = []
 
     def grid(setting: Scenario) -> LocalGrid:
@@ -69,9 +75,27 @@ def play(
             raise KeyboardInterrupt
         begun.append(setting)
         app = Faulty(settings, fault) if fault else client_app(lambda config: settings)
-        return LocalGrid(app, nodes or setting.nodes, {"data-root": str(out.parent)})
+        return LocalGrid(app, nodes or setting.nodes, {"data-root": str(root)})
 
-    return run(settings, grid, out, device=torch.device("cpu"), data_root=out.parent, resume=resume)
+    return run(settings, grid, out, device=torch.device("cpu"), data_root=root, resume=resume)
+
+
+def planned(name: str, options: Mapping[str, Any], out: Path, *, resume: bool = False) -> list[Row]:
+    """The rows of what these options ask for, as `play` plays it."""
+    return play(plan(name, {word: str(value) for word, value in options.items()}), out, resume=resume)
+
+
+def reconstructions(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """File -> tensors, of what a run's attacks brought back."""
+    return {file.name: load_file(file) for file in sorted((out / "guesses").iterdir())}
+
+
+@contextlib.contextmanager
+def no_attack_runs(kind: type[Attack[Any]]) -> Iterator[None]:
+    """Attacks of this kind fail the test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kind, "reconstruct", lambda *_: pytest.fail("an attack is made again"))
+        yield
 
 
 def untimed(rows: Sequence[Row]) -> list[Row]:
