@@ -1,1 +1,1 @@
-"""Who answers: honest clients and the compromised one."""
+"""Who replies to a server: honest clients, the compromised one, and those of other leaks than gradients."""

@@ -1,1 +1,1 @@
-"""The frame: what can be seen, who listens, how a federation is played, and how guesses are scored."""
+"""The frame: what can be seen, what an attack is, how a scenario is played, and how reconstructions are scored."""

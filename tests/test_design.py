@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_run_one_way(file: Path) -> None:
     room = file.relative_to(ROOT).parts[0]
-    strange = {name.split(".")[0] for name in imports(file)} & ROOMS.keys() - ROOMS[room] - {room}
+    used = {name.removeprefix("fedtap.").split(".")[0] for name in imports(file)}
+    strange = used & ROOMS.keys() - ROOMS[room] - {room}
     assert not strange, f"{room} imports {strange}"
 
 
@@ -176,3 +178,27 @@ def test_a_public_name_is_defined_in_one_file() -> None:
     twice = {name: sorted(found) for name, found in files.items() if len(found) > 1}
     assert not (new := {name: twice[name] for name in twice.keys() - SAID_TWICE}), new
     assert not (gone := SAID_TWICE - twice.keys()), f"no longer twice, so take out of SAID_TWICE: {sorted(gone)}"
+
+
+def imported(file: Path) -> set[str]:
+    """What of fedtap a file imports at its top, by the parts of its name, such as `simulator/leaks`."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedtap."):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found |= {name.removeprefix("fedtap.").replace(".", "/") for name in names}
+    return found
+
+
+def test_the_readmes_diagram_is_that_of_the_imports() -> None:
+    """Its first lines are the rooms, and the others files of the simulator; an arrow is an import at a file's top."""
+    (diagram,) = re.findall(r"```\n(scenarios +──▶ .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    drawn = {line.split()[0]: line.split("──▶ ")[1].split("   ")[0].strip() for line in diagram.splitlines() if line}
+    files = drawn.keys() - ROOMS.keys()
+    named = files | {name for text in drawn.values() for name in text.split(", ")} - {"nothing"} - ROOMS.keys()
+    for room in ROOMS:
+        rooms = {name.split("/")[0] for file in sorted((ROOT / room).rglob("*.py")) for name in imported(file)}
+        assert drawn[room] == (", ".join(sorted(rooms - {room})) or "nothing")
+    for name in files:
+        found = {one.removeprefix("simulator/") for one in imported(ROOT / f"simulator/{name}.py")}
+        assert drawn[name] == (", ".join(sorted(found & named)) or "nothing")

@@ -329,6 +329,6 @@ def test_the_readmes_way_from_a_gradient_to_a_reconstruction(tmp_path: Path, mon
     mine.gradients = captured(mine.model, torch.rand(1, 3, 32, 32), torch.tensor([4]))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mine", mine)
     names: dict[str, Any] = {}
-    exec(code[1].replace("IDLG()", "IDLG(steps=1)"), names)
+    exec(code[1].replace('"idlg"', '"idlg(steps=1)"'), names)
     assert names["found"].labels.item() == 4
     assert load(tmp_path / "leaks/mine.safetensors", build, "lenet").protocol.batch == 1
