@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedtap.simulator.errors import FedtapError, short, unknown
-from fedtap.simulator.registry import Registry
+from fedtap.simulator.registry import ATTACK_GROUP, Registry
 
 if TYPE_CHECKING:
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
 
-ATTACKS: Registry[Attack[Any]] = Registry(
-    "attack", "fedtap.attackers", "fedtap.attacks", "fedtap.simulator.attack:Attack"
-)
+ATTACKS: Registry[Attack[Any]] = Registry("attack", "fedtap.attackers", ATTACK_GROUP, "fedtap.simulator.attack:Attack")
 """Name on the command line -> attack."""
 
 _HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
@@ -68,6 +66,11 @@ def parse_saved(text: str) -> Attack[Any]:
     Raises:
         FedtapError: it does, or it is none that `parse` reads.
     """
+    if named := code_named(text):
+        raise FedtapError(
+            f"{short(named[0], 40)} is code to import, which a file may not name: give it an entry point of the group "
+            f"{ATTACK_GROUP}."
+        )
     (attack,) = parse(text, trusted=False)
     for field, value in _settings(attack):
         if isinstance(value, str) and (":" in value or field == "path"):

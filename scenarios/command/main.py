@@ -24,7 +24,7 @@ from rich.table import Table
 from fedtap.attackers import ATTACKS
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.options import pairs
-from fedtap.scenarios.command.plan import models_of, plan, scenario_named
+from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
 from fedtap.simulator.data import DATASETS
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
@@ -85,10 +85,11 @@ def run_command(
     if name.startswith("-"):
         raise FedtapError(f"The scenario comes before its options, and {name} is one: fedtap run NAME {name} VALUE.")
     if {"--help", "-h"} & set(context.args):
+        _own_code(name)
         _explain(name)
         return
     options = pairs(context.args)
-    _own_code(name)
+    _own_code(*code_in(name, shlex.join(context.args)))
     settings = plan(name, options)
     _prepared()
     from fedtap.clients.app import client_app
@@ -399,7 +400,11 @@ def _first(registry: Registry[Any], name: str) -> str:
 
 
 def _about(name: str) -> str:
-    text = ATTACKS.about(name).partition("Departs")[0]
+    """An attack's paper and the folder that it is in; the attack may not load."""
+    try:
+        text = ATTACKS.about(name).partition("Departs")[0]
+    except FedtapError as error:
+        return f"[red]{short(error)}[/red]"
     return f"{' '.join(text.split())} [dim]({ATTACKS.entries[name].room})[/dim]"
 
 
