@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import re
 import typing
@@ -99,16 +100,27 @@ def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
                 yield field.name, one
 
 
-SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "trained_weights": "stationary_mmd"}
-"""Kind of leak -> the attack that is tried where none is named; of gradients, it depends on the model."""
+def loaded() -> dict[str, type[Attack[Any]]]:
+    """Every attack that can be loaded, fedtap's own first; the kinds of leak that they are on can then be read."""
+    found: dict[str, type[Attack[Any]]] = {}
+    for name in sorted(ATTACKS, key=lambda name: ATTACKS.entries[name].file is None):
+        with contextlib.suppress(FedtapError):
+            found[name] = ATTACKS[name]
+    return found
 
 
 def suited(leak: Leak) -> str:
-    """The attack that is tried on a leak where none is named."""
-    from fedtap.simulator.models.language import LanguageModel
+    """The attack that is tried on a leak where none is named.
 
-    gradients = "dager" if isinstance(leak.network, LanguageModel) else "idlg"
-    return SUITED.get(leak.kind, gradients)
+    Raises:
+        FedtapError: no attack is meant for it.
+    """
+    for name, attack in loaded().items():
+        if attack.suits(leak):
+            return name
+    raise FedtapError(
+        f"No attack is tried on its own on a {type(leak).__name__}: name one, --attack; `fedtap list` has them."
+    )
 
 
 def _attack(node: ast.expr, own: list[str]) -> Attack:

@@ -178,6 +178,11 @@ class Attack(ABC, Generic[_Result]):
     reconstructs: ClassVar[type[Reconstructed]] = Reconstruction
     needs_weights: ClassVar[bool] = True
 
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """Whether it is the attack to try on this leak where none is named."""
+        return False
+
     @property
     def name(self) -> str:
         """Its name in rows, on pictures and on the command line: that of its file."""

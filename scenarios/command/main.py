@@ -156,7 +156,7 @@ def attack_command(
     }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
     said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
-    from fedtap.attackers import code_named, models_named, parse, suited
+    from fedtap.attackers import code_named, loaded, models_named, parse, suited
 
     _own_code(*code_named(attack))
     _prepared()
@@ -169,6 +169,7 @@ def attack_command(
 
     named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
     _own_code(model, *(name for attack in named for name in models_named(attack)))
+    loaded()  # so that the kinds of leak are known that installed packages add
     known = {name: value for name, value in said.items() if value is not None}
     found = {path.name: _read(path, model, known) for path in _leaks_in(leaks)}
 

@@ -173,7 +173,7 @@ def test_an_attack_refuses_what_it_cannot_use(name: str) -> None:
     attack = ready(quick(name), leak)
 
     class OtherLeak(Leak):
-        kind = "gradient"
+        kind = "other"
 
     with pytest.raises(FedtapError, match="works on a"):
         attack(OtherLeak(**{field.name: getattr(leak, field.name) for field in dataclasses.fields(leak)}))
