@@ -22,10 +22,10 @@ ATTACKS: Registry[Attack[Any]] = Registry("attack", "fedtap.attackers", ATTACK_G
 
 _HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 
-OWN = "own_package_"
+_OWN = "own_package_"
 """What an attack of a user's own package is called while its text is parsed."""
 
-CODE = re.compile(r"(?<![\w'\"./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_CODE = re.compile(r"(?<![\w'\"./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """`package.module:Class`, outside quotes as far as can be told."""
 
 
@@ -43,10 +43,10 @@ def parse(text: str, trusted: bool = True) -> tuple[Attack, ...]:
 
     def kept(found: re.Match[str]) -> str:  # `package.module:Class` is no expression, and stands for one
         own.append(found[0])
-        return f"{OWN}{len(own) - 1}"
+        return f"{_OWN}{len(own) - 1}"
 
     try:
-        tree = ast.parse(f"({CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
+        tree = ast.parse(f"({_CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {_HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
@@ -128,7 +128,7 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
     if not isinstance(call.func, ast.Name):
         raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {_HOW}.")
     name = call.func.id
-    kind = ATTACKS.own(own[int(name[len(OWN) :])]) if name.startswith(OWN) else ATTACKS[name]
+    kind = ATTACKS.own(own[int(name[len(_OWN) :])]) if name.startswith(_OWN) else ATTACKS[name]
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if len(call.args) > len(fields):
@@ -174,4 +174,4 @@ def _said(node: ast.expr) -> str:
 
 def code_named(text: str) -> list[str]:
     """The classes of users' own packages that an attack's text names, which parsing it would import."""
-    return CODE.findall(text)
+    return _CODE.findall(text)

@@ -235,7 +235,7 @@ def main() -> None:
             raise unknown("command or scenario", words[0], (*COMMANDS, *SCENARIOS))
         cli(words, prog_name="fedtap")
     except FedtapError as error:
-        _complain(short(error, LONGEST))
+        _complain(short(error, _LONGEST))
         raise SystemExit(error.code) from None
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other
         stopped = isinstance(end, KeyboardInterrupt) or end.code == Stopped.code
@@ -252,7 +252,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-LONGEST = 290
+_LONGEST = 290
 """Characters of a sentence on standard error."""
 
 MACHINES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
@@ -360,12 +360,12 @@ def _explain(name: str) -> None:
             values = ",".join(map(str, option.values))
             table.add_row(f"{option.flag} {kind}", values or "(as the scenario says)", option.option.help)
     table.add_row("[bold]output[/bold]")
-    for flag, default, help in OUTPUT:
+    for flag, default, help in _OUTPUT:
         table.add_row(flag, default, help)
     console.print(table)
 
 
-OUTPUT = (
+_OUTPUT = (
     ("--out DIR", "runs/NAME", "folder for what the run leaves"),
     ("--data-root DIR", "data", "folder that holds the data sets"),
     ("--device cpu|cuda|cuda:N", "cuda if there is one", "where attacks run"),

@@ -29,7 +29,7 @@ WRAPPED = (14, 10)
 SENTENCE = 60
 """Letters from which on the page gives a cell the width of a sentence."""
 
-FEW = 8
+_FEW = 8
 """Rows that need no summary."""
 
 NONE = "–"
@@ -144,7 +144,7 @@ def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], li
     groups = grouped(rows, (*chosen, *(column for column in columns if column.over == "same")))
     shown = [column for column in (*chosen, *columns) if column.over not in ("rows", "hidden")]
     if not any(column.over == "group" for column in columns):
-        if len(rows) <= FEW or 2 * len(groups) > len(rows) or all(column.over == "same" for column in shown):
+        if len(rows) <= _FEW or 2 * len(groups) > len(rows) or all(column.over == "same" for column in shown):
             return [], shown
         at = next((place for place, column in enumerate(shown) if column.over != "same"), len(shown))
         shown.insert(at, Column("rows", "over how many rows numbers are medians, and yes and no are shares", of=len))

@@ -133,7 +133,7 @@ def _blind(rows: Group) -> float | None:
 
 BLIND = Column("psnr_blind", "PSNR of a blind guess, dB", "blind", ".1f", of=_blind)
 
-COLUMNS = (
+_COLUMNS = (
     Column("n", "victims", of=lambda rows: len({(row["client"], row["round"], row["seed"]) for row in rows})),
     *map(_got, WHO),
     BLIND,
@@ -150,7 +150,7 @@ def compared(rows: Group) -> tuple[list[list[Row]], list[Column]]:
     if any("success" in row for row in rows) or len({row["defence"] for row in scored}) < 2:
         return [], []
     varying = [name for name in WHERE if len({str(row.get(name)) for row in scored}) > 1]
-    return grouped(scored, [*map(setting, ("defence", *WHERE))]), [*map(setting, ("defence", *varying)), *COLUMNS]
+    return grouped(scored, [*map(setting, ("defence", *WHERE))]), [*map(setting, ("defence", *varying)), *_COLUMNS]
 
 
 def table(rows: Group) -> Table | None:
