@@ -99,7 +99,7 @@ CONVENTIONS = ("low", "high", "loss", "reduction", "optimiser", "momentum", "nes
 
 
 @dataclass(frozen=True)
-class Range:
+class PixelRange:
     """A forward pre-hook: pixels in [0, 1] become what the model is fed. One number, or one a channel."""
 
     low: tuple[float, ...]
@@ -111,27 +111,27 @@ class Range:
         return (low + (high - low) * pixels, *rest)
 
     @staticmethod
-    def of(protocol: Protocol) -> Range:
+    def of(protocol: Protocol) -> PixelRange:
         """The protocol's."""
         low, high = (end if isinstance(end, tuple) else (end,) for end in (protocol.low, protocol.high))
-        return Range(low, high)
+        return PixelRange(low, high)
 
 
-PIXELS = Range((0.0,), (1.0,))
+PIXELS = PixelRange((0.0,), (1.0,))
 """Range of a model that takes pixels in [0, 1] as they are."""
 
 
 def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
     """The network as a function of pixels: itself, or a copy that scales them first, with the same parameter names."""
-    wanted = Range.of(protocol)
-    there = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, Range)]
+    wanted = PixelRange.of(protocol)
+    there = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, PixelRange)]
     if (there or [PIXELS]) == [wanted]:
         return network
     copies = _FED.setdefault(network, {})
     if wanted not in copies:
         copied = copy.deepcopy(network)
         for number, hook in list(copied._forward_pre_hooks.items()):
-            if isinstance(hook, Range):
+            if isinstance(hook, PixelRange):
                 del copied._forward_pre_hooks[number]
         if wanted != PIXELS:
             copied.register_forward_pre_hook(wanted, prepend=True)
@@ -139,7 +139,7 @@ def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
     return copies[wanted]
 
 
-_FED: WeakKeyDictionary[nn.Module, dict[Range, nn.Module]] = WeakKeyDictionary()
+_FED: WeakKeyDictionary[nn.Module, dict[PixelRange, nn.Module]] = WeakKeyDictionary()
 
 
 MODEL_GROUPS = ("weights/", "buffers/")
@@ -677,7 +677,7 @@ def _sound(protocol: Protocol, resolution: float) -> None:
     for name, known in CHOICES.items():
         if getattr(protocol, name) not in known:
             raise ValueError(f"{name} is {' or '.join(known)}")
-    ends, channels = Range.of(protocol), protocol.shape[0]
+    ends, channels = PixelRange.of(protocol), protocol.shape[0]
     if any(len(end) not in (1, channels) or not all(map(_number, end)) for end in (ends.low, ends.high)):
         raise ValueError("low and high are numbers, one or one for each channel")
     low, high = (end * channels if len(end) == 1 else end for end in (ends.low, ends.high))

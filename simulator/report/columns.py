@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeAlias
 from rich.table import Table
 from rich.text import Text
 
-Row: TypeAlias = Mapping[str, Any]
-Group: TypeAlias = Sequence[Row]
+AnyRow: TypeAlias = Mapping[str, Any]
+Group: TypeAlias = Sequence[AnyRow]
 
 WIDTH, MOST_ROWS = 80, 60
 """Of a terminal's table, in letters and in lines; the page has every column and row."""
@@ -126,16 +126,16 @@ def settings(rows: Group, columns: Sequence[Column]) -> list[Column]:
     return [setting(name) for name in names if len(told[name]) > 1]
 
 
-def grouped(rows: Group, columns: Iterable[Column]) -> list[list[Row]]:
+def grouped(rows: Group, columns: Iterable[Column]) -> list[list[AnyRow]]:
     """Rows that are the same in all of these columns, in the order of the first of them."""
     keys = list(columns)
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[AnyRow]] = {}
     for row in rows:
         groups.setdefault(tuple(column.cell([row]) for column in keys), []).append(row)
     return list(groups.values())
 
 
-def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], list[Column]]:
+def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[AnyRow]], list[Column]]:
     """Rows that differ in who was attacked, when and under which seed alone, in groups; and the columns over them.
 
     No groups where few rows repeat each other, unless a column counts over groups.
@@ -151,7 +151,7 @@ def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], li
     return groups, shown
 
 
-def single(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], list[Column]]:
+def single(rows: Group, columns: Sequence[Column]) -> tuple[list[list[AnyRow]], list[Column]]:
     """Every row as a group of its own; and the columns over them."""
     shown = [column for column in columns if column.over not in ("group", "hidden")]
     return [[row] for row in rows], settings(rows, columns) + shown

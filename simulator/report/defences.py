@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from fedtap.simulator.report.charts import Panel, Series, chart
-from fedtap.simulator.report.columns import Column, Group, Row, grouped, legend, listing, setting, terminal
+from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, legend, listing, setting, terminal
 from fedtap.simulator.report.outcomes import Outcome, median, outcome, psnrs
 
 PLAIN, ADAPTIVE, UPPER = "plain", "adaptive", "best by score"
@@ -102,7 +102,7 @@ def games_chart(rows: Group) -> str:
 def attackers(rows: Group) -> dict[str, tuple[float, Outcome]]:
     """Who attacks (WHO) -> median PSNR over images in dB, and what came back."""
     found: dict[str, tuple[float, Outcome]] = {}
-    best: dict[tuple[Any, ...], Row] = {}
+    best: dict[tuple[Any, ...], AnyRow] = {}
     for some in grouped(rows, [setting("attack")]):  # where an attack gave no number, it is as good as blind
         some = [
             row if row["psnr"] is not None else {**row, "psnr": row["psnr_blind"], "psnr_images": None} for row in some
@@ -144,7 +144,7 @@ _COLUMNS = (
 )
 
 
-def compared(rows: Group) -> tuple[list[list[Row]], list[Column]]:
+def compared(rows: Group) -> tuple[list[list[AnyRow]], list[Column]]:
     """The rows of each defence and setting, and the columns; no rows unless they are about what defences cost."""
     scored = [row for row in rows if row.get("psnr_blind") is not None and "adaptive" in row]
     if any("success" in row for row in rows) or len({row["defence"] for row in scored}) < 2:

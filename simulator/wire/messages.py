@@ -19,7 +19,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Overheard:
     """An order and its answer, as the tap heard them."""
 
     client: int
@@ -44,7 +44,7 @@ def ask(
     part: int,
     tell: Callable[[int], RecordDict] | None = None,
     failed: dict[int, str] | None = None,
-) -> list[Exchange]:
+) -> list[Overheard]:
     """Send an order to every node, and overhear the answers, in the order of the clients' partitions.
 
     Args:
@@ -57,7 +57,7 @@ def ask(
     Raises:
         ClientError: a client fails, and the study needs all of them, or there is no answer at all.
     """
-    heard: dict[int, Exchange] = {}
+    heard: dict[int, Overheard] = {}
     reasons: dict[int, object] = {}
     who = call(grid)
 
@@ -74,7 +74,7 @@ def ask(
         except FedtapError as error:
             reasons[client] = f"FedtapError: {error}"
             return
-        heard[client] = Exchange(client, order.content, answer.content)
+        heard[client] = Overheard(client, order.content, answer.content)
 
     orders = []
     for client, node in who.nodes.items():
@@ -107,7 +107,7 @@ def without(reasons: Mapping[int, object], failed: dict[int, str] | None, left: 
 
 
 def read(
-    heard: Sequence[Exchange], make: Callable[[Exchange], _Made], failed: dict[int, str] | None = None
+    heard: Sequence[Overheard], make: Callable[[Overheard], _Made], failed: dict[int, str] | None = None
 ) -> list[_Made]:
     """What `make` gives for each exchange; a client of which it gives nothing has failed, as in `ask`.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtap.simulator.leaks import Leak
-    from fedtap.simulator.wire.messages import Exchange
+    from fedtap.simulator.wire.messages import Overheard
 
 FEATURES = 3
 
@@ -78,7 +78,7 @@ class Moments(Attacked):
         leak = stack(read(heard, self._leak, failed))
         return Observed(leak, {(client, 1): why for client, why in sorted(failed.items())})
 
-    def _leak(self, heard: Exchange) -> Leak:
+    def _leak(self, heard: Overheard) -> Leak:
         import torch
         from torch import nn
 
