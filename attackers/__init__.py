@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import re
 import typing
@@ -10,26 +11,24 @@ from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedtap.simulator.errors import FedtapError, short, unknown
-from fedtap.simulator.registry import Registry
+from fedtap.simulator.registry import ATTACK_GROUP, Registry
 
 if TYPE_CHECKING:
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
 
-ATTACKS: Registry[Attack[Any]] = Registry(
-    "attack", "fedtap.attackers", "fedtap.attacks", "fedtap.simulator.attack:Attack"
-)
+ATTACKS: Registry[Attack[Any]] = Registry("attack", "fedtap.attackers", ATTACK_GROUP, "fedtap.simulator.attack:Attack")
 """Name on the command line -> attack."""
 
 _HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 
-FORMER = {"panel": "best_of", "aware": "adaptive"}
+_FORMER = {"panel": "best_of", "aware": "adaptive"}
 """Attacks and their fields of fedtap 0.1, and what they are called now."""
 
-OWN = "own_package_"
+_OWN = "own_package_"
 """What an attack of a user's own package is called while its text is parsed."""
 
-CODE = re.compile(r"(?<![\w'\"./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_CODE = re.compile(r"(?<![\w'\"./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """`package.module:Class`, outside quotes as far as can be told."""
 
 
@@ -47,10 +46,10 @@ def parse(text: str, trusted: bool = True) -> tuple[Attack, ...]:
 
     def kept(found: re.Match[str]) -> str:  # `package.module:Class` is no expression, and stands for one
         own.append(found[0])
-        return f"{OWN}{len(own) - 1}"
+        return f"{_OWN}{len(own) - 1}"
 
     try:
-        tree = ast.parse(f"({CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
+        tree = ast.parse(f"({_CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {_HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
@@ -71,6 +70,11 @@ def parse_saved(text: str) -> Attack[Any]:
     Raises:
         FedtapError: it does, or it is none that `parse` reads.
     """
+    if named := code_named(text):
+        raise FedtapError(
+            f"{short(named[0], 40)} is code to import, which a file may not name: give it an entry point of the group "
+            f"{ATTACK_GROUP}."
+        )
     (attack,) = parse(text, trusted=False)
     for field, value in _settings(attack):
         if isinstance(value, str) and (":" in value or field == "path"):
@@ -99,16 +103,27 @@ def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:
                 yield field.name, one
 
 
-SUITED = {"posterior": "posterior_mmd", "attention": "attention_newton", "trained_weights": "stationary_mmd"}
-"""Kind of leak -> the attack that is tried where none is named; of gradients, it depends on the model."""
+def loaded() -> dict[str, type[Attack[Any]]]:
+    """Every attack that can be loaded, fedtap's own first; the kinds of leak that they are on can then be read."""
+    found: dict[str, type[Attack[Any]]] = {}
+    for name in sorted(ATTACKS, key=lambda name: ATTACKS.entries[name].file is None):
+        with contextlib.suppress(FedtapError):
+            found[name] = ATTACKS[name]
+    return found
 
 
 def suited(leak: Leak) -> str:
-    """The attack that is tried on a leak where none is named."""
-    from fedtap.simulator.models.language import LanguageModel
+    """The attack that is tried on a leak where none is named.
 
-    gradients = "dager" if isinstance(leak.network, LanguageModel) else "idlg"
-    return SUITED.get(leak.kind, gradients)
+    Raises:
+        FedtapError: no attack is meant for it.
+    """
+    for name, attack in loaded().items():
+        if attack.suits(leak):
+            return name
+    raise FedtapError(
+        f"No attack is tried on its own on a {type(leak).__name__}: name one, --attack; `fedtap list` has them."
+    )
 
 
 def _attack(node: ast.expr, own: list[str]) -> Attack:
@@ -117,7 +132,7 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
         raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {_HOW}.")
     name = call.func.id
     _refuse_former(name, ATTACKS)
-    kind = ATTACKS.own(own[int(name[len(OWN) :])]) if name.startswith(OWN) else ATTACKS[name]
+    kind = ATTACKS.own(own[int(name[len(_OWN) :])]) if name.startswith(_OWN) else ATTACKS[name]
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     if len(call.args) > len(fields):
@@ -140,8 +155,8 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
 
 
 def _refuse_former(name: str, known: Container[str]) -> None:
-    if name in FORMER and name not in known:
-        raise FedtapError(f"{name} in --attack is called {FORMER[name]} since fedtap 0.2: write that.")
+    if name in _FORMER and name not in known:
+        raise FedtapError(f"{name} in --attack is called {_FORMER[name]} since fedtap 0.2: write that.")
 
 
 def _value(node: ast.expr, kind: Any, own: list[str]) -> Any:
@@ -169,4 +184,4 @@ def _said(node: ast.expr) -> str:
 
 def code_named(text: str) -> list[str]:
     """The classes of users' own packages that an attack's text names, which parsing it would import."""
-    return CODE.findall(text)
+    return _CODE.findall(text)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtap.clients.app import client_app
 from fedtap.clients.training import one_thread
 from fedtap.scenarios.command.options import written
-from fedtap.scenarios.command.plan import models_of, plan_of, planned
+from fedtap.scenarios.command.plan import code_in, models_of, plan_of, planned
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.models.registry import allow
 from fedtap.simulator.report.folder import place
@@ -29,7 +29,7 @@ server = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the run config's scenario over Flower's grid, and leave the same files as `fedtap run`."""
     torch.set_num_threads(1)
-    play(context.run_config, lambda setting: grid)
+    _play(context.run_config, lambda setting: grid)
 
 
 def in_process(scenario: str, options: Mapping[str, Any], run_config: UserConfig) -> list[Row]:
@@ -43,12 +43,13 @@ def in_process(scenario: str, options: Mapping[str, Any], run_config: UserConfig
         FedtapError: there is no such scenario or option, or it cannot be played.
     """
     config: UserConfig = {**run_config, "scenario": scenario, "options": written(options)}
-    allow(model for model in models_of(planned(scenario, written(options))) if ":" in model)  # the caller's own
+    allow(code_in(scenario, written(options)))  # the caller's own
+    allow(model for model in models_of(planned(scenario, written(options))) if ":" in model)
     with one_thread():
-        return play(config, lambda setting: LocalGrid(client, setting.nodes, config))
+        return _play(config, lambda setting: LocalGrid(client, setting.nodes, config))
 
 
-def play(config: UserConfig, grid_for: Callable[[Scenario], Grid]) -> list[Row]:
+def _play(config: UserConfig, grid_for: Callable[[Scenario], Grid]) -> list[Row]:
     """Play what the run config asks for, each setting over its grid.
 
     Raises:

@@ -27,7 +27,7 @@ import torch
 import typer
 
 from fedtap.scenarios.command.options import absolute, pairs, written
-from fedtap.scenarios.command.plan import models_of, plan, scenario_named
+from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.registry import OWN_MODELS, plain_name
 from fedtap.simulator.options import options_of
@@ -78,7 +78,7 @@ def flower(
     Raises:
         FedtapError: a program did not start, or the run failed.
     """
-    own = [model for model in models_of(plan(name, knobs)) if ":" in model]
+    own = [*code_in(name, written(knobs)), *(model for model in models_of(plan(name, knobs)) if ":" in model)]
     options = written(absolute(options_of(scenario_named(name)), knobs))
     before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:

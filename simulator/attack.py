@@ -33,6 +33,7 @@ from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak
+from fedtap.simulator.registry import ATTACK_GROUP, called
 
 TRAINED_FORMAT = 2
 """Version of the saved form of a trained attack; a reader refuses any other."""
@@ -177,6 +178,11 @@ class Attack(ABC, Generic[_Result]):
     reconstructs: ClassVar[type[Reconstructed]] = Reconstruction
     needs_weights: ClassVar[bool] = True
 
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """Whether it is the attack to try on this leak where none is named."""
+        return False
+
     @property
     def name(self) -> str:
         """Its name in rows, on pictures and on the command line: that of its file."""
@@ -200,7 +206,7 @@ class Attack(ABC, Generic[_Result]):
             made = known.default_factory
             if value != (known.default if made is dataclasses.MISSING else made()):
                 said.append(f"{known.name}={value.written() if isinstance(value, Attack) else repr(value)}")
-        name = type(self).__module__.rpartition(".")[2]
+        name = called(type(self), ATTACK_GROUP)
         return f"{name}({', '.join(said)})" if said else name
 
     @property

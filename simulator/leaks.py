@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -99,7 +99,7 @@ CONVENTIONS = ("low", "high", "loss", "reduction", "optimiser", "momentum", "nes
 
 
 @dataclass(frozen=True)
-class Range:
+class PixelRange:
     """A forward pre-hook: pixels in [0, 1] become what the model is fed. One number, or one a channel."""
 
     low: tuple[float, ...]
@@ -111,27 +111,27 @@ class Range:
         return (low + (high - low) * pixels, *rest)
 
     @staticmethod
-    def of(protocol: Protocol) -> Range:
+    def of(protocol: Protocol) -> PixelRange:
         """The protocol's."""
         low, high = (end if isinstance(end, tuple) else (end,) for end in (protocol.low, protocol.high))
-        return Range(low, high)
+        return PixelRange(low, high)
 
 
-PIXELS = Range((0.0,), (1.0,))
+PIXELS = PixelRange((0.0,), (1.0,))
 """Range of a model that takes pixels in [0, 1] as they are."""
 
 
 def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
     """The network as a function of pixels: itself, or a copy that scales them first, with the same parameter names."""
-    wanted = Range.of(protocol)
-    there = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, Range)]
+    wanted = PixelRange.of(protocol)
+    there = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, PixelRange)]
     if (there or [PIXELS]) == [wanted]:
         return network
     copies = _FED.setdefault(network, {})
     if wanted not in copies:
         copied = copy.deepcopy(network)
         for number, hook in list(copied._forward_pre_hooks.items()):
-            if isinstance(hook, Range):
+            if isinstance(hook, PixelRange):
                 del copied._forward_pre_hooks[number]
         if wanted != PIXELS:
             copied.register_forward_pre_hook(wanted, prepend=True)
@@ -139,14 +139,25 @@ def fed(network: nn.Module, protocol: Protocol) -> nn.Module:
     return copies[wanted]
 
 
-_FED: WeakKeyDictionary[nn.Module, dict[Range, nn.Module]] = WeakKeyDictionary()
+_FED: WeakKeyDictionary[nn.Module, dict[PixelRange, nn.Module]] = WeakKeyDictionary()
+
+
+MODEL_GROUPS = ("weights/", "buffers/")
+"""Groups of tensors in a saved leak beside that of its kind."""
+
+KINDS: dict[str, type[Leak]] = {}
+"""Kind -> class, of all that have been imported: a subclass of `Leak` is entered by its definition."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A stack of replies, one victim an entry."""
+    """A stack of replies, one victim an entry.
+
+    A subclass says its `kind`, and what one victim sends (`sent`) where that is no tensor for each parameter.
+    """
 
     kind: ClassVar[str]
+    """As saved leaks name it."""
     precise: ClassVar[bool] = False
     """Whether a saved leak stays in double precision; all else is read as float32, which the weights have."""
 
@@ -173,8 +184,29 @@ class Leak:
     examples: Int[Tensor, "victims"] | None = None
     """Number of examples that each victim reports (`num-examples`); None where it was not observed."""
 
+    def __init_subclass__(cls) -> None:
+        if "kind" not in vars(cls):
+            return
+        if not cls.kind.isidentifier() or f"{cls.kind}/" in MODEL_GROUPS:
+            raise FedtapError(
+                f"{cls.__name__} calls its kind of leak {short(repr(cls.kind))}, which its tensors have before their "
+                "names in a file: give it one word, and neither weights nor buffers."
+            )
+        known = KINDS.setdefault(cls.kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise FedtapError(
+                f"{cls.__name__} calls its kind of leak {short(cls.kind)}, and so does {known.__name__} in "
+                f"{short(known.__module__)}: give it another name."
+            )
+        KINDS[cls.kind] = cls  # a module may be imported anew
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "network", fed(self.network, self.protocol))
+
+    @classmethod
+    def architecture(cls, protocol: Protocol, build: Callable[[str, tuple[int, ...], int], nn.Module]) -> nn.Module:
+        """The network of a saved leak: the protocol's model. A kind of leak without one gives nn.Identity()."""
+        return build(protocol.model, protocol.shape, protocol.classes)
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -355,19 +387,11 @@ class TrainedWeightsLeak(Leak):
 FORMER_KINDS = {"stationary": "trained_weights"}
 """Kinds of leak that had other names in saved files, whose tensors then have the former name before them."""
 
-KINDS: dict[str, type[Leak]] = {
-    kind.kind: kind for kind in (GradientLeak, UpdateLeak, PosteriorLeak, AttentionLeak, TrainedWeightsLeak)
-}
-
-
 VICTIM_NAMES = ("clients", "rounds", "restarts")
 """Tensors of a saved leak that name its victims."""
 
 EXAMPLE_COUNTS = "examples"
 """A tensor that a saved leak may have beside `VICTIM_NAMES`."""
-
-MODEL_GROUPS = ("weights/", "buffers/")
-"""Groups of tensors in a saved leak beside that of its kind."""
 
 NO_VICTIMS = {(), (0,)}
 """Shapes of names that hold no victim."""
@@ -460,8 +484,13 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
                 f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT}: save it "
                 "again."
             )
-        written = about["kind"]
-        kind = KINDS[FORMER_KINDS.get(written, written)]
+        written = str(about["kind"])
+        kind = KINDS.get(FORMER_KINDS.get(written, written))
+        if kind is None:
+            raise FedtapError(
+                f"{short(beside, 100)} says that it is a leak of the kind {short(written)!r}, and none of the attacks "
+                "here is on those: name one of a package of your own, --attack module:Class."
+            )
         protocol = protocol_of(about["protocol"])
         stacked, resolution = about["stacked"], float(about["resolution"])
         if type(stacked) is not bool:
@@ -510,7 +539,7 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
     leak = kind(
         observed=group(f"{written}/"),
         protocol=protocol,
-        network=build(protocol.model, protocol.shape, protocol.classes),
+        network=kind.architecture(protocol, build),
         weights=group("weights/") or None,
         buffers=group("buffers/"),
         clients=tensors["clients"],
@@ -648,7 +677,7 @@ def _sound(protocol: Protocol, resolution: float) -> None:
     for name, known in CHOICES.items():
         if getattr(protocol, name) not in known:
             raise ValueError(f"{name} is {' or '.join(known)}")
-    ends, channels = Range.of(protocol), protocol.shape[0]
+    ends, channels = PixelRange.of(protocol), protocol.shape[0]
     if any(len(end) not in (1, channels) or not all(map(_number, end)) for end in (ends.low, ends.high)):
         raise ValueError("low and high are numbers, one or one for each channel")
     low, high = (end * channels if len(end) == 1 else end for end in (ends.low, ends.high))
@@ -715,7 +744,7 @@ def _same_names(found: Tensors, wanted: Mapping[str, Any], what: str, model: str
 def _shaped(found: Tensor, wanted: tuple[int, ...], name: str, model: str) -> None:
     if not found.is_floating_point():
         raise FedtapError(
-            f"{short(name)} of the leak is {found.dtype}, and gradients are floating point: save it as float32."
+            f"{short(name)} of the leak is {found.dtype}, and a leak is floating point: save it as float32."
         )
     if tuple(found.shape) != wanted:
         raise FedtapError(

@@ -23,6 +23,9 @@ from fedtap.simulator.errors import FedtapError, short, unknown
 
 Kind = TypeVar("Kind")
 
+ATTACK_GROUP = "fedtap.attacks"
+"""The entry point group by which installed packages add attacks."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -86,7 +89,13 @@ class Registry(Mapping[str, type[Kind]], Generic[Kind]):
         """
         if name not in self.entries:
             raise unknown(self.kind, name, self.entries)
-        return self._load(name, self.entries[name])
+        entry = self.entries[name]
+        if entry.module.rpartition(".")[2] != name:  # rows, pictures and files call it by its module
+            raise FedtapError(
+                f"The entry point {short(name)} of {self.group} names a class in {short(entry.module)}, and rows call "
+                f"each {self.kind} by its file: rename the entry point or the file, so that they agree."
+            )
+        return self._load(name, entry)
 
     def own(self, name: str) -> type[Kind]:
         """The class that `module:Class` names, of a package on the path.
@@ -127,6 +136,17 @@ class Registry(Mapping[str, type[Kind]], Generic[Kind]):
                 f"{short(name)} is no {self.kind}: {self.kind}s are subclasses of {base} in {module}; name one of them."
             )
         return found
+
+
+def called(kind: type, group: str) -> str:
+    """How a class is named where a person chooses one: by its file, as the registry of this group has it; or, where it
+    is of a package that is not installed with an entry point, `module:Class`."""
+    module, name = kind.__module__, kind.__module__.rpartition(".")[2]
+    if module.partition(".")[0] == __package__.partition(".")[0] or any(
+        (point.name, point.module) == (name, module) for point in entry_points(group=group)
+    ):
+        return name
+    return f"{module}:{kind.__qualname__}"
 
 
 CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)

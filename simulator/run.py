@@ -25,7 +25,7 @@ from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Name, Observed, Row, Scenario, Scored, Session, Trial
 from fedtap.simulator.wire.soundness import doubts, unexplained, warned
 
-PICTURES = 16
+_PICTURES = 16
 """Victims whose pictures a page shows, at most."""
 
 
@@ -236,7 +236,7 @@ class _Run:
             if key in self.pictures:
                 self.pictures[key].guesses.update(picture.guesses)
                 self.pictures[key].levels.update(picture.levels)
-            elif len(self.pictures) < PICTURES:
+            elif len(self.pictures) < _PICTURES:
                 self.pictures[key] = picture
         said = [f"{name.replace('_', ' ')} {value}" for name, value in setting.swept]
         where = ", ".join(said + [label] * (len(setting.attacks) > 1))

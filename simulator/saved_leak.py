@@ -23,7 +23,7 @@ from fedtap.simulator.run import doubts_of, environment, finite, hyperparameters
 from fedtap.simulator.scenario import Row
 from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED
 
-PICTURES = 8
+_PICTURES = 8
 """Victims whose pictures are shown, at most."""
 
 ATTACK = "attack"
@@ -114,7 +114,7 @@ def attack_saved(
                 folder.write(file, png(guess.images[victim]))
                 row |= {"picture": file}
                 key = (name, victim)
-                if key not in pictures and len(pictures) < PICTURES:
+                if key not in pictures and len(pictures) < _PICTURES:
                     title = f"client {client}, round {rnd}"
                     pictures[key] = Picture(f"{name}, {title}" if many else title, None, {}, None)
                 if key in pictures:
@@ -144,7 +144,7 @@ def attack_saved(
     return folder.rows
 
 
-FOUND = (
+_FOUND = (
     Column("objective", "the attack's own, lower is better", over="rows"),
     Column("sum_w", "private examples that the points stand for", over="rows"),
     Column("seconds", "for each victim", over="rows"),
@@ -160,7 +160,7 @@ FOUND = (
 
 def columns_of_found(rows: Sequence[Row]) -> tuple[Column, ...]:
     """A column for each value that attacks on saved leaks gave, whatever they reconstruct; an error stands last."""
-    known = {column.name: column for column in FOUND}
+    known = {column.name: column for column in _FOUND}
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
     return (*(known.get(name, Column(name, over="rows")) for name in names), known["error"])
 

@@ -36,9 +36,6 @@ Setting = TypeVar("Setting", bound="Scenario")
 Row = dict[str, Any]
 """One victim under one attack; the README lists the columns."""
 
-HIDDEN = ("fit_seconds", "pairs", "objective", "unexplained", "strongest", "round")
-"""Of what the loop measures, what tables leave out."""
-
 EVERY_ROW = (
     Column("seconds", "of the attack, for each victim", form=".2g", page=True),
     Column("doubts", "what contradicts the protocol", over="rows", page=True),

@@ -65,6 +65,11 @@ class AttentionNewton(Attack[Inputs]):
     restarts: int = 1
     """Starting points of each victim."""
 
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """Any attention block's output."""
+        return isinstance(leak, AttentionLeak)
+
     def __post_init__(self) -> None:
         check_fields(self, steps=1, restarts=1)
 

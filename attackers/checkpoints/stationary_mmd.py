@@ -83,6 +83,11 @@ class StationaryMMD(Attack[PseudoData]):
     inputs: int = 400
     """Made-up inputs, drawn from N(0, 1), whose gradients whiten the residual, at least."""
 
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """Any trained model's weights."""
+        return isinstance(leak, TrainedWeightsLeak)
+
     def __post_init__(self) -> None:
         check_fields(self, restarts=1, rounds=1, steps=1, surplus=1, inputs=2)
 

@@ -18,7 +18,8 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.simulator.attack import Attack, Images, Reconstruction
 from fedtap.simulator.defences.defence import Defence
-from fedtap.simulator.leaks import Leak
+from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
+from fedtap.simulator.models.language import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class IDLG(Attack):
     """Whether the matching loss runs through `torch.compile`: half a minute to start, then about twice as fast."""
     adaptive: bool = False
     """Whether the announced defence is applied to the reconstruction's gradient too, and an image prior is added."""
+
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """Gradients and updates of models on images."""
+        return isinstance(leak, GradientLeak | UpdateLeak) and not isinstance(leak.network, LanguageModel)
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, history=1)

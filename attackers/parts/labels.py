@@ -177,7 +177,7 @@ def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
         absent, present = gradients.clamp_min(0), gradients < 0
         return torch.where(present, (1 - absent.sum(1, keepdim=True)) / present.sum(1, keepdim=True), absent)
     rows = gradient[f"{prefix}weight"] * _factor(leak.protocol)
-    respond = OUTPUT[leak.protocol.loss]
+    respond = _OUTPUT[leak.protocol.loss]
     # G = d h', so h = G' d / |d|^2
     embedding = torch.einsum("vc,vcf->vf", gradients, rows) / gradients.square().sum(1, keepdim=True).clamp_min(1e-30)
     weight, bias = leak.weights[f"{prefix}weight"], leak.weights[f"{prefix}bias"]
@@ -197,7 +197,7 @@ def mean_softmax(leak: Leak) -> Float[Tensor, "victims classes"]:
     return believed
 
 
-OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
+_OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "cross_entropy": lambda logits: logits.softmax(dim=1),
     "bce": torch.sigmoid,
     "mse": lambda logits: logits,

@@ -85,6 +85,11 @@ class PosteriorMMD(Attack[PseudoData]):
     batch: int = 64
     """Draws in each step of Adam, where the likelihood has no sufficient statistics."""
 
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """Any posterior."""
+        return isinstance(leak, PosteriorLeak)
+
     def __post_init__(self) -> None:
         check_fields(self, pseudo=1, step_size=1e-9, draws=2, batch=1)
         estimator_named(self.estimator)

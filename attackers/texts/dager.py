@@ -24,7 +24,7 @@ from torch import Tensor
 from fedtap.attackers.parts.checks import check_fields, check_magnitudes
 from fedtap.simulator.attack import Attack, Tokens, generator
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import GradientLeak, Leak
+from fedtap.simulator.leaks import GradientLeak, Leak, UpdateLeak
 from fedtap.simulator.models.language import LanguageModel, TransformerBlock
 
 PAIRS_AT_ONCE = 2**14
@@ -57,6 +57,11 @@ class DAGER(Attack[Tokens]):
     """Passes over the places of an encoder's text."""
     rounds: int = 4
     """Restarts of an encoder's search, each from tokens that are in no text found so far."""
+
+    @classmethod
+    def suits(cls, leak: Leak) -> bool:
+        """What a language model learned from."""
+        return isinstance(leak, GradientLeak | UpdateLeak) and isinstance(leak.network, LanguageModel)
 
     def __post_init__(self) -> None:
         check_fields(self, closeness=1e-6, sweeps=1, rounds=1)

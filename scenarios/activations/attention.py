@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedtap.simulator.leaks import Leak
     from fedtap.simulator.models import attention as blocks
 
-MOST = 2**26
+_MOST = 2**26
 """Numbers of the embeddings, or of all attention's scores and values, at most."""
 
 
@@ -81,7 +81,7 @@ class Attention(SplitLearning):
         super().__post_init__()
         if self.vocabulary == 1:
             raise FedtapError("A vocabulary of one word leaves nothing to find: give --vocabulary 2 or more, or 0.")
-        if max(self.vocabulary * self.d, self.victims * self.heads * self.n * (self.n + self.d)) > MOST:
+        if max(self.vocabulary * self.d, self.victims * self.heads * self.n * (self.n + self.d)) > _MOST:
             raise FedtapError(
                 f"{self.victims} inputs of {self.n} tokens of width {self.d} through {self.heads} heads, of "
                 f"{self.vocabulary} words, fill gigabytes: lower --n, --d, --heads, --victims or --vocabulary."

@@ -11,10 +11,10 @@ from html import escape
 from fedtap.simulator.report.charts import GREY, Panel, Series, chart, unzipped
 from fedtap.simulator.report.columns import Column, Group, grouped, label, legend, listing, setting
 
-FOUND = 1e-6
+_FOUND = 1e-6
 """Relative error from which an input counts as found."""
 
-FEW = 10
+_FEW = 10
 """Steps that a good method needs, from a start near the input."""
 
 TAIL = (1e-7, 1e-2)
@@ -35,7 +35,7 @@ def charts(rows: Group, swept: Mapping[str, str]) -> dict[str, str]:
         swept: the settings that have several values in it.
     """
     groups = _labelled(rows, [*swept])
-    columns = [Column("", of=lambda some: next(name for name, one in groups.items() if one == some)), *COLUMNS]
+    columns = [Column("", of=lambda some: next(name for name, one in groups.items() if one == some)), *_COLUMNS]
     some = [*groups.values()]
     made = {"How often, and how fast": f"{listing(some, columns)}<p class='pale'>{escape(legend(columns, some))}</p>"}
     if any(row["path"] for row in rows):
@@ -57,8 +57,8 @@ def _labelled(rows: Group, names: Sequence[str]) -> dict[str, Group]:
 def found(rows: Group, steps: float = math.inf) -> float:
     """Share of the victims whose input was found, in at most this number of steps."""
     if steps == math.inf:
-        return statistics.fmean(row["relative_error"] <= FOUND for row in rows)
-    return statistics.fmean((reached(row["path"], FOUND) or math.inf) <= steps for row in rows)
+        return statistics.fmean(row["relative_error"] <= _FOUND for row in rows)
+    return statistics.fmean((reached(row["path"], _FOUND) or math.inf) <= steps for row in rows)
 
 
 def reached(path: Path, tolerance: float) -> int | None:
@@ -92,9 +92,9 @@ def _steps_to(tolerance: float) -> Column:
     return Column(f"to {tolerance:g}", said, of=median)
 
 
-COLUMNS = (
-    Column("found", f"relative error at most {FOUND:g}", form=".0%", of=found),
-    Column(f"in {FEW} steps", form=".0%", of=lambda rows: found(rows, FEW) if _played(rows) else None),
+_COLUMNS = (
+    Column("found", f"relative error at most {_FOUND:g}", form=".0%", of=found),
+    Column(f"in {_FEW} steps", form=".0%", of=lambda rows: found(rows, _FEW) if _played(rows) else None),
     Column("iterations", "until the attack stopped", "median steps"),
     Column("order", f"slope of log error on the log error a step before, in {TAIL[0]:g} … {TAIL[1]:g}", form=".2f",
            of=lambda rows: order(_played(rows))),
@@ -112,7 +112,7 @@ def _paths(groups: Mapping[str, Group]) -> str:
         ends = [[next(error for step, error in reversed(path) if step <= stop) for path in paths] for stop in stops]
         if paths:
             series.append(Series(name, stops, [statistics.median(errors) for errors in ends]))
-    panel = Panel("step", "relative error (median; pale: victims)", series, levels={"found": FOUND}, log=True)
+    panel = Panel("step", "relative error (median; pale: victims)", series, levels={"found": _FOUND}, log=True)
     return chart([panel], "relative error after each step")
 
 
@@ -130,5 +130,5 @@ def _against(groups: Mapping[str, Group], name: str, words: str) -> str:
         ends = [min(filter(None, ticks)), ticks[-1]]
         errors.append(Series("error = gamma", ends, ends, "dotted", color=GREY))
     panels = [Panel(words, "relative error (median, quartiles)", errors, log=True, ticks=ticks)]
-    panels += [Panel(words, f"inputs found, to {FOUND:g}", shares, share=True, ticks=ticks)]
+    panels += [Panel(words, f"inputs found, to {_FOUND:g}", shares, share=True, ticks=ticks)]
     return chart(panels, f"relative error, and inputs found, against {words}")

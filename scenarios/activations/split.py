@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
-    from fedtap.simulator.wire.messages import Exchange
+    from fedtap.simulator.wire.messages import Overheard
 
 ACTION = "query.attention"
 """Type of the messages in which the block goes out and its output comes back."""
@@ -100,7 +100,7 @@ class SplitLearning(Attacked):
         leak = stack(read(heard, lambda one: self._leak(one, bare, weights, shape), failed))
         return Observed(leak, {(client, 1): why for client, why in sorted(failed.items())})
 
-    def _leak(self, heard: Exchange, bare: nn.Module, weights: dict[str, Tensor], shape: tuple[int, int]) -> Leak:
+    def _leak(self, heard: Overheard, bare: nn.Module, weights: dict[str, Tensor], shape: tuple[int, int]) -> Leak:
         import torch
 
         from fedtap.simulator.leaks import AttentionLeak, Protocol

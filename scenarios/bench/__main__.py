@@ -21,7 +21,7 @@ from fedtap.simulator.federation.rounds import Heard, auxiliary, play
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
 
-CLIENTS, STEPS, BATCH, ROUNDS, PAIRS = 20, 10, 32, 5, 2048
+CLIENTS, STEPS, BATCH, _ROUNDS, _PAIRS = 20, 10, 32, 5, 2048
 
 
 def main() -> None:
@@ -37,20 +37,20 @@ def main() -> None:
         federation.append(seconds(lambda: _federation(scenario, private)))
         bare.append(seconds(lambda: _bare(private)))
     ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
-    print(f"{ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
+    print(f"{_ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
     print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
     fed, plain = [], []
     for _ in range(5):
         fed.append(seconds(lambda: _auxiliary(scenario, private)))
         plain.append(seconds(lambda: _one_by_one(private)))
     ratio = statistics.median(a / b for a, b in zip(plain, fed, strict=True))
-    print(f"{PAIRS} LeNet auxiliary pairs through the federation, 1 thread: {1e6 * min(fed) / PAIRS:.0f} µs a pair")
+    print(f"{_PAIRS} LeNet auxiliary pairs through the federation, 1 thread: {1e6 * min(fed) / _PAIRS:.0f} µs a pair")
     print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
     _defences(private)
     attack_ratios()
 
 
-DEFENCES = (
+_DEFENCES = (
     "clip(1.0)",
     "noise(0.01)",
     "laplace(0.01)",
@@ -76,7 +76,7 @@ def _defences(private: PrivateData) -> None:
         plain = exchange("lenet", "none", shape, classes, images, labels)
         plain()
         print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * seconds(plain):.2f} ms undefended")
-        for defence in DEFENCES:
+        for defence in _DEFENCES:
             few = SOTERIA_BATCH if "soteria" in defence and batch > 1 else batch
             model = ImageScenario(defence=defence).architecture
             done, bare = (
@@ -102,7 +102,7 @@ def _scenario(path: Path) -> ImageScenario:
         attack="",
         name="bench",
         dataset=str(path),
-        rounds=ROUNDS,
+        rounds=_ROUNDS,
         victims=1,
         clients=CLIENTS - 1,
         local_steps=STEPS,
@@ -120,15 +120,15 @@ def _auxiliary(scenario: ImageScenario, private: PrivateData) -> None:
     net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)
     arrays = ArrayRecord({name: weight.detach() for name, weight in net.named_parameters()})
     heard = Heard(arrays=arrays, nodes={private.clients: list(grid.get_node_ids())[private.clients]})
-    images, labels = private.dataset.train.batch(slice(PAIRS))
-    assert sum(map(len, auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None]))) == PAIRS
+    images, labels = private.dataset.train.batch(slice(_PAIRS))
+    assert sum(map(len, auxiliary(grid, scenario, private, heard, images[:, None], labels[:, None]))) == _PAIRS
 
 
 def _one_by_one(private: PrivateData) -> None:
     """The same gradients with nothing around them."""
     net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)
     weights = list(net.parameters())
-    images, labels = private.dataset.train.batch(slice(PAIRS))
+    images, labels = private.dataset.train.batch(slice(_PAIRS))
     found = [
         torch.autograd.grad(F.cross_entropy(net(x[None]), y[None]), weights)
         for x, y in zip(images, labels, strict=True)
@@ -140,7 +140,7 @@ def _bare(private: PrivateData) -> None:
     """The same training and averaging with nothing around it."""
     net = build("lenet", private.dataset.shape, len(private.dataset.classes), seed=1234)
     shared = {name: weight.detach().clone() for name, weight in net.named_parameters()}
-    for rnd in range(1, ROUNDS + 2):
+    for rnd in range(1, _ROUNDS + 2):
         total = {name: torch.zeros_like(weight) for name, weight in shared.items()}
         for client in range(CLIENTS):
             images, labels = private(client, rnd)

@@ -27,9 +27,9 @@ from fedtap.simulator.models.attention import Attention
 from fedtap.simulator.models.likelihoods import BayesianNetwork
 from fedtap.simulator.models.registry import build
 
-SHAPE, CLASSES = (3, 32, 32), 10
-ROUNDS = 15
-VICTIMS, FEW = 64, 4
+_SHAPE, CLASSES = (3, 32, 32), 10
+_ROUNDS = 15
+VICTIMS, _FEW = 64, 4
 """On attention; autograd's loop is timed on a few of them."""
 
 
@@ -55,7 +55,7 @@ def _attention() -> None:
             lambda attack=attack, leak=leak, start=start: [  # type: ignore[misc]
                 attack(leak[victim], start=start[victim : victim + 1]) for victim in range(VICTIMS)
             ],
-            lambda leak=leak, start=start: _by_autograd(leak[:FEW], start[:FEW]),  # type: ignore[misc]
+            lambda leak=leak, start=start: _by_autograd(leak[:_FEW], start[:_FEW]),  # type: ignore[misc]
         ]
         took: list[list[float]] = [[], [], []]
         for _ in range(3):
@@ -63,7 +63,7 @@ def _attention() -> None:
                 times.append(_seconds(contender, "cpu", repeats=1))
         once, loop, slow = (statistics.median(times) for times in took)
         label = f"{n}, {d}, {heads}"
-        print(f"{label:>12} {1e3 * once / VICTIMS:12.2f} {loop / once:11.1f}x {slow * VICTIMS / FEW / once:11.1f}x")
+        print(f"{label:>12} {1e3 * once / VICTIMS:12.2f} {loop / once:11.1f}x {slow * VICTIMS / _FEW / once:11.1f}x")
 
 
 def _attention_leak(n: int, d: int, heads: int) -> tuple[AttentionLeak, Tensor]:
@@ -109,9 +109,9 @@ def _table(device: str, hardware: str, counts: tuple[int, ...]) -> None:
 
 def _times(device: str, lanes: int) -> list[float]:
     """Milliseconds a lane of plain, vmapped and compiled: medians over rounds in which the three take turns."""
-    network = build("lenet", SHAPE, CLASSES, seed=1234).to(device)
+    network = build("lenet", _SHAPE, CLASSES, seed=1234).to(device)
     draw = torch.Generator().manual_seed(0)
-    images, guess = (torch.rand(lanes, 1, *SHAPE, generator=draw).to(device) for _ in range(2))
+    images, guess = (torch.rand(lanes, 1, *_SHAPE, generator=draw).to(device) for _ in range(2))
     labels = torch.randint(CLASSES, (lanes, 1), generator=draw).to(device)
     weights = dict(network.named_parameters())
     gradients = [
@@ -120,8 +120,8 @@ def _times(device: str, lanes: int) -> list[float]:
     ]
     leak = GradientLeak(
         observed={name: torch.stack([each[i] for each in gradients]) for i, name in enumerate(weights)},
-        protocol=Protocol(model="lenet", shape=SHAPE, classes=CLASSES, batch=1),
-        network=build("lenet", SHAPE, CLASSES),
+        protocol=Protocol(model="lenet", shape=_SHAPE, classes=CLASSES, batch=1),
+        network=build("lenet", _SHAPE, CLASSES),
         weights={name: weight.detach() for name, weight in weights.items()},
         buffers={},
         clients=torch.arange(lanes),
@@ -152,7 +152,7 @@ def _times(device: str, lanes: int) -> list[float]:
         contenders[1]()
     contenders[2]()
     took: list[list[float]] = [[], [], []]
-    for _ in range(ROUNDS):
+    for _ in range(_ROUNDS):
         for times, contender in zip(took, contenders, strict=True):
             times.append(_seconds(contender, device))
     return [1e3 * statistics.median(times) / lanes for times in took]

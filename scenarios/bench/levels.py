@@ -32,7 +32,7 @@ from fedtap.simulator.data.vision import lpips_alex
 from fedtap.simulator.leaks import GradientLeak, Protocol
 from fedtap.simulator.models.registry import build
 
-Batch = Float[Tensor, "images channel height width"]
+_Batch = Float[Tensor, "images channel height width"]
 
 GALLERY = 1000
 """Images among which a reconstruction's original has to be found, itself included."""
@@ -74,19 +74,19 @@ def auxiliary_of(dataset: Dataset, pairs: int, folder: Path) -> Auxiliary:
 
 
 @dataclass(frozen=True)
-class Made:
+class _Made:
     """Reconstructions of one kind, in the order of their originals."""
 
     kind: str
-    guess: Batch
-    truth: Batch
+    guess: _Batch
+    truth: _Batch
 
 
-def made(dataset: Dataset, each: int, first: int) -> Iterator[Made]:
+def made(dataset: Dataset, each: int, first: int) -> Iterator[_Made]:
     """Reconstructions of every kind, `each` of them, of other originals for each kind, from the `first` image on."""
     place, classes = first, len(dataset.classes)
 
-    def originals(count: int) -> tuple[Batch, Tensor]:
+    def originals(count: int) -> tuple[_Batch, Tensor]:
         nonlocal place
         index = torch.arange(place, place + count) % len(dataset.train)
         place += count
@@ -95,27 +95,27 @@ def made(dataset: Dataset, each: int, first: int) -> Iterator[Made]:
     for name in MATCHING:
         truth, labels = originals(each)
         guess = parse(name)[0](leak_of("lenet", truth[:, None], labels[:, None], classes))
-        yield Made(name, guess.images[:, 0], truth)
+        yield _Made(name, guess.images[:, 0], truth)
     for name, pairs in LEARNED:
         with tempfile.TemporaryDirectory() as folder:
             attack = parse(name)[0].fit(auxiliary_of(dataset, pairs, Path(folder)))
         truth, labels = originals(each)
         guess = attack(leak_of("lenet", truth[:, None], labels[:, None], classes))
-        yield Made(f"{name}, {pairs} pairs", guess.images[:, 0], truth)
+        yield _Made(f"{name}, {pairs} pairs", guess.images[:, 0], truth)
     for model, name, batch in BATCHED:
         truth, labels = originals(-(-each // batch) * batch)
         batches = truth.reshape(-1, batch, *truth.shape[1:])
         images = parse(name)[0](leak_of(model, batches, labels.view(-1, batch), classes)).images
         found = torch.cat([some[scores.match(some, real)] for some, real in zip(images, batches, strict=True)])
-        yield Made(f"{name}, batch {batch}", found[:each], truth[:each])
+        yield _Made(f"{name}, batch {batch}", found[:each], truth[:each])
     draw = torch.Generator().manual_seed(0)
     for sigma in NOISES:
         truth, _ = originals(each)
         noisy = truth + sigma * torch.randn(truth.shape, generator=draw)
-        yield Made(f"noise {sigma}", noisy.clamp(0, 1), truth)
+        yield _Made(f"noise {sigma}", noisy.clamp(0, 1), truth)
 
 
-def floors(dataset: Dataset, truth: Batch) -> Iterator[tuple[str, Batch]]:
+def floors(dataset: Dataset, truth: _Batch) -> Iterator[tuple[str, _Batch]]:
     """Guesses that know nothing of their original: all of them have to be nothing."""
     public = dataset.auxiliary.batch(slice(None))[0]
     yield "a blind guess", scores.blind(public).expand_as(truth)
@@ -125,7 +125,7 @@ def floors(dataset: Dataset, truth: Batch) -> Iterator[tuple[str, Batch]]:
     yield "another member of the batch", truth.roll(1, dims=0)
 
 
-def jpeg(images: Batch, quality: int) -> Batch:
+def jpeg(images: _Batch, quality: int) -> _Batch:
     """Copies as a JPEG file of this quality holds them."""
     copies = []
     for image in (images * 255).round().byte().permute(0, 2, 3, 1).numpy():
@@ -135,7 +135,7 @@ def jpeg(images: Batch, quality: int) -> Batch:
     return torch.stack(copies).float() / 255
 
 
-def features(images: Batch) -> Float[Tensor, "images features"]:
+def features(images: _Batch) -> Float[Tensor, "images features"]:
     """Vectors whose squared distance is LPIPS: unit-length features, times the root of their weight."""
     network = lpips_alex()
     layers = network.net.forward(network.scaling_layer(2 * images.clamp(0, 1).expand(-1, 3, -1, -1) - 1))  # type: ignore[operator, union-attr]
@@ -147,7 +147,7 @@ def features(images: Batch) -> Float[Tensor, "images features"]:
     return torch.cat(found, 1)
 
 
-def identified(guess: Batch, truth: Batch, others: Float[Tensor, "others features"]) -> Bool[Tensor, " images"]:
+def identified(guess: _Batch, truth: _Batch, others: Float[Tensor, "others features"]) -> Bool[Tensor, " images"]:
     """Whether each guess is nearer to its original than to any of the others."""
     seen = features(guess)
     own = (seen - features(truth)).square().sum(1)
@@ -181,7 +181,7 @@ class Judged:
         return Judged(**{name: value[which] for name, value in vars(self).items()})
 
 
-def judged(guess: Batch, truth: Batch, others: Tensor) -> Judged:
+def judged(guess: _Batch, truth: _Batch, others: Tensor) -> Judged:
     """Score guesses and try to identify them."""
     errors, ssim, lpips = scores.mse(guess, truth), scores.ssim(guess, truth), scores.lpips(guess, truth)
     return Judged(

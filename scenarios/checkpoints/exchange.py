@@ -11,7 +11,7 @@ from fedtap.scenarios.checkpoints.stationary import Case, TrainedObserved
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak, TrainedWeightsLeak, stack
 from fedtap.simulator.scenario import Session
-from fedtap.simulator.wire.messages import Exchange, ask, check_nodes, read
+from fedtap.simulator.wire.messages import Overheard, ask, check_nodes, read
 from fedtap.simulator.wire.records import tensors_of
 
 
@@ -36,7 +36,7 @@ def trained_weights(session: Session, case: Case, seed: int, failed: dict[int, s
     return TrainedObserved(sent, missing, sent=sent, left=[left for _, left in made])
 
 
-def _leak(exchange: Exchange, case: Case) -> tuple[Leak, float]:
+def _leak(exchange: Overheard, case: Case) -> tuple[Leak, float]:
     """What the client's weights are, and what it says is left of its gradient."""
     name, metrics = torch.tensor([exchange.client]), exchange.answer.metric_records["metrics"]
     examples, left = metrics["num-examples"], float(metrics["left"])  # type: ignore[arg-type]

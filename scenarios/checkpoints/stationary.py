@@ -32,7 +32,7 @@ NOISE = 0.3
 PUBLIC = 400
 """Public rows."""
 
-THREAT = (
+_THREAT = (
     "A curious server: it knows the weights that it sent, those that come back, the model, the regulariser, how many "
     "examples a client has, and how features are distributed. It needs no second exchange."
 )
@@ -152,4 +152,4 @@ class TrainedModels(Attacked):
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The server of a federation that trains once."""
-        return (THREAT,)
+        return (_THREAT,)

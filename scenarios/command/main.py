@@ -24,7 +24,7 @@ from rich.table import Table
 from fedtap.attackers import ATTACKS
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.options import pairs
-from fedtap.scenarios.command.plan import models_of, plan, scenario_named
+from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
 from fedtap.simulator.data import DATASETS
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
@@ -85,10 +85,11 @@ def run_command(
     if name.startswith("-"):
         raise FedtapError(f"The scenario comes before its options, and {name} is one: fedtap run NAME {name} VALUE.")
     if {"--help", "-h"} & set(context.args):
+        _own_code(name)
         _explain(name)
         return
     options = pairs(context.args)
-    _own_code(name)
+    _own_code(*code_in(name, shlex.join(context.args)))
     settings = plan(name, options)
     _prepared()
     from fedtap.clients.app import client_app
@@ -155,7 +156,7 @@ def attack_command(
     }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
     said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
-    from fedtap.attackers import code_named, models_named, parse, suited
+    from fedtap.attackers import code_named, loaded, models_named, parse, suited
 
     _own_code(*code_named(attack))
     _prepared()
@@ -168,6 +169,7 @@ def attack_command(
 
     named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
     _own_code(model, *(name for attack in named for name in models_named(attack)))
+    loaded()  # so that the kinds of leak are known that installed packages add
     known = {name: value for name, value in said.items() if value is not None}
     found = {path.name: _read(path, model, known) for path in _leaks_in(leaks)}
 
@@ -233,7 +235,7 @@ def main() -> None:
             raise unknown("command or scenario", words[0], (*COMMANDS, *SCENARIOS))
         cli(words, prog_name="fedtap")
     except FedtapError as error:
-        _complain(short(error, LONGEST))
+        _complain(short(error, _LONGEST))
         raise SystemExit(error.code) from None
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other
         stopped = isinstance(end, KeyboardInterrupt) or end.code == Stopped.code
@@ -250,7 +252,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-LONGEST = 290
+_LONGEST = 290
 """Characters of a sentence on standard error."""
 
 MACHINES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
@@ -354,20 +356,20 @@ def _explain(name: str) -> None:
         if options:
             table.add_row(f"[bold]{group}[/bold]")
         for option in options:
-            kind = "NAME" if option.choices else KINDS[option.type]
+            kind = "NAME" if option.choices else _KINDS[option.type]
             values = ",".join(map(str, option.values))
             about = f"{option.option.help}: {', '.join(option.choices)}" if option.choices else option.option.help
             table.add_row(f"{option.flag} {kind}", values or "(as the scenario says)", about)
     table.add_row("[bold]output[/bold]")
-    for flag, default, help in OUTPUT:
+    for flag, default, help in _OUTPUT:
         table.add_row(flag, default, help)
     console.print(table)
 
 
-KINDS = {int: "N", float: "NUMBER", str: "TEXT"}
+_KINDS = {int: "N", float: "NUMBER", str: "TEXT"}
 """What an option takes, in the help."""
 
-OUTPUT = (
+_OUTPUT = (
     ("--out DIR", "runs/NAME", "folder for what the run leaves"),
     ("--data-root DIR", "data", "folder that holds the data sets"),
     ("--device cpu|cuda|cuda:N", "cuda if there is one", "where attacks run"),
@@ -403,7 +405,11 @@ def _first(registry: Registry[Any], name: str) -> str:
 
 
 def _about(name: str) -> str:
-    text = ATTACKS.about(name).partition("Departs")[0]
+    """An attack's paper and the folder that it is in; the attack may not load."""
+    try:
+        text = ATTACKS.about(name).partition("Departs")[0]
+    except FedtapError as error:
+        return f"[red]{short(error)}[/red]"
     return f"{' '.join(text.split())} [dim]({ATTACKS.entries[name].room})[/dim]"
 
 

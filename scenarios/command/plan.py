@@ -61,7 +61,6 @@ def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
         FedtapError: as `plan` does; the run config has other keys than RUN_KEYS, or names code that this host does not
             allow.
     """
-    from fedtap.attackers import code_named
     from fedtap.simulator.models.registry import check_allowed
 
     name, options = str(config.get("scenario") or ""), str(config.get("options") or "")
@@ -72,13 +71,23 @@ def plan_of(config: UserConfig) -> tuple[Scenario, ...]:
             f"The run config has no key {short(strange[0])!r}: a scenario's options go into one string, "
             "options=\"--victims 3 --attack 'idlg(steps=20)'\"."
         )
-    attacks = pairs(split(options)).get("attack", "")
-    for code in (*([name] if ":" in name else []), *code_named(attacks)):  # a run config may come from a stranger
+    for code in code_in(name, options):  # a run config may come from a stranger
         check_allowed(code)
     settings = planned(name, options)
     for model in models_of(settings):
         check_allowed(model)
     return settings
+
+
+def code_in(name: str, options: str) -> list[str]:
+    """The classes of users' own packages that a scenario's name and its attacks' text name: planning imports them.
+
+    Args:
+        options: in one string, as on the command line.
+    """
+    from fedtap.attackers import code_named
+
+    return [*([name] if ":" in name else []), *code_named(pairs(split(options)).get("attack", ""))]
 
 
 def models_of(settings: Sequence[Scenario]) -> list[str]:

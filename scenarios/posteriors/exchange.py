@@ -11,7 +11,7 @@ from fedtap.simulator.errors import ClientError
 from fedtap.simulator.leaks import PosteriorLeak, Protocol, stack
 from fedtap.simulator.models.likelihoods import NORMAL, Likelihood, LinearRegression
 from fedtap.simulator.scenario import Session
-from fedtap.simulator.wire.messages import Exchange, ask, read
+from fedtap.simulator.wire.messages import Overheard, ask, read
 from fedtap.simulator.wire.records import tensors_of
 
 POSTERIOR = "train.posterior"
@@ -35,7 +35,7 @@ def posteriors(session: Session, model: Likelihood, prior: str) -> PosteriorLeak
     return cast(PosteriorLeak, stack(leaks))
 
 
-def _leak(model: Likelihood, prior: str, one: Exchange) -> PosteriorLeak:
+def _leak(model: Likelihood, prior: str, one: Overheard) -> PosteriorLeak:
     name = torch.tensor([one.client])
     leak = PosteriorLeak(
         observed={key: tensor[None] for key, tensor in tensors_of(one.answer.array_records["posterior"]).items()},

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MADE = 434
 """Records that are made where no file is named."""
 
-MOST = 4000
+_MOST = 4000
 """Pseudo-points, at most: two sets of them are matched one by one."""
 
 REGRESSIONS = ("linear_regression", "polynomial")
@@ -35,7 +35,7 @@ REGRESSIONS = ("linear_regression", "polynomial")
 HYPERPARAMETERS = ("pseudo", "whiten", "estimator", "optimiser", "iterations")
 """Options that are posterior_mmd's own fields, in their order there."""
 
-THREAT = (
+_THREAT = (
     "A curious server chose the model and the prior, and reads the posterior that a client replies with: draws, or "
     "mean and covariance. It is not told how many records the client has, nor of which size they are."
 )
@@ -81,7 +81,7 @@ class RegressionPosterior(Attacked):
     samples: Annotated[int, Option("draws that each client makes", 2, 10_000_000, "federation")] = 10_000
     shards: int = 1
     """Clients, each with as many of the records, or one fewer."""
-    pseudo: Annotated[int, Option("posterior_mmd's pseudo-points for each client", 2, MOST, "attack")] = 200
+    pseudo: Annotated[int, Option("posterior_mmd's pseudo-points for each client", 2, _MOST, "attack")] = 200
     whiten: str = "yes"
     estimator: str = "exact"
     optimiser: str = "gauss_newton"
@@ -244,7 +244,7 @@ class RegressionPosterior(Attacked):
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The server of a Bayesian federation."""
-        return (THREAT,)
+        return (_THREAT,)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fedtap.simulator.scenario import Row, Scored, Trial
 COURSE = 200
 """Iterations that a chart shows, at most."""
 
-TINY = 1e-9
+_TINY = 1e-9
 """A truth below which no relative error is told."""
 
 ALL = "all"
@@ -254,7 +254,7 @@ def _labels(model: Likelihood) -> tuple[str, ...]:
 
 
 def _error(value: float | None, truth: float | None) -> float | None:
-    sound = value is not None and truth is not None and abs(truth) > TINY
+    sound = value is not None and truth is not None and abs(truth) > _TINY
     return abs(float(value / truth) - 1) if sound else None  # type: ignore[operator]
 
 

@@ -84,7 +84,7 @@ def private(
     return side.ids[mine], side.labels[mine]
 
 
-def protocol_of(setting: TextGradients, corpus: Corpus) -> Protocol:
+def _protocol_of(setting: TextGradients, corpus: Corpus) -> Protocol:
     """The public terms."""
     pieces = len(corpus.vocabulary)
     sizes = {"gpt": f"(width={setting.width})", "bert": f"(vocabulary={pieces}, width={setting.width})", "minilm": ""}
@@ -100,7 +100,7 @@ def protocol_of(setting: TextGradients, corpus: Corpus) -> Protocol:
 
 def network_of(setting: TextGradients, corpus: Corpus) -> LanguageModel:
     """The model with its initial weights."""
-    protocol = protocol_of(setting, corpus)
+    protocol = _protocol_of(setting, corpus)
     return build_language(protocol.model, setting.tokens, protocol.classes, setting.weights_seed)
 
 
@@ -113,7 +113,7 @@ def play(setting: TextGradients, grid: Grid, number: int, corpus: Corpus) -> tup
     Raises:
         ClientError: no client sent one.
     """
-    net, protocol = network_of(setting, corpus), protocol_of(setting, corpus)
+    net, protocol = network_of(setting, corpus), _protocol_of(setting, corpus)
     skeleton = build_language(protocol.model, setting.tokens, protocol.classes)
     who = call(grid)
     leaks: dict[int, Leak] = {}

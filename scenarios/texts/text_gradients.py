@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
 
-MOST = 2**30
+_MOST = 2**30
 """Entries of all victims' gradients, at most; a block has 12 for each entry of width times width."""
 
 KEPT = 2**28
@@ -88,7 +88,7 @@ class TextGradients(Attacked):
             raise FedtapError(
                 f"MiniLM is 384 wide, and --width {self.width} would be another model: leave it out, or use bert."
             )
-        if self.victims * 24 * self.width**2 > MOST:
+        if self.victims * 24 * self.width**2 > _MOST:
             raise FedtapError(
                 f"{self.victims} gradients of a model of width {self.width} fill "
                 f"{self.victims * 96 * self.width**2 / 2**30:.0f} GiB: lower --victims or --width."

@@ -17,7 +17,7 @@ from fedtap.simulator.report.charts import Panel, Series, chart, unzipped
 from fedtap.simulator.report.columns import Column, Html, listing
 from fedtap.simulator.scenario import Row
 
-SHOWN = 4
+_SHOWN = 4
 """Victims, and texts of each, that the page shows."""
 
 
@@ -77,9 +77,9 @@ def table(
 ) -> str:
     """Some victims' texts beside what was read; wrong tokens are marked."""
     rows = []
-    for client, truth, ids in zip(clients, truths[:SHOWN], found, strict=False):
+    for client, truth, ids in zip(clients, truths[:_SHOWN], found, strict=False):
         matched = ids[scores.match_texts(ids, truth)]
-        for text, read in list(zip(truth.tolist(), matched.tolist(), strict=True))[:SHOWN]:
+        for text, read in list(zip(truth.tolist(), matched.tolist(), strict=True))[:_SHOWN]:
             pieces = [
                 (escape(vocabulary.pieces[token]), token == right) for token, right in zip(read, text, strict=True)
             ]

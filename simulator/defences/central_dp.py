@@ -26,7 +26,7 @@ from fedtap.simulator.defences.local_dp import check_only_weights
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Tensors
 
-TINY = 1e-18
+_TINY = 1e-18
 """Change of the weights whose square float32 rounds to zero, so that a clip of it divides by zero."""
 
 
@@ -53,7 +53,7 @@ class CentralDP(ServerDefence):
         return DifferentialPrivacyServerSideFixedClipping(strategy, self.noise_multiplier, clip, nodes)
 
     def check_change(self, change: Tensors, client: int) -> None:
-        if all(bool((tensor.abs() < TINY).all()) for tensor in change.values()):
+        if all(bool((tensor.abs() < _TINY).all()) for tensor in change.values()):
             raise FedtapError(
                 f"Client {client} sent back the weights that it was sent, and {self.name} cannot clip a change of "
                 "length 0: raise --learning-rate."

@@ -28,13 +28,7 @@ def kind_of(name: str) -> type[Defence]:
     Raises:
         FedtapError: there is none, or it is an installed package's that breaks the contract.
     """
-    kind = DEFENCES[name]
-    if kind.name != name:
-        raise FedtapError(
-            f"The installed defence {short(name)} is no Defence in a file of that name: let the entry point "
-            f"{short(name)} name the class in {short(name)}.py."
-        )
-    return _whole(kind)
+    return _whole(DEFENCES[name])
 
 
 def usage(name: str) -> str:

@@ -48,7 +48,7 @@ HELD_OUT = 2000
 PRACTICE = "query.auxiliary"
 """Message type under which the compromised client is fed public examples."""
 
-LONGEST = 260
+_LONGEST = 260
 """Characters of the reason that a row gives for a leak that is missing."""
 
 HUGE = 1e18
@@ -89,7 +89,7 @@ class Heard:
         lost = " ".join(dict.fromkeys(self.lost.get(rnd, [])))
         if not lost and self.dropped:
             lost = f"Of what came, {self.dropped} answers were dropped, since nobody had asked for them."
-        return f"client {client} did not answer{f': {short(lost, LONGEST)}' if lost else ''}"
+        return f"client {client} did not answer{f': {short(lost, _LONGEST)}' if lost else ''}"
 
 
 def clients_on(grid: Grid, scenario: Federation) -> int:
@@ -142,14 +142,14 @@ def play(
             heard.lost.setdefault(rnd, []).append(str(error))
             raise
         if answer.has_error():
-            heard.failures[client, rnd] = f"client {client} failed: {short(answer.error.reason, LONGEST)}"
+            heard.failures[client, rnd] = f"client {client} failed: {short(answer.error.reason, _LONGEST)}"
             return
         try:
             with reading(client):
                 as_expected(order.content, answer.content, client, skeleton, metrics_of(scenario), server)
                 leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
         except FedtapError as error:
-            heard.failures[client, rnd] = f"the client answered nonsense: {short(error, LONGEST)}"
+            heard.failures[client, rnd] = f"the client answered nonsense: {short(error, _LONGEST)}"
             raise
         metrics = answer.content.metric_records["metrics"]
         if private.victim(client, rnd) is not None:
@@ -166,7 +166,7 @@ def play(
         try:
             heard.leaks[0, rnd] = hearing(isolated(answers, clients, scenario.others))
         except FedtapError as error:
-            why = f"{short(' '.join(failed), LONGEST)}; so: " if failed else ""
+            why = f"{short(' '.join(failed), _LONGEST)}; so: " if failed else ""
             heard.failures[0, rnd] = f"{why}{error}"
 
     def evaluate(rnd: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -394,7 +394,7 @@ def _fed(
     order = Message(content, heard.nodes[private.clients], PRACTICE)
     answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=REPLY_TIMEOUT)
     if not answers or answers[0].has_error():
-        why = short(answers[0].error.reason, LONGEST // 2) if answers else "no answer"
+        why = short(answers[0].error.reason, _LONGEST // 2) if answers else "no answer"
         raise ClientError(
             f"The compromised client, number {private.clients}, gave no auxiliary pairs ({why}): check that its "
             f"ClientApp is "

@@ -16,7 +16,7 @@ from fedtap.simulator.leaks import Leak, float_buffers
 from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Row, Scored, Trial
 
-PICTURES = 8
+_PICTURES = 8
 """Victims shown in the strip and on the page."""
 
 SWEPT_PICTURES = 2
@@ -25,14 +25,24 @@ SWEPT_PICTURES = 2
 SHIFTS = ("auxiliary_classes", "auxiliary_labels", "target_dataset", "target_classes", "others")
 """Settings by which practice, victims and those beside them may differ; a row has those that are not as usual."""
 
-SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
+_SCORES = ("mse", "psnr", "ssim", "lpips", "label_correct", "recovered")
 IMAGES = ("recognisable", "identical", "levels", "psnr_images")
 NOTES = ("ssim_note", "lpips_note")
 TIMED = ("pairs", "fit_seconds", "seconds")
 JUDGED = ("unexplained", "doubts")
 TOLD = ("levels", "psnr_images", "psnr_blind_images", "doubts")
 """Those of the columns below that hold lists or text."""
-MEASURED = (*SCORES, *IMAGES, "psnr_blind", "psnr_blind_images", "accuracy", "drift_norm", "objective", *JUDGED, *TIMED)
+MEASURED = (
+    *_SCORES,
+    *IMAGES,
+    "psnr_blind",
+    "psnr_blind_images",
+    "accuracy",
+    "drift_norm",
+    "objective",
+    *JUDGED,
+    *TIMED,
+)
 
 
 def settled(setting: Federation, attack: Attack, label: str, observed: ImageObserved) -> Row:
@@ -67,7 +77,7 @@ def score(setting: Federation, trial: Trial) -> Scored:
         {
             "client": client,
             "round": rnd,
-            **{name: score[name] for name in SCORES},  # type: ignore[literal-required]
+            **{name: score[name] for name in _SCORES},  # type: ignore[literal-required]
             **{note: score[note] for note in NOTES if score[note]},  # type: ignore[literal-required]
             "upper_bound_psnr": _best([each[victim].cpu() for each in found.candidates], truth),
             **{name: score[name] for name in IMAGES},  # type: ignore[literal-required]
@@ -94,7 +104,7 @@ def _pictures(setting: Federation, trial: Trial, rows: Sequence[Row]) -> dict[An
     swept = tuple((name, getattr(setting, name, value)) for name, value in setting.swept)
     said = "".join(f", {name.replace('_', ' ')} {value}" for name, value in (*swept, *shifts))
     pictures = {}
-    for victim, (client, rnd) in enumerate(observed.names[: SWEPT_PICTURES if setting.swept else PICTURES]):
+    for victim, (client, rnd) in enumerate(observed.names[: SWEPT_PICTURES if setting.swept else _PICTURES]):
         truth = observed.truths[victim][0]
         found = trial.reconstruction.images[victim].nan_to_num()
         found = found[scores.match(found, truth)]

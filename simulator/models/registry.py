@@ -240,7 +240,7 @@ LARGEST_ARGUMENTS = {"depth": 256, "width": 65_536}
 OWN_MODELS = "FEDTAP_OWN_MODELS"
 """Environment variable with the `module:function` names that a run config may name on this host, joined by commas."""
 
-CODE = re.compile(r"\w+(\.\w+)*:\w+")
+_CODE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 def plain_name(name: str) -> str:
@@ -292,7 +292,7 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     if name.partition("(")[0] in likelihoods.LIKELIHOODS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
     plain, defence = _installed(name)
-    own = CODE.fullmatch(plain) is not None
+    own = _CODE.fullmatch(plain) is not None
     factory = _users_own(plain) if own else _sized(plain)
 
     def made(device: str) -> nn.Module:

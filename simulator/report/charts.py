@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GREY = "#808795"
 """Of lines and words: it is read on white and on black."""
 
-STYLE: Any = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fedtap",  # ids that would be random
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
@@ -31,7 +31,7 @@ MANY = 8
 LINE = 0.055
 """Height of a point's name beside a panel, as a share of the panel's."""
 
-KINDS: dict[str, dict[str, Any]] = {
+_KINDS: dict[str, dict[str, Any]] = {
     "line": {"linestyle": "-", "marker": "o", "markersize": 4},
     "smooth": {"linestyle": "-"},
     "dashed": {"linestyle": "--"},
@@ -108,7 +108,7 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
     from matplotlib.ticker import MaxNLocator
 
     lines = -(-len(panels) // across)
-    with rc_context(STYLE):
+    with rc_context(_STYLE):
         width = 11 if len(panels) > 1 else 9
         figure = Figure(figsize=(width, height * lines), layout="constrained")
         one_x, one_y = (
@@ -172,10 +172,10 @@ def _draw(axes: Axes, series: Series, color: str) -> Any:
             [b - a for a, b in zip(series.low, y, strict=True)],
             [b - a for a, b in zip(y, series.high, strict=True)],
         ]
-        return axes.errorbar(x, y, limits, color=color, **KINDS["bars"])
+        return axes.errorbar(x, y, limits, color=color, **_KINDS["bars"])
     if series.low:
         axes.fill_between(x, series.low, series.high, color=color, alpha=0.12, linewidth=0)
-    how = {**KINDS[series.kind], "color": color}
+    how = {**_KINDS[series.kind], "color": color}
     if series.names:  # points of several series at one place do not hide each other
         number = int(color[1:]) % 3
         how |= {"marker": "osD"[number], "markersize": 7 - 2 * number, "zorder": 3}

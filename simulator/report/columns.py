@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeAlias
 from rich.table import Table
 from rich.text import Text
 
-Row: TypeAlias = Mapping[str, Any]
-Group: TypeAlias = Sequence[Row]
+AnyRow: TypeAlias = Mapping[str, Any]
+Group: TypeAlias = Sequence[AnyRow]
 
 WIDTH, MOST_ROWS = 80, 60
 """Of a terminal's table, in letters and in lines; the page has every column and row."""
@@ -29,7 +29,7 @@ WRAPPED = (14, 10)
 SENTENCE = 60
 """Letters from which on the page gives a cell the width of a sentence."""
 
-FEW = 8
+_FEW = 8
 """Rows that need no summary."""
 
 NONE = "–"
@@ -126,16 +126,16 @@ def settings(rows: Group, columns: Sequence[Column]) -> list[Column]:
     return [setting(name) for name in names if len(told[name]) > 1]
 
 
-def grouped(rows: Group, columns: Iterable[Column]) -> list[list[Row]]:
+def grouped(rows: Group, columns: Iterable[Column]) -> list[list[AnyRow]]:
     """Rows that are the same in all of these columns, in the order of the first of them."""
     keys = list(columns)
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[AnyRow]] = {}
     for row in rows:
         groups.setdefault(tuple(column.cell([row]) for column in keys), []).append(row)
     return list(groups.values())
 
 
-def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], list[Column]]:
+def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[AnyRow]], list[Column]]:
     """Rows that differ in who was attacked, when and under which seed alone, in groups; and the columns over them.
 
     No groups where few rows repeat each other, unless a column counts over groups.
@@ -144,14 +144,14 @@ def summary(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], li
     groups = grouped(rows, (*chosen, *(column for column in columns if column.over == "same")))
     shown = [column for column in (*chosen, *columns) if column.over not in ("rows", "hidden")]
     if not any(column.over == "group" for column in columns):
-        if len(rows) <= FEW or 2 * len(groups) > len(rows) or all(column.over == "same" for column in shown):
+        if len(rows) <= _FEW or 2 * len(groups) > len(rows) or all(column.over == "same" for column in shown):
             return [], shown
         at = next((place for place, column in enumerate(shown) if column.over != "same"), len(shown))
         shown.insert(at, Column("rows", "over how many rows numbers are medians, and yes and no are shares", of=len))
     return groups, shown
 
 
-def single(rows: Group, columns: Sequence[Column]) -> tuple[list[list[Row]], list[Column]]:
+def single(rows: Group, columns: Sequence[Column]) -> tuple[list[list[AnyRow]], list[Column]]:
     """Every row as a group of its own; and the columns over them."""
     shown = [column for column in columns if column.over not in ("group", "hidden")]
     return [[row] for row in rows], settings(rows, columns) + shown

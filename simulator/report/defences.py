@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from fedtap.simulator.report.charts import Panel, Series, chart
-from fedtap.simulator.report.columns import Column, Group, Row, grouped, legend, listing, setting, terminal
+from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, legend, listing, setting, terminal
 from fedtap.simulator.report.outcomes import Outcome, median, outcome, psnrs
 
 PLAIN, ADAPTIVE, UPPER = "plain", "adaptive", "best by score"
@@ -102,7 +102,7 @@ def games_chart(rows: Group) -> str:
 def attackers(rows: Group) -> dict[str, tuple[float, Outcome]]:
     """Who attacks (WHO) -> median PSNR over images in dB, and what came back."""
     found: dict[str, tuple[float, Outcome]] = {}
-    best: dict[tuple[Any, ...], Row] = {}
+    best: dict[tuple[Any, ...], AnyRow] = {}
     for some in grouped(rows, [setting("attack")]):  # where an attack gave no number, it is as good as blind
         some = [
             row if row["psnr"] is not None else {**row, "psnr": row["psnr_blind"], "psnr_images": None} for row in some
@@ -133,7 +133,7 @@ def _blind(rows: Group) -> float | None:
 
 BLIND = Column("psnr_blind", "PSNR of a blind guess, dB", "blind", ".1f", of=_blind)
 
-COLUMNS = (
+_COLUMNS = (
     Column("n", "victims", of=lambda rows: len({(row["client"], row["round"], row["seed"]) for row in rows})),
     *map(_got, WHO),
     BLIND,
@@ -144,13 +144,13 @@ COLUMNS = (
 )
 
 
-def compared(rows: Group) -> tuple[list[list[Row]], list[Column]]:
+def compared(rows: Group) -> tuple[list[list[AnyRow]], list[Column]]:
     """The rows of each defence and setting, and the columns; no rows unless they are about what defences cost."""
     scored = [row for row in rows if row.get("psnr_blind") is not None and "adaptive" in row]
     if any("success" in row for row in rows) or len({row["defence"] for row in scored}) < 2:
         return [], []
     varying = [name for name in WHERE if len({str(row.get(name)) for row in scored}) > 1]
-    return grouped(scored, [*map(setting, ("defence", *WHERE))]), [*map(setting, ("defence", *varying)), *COLUMNS]
+    return grouped(scored, [*map(setting, ("defence", *WHERE))]), [*map(setting, ("defence", *varying)), *_COLUMNS]
 
 
 def table(rows: Group) -> Table | None:

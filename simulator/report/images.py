@@ -26,7 +26,7 @@ from fedtap.simulator.report.page import Page
 from fedtap.simulator.scores import LEVELLED
 from fedtap.simulator.wire.soundness import CAUSES, EXPLAINED
 
-HIDDEN = (
+_HIDDEN = (
     *("recovered", "recognisable", "psnr_images", "psnr_blind_images", "ssim_note", "lpips_note", "drift_norm"),
     *("adaptive", "strongest", "upper_bound_psnr", "overhead", "held_out", "accuracy_lost", "fit_seconds"),
     *("delta", "adjacency", "sensitivity", "epsilon_note", "releases", "not_covered", "canaries", "exchanges"),
@@ -57,7 +57,7 @@ def columns(rows: Group) -> tuple[Column, ...]:
         Column("defence", over="same", page=True),  # ε stands for it, as its numbers are long
     )
     alone = [] if len({row.get("seed") for row in rows}) > 1 else ["seed"]
-    hidden = [*HIDDEN, *["epsilon_all", "protects"] * (not asked), *alone]
+    hidden = [*_HIDDEN, *["epsilon_all", "protects"] * (not asked), *alone]
     attacked = not rows or any("attack" in row for row in rows)
     measure = outcome(rows).measure if attacked else "trials won"
     images = ["share of images, with its 95 % interval (Clopper-Pearson)"] * attacked

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
+from fedtap.simulator.report.columns import AnyRow
 from fedtap.simulator.scores import LEVELS, limits, median_interval
-
-Row: TypeAlias = Mapping[str, Any]
 
 DOUBT = 0.05
 """How often an interval may miss what it is about."""
@@ -48,7 +46,7 @@ class Outcome:
         return f"{self.share:.0%} [{100 * low:.0f}–{100 * high:.0f}]"
 
 
-def outcome(rows: Sequence[Row]) -> Outcome:
+def outcome(rows: Sequence[AnyRow]) -> Outcome:
     """What came back of these rows' images; rows without levels (a failed victim, no truth) count for nothing."""
     scored = [row for row in rows if row.get("levels")]
     asked = next((row["success_db"] for row in scored if row.get("success_db")), None)
@@ -60,7 +58,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
     return Outcome(len(found), won, sum(level == LEVELS[2] for level in found), MEASURE)
 
 
-def psnrs(rows: Sequence[Row], column: str = "psnr") -> list[float]:
+def psnrs(rows: Sequence[AnyRow], column: str = "psnr") -> list[float]:
     """PSNR of each image, in dB; a row that has no list of them, or one without a truth, has its own or none."""
     return [
         float(value) for row in rows for value in row.get(f"{column}_images") or [row.get(column)] if value is not None

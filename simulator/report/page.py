@@ -16,7 +16,7 @@ from fedtap.simulator.report.pictures import Picture, gallery, strip
 REASONS = 3
 """Reasons of failures that are given, at most."""
 
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --pale: #666d7a; --line: #dfe2e8; --paper: #fff; --panel: #f6f7f9;
   --alarm: #b3261e; --mark: #8a5a00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --pale: #9aa1ae; --line: #343943; --paper: #15171b;
@@ -116,7 +116,7 @@ def html(page: Page, rows: Group) -> str:
     whole = (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>fedtap: {escape(page.title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>fedtap: {escape(page.title)}</title><style>{_STYLE}</style></head><body><main>"
         "<p class='pale'>fedtap: what a federation's server can learn from what its clients send</p>"
         + "\n".join(filter(None, sections))
         + "</main></body></html>\n"

@@ -21,9 +21,9 @@ from fedtap.simulator.report.columns import breakable
 from fedtap.simulator.report.outcomes import MEASURE
 from fedtap.simulator.scores import LEVELS, mse, psnr
 
-Batch: TypeAlias = Float[Tensor, "batch channel height width"]
+_Batch: TypeAlias = Float[Tensor, "batch channel height width"]
 
-SHOWN = 8
+_SHOWN = 8
 """Victims in the strip, at most."""
 
 CELL, GAP, CAPTION, MARGIN, TITLE = 192, 20, 64, 32, 150
@@ -31,7 +31,7 @@ CELL, GAP, CAPTION, MARGIN, TITLE = 192, 20, 64, 32, 150
 
 INK, PALE, ALARM, PAPER = "#1d2129", "#737a87", "#b3261e", "#ffffff"
 
-ORIGINAL, BLIND = "original", "blind guess"
+ORIGINAL, _BLIND = "original", "blind guess"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Picture:
     """A victim's images, pixels in [0, 1]. `original` is None where the truth is not known."""
 
     title: str
-    original: Batch | None
-    guesses: dict[str, tuple[Batch, float | None]]
+    original: _Batch | None
+    guesses: dict[str, tuple[_Batch, float | None]]
     """Attack's label -> its reconstruction, in the original's order, and PSNR in dB; of a batch, that of its mean
     squared error."""
     blind: Tensor | None
@@ -48,11 +48,11 @@ class Picture:
     levels: dict[str, Sequence[str]] = field(default_factory=dict)
     """Attack's label -> of each image of its reconstruction, one of scores.LEVELS."""
 
-    def cell(self, column: str) -> tuple[Batch | None, float | None]:
+    def cell(self, column: str) -> tuple[_Batch | None, float | None]:
         """The images of this column, and their PSNR where there is one."""
         if column in self.guesses:
             return self.guesses[column]
-        if column != BLIND or self.blind is None:
+        if column != _BLIND or self.blind is None:
             return self.original if column == ORIGINAL else None, None
         if self.original is None:
             return self.blind.reshape(-1, *self.blind.shape[-3:]), None
@@ -76,7 +76,7 @@ def columns_of(pictures: Sequence[Picture]) -> list[str]:
     """`original` where one is known, every attack's label, `blind guess` where there is one."""
     attacks = list(dict.fromkeys(label for picture in pictures for label in picture.guesses))
     original = [ORIGINAL] * any(picture.original is not None for picture in pictures)
-    return original + attacks + [BLIND] * any(picture.blind is not None for picture in pictures)
+    return original + attacks + [_BLIND] * any(picture.blind is not None for picture in pictures)
 
 
 def gallery(pictures: Sequence[Picture]) -> str:
@@ -105,7 +105,7 @@ def gallery(pictures: Sequence[Picture]) -> str:
     )
 
 
-def _embedded(images: Batch, words: str) -> str:
+def _embedded(images: _Batch, words: str) -> str:
     picture = _grid(images)
     kind = "pixels" if max(picture.size) <= 144 else ""
     content = base64.b64encode(_bytes(picture)).decode()
@@ -114,7 +114,7 @@ def _embedded(images: Batch, words: str) -> str:
 
 def strip(pictures: Sequence[Picture]) -> bytes:
     """A PNG with a row for each victim, SHOWN at most: original, captioned reconstructions, blind guess."""
-    pictures = pictures[:SHOWN]
+    pictures = pictures[:_SHOWN]
     columns = columns_of(pictures)
     bold, usual = _font(18, bold=True), _font(16)
     headings = [_wrapped(column, bold, CELL) for column in columns]
@@ -144,12 +144,12 @@ def strip(pictures: Sequence[Picture]) -> bytes:
     return _bytes(page)
 
 
-def png(images: Batch) -> bytes:
+def png(images: _Batch) -> bytes:
     """A batch of images as one picture, pixel by pixel."""
     return _bytes(_grid(images))
 
 
-def _grid(images: Batch) -> Image.Image:
+def _grid(images: _Batch) -> Image.Image:
     """A batch as one picture, as square as it goes, its images a transparent pixel apart."""
     pixels = images.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
     if pixels.shape[1] != 3:
@@ -163,7 +163,7 @@ def _grid(images: Batch) -> Image.Image:
     return sheet
 
 
-def _enlarged(images: Batch) -> Image.Image:
+def _enlarged(images: _Batch) -> Image.Image:
     """The batch, CELL pixels at its longer side. Small images keep crisp pixels: enlarged further, then averaged."""
     picture = _grid(images)
     larger = CELL / max(picture.size)

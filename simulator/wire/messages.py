@@ -15,11 +15,11 @@ from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
 from fedtap.simulator.wire.wiretap import REPLY_TIMEOUT, Wiretap
 
-Made = TypeVar("Made")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Overheard:
     """An order and its answer, as the tap heard them."""
 
     client: int
@@ -44,7 +44,7 @@ def ask(
     part: int,
     tell: Callable[[int], RecordDict] | None = None,
     failed: dict[int, str] | None = None,
-) -> list[Exchange]:
+) -> list[Overheard]:
     """Send an order to every node, and overhear the answers, in the order of the clients' partitions.
 
     Args:
@@ -57,7 +57,7 @@ def ask(
     Raises:
         ClientError: a client fails, and the study needs all of them, or there is no answer at all.
     """
-    heard: dict[int, Exchange] = {}
+    heard: dict[int, Overheard] = {}
     reasons: dict[int, object] = {}
     who = call(grid)
 
@@ -74,7 +74,7 @@ def ask(
         except FedtapError as error:
             reasons[client] = f"FedtapError: {error}"
             return
-        heard[client] = Exchange(client, order.content, answer.content)
+        heard[client] = Overheard(client, order.content, answer.content)
 
     orders = []
     for client, node in who.nodes.items():
@@ -107,8 +107,8 @@ def without(reasons: Mapping[int, object], failed: dict[int, str] | None, left: 
 
 
 def read(
-    heard: Sequence[Exchange], make: Callable[[Exchange], Made], failed: dict[int, str] | None = None
-) -> list[Made]:
+    heard: Sequence[Overheard], make: Callable[[Overheard], _Made], failed: dict[int, str] | None = None
+) -> list[_Made]:
     """What `make` gives for each exchange; a client of which it gives nothing has failed, as in `ask`.
 
     Raises:
@@ -133,9 +133,9 @@ def client_failed(reason: object) -> ClientError:
 
 def _own(reason: object) -> str:
     """The sentence of ours in it, if there is one."""
-    own = OWN.search(str(reason))
+    own = _OWN.search(str(reason))
     return short(own[1], 300) if own else ""
 
 
-OWN = re.compile(r"FedtapError: (.*?)(?: \(line \d+ of \w+\))?$", re.DOTALL)
+_OWN = re.compile(r"FedtapError: (.*?)(?: \(line \d+ of \w+\))?$", re.DOTALL)
 """A sentence of ours in what an engine says of a client; the grid in this process adds the line."""

@@ -209,7 +209,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("local_steps", "several steps give an update"),
         ("batch 0", "whole numbers from 1"),
         ("half an image", "batch is a multiple of summed"),
-        ("strange kind", "no leak's description"),
+        ("strange kind", "of the kind 'pickle'"),
         ("format", "format 99"),
         ("truncated", "truncated or of another format"),
         ("not safetensors", "cannot be read as safetensors"),

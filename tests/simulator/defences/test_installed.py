@@ -14,13 +14,14 @@ from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described, names, strengths, summary, usage
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.scoring import adaptation
+from fedtap.simulator.registry import Registry
 from tests.support.top_k import TopK
 
 
 def install(patch: pytest.MonkeyPatch, **entries: str) -> None:
     found = [EntryPoint(name, value, DEFENCES.group) for name, value in entries.items()]
     patch.setattr(registry, "entry_points", lambda group: found if group == DEFENCES.group else [])
-    patch.delitem(vars(DEFENCES), "entries", raising=False)  # what is found is kept
+    patch.setitem(vars(DEFENCES), "entries", Registry.entries.func(DEFENCES))  # type: ignore[attr-defined]
 
 
 def test_an_installed_defence_is_written_listed_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +42,8 @@ def test_an_installed_defence_is_written_listed_and_replayed(monkeypatch: pytest
     ("name", "value", "said"),
     [
         ("gone", "tests.support.gone:Gone", "defence gone cannot be loaded .ModuleNotFoundError"),
-        ("other", "tests.support.top_k:TopK", "let the entry point other name the class in other.py"),
-        ("drawn", "tests.support.defences:drawn", "drawn is no defence"),
+        ("other", "tests.support.top_k:TopK", "rows call each defence by its file"),
+        ("defences", "tests.support.defences:drawn", "defences is no defence"),
     ],
 )
 def test_an_installed_defence_that_is_none_is_refused(
