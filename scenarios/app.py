@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtap.clients.app import client_app
 from fedtap.clients.training import one_thread
-from fedtap.scenarios.command.options import written
+from fedtap.scenarios.command.options import options_text
 from fedtap.scenarios.command.plan import code_in, models_of, plan_of, planned
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.models.registry import allow
@@ -42,9 +42,9 @@ def in_process(scenario: str, options: Mapping[str, Any], run_config: UserConfig
     Raises:
         FedtapError: there is no such scenario or option, or it cannot be played.
     """
-    config: UserConfig = {**run_config, "scenario": scenario, "options": written(options)}
-    allow(code_in(scenario, written(options)))  # the caller's own
-    allow(model for model in models_of(planned(scenario, written(options))) if ":" in model)
+    config: UserConfig = {**run_config, "scenario": scenario, "options": options_text(options)}
+    allow(code_in(scenario, options_text(options)))  # the caller's own
+    allow(model for model in models_of(planned(scenario, options_text(options))) if ":" in model)
     with one_thread():
         return _play(config, lambda setting: LocalGrid(client, setting.nodes, config))
 

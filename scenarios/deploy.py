@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from fedtap.scenarios.command.options import absolute, pairs, written
+from fedtap.scenarios.command.options import absolute, options_text, pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.registry import OWN_MODELS, plain_name
@@ -78,8 +78,8 @@ def flower(
     Raises:
         FedtapError: a program did not start, or the run failed.
     """
-    own = [*code_in(name, written(knobs)), *(model for model in models_of(plan(name, knobs)) if ":" in model)]
-    options = written(absolute(options_of(scenario_named(name)), knobs))
+    own = [*code_in(name, options_text(knobs)), *(model for model in models_of(plan(name, knobs)) if ":" in model)]
+    options = options_text(absolute(options_of(scenario_named(name)), knobs))
     before = _finished(out)
     with tempfile.TemporaryDirectory(prefix="fedtap-") as home, contextlib.ExitStack() as stack:
         environment = (
@@ -192,7 +192,7 @@ def _wait_for(port: int, log: Path, seconds: float = 60) -> None:
     raise FedtapError(f"The SuperLink did not open port {port} in {seconds:g} s; it said:\n{log.read_text()[-2000:]}")
 
 
-def check_nodes(setting: Scenario, nodes: int) -> None:
+def check_node_count(setting: Scenario, nodes: int) -> None:
     """Refuse another number of nodes than a setting needs; any will do for an image scenario that names no --clients.
 
     Raises:
@@ -223,7 +223,7 @@ def main(
     knobs = absolute(options_of(scenario_named(name)), knobs)
     parts = plan(name, knobs)
     for part in parts:
-        check_nodes(part, nodes)
+        check_node_count(part, nodes)
     torch.set_num_threads(1)  # as the app does: the folder's run tells of it
     out = place(described_run(parts, device_named("")), out, Path("runs/deployed"), overwrite=overwrite)
     if engine not in ("deployment", "simulation"):

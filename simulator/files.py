@@ -202,7 +202,7 @@ def check_writable(folder: Path) -> None:
                 empty.rmdir()
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the temporaries that a killed run left in this folder; none where there is no such folder."""
     with contextlib.suppress(OSError):
         for file in [file for file in folder.iterdir() if TEMPORARY.fullmatch(file.name)]:

@@ -19,7 +19,7 @@ from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
-from fedtap.simulator.report.folder import SCHEMA, Folder, judged
+from fedtap.simulator.report.folder import SCHEMA, Folder, check_folder
 from fedtap.simulator.report.page import Page, write
 from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Name, Observed, Row, Scenario, Scored, Session, Trial
@@ -68,7 +68,7 @@ def run(
         FedtapError: a setting cannot be played, an attack cannot use its leak, or `out` holds something else.
     """
     about = described_run(settings, device)
-    judged(out, about, resume=resume, overwrite=overwrite)  # before an hour is spent
+    check_folder(out, about, resume=resume, overwrite=overwrite)  # before an hour is spent
     for setting in settings:
         setting.check(settings)
     return _Run(settings, grid_for, out, about, device, data_root, resume, overwrite).played()

@@ -16,7 +16,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.settings import THREATS
 from fedtap.simulator.leaks import Leak, Protocol
 from fedtap.simulator.report.columns import Column
-from fedtap.simulator.report.folder import SCHEMA, Folder, judged
+from fedtap.simulator.report.folder import SCHEMA, Folder, check_folder
 from fedtap.simulator.report.page import Page, write
 from fedtap.simulator.report.pictures import Picture, png
 from fedtap.simulator.run import doubts_of, environment, finite, hyperparameters, label_of, unexplained_of, unit_of
@@ -74,7 +74,7 @@ def attack_saved(
         FedtapError: no attack can use any of the leaks, or `out` cannot be written.
     """
     about = described_attack(leaks, attacks_on, device, seed)
-    judged(out, about, overwrite=overwrite)
+    check_folder(out, about, overwrite=overwrite)
     failed = {name: leak for name, leak in leaks.items() if isinstance(leak, FedtapError)}
     tried = {name: (leak, attacks_on(leak)) for name, leak in leaks.items() if not isinstance(leak, FedtapError)}
     units = [(name, leak, attack) for name, (leak, attacks) in tried.items() for attack in attacks]

@@ -141,7 +141,7 @@ class StationaryMMD(Attack[PseudoData]):
         if not bool(start.isfinite().all()):
             raise FedtapError("The starting point holds NaN or infinity, from which no step leads on: leave it out.")
         regulariser, weights = (
-            flat(regulariser_gradient(leak)),
+            flattened(regulariser_gradient(leak)),
             {name: tensor.double() for name, tensor in leak.observed.items()},
         )
         _warn(leak, regulariser)
@@ -341,7 +341,7 @@ def regulariser_gradient(leak: Leak) -> dict[str, Float[Tensor, "victims *parame
     return found
 
 
-def flat(tensors: Tensors) -> Float[Tensor, "victims entries"]:
+def flattened(tensors: Tensors) -> Float[Tensor, "victims entries"]:
     """All parameters' entries in a row."""
     return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
 
@@ -361,7 +361,7 @@ def unexplainable(leak: Leak) -> Float[Tensor, "victims"]:
             if module.bias is not None:
                 parts.append(regulariser[f"{name}.bias"][:, :, None])
             left += torch.linalg.svdvals(torch.cat(parts, dim=2))[:, leak.protocol.batch :].square().sum(1)
-    return (left / flat(regulariser).square().sum(1)).sqrt()
+    return (left / flattened(regulariser).square().sum(1)).sqrt()
 
 
 def _warn(leak: Leak, regulariser: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 
-def columns(images: Tensor, kernel: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
+def im2col(images: Tensor, kernel: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
     """What each element's filters see: `n groups*inputs h w` -> `groups n*places kh*kw*inputs`.
 
     Channels come last, so that one row of a window is one run of memory.
@@ -45,7 +45,7 @@ def correlate(images: Tensor, filters: Tensor, stride: list[int], padding: list[
         (pixels + 2 * p - k) // s + 1 for pixels, p, k, s in zip(images.shape[2:], padding, kernel, stride, strict=True)
     )
     elements = filters.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
-    out = torch.bmm(elements, columns(images, kernel, stride, padding, groups).transpose(1, 2))
+    out = torch.bmm(elements, im2col(images, kernel, stride, padding, groups).transpose(1, 2))
     out = out.reshape(groups, outputs // groups, -1, high, wide)
     return out.permute(2, 0, 1, 3, 4).reshape(-1, outputs, high, wide)
 
@@ -58,7 +58,7 @@ def filters_gradient(
     signals = signal.reshape(len(signal), groups, outputs // groups, -1).permute(1, 2, 0, 3)
     signals = signals.reshape(groups, outputs // groups, -1)
     # dL/dW[o, tap] = sum over images and places of signal[o] times what the tap saw
-    product = torch.bmm(signals, columns(images, kernel, stride, padding, groups))
+    product = torch.bmm(signals, im2col(images, kernel, stride, padding, groups))
     return product.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
 
 

@@ -183,7 +183,7 @@ class Attention(SplitLearning):
         """Errors of inputs and outputs, by victim."""
         from fedtap.scenarios.activations import attention_scoring
 
-        return Scored(attention_scoring.rows(self, trial))
+        return Scored(attention_scoring.attention_rows(self, trial))
 
     def shown(self, trial: Trial) -> Scored:
         """Nothing: there are no pictures."""
@@ -193,4 +193,4 @@ class Attention(SplitLearning):
         """Error against step, and what is swept."""
         from fedtap.scenarios.activations import attention_report
 
-        return attention_report.charts(rows, dict(self.swept))
+        return attention_report.attention_charts(rows, dict(self.swept))

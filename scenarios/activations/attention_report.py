@@ -28,7 +28,7 @@ AGAINST = {"start_near_truth": "start's distance from the input", "gamma": "gamm
 Path = Sequence[tuple[int, float]]
 
 
-def charts(rows: Group, swept: Mapping[str, str]) -> dict[str, str]:
+def attention_charts(rows: Group, swept: Mapping[str, str]) -> dict[str, str]:
     """Heading -> figures or a chart, of the rows of a run.
 
     Args:

@@ -24,7 +24,7 @@ LARGE = 1024
 """Unknowns from which the Jacobian's condition is not computed."""
 
 
-def rows(setting: Attention, trial: Trial) -> list[Row]:
+def attention_rows(setting: Attention, trial: Trial) -> list[Row]:
     """One a victim, in the leak's order."""
     leak, guess = trial.leak, trial.reconstruction
     truth, values = setting.truth(leak, trial.session.data_root).to(leak.device), guess.values.to(leak.device)

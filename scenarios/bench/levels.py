@@ -161,7 +161,7 @@ def strangers(dataset: Dataset, first: int, count: int = 600) -> tuple[int, int,
     seen = features(images)
     near = torch.cdist(seen, seen).square() <= scores.RECOGNISABLE_LPIPS
     one, other = (places for places in near.fill_diagonal_(False).nonzero().unbind(1))
-    found = judged(images[one], images[other], seen[:1]).levels if len(one) else one
+    found = _judged(images[one], images[other], seen[:1]).levels if len(one) else one
     return len(images), int((found >= 1).sum()), len(images) * (len(images) - 1)
 
 
@@ -181,7 +181,7 @@ class Judged:
         return Judged(**{name: value[which] for name, value in vars(self).items()})
 
 
-def judged(guess: _Batch, truth: _Batch, others: Tensor) -> Judged:
+def _judged(guess: _Batch, truth: _Batch, others: Tensor) -> Judged:
     """Score guesses and try to identify them."""
     errors, ssim, lpips = scores.mse(guess, truth), scores.ssim(guess, truth), scores.lpips(guess, truth)
     return Judged(
@@ -207,7 +207,7 @@ def main(
     kinds: dict[str, Judged] = {}
     print(f"{'reconstruction':<36} {'LPIPS, median':>14} {'identified':>11} {'recognisable':>13} {'identical':>10}")
     for some in made(played, each, first):
-        kinds[some.kind] = found = judged(some.guess, some.truth, others)
+        kinds[some.kind] = found = _judged(some.guess, some.truth, others)
         shares = (found.identified, found.levels >= 1, found.levels == 2)
         one, two, three = (f"{float(share.double().mean()):.0%}" for share in shares)
         print(f"{some.kind:<36} {float(found.lpips.median()):>14.3f} {one:>11} {two:>13} {three:>10}", flush=True)
@@ -233,11 +233,11 @@ def main(
         print(f"{name}: right in {right} of {len(levels)}, {right / len(levels):.1%} [{low:.1%}–{high:.1%}]")
     truth = played.train.batch(slice(first, first + 200))[0]
     for name, guess in floors(played, truth):
-        found = judged(guess, truth, others)
+        found = _judged(guess, truth, others)
         print(f"{name}: {int((found.levels >= 1).sum())} of {len(truth)} recognisable")
     print("two different images of the same {}: {} of {} pairs recognisable".format(*strangers(played, first)))
     for quality in QUALITIES:
-        found = judged(jpeg(truth, quality), truth, others)
+        found = _judged(jpeg(truth, quality), truth, others)
         print(f"a JPEG copy of quality {quality}: {int((found.levels == 2).sum())} of {len(truth)} identical")
 
 

@@ -16,7 +16,7 @@ WRONG = "misclassified"
 """Column of the cases on the wrong side of a score's threshold."""
 
 
-def compared(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
+def side_by_side(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
     """Of each score: Spearman's correlation with recovery on either half and on all, and the cases it gets wrong.
 
     Also without weight decay, which is easily told from the rest.

@@ -106,10 +106,10 @@ class FedProx(TrainedModels):
 
     def score(self, trial: Trial) -> Scored:
         """A row for each client."""
-        from fedtap.scenarios.checkpoints.scoring import judged
+        from fedtap.scenarios.checkpoints.scoring import rows_of_points
 
         assert isinstance(trial.observed, TrainedObserved)
-        return Scored(judged(self.trained, self.seed, trial.observed, trial.reconstruction))
+        return Scored(rows_of_points(self.trained, self.seed, trial.observed, trial.reconstruction))
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Recovery against width, where that is swept: each client a dot, and their mean."""

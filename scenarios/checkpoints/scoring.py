@@ -17,7 +17,7 @@ NEAR = 0.01
 """Relative distance up to which an example counts as recovered."""
 
 
-def judged(case: Case, seed: int, observed: TrainedObserved, found: PseudoData) -> list[Row]:
+def rows_of_points(case: Case, seed: int, observed: TrainedObserved, found: PseudoData) -> list[Row]:
     """A row for each client: what came back, beside what as many random points would have got.
 
     Args:

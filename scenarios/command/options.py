@@ -58,7 +58,7 @@ def pairs(words: list[str]) -> dict[str, str]:
     return options
 
 
-def written(options: Mapping[str, Any]) -> str:
+def options_text(options: Mapping[str, Any]) -> str:
     """Options in one string, as on a command line: `shlex.split` and `pairs` read it."""
     return shlex.join(f"--{_flag(name)}={_word(value)}" for name, value in options.items())
 

@@ -87,7 +87,7 @@ def code_in(name: str, options: str) -> list[str]:
     """
     from fedtap.attackers import code_named
 
-    return [*([name] if ":" in name else []), *code_named(pairs(split(options)).get("attack", ""))]
+    return [*([name] if ":" in name else []), *code_named(pairs(words_of(options)).get("attack", ""))]
 
 
 def models_of(settings: Sequence[Scenario]) -> list[str]:
@@ -106,10 +106,10 @@ def planned(name: str, options: str) -> tuple[Scenario, ...]:
     Raises:
         FedtapError: as `plan` does, or the string cannot be split into words.
     """
-    return plan(name, pairs(split(options)))
+    return plan(name, pairs(words_of(options)))
 
 
-def split(options: str) -> list[str]:
+def words_of(options: str) -> list[str]:
     """The words of a string of options.
 
     Raises:

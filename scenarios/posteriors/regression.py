@@ -238,9 +238,9 @@ class RegressionPosterior(Attacked):
 
     def score(self, trial: Trial) -> Scored:
         """The pseudo-data's statistics beside the records', the oracle's, and those of a second initialisation."""
-        from fedtap.scenarios.posteriors.scoring import score
+        from fedtap.scenarios.posteriors.scoring import score_posteriors
 
-        return score(self, trial)
+        return score_posteriors(self, trial)
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
         """The server of a Bayesian federation."""

@@ -37,7 +37,7 @@ Statistics = Mapping[str, Float[Tensor, "victims"]]
 """Statistic -> what it is, of each client, and of their sum where there are several."""
 
 
-def score(setting: RegressionPosterior, trial: Trial) -> Scored:
+def score_posteriors(setting: RegressionPosterior, trial: Trial) -> Scored:
     """A row for each client and statistic, then for the sum over clients where there are several; and charts."""
     attack, leak, found = trial.attack, trial.leak, trial.reconstruction
     model = setting.likelihood(trial.session.data_root)

@@ -104,7 +104,7 @@ def network_of(setting: TextGradients, corpus: Corpus) -> LanguageModel:
     return build_language(protocol.model, setting.tokens, protocol.classes, setting.weights_seed)
 
 
-def play(setting: TextGradients, grid: Grid, number: int, corpus: Corpus) -> tuple[Leak, dict[int, str]]:
+def play_texts(setting: TextGradients, grid: Grid, number: int, corpus: Corpus) -> tuple[Leak, dict[int, str]]:
     """A round of Flower's FedAvg with a tap on it: the clients' gradients in one stack, and client -> why it sent none.
 
     Args:

@@ -117,11 +117,11 @@ class TextGradients(Attacked):
 
     def observe(self, session: Session) -> Observed:
         """A round of Flower's FedAvg with a tap on it."""
-        from fedtap.scenarios.texts.federation import corpus_of, play
+        from fedtap.scenarios.texts.federation import corpus_of, play_texts
         from fedtap.simulator.wire.messages import check_nodes
 
         check_nodes(session.grid, self.nodes, self.name)
-        leak, failed = play(self, session.grid, session.number, corpus_of(self, session.data_root))
+        leak, failed = play_texts(self, session.grid, session.number, corpus_of(self, session.data_root))
         missing = {(client, 1): why for client, why in sorted(failed.items())}
         return Observed(leak, missing, keep=len(leak.packed()) <= KEPT)
 
@@ -161,7 +161,7 @@ class TextGradients(Attacked):
             if len(clients) > 1:
                 score["negative_control"] = scores.score_texts(found.ids[victim - 1], truth)["exact_tokens"]
             rows.append(score | {"client": client, "objective": float(found.objective[victim]), "error": None})
-        table = text_report.table(corpus.vocabulary, clients, truths, found.ids)
+        table = text_report.text_table(corpus.vocabulary, clients, truths, found.ids)
         return Scored(rows, sections={"What was written, and what was read": table})
 
     def threat(self, leak: Leak | None) -> Sequence[str]:
@@ -176,4 +176,4 @@ class TextGradients(Attacked):
         """Exact tokens against the batch's share of the model's width, and under noise."""
         from fedtap.scenarios.texts import text_report
 
-        return text_report.charts(rows)
+        return text_report.text_charts(rows)

@@ -21,7 +21,7 @@ _SHOWN = 4
 """Victims, and texts of each, that the page shows."""
 
 
-def charts(rows: Sequence[Row]) -> dict[str, str]:
+def text_charts(rows: Sequence[Row]) -> dict[str, str]:
     """Exact tokens where the batch fills more and more of the model's width, and under more and more noise."""
     read = [row for row in rows if row.get("exact_tokens") is not None]
     filled = _series("filled", [row for row in read if row["defence"] == "none"])
@@ -69,7 +69,7 @@ def _sigma(defence: str) -> float | None:
     return parts[0].sigma if len(parts) == 1 and isinstance(parts[0], Noise) else None
 
 
-def table(
+def text_table(
     vocabulary: WordPieces,
     clients: Sequence[int],
     truths: Sequence[Tensor],

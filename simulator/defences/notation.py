@@ -36,7 +36,7 @@ def usage(name: str) -> str:
     return f"{name}({', '.join(argument.name for argument in kind_of(name).arguments())})"
 
 
-def summary(name: str) -> str:
+def first_line(name: str) -> str:
     """What the defence of this name does, in a line."""
     return (inspect.getdoc(kind_of(name)) or "").partition("\n")[0]
 

@@ -91,7 +91,7 @@ class Bottleneck(Inserted):
         self.decoder = nn.Linear(features, width)
 
     def forward(self, hidden: Float[Tensor, "images width"]) -> Float[Tensor, "images width"]:
-        mean, spread = split(self.encoder(hidden))
+        mean, spread = halves(self.encoder(hidden))
         return self.decoder(mean + spread * torch.randn_like(mean) if self.draws else mean)  # type: ignore[no-any-return]
 
     @property
@@ -101,11 +101,11 @@ class Bottleneck(Inserted):
 
     def penalty(self, output: Tensor) -> Float[Tensor, ""]:
         """``BETA KL(N(mean, spread^2) || N(0, I))``, the mean over the images."""
-        mean, spread = split(output)
+        mean, spread = halves(output)
         return BETA * (0.5 * (mean.square() + spread.square() - 1) - spread.log()).sum(-1).mean()
 
 
-def split(encoded: Float[Tensor, "images twice"]) -> tuple[Tensor, Tensor]:
+def halves(encoded: Float[Tensor, "images twice"]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, the latter small to begin with: softplus(. - 5)."""
     mean, spread = encoded.chunk(2, dim=-1)
     return mean, F.softplus(spread - 5)

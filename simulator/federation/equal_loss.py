@@ -66,7 +66,7 @@ def nearest(candidates: Sequence[int], lost: Callable[[int], float], wanted: flo
     return candidates[min(tried, key=lambda place: abs(tried[place] - wanted))]
 
 
-def compared(number: int, settings: Sequence[Federation], observed: Observations) -> Row | None:
+def equal_loss(number: int, settings: Sequence[Federation], observed: Observations) -> Row | None:
     """What the defence costs at this strength, on public and on test images; None unless it comes nearest to the loss
     that is agreed on."""
     setting = settings[number]

@@ -67,7 +67,7 @@ def settled(setting: Federation, attack: Attack, label: str, observed: ImageObse
     return row
 
 
-def score(setting: Federation, trial: Trial) -> Scored:
+def score_images(setting: Federation, trial: Trial) -> Scored:
     """Rows and pictures of one attack's reconstructions."""
     observed, found = trial.observed, trial.reconstruction
     assert isinstance(observed, ImageObserved)

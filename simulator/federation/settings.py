@@ -293,9 +293,9 @@ class Federation(Scenario):
 
     def compared(self, number: int, settings: Sequence[Any], observed: Observations) -> Row | None:
         """What the defence costs; None unless it comes nearest to the loss of accuracy that is agreed on."""
-        from fedtap.simulator.federation.equal_loss import compared
+        from fedtap.simulator.federation.equal_loss import equal_loss
 
-        return compared(number, settings, observed) if self.accuracy_loss else {}
+        return equal_loss(number, settings, observed) if self.accuracy_loss else {}
 
     def unattacked(self, number: int, settings: Sequence[Any], observed: Observations) -> list[Row]:
         """What the defence costs at this strength, if the model was trained with it."""
@@ -339,9 +339,9 @@ class Federation(Scenario):
 
     def score(self, trial: Trial) -> Scored:
         """Image by image, beside the blind guess."""
-        from fedtap.simulator.federation.scoring import score
+        from fedtap.simulator.federation.scoring import score_images
 
-        return score(self, trial)
+        return score_images(self, trial)
 
     def finished(self, rows: list[Row]) -> list[Row]:
         """With the share of images that came back, where success is asked for."""

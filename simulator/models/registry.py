@@ -220,7 +220,7 @@ def softmax(shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), linear)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet": LeNet,
     "convnet": convnet,
@@ -479,9 +479,9 @@ def with_weights(network: nn.Module, path: Path) -> nn.Module:
 def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
     """The model of this name, or of this name with sizes: `lenet`, `lenet(width=16)`."""
     base, bracket, _ = name.partition("(")
-    if base not in MODELS:
-        raise unknown("model", name, MODELS)
-    parameters = inspect.signature(MODELS[base]).parameters.values()
+    if base not in BUILDERS:
+        raise unknown("model", name, BUILDERS)
+    parameters = inspect.signature(BUILDERS[base]).parameters.values()
     takes = {
         parameter.name: parameter.default for parameter in parameters if parameter.name not in ("shape", "classes")
     }
@@ -504,7 +504,7 @@ def _sized(name: str) -> Callable[[Shape, int], nn.Module]:
         if takes:
             how = f"it takes whole numbers from 1, {most}: {base}({next(iter(takes))}=16)"
         raise FedtapError(f"Model {short(name)!r} is no size of {base} that can be built; {how}.")
-    return functools.partial(MODELS[base], **sizes)
+    return functools.partial(BUILDERS[base], **sizes)
 
 
 def _users_own(name: str) -> Callable[[Shape, int], nn.Module]:

@@ -206,14 +206,14 @@ def _name(axes: Axes, series: Sequence[Series]) -> None:
             highest[name, x] = max(highest.get((name, x), -math.inf), y)
     low, high = axes.get_ylim()
     ranked = sorted(highest, key=lambda key: (highest[key], key[1]))
-    places = apart([(highest[key] - low) / (high - low) for key in ranked], LINE) if ranked else []
+    places = _apart([(highest[key] - low) / (high - low) for key in ranked], LINE) if ranked else []
     arrow = {"arrowstyle": "-", "color": GREY, "alpha": 0.45, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3}
     for (name, x), place in zip(ranked, places, strict=True):
         at: Any = {"xy": (x, highest[name, x]), "xytext": (1.03, place), "textcoords": "axes fraction"}
         axes.annotate(_plain(name), **at, fontsize=8, va="center", annotation_clip=False, arrowprops=arrow)
 
 
-def apart(heights: Sequence[float], gap: float) -> list[float]:
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
     """Rising numbers, moved as little (by least squares) as a gap between them allows; in [0, 1] where they fit."""
     import numpy as np
     from scipy.optimize import isotonic_regression

@@ -28,13 +28,13 @@ Trade = tuple[str, float, float, float]
 """A defence's name, the model's accuracy, PSNR over the blind guess in dB, and the share of images that came back."""
 
 
-def epsilon_of(rows: Group) -> str | None:
+def epsilon_shown(rows: Group) -> str | None:
     """These rows' ε in words: ∞ where no noise makes it finite; None where none is known."""
     value, note = rows[0].get("epsilon"), str(rows[0].get("epsilon_note"))
-    return short(value) if value is not None else "∞" if "∞" in note else None
+    return rounded(value) if value is not None else "∞" if "∞" in note else None
 
 
-def short(value: float | None) -> str:
+def rounded(value: float | None) -> str:
     """Three digits, or all before the point; ∞ of nothing."""
     return "∞" if value is None else f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:.3g}"
 
@@ -56,7 +56,7 @@ def price(rows: Group) -> dict[str, str]:
     ):
         psnr, blind = (median(psnrs(some, name)) for name in ("psnr", "psnr_blind"))
         if psnr is not None and blind is not None:
-            point = (f"ε = {epsilon_of(some)}", some[0]["accuracy"], psnr - blind, some[0]["success"])
+            point = (f"ε = {epsilon_shown(some)}", some[0]["accuracy"], psnr - blind, some[0]["success"])
             points.setdefault(attacker(some), []).append(point)
     covered = " or ".join(dict.fromkeys(str(row["not_covered"]) for row in told if "not_covered" in row))
     said = (
@@ -137,14 +137,14 @@ _COLUMNS = (
     Column("n", "victims", of=lambda rows: len({(row["client"], row["round"], row["seed"]) for row in rows})),
     *map(_got, WHO),
     BLIND,
-    Column("epsilon", "of the updates in the attacked exchanges", "ε", of=epsilon_of),
+    Column("epsilon", "of the updates in the attacked exchanges", "ε", of=epsilon_shown),
     Column("overhead", "of a client's exchange, over that without a defence", "time", ".1f"),
     Column("accuracy", "of the trained model", "", ".0%"),
     Column("accuracy_lost", "accuracy that the defence costs", "lost", ".0%"),
 )
 
 
-def compared(rows: Group) -> tuple[list[list[AnyRow]], list[Column]]:
+def by_defence(rows: Group) -> tuple[list[list[AnyRow]], list[Column]]:
     """The rows of each defence and setting, and the columns; no rows unless they are about what defences cost."""
     scored = [row for row in rows if row.get("psnr_blind") is not None and "adaptive" in row]
     if any("success" in row for row in rows) or len({row["defence"] for row in scored}) < 2:
@@ -153,20 +153,20 @@ def compared(rows: Group) -> tuple[list[list[AnyRow]], list[Column]]:
     return grouped(scored, [*map(setting, ("defence", *WHERE))]), [*map(setting, ("defence", *varying)), *_COLUMNS]
 
 
-def table(rows: Group) -> Table | None:
+def trade_table(rows: Group) -> Table | None:
     """A line for each defence, for a terminal; None where they are not what is asked."""
-    groups, columns = compared(rows)
+    groups, columns = by_defence(rows)
     return terminal(groups, columns) if groups else None
 
 
 def section(rows: Group) -> dict[str, str]:
     """Heading -> chart, where models were trained, and table; nothing where there is but one defence."""
-    groups, columns = compared(rows)
+    groups, columns = by_defence(rows)
     if not groups:
         return {}
     points: dict[str, list[Trade]] = {}
     for some in groups:
-        first, blind, epsilon = some[0], statistics.median(psnrs(some, "psnr_blind")), epsilon_of(some)
+        first, blind, epsilon = some[0], statistics.median(psnrs(some, "psnr_blind")), epsilon_shown(some)
         label = first["defence"] + (f", ε = {epsilon}" if first.get("epsilon") is not None else "")
         for who, (psnr, back) in attackers(some).items() if first.get("accuracy") is not None else ():
             points.setdefault(who, []).append((label, first["accuracy"], psnr - blind, back.share or 0.0))

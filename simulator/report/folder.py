@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 
 from fedtap.simulator.attack import Attack, Reconstructed
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.files import TEMPORARY, check_writable, sweep, write_atomically
+from fedtap.simulator.files import TEMPORARY, check_writable, remove_leftovers, write_atomically
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.scenario import Row
 
@@ -69,14 +69,14 @@ class Folder:
         """Rows of the resumed run, by unit, that this one has not come to yet."""
         self._done: dict[str, str] = {}
         """Unit -> digest of its rows, once all of them are there; file of guesses/ -> digest of its bytes."""
-        before = judged(path, about, resume=resume, overwrite=overwrite)
+        before = check_folder(path, about, resume=resume, overwrite=overwrite)
         if resume and before is not None:
             for row in read_rows(path / "rows.jsonl"):
                 self.before.setdefault(row["unit"], []).append(row)
             done = before.get("done")
             self._done = dict(done) if isinstance(done, dict) else {}
         for folder in (path, *(path / name for name in FOLDERS), *(path / "auxiliary").glob("*")):
-            sweep(folder)
+            remove_leftovers(folder)
         if before is not None and not resume:
             self._clear(before)
         self.describe(finished=False, done=self._done)
@@ -173,7 +173,7 @@ class Folder:
             ) from error
 
 
-def judged(
+def check_folder(
     path: Path, about: dict[str, Any], *, resume: bool = False, overwrite: bool = False
 ) -> dict[str, Any] | None:
     """run.json of the run in a folder in which a run of `about` may be left; None where there is none.
@@ -225,14 +225,14 @@ def place(
     if resume and overwrite:
         raise FedtapError("--resume goes on with a run and --overwrite removes it: leave out one of them.")
     if out is not None or overwrite:
-        judged(out or usual, about, resume=resume, overwrite=overwrite)
+        check_folder(out or usual, about, resume=resume, overwrite=overwrite)
         return out or usual
     runs, free = _numbered(usual)
     same = [path for path, before in runs if all(before.get(name) == about.get(name) for name in SETTINGS)]
     if resume and runs and not same:
-        judged(runs[-1][0], about, resume=True)
+        check_folder(runs[-1][0], about, resume=True)
     where = same[-1] if same else free
-    judged(where, about, resume=resume)
+    check_folder(where, about, resume=resume)
     return where
 
 

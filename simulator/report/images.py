@@ -20,7 +20,7 @@ from fedtap.simulator.report.columns import (
     settings,
     telling,
 )
-from fedtap.simulator.report.defences import BLIND, attacker, epsilon_of, price, section, short, table
+from fedtap.simulator.report.defences import BLIND, attacker, epsilon_shown, price, rounded, section, trade_table
 from fedtap.simulator.report.outcomes import median, outcome, psnrs, ranged
 from fedtap.simulator.report.page import Page
 from fedtap.simulator.scores import LEVELLED
@@ -45,10 +45,10 @@ DOTS = "the mark is a blind guess, and what is over 60 dB stands at the end"
 CAUTION = "An attack that fails shows that this attack fails here: it does not show that the data are private."
 
 
-def columns(rows: Group) -> tuple[Column, ...]:
+def image_columns(rows: Group) -> tuple[Column, ...]:
     """The columns of these rows. ε is one of them where it is asked for, and else follows from the defence."""
     asked = any("success" in row for row in rows)
-    pairs = {(epsilon_of([row]), str(row.get("defence"))) for row in rows}
+    pairs = {(epsilon_shown([row]), str(row.get("defence"))) for row in rows}
     epsilons = {epsilon for epsilon, _ in pairs}
     varies = asked and len(epsilons) > 1
     guarantee = (
@@ -66,7 +66,7 @@ def columns(rows: Group) -> tuple[Column, ...]:
     middle = "median over images, with its 95 % interval (order statistics, of few the least and the largest)"
     left = f"share of the gradient that the reconstruction does not cause; over {EXPLAINED:g} it is {CAUSES}"
     return (
-        Column("epsilon", "of the attacked exchanges", "ε", over="same" if varies else "hidden", of=epsilon_of),
+        Column("epsilon", "of the attacked exchanges", "ε", over="same" if varies else "hidden", of=epsilon_shown),
         *[Column("sigma", "", "σ", ".3g", "median" if asked else "hidden")] * any("epsilon" in row for row in rows),
         Column("attack", over="same", of=attacker),
         *(Column(name, over="rows") for name in ("client", "round", "seed") if name not in hidden),
@@ -135,19 +135,19 @@ def _percent(decibels: float | None) -> str:
 
 def _all(rows: Group) -> str | None:
     first = rows[0]
-    return f"{short(first['epsilon_all'])} ({first['releases']})" if "releases" in first else None
+    return f"{rounded(first['epsilon_all'])} ({first['releases']})" if "releases" in first else None
 
 
 def _protected(rows: Group) -> str:
     first = rows[0]
     whom = "an example" if first["protects"] == "example" else "a client"
-    far = "no clip" if first["sensitivity"] is None else f"sensitivity {short(first['sensitivity'])}"
+    far = "no clip" if first["sensitivity"] is None else f"sensitivity {rounded(first['sensitivity'])}"
     return f"{whom}, {first['adjacency']}, {far}"
 
 
 def chosen(rows: Group) -> list[Column]:
     """The settings that vary, ε among them where it is asked for."""
-    known = columns(rows)
+    known = image_columns(rows)
     return [*(column for column in known if column.name == "epsilon" and column.over == "same"), *settings(rows, known)]
 
 
@@ -223,12 +223,12 @@ def page_of(page: Page, rows: Group) -> tuple[Page, Group]:
     attacked, shown = ([row for row in rows if names & row.keys()] for names in ({"attack"}, {"attack", "trials"}))
     return dataclasses.replace(
         page,
-        columns=columns(shown),
+        columns=image_columns(shown),
         charts={**page.charts, **price(rows), **section(rows), **curves(attacked)},
         answers=answers(attacked),
         alarms=alarms(attacked),
         notes=[*page.notes, *[LEVELLED, CAUTION] * bool(attacked), *notes(attacked)],
-        beside=[compared] if (compared := table(rows)) else [],
+        beside=[compared] if (compared := trade_table(rows)) else [],
     ), shown
 
 

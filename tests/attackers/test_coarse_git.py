@@ -22,7 +22,7 @@ from fedtap.simulator.attack import _learned
 from fedtap.simulator.auxiliary import Auxiliary, gradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
-from fedtap.simulator.models.registry import MODELS, Normalise, build
+from fedtap.simulator.models.registry import BUILDERS, Normalise, build
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 SHAPE = (3, 16, 16)
@@ -45,7 +45,7 @@ def test_one_stage_a_layer_or_block_in_the_networks_order() -> None:
     assert [len(stage.leaves) for stage in residual][1:4] == [2, 2, 2]
     blocks = stages(build("vit", SHAPE, 10), SHAPE)
     assert len({stage.name for stage in blocks}) == len(blocks) > 3
-    for model in MODELS:
+    for model in BUILDERS:
         network = build(model, SHAPE, 10)
         found = stages(network, SHAPE)
         read = [leaf.weight for stage in found for leaf in stage.leaves] + [n for s in found for n, _ in s.others]
@@ -101,7 +101,7 @@ def test_a_rows_input_is_read_in_closed_form(bias: bool) -> None:
         assert bool((F.cosine_similarity(row, hidden) > 0.999).all())
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", BUILDERS)
 def test_every_model_is_learned_and_comes_back_from_its_files(model: str, tmp_path: Path) -> None:
     leak = heard(model)
     made = CoarseGIT(width=4, hidden=4, hints=4, epochs=1, batch=16).fit(auxiliary_for(leak, tmp_path, 60))
@@ -156,7 +156,7 @@ def test_the_stages_learn_what_no_regression_starts_them_with(tmp_path: Path) ->
     assert sum(loss.item() for loss in losses[-10:]) < 0.6 * sum(loss.item() for loss in losses[:10])
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", BUILDERS)
 def test_the_flat_mlp_has_as_many_parameters(model: str) -> None:
     found = stages(build(model, SHAPE, 10), SHAPE)
     sizes = [

@@ -19,7 +19,7 @@ from fedtap.attackers.checkpoints import stationary_mmd
 from fedtap.attackers.checkpoints.stationary_mmd import (
     StationaryMMD,
     Terms,
-    flat,
+    flattened,
     recombined,
     regulariser_gradient,
     unexplainable,
@@ -106,7 +106,7 @@ def test_their_derivatives_are_those_of_finite_differences() -> None:
 
 def test_recombined_starts_pick_the_true_points_from_different_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     leak, (truth, _) = leaked(SMALL, 1), SMALL.private(0, 0)
-    terms, slope = Terms(leak.network, (4,), 2), flat(regulariser_gradient(leak))
+    terms, slope = Terms(leak.network, (4,), 2), flattened(regulariser_gradient(leak))
     found = torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for place in range(3):  # each start has found one of them
         found[0, place, place, :4] = truth[place]
@@ -223,10 +223,10 @@ def test_haims_form_explains_a_homogeneous_networks_weights_and_not_by_the_priva
     slopes = (logits.softmax(1) - F.one_hot(labels, 2)) / 1e-2  # the KKT multipliers, by the training's stationarity
     terms = Terms(leak.network, (4,), 2)
     rest = (
-        flat(regulariser_gradient(leak))
+        flattened(regulariser_gradient(leak))
         + terms.sums(leak.observed, torch.cat([inputs, slopes @ terms.basis], 1)[None, None])[:, 0]
     )
-    assert float(rest.norm() / flat(regulariser_gradient(leak)).norm()) < 1e-5
+    assert float(rest.norm() / flattened(regulariser_gradient(leak)).norm()) < 1e-5
 
 
 def test_no_points_explain_what_is_of_too_high_a_rank() -> None:

@@ -23,7 +23,7 @@ import fedtap.simulator.federation.settings
 from fedtap.attackers import ATTACKS, parse
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.command.main import main
-from fedtap.scenarios.command.options import RENAMED, absolute, combinations, pairs, written
+from fedtap.scenarios.command.options import RENAMED, absolute, combinations, options_text, pairs
 from fedtap.scenarios.command.plan import plan, plan_of
 from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.errors import FedtapError
@@ -421,7 +421,7 @@ def test_a_run_config_that_cannot_be_read_is_one_sentence(config: UserConfig, se
 
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z_]*", fullmatch=True), st.text(), max_size=4))
 def test_options_in_one_string_are_read_as_they_were_written(knobs: dict[str, str]) -> None:
-    found = pairs(shlex.split(written(knobs)))
+    found = pairs(shlex.split(options_text(knobs)))
     assert {name.replace("-", "_"): value for name, value in found.items()} == knobs
 
 

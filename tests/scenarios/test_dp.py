@@ -32,10 +32,10 @@ from fedtap.simulator.federation.guarantees import promised, success_of
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
 from fedtap.simulator.leaks import mean
-from fedtap.simulator.report.charts import apart
+from fedtap.simulator.report.charts import _apart
 from fedtap.simulator.report.columns import summary, table
 from fedtap.simulator.report.defences import price
-from fedtap.simulator.report.images import columns
+from fedtap.simulator.report.images import image_columns
 from fedtap.simulator.run import run as run_parts
 from fedtap.simulator.scores import limits
 from fedtap.simulator.wire.grid import LocalGrid
@@ -295,7 +295,7 @@ def test_defences_act_in_training_rounds_too() -> None:
 
 def test_the_table_holds_every_attack_and_every_game(left: Path) -> None:
     console = Console(width=80, record=True)
-    console.print(table(rows(left), columns(rows(left))))
+    console.print(table(rows(left), image_columns(rows(left))))
     shown = console.export_text()
     assert shown.count("linear") == 2
     assert "∞" in shown
@@ -307,17 +307,17 @@ def test_defences_of_the_same_epsilon_are_told_apart(left: Path) -> None:
     unprotected = [row for row in rows(left) if row["epsilon"] is None]
     pruned = [row | {"defence": "prune(0.9)"} for row in unprotected]
     both = [*unprotected, *pruned]
-    groups, shown = summary(both, columns(both))
+    groups, shown = summary(both, image_columns(both))
     assert [len(group) for group in groups] == [2, 2]
     assert "prune(0.9)" in [column.cell(groups[1]) for column in shown]
     console = Console(width=100, record=True)
-    console.print(table(both, columns(both)))
+    console.print(table(both, image_columns(both)))
     assert "prune(0.9)" in console.export_text()
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=18).map(sorted))
 def test_names_beside_points_that_touch_stand_apart(heights: list[float]) -> None:
-    places = apart(heights, 0.05)
+    places = _apart(heights, 0.05)
     assert all(after - before >= 0.05 - 1e-9 for before, after in itertools.pairwise(places))
     assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
     if all(after - before >= 0.05 for before, after in itertools.pairwise(heights)):

@@ -30,7 +30,7 @@ from fedtap.attackers import ATTACKS, parse, suited
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.scenarios import SCENARIOS
-from fedtap.scenarios.command.options import written
+from fedtap.scenarios.command.options import options_text
 from fedtap.scenarios.command.plan import plan, plan_of
 from fedtap.simulator.auxiliary import Auxiliary
 from fedtap.simulator.data.images import open_dataset
@@ -302,7 +302,7 @@ class Fuzz:
             knobs[knob] = text_mutated(draw.choice((*map(str, known[knob].values), "1", "0.5,2", "mlp", "idlg")), draw)
         if kind == "knobs":
             return kind, lambda: plan(name, knobs)
-        options = text_mutated(written(knobs), draw) if draw.random() < 0.5 else written(knobs)
+        options = text_mutated(options_text(knobs), draw) if draw.random() < 0.5 else options_text(knobs)
         return kind, lambda: plan_of({"scenario": name, "options": options, "overwrite": draw.choice((1, 1.5, True))})
 
     def changed(self, kind: str, draw: Random) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fedtap.scenarios.command.main import main
 from fedtap.scenarios.command.plan import plan
-from fedtap.scenarios.deploy import check_nodes
+from fedtap.scenarios.deploy import check_node_count
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.wire.messages import client_failed
 
@@ -118,8 +118,8 @@ def test_a_saved_leak_of_no_known_half_is_refused(
 
 def test_a_study_is_deployed_on_as_many_nodes_as_it_has_clients() -> None:
     (study,) = plan("posterior_shards", {"shards": "3"})
-    check_nodes(study, 3)
+    check_node_count(study, 3)
     with pytest.raises(FedtapError, match="--nodes 3"):
-        check_nodes(study, 4)
+        check_node_count(study, 4)
     with pytest.raises(FedtapError, match="--nodes 5"):
-        check_nodes(plan("first_leak", {"clients": "4"})[0], 4)
+        check_node_count(plan("first_leak", {"clients": "4"})[0], 4)

@@ -15,7 +15,7 @@ from rich.console import Console
 from fedtap.scenarios.command.plan import plan
 from fedtap.scenarios.gradients.defences import Defences
 from fedtap.simulator.defences.notation import described, strengths
-from fedtap.simulator.federation.equal_loss import compared, nearest, strengths_of, undefended
+from fedtap.simulator.federation.equal_loss import equal_loss, nearest, strengths_of, undefended
 from fedtap.simulator.options import options_of
 from fedtap.simulator.report import defences, images
 from tests.scenarios.test_cli import run
@@ -74,7 +74,7 @@ def test_a_run_attacks_the_strength_nearest_by_what_is_held_out(monkeypatch: pyt
 
     monkeypatch.setattr("fedtap.simulator.federation.equal_loss._lost", lost)
     monkeypatch.setattr("fedtap.simulator.federation.equal_loss._cost", lambda *which: {})
-    attacked = [number for number in range(len(parts)) if compared(number, parts, {}) is not None]
+    attacked = [number for number in range(len(parts)) if equal_loss(number, parts, {}) is not None]
     assert attacked == [0, first["laplace"] + 3, first["prune"] + 2]
 
 
@@ -126,13 +126,13 @@ def test_rows_tell_an_epsilon_where_one_is_known(left: Path) -> None:
 
 def test_the_report_has_a_line_for_each_defence_and_marks_what_needs_the_truth(left: Path) -> None:
     found = rows(left)
-    groups, _ = defences.compared(found)
+    groups, _ = defences.by_defence(found)
     assert len(groups) == 3
     for group in groups:
         psnr = {who: middle for who, (middle, _) in defences.attackers(group).items()}
         assert psnr[defences.UPPER] >= psnr[defences.PLAIN]
     console = Console(width=80, record=True)
-    console.print(defences.table(found))
+    console.print(defences.trade_table(found))
     shown = console.export_text()
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "needs the" in shown

@@ -18,7 +18,7 @@ from fedtap.clients.app import client_app
 from fedtap.simulator import files
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.report import page as report
-from fedtap.simulator.report.folder import Folder, judged, place, read_rows
+from fedtap.simulator.report.folder import Folder, check_folder, place, read_rows
 from fedtap.simulator.run import described_run, device_named, run
 from fedtap.simulator.wire.grid import LocalGrid
 from tests.support.scenes import Scene
@@ -54,7 +54,7 @@ def test_temporaries_of_a_killed_run_are_no_obstacle_and_are_removed(tmp_path: P
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(FedtapError, match="no fedtap run left"):
-        judged(tmp_path, ABOUT)
+        check_folder(tmp_path, ABOUT)
     (tmp_path / "notes/x").unlink()
     (tmp_path / "notes").rmdir()
     for resume in (True, False):
@@ -70,7 +70,7 @@ def test_temporaries_of_a_killed_run_are_no_obstacle_and_are_removed(tmp_path: P
 
 def test_a_temporary_alone_is_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / PART).touch()
-    assert judged(tmp_path, ABOUT, resume=True) is None
+    assert check_folder(tmp_path, ABOUT, resume=True) is None
     assert place(ABOUT, None, tmp_path) == tmp_path
 
 
@@ -206,7 +206,7 @@ def test_damaged_rows_are_told_in_a_sentence(content: bytes, tmp_path: Path) -> 
     left(tmp_path)
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(FedtapError, match=r"rows.jsonl is damaged \(line \d: .*run again without --resume") as error:
-        judged(tmp_path, ABOUT, resume=True)
+        check_folder(tmp_path, ABOUT, resume=True)
     sentence(error)
     Folder(tmp_path, dict(ABOUT))  # as it says
 

@@ -72,7 +72,7 @@ def page_of(rows: list[dict[str, Any]], shown: Sequence[Picture] = (), **changes
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Heading -> cell of each line of the summary."""
-    groups, columns = summary(rows, images.columns(rows))
+    groups, columns = summary(rows, images.image_columns(rows))
     return [{column.title: column.cell(group) for column in columns} for group in groups]
 
 
@@ -252,7 +252,7 @@ def test_a_leak_is_said_in_words_and_in_the_colour_of_alarm() -> None:
 
 def shown(rows: list[dict[str, Any]]) -> str:
     console = Console(width=200, file=io.StringIO(), record=True)
-    console.print(table(rows, images.columns(rows), images.notes(rows)))
+    console.print(table(rows, images.image_columns(rows), images.notes(rows)))
     return console.export_text()
 
 
@@ -267,7 +267,7 @@ def test_the_terminals_table_leaves_out_what_another_knob_tells() -> None:
     rows = [
         row(clients=clients, others=others, threat_model=threat_model) for clients, others, threat_model in settings
     ]
-    headings = [str(column.header) for column in table(rows, images.columns(rows)).columns]
+    headings = [str(column.header) for column in table(rows, images.image_columns(rows)).columns]
     assert headings[:3] == ["clients", "others", "attack"]
     assert "threat_model" in [column.name for column in images.chosen(rows)]
 

@@ -25,7 +25,7 @@ import fedtap.simulator.models.registry
 from fedtap.attackers import parse, parse_saved
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.wrappers.saved import Saved
-from fedtap.scenarios.command.options import written
+from fedtap.scenarios.command.options import options_text
 from fedtap.scenarios.command.plan import plan_of
 from fedtap.simulator import files
 from fedtap.simulator.auxiliary import Auxiliary
@@ -36,7 +36,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.files import read_json, write_atomically
 from fedtap.simulator.leaks import load
 from fedtap.simulator.models.attention import architecture
-from fedtap.simulator.models.registry import MODELS, OWN_MODELS, build, on_meta, with_weights
+from fedtap.simulator.models.registry import BUILDERS, OWN_MODELS, build, on_meta, with_weights
 from fedtap.simulator.report.folder import Folder
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
@@ -207,7 +207,7 @@ CONFIGS = (
 def test_a_run_config_names_code_only_where_its_host_allows_it(
     marker: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str]
 ) -> None:
-    asked: UserConfig = {"scenario": "first_leak", "options": written(config)}
+    asked: UserConfig = {"scenario": "first_leak", "options": options_text(config)}
     for allowed in ("", "evil:other,evil", "evil:net2"):
         monkeypatch.setenv(OWN_MODELS, allowed)
         with pytest.raises(FedtapError, match="only who runs this host may: start it with FEDTAP_OWN_MODELS=evil:net"):
@@ -403,7 +403,7 @@ def test_a_seed_gives_the_weights_that_it_always_gave() -> None:
     for name in ("mlp", "convnet", "resnet20", "vit"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            expected = MODELS[name]((3, 16, 16), 10).state_dict()
+            expected = BUILDERS[name]((3, 16, 16), 10).state_dict()
         found, bare = build(name, (3, 16, 16), 10, seed=7), build(name, (3, 16, 16), 10)
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.state_dict().items())
         assert {key: t.shape for key, t in bare.state_dict().items()} == {key: t.shape for key, t in expected.items()}

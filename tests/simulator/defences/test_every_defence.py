@@ -34,7 +34,7 @@ from fedtap.simulator.defences.defence import (
     UpdateDefence,
 )
 from fedtap.simulator.defences.noise import Noise
-from fedtap.simulator.defences.notation import described, kind_of, names, summary, usage, written
+from fedtap.simulator.defences.notation import described, first_line, kind_of, names, usage, written
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.registry import build
 from tests.support.defences import batch_of, drawn, flat, update
@@ -104,7 +104,7 @@ def test_it_is_a_cited_frozen_value_named_after_its_file(name: str) -> None:
     assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert "https://" in (kind.__doc__ or "")
     assert "https://" in (sys.modules[kind.__module__].__doc__ or "")
-    assert summary(name).endswith(".")
+    assert first_line(name).endswith(".")
     assert [field.name for field in dataclasses.fields(kind)] == [one.name for one in kind.arguments()]  # type: ignore[arg-type]
     for argument in kind.arguments():
         assert f"{argument.name}: " in (kind.__doc__ or ""), f"{argument.name} is not documented"

@@ -11,7 +11,7 @@ from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.simulator import registry
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.defences.chained import parse
-from fedtap.simulator.defences.notation import described, names, strengths, summary, usage
+from fedtap.simulator.defences.notation import described, first_line, names, strengths, usage
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.scoring import adaptation
 from fedtap.simulator.registry import Registry
@@ -32,7 +32,7 @@ def test_an_installed_defence_is_written_listed_and_replayed(monkeypatch: pytest
     assert described("clip(1.0)+top_k(k=3)")[1] == TopK(3)
     assert parse("top_k(3)").update.parts == (TopK(3),)
     assert strengths("top_k(3)") == ("top_k(1000)", "top_k(100)", "top_k(10)", "top_k(1)")
-    assert (usage("top_k"), summary("top_k")) == ("top_k(k)", "Keeps the k largest entries of each tensor.")
+    assert (usage("top_k"), first_line("top_k")) == ("top_k(k)", "Keeps the k largest entries of each tensor.")
     assert adaptation(IDLG(adaptive=True), "top_k(3)") == {"adaptive": True}
     assert adaptation(ExactGIT(), "top_k(3)") == {"adaptive": False}
     assert adaptation(IDLG(adaptive=True), "precode(8)+top_k(3)")["adaptive_note"] == "does not know precode(8)"
