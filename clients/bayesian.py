@@ -96,8 +96,8 @@ def exact(model: LinearRegression, records: Records, draws: int, seed: int = 0, 
         kept.append(variance[noise.random(len(variance)) < chance])
     sigma = torch.from_numpy(np.sqrt(np.concatenate(kept)[:draws]))
     normal = torch.from_numpy(noise.standard_normal((k, draws)))
-    drift_norm = torch.linalg.solve_triangular(r, normal, upper=True) * sigma
-    return torch.cat([((beta[:, None] + drift_norm) / scale[:, None]).T, sigma[:, None]], dim=1)
+    deviation = torch.linalg.solve_triangular(r, normal, upper=True) * sigma
+    return torch.cat([((beta[:, None] + deviation) / scale[:, None]).T, sigma[:, None]], dim=1)
 
 
 def laplace_approximation(

@@ -234,7 +234,7 @@ class _Run:
         pictures; a section says of which setting it is, and of which attack where there are several."""
         for key, picture in scored.pictures.items():
             if key in self.pictures:
-                self.pictures[key].guesses.update(picture.guesses)
+                self.pictures[key].reconstructions.update(picture.reconstructions)
                 self.pictures[key].levels.update(picture.levels)
             elif len(self.pictures) < _PICTURES:
                 self.pictures[key] = picture

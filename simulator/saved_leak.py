@@ -63,7 +63,7 @@ def attack_saved(
     seed: int,
     overwrite: bool = False,
 ) -> list[Row]:
-    """Attack leaks of which there is no truth; `out` holds the guesses, pictures, and rows without scores.
+    """Attack leaks of which there is no truth; `out` holds the reconstructions, pictures, and rows without scores.
 
     Args:
         leaks: by name; an error stands for one that could not be read, and is told in its row.
@@ -96,29 +96,29 @@ def attack_saved(
         try:
             if why_not:
                 raise why_not
-            guess: Reconstructed = attack(there := leak.to(device), seed=seed)
+            found: Reconstructed = attack(there := leak.to(device), seed=seed)
         except FedtapError as error:
             told = {"error": str(error), **last}
             folder.add([common | {"client": client, "round": rnd} | told for client, rnd in victims])
             continue
         last = {"seconds": (time.perf_counter() - began) / len(leak), **last}
-        left, guess = unexplained_of(there, guess), guess.on_cpu()
-        folder.keep(str(last["unit"]), guess)
+        left, found = unexplained_of(there, found), found.on_cpu()
+        folder.keep(str(last["unit"]), found)
         rows = []
         for victim, (client, rnd) in enumerate(victims):
-            objective = finite(float(guess.objective[victim]))
-            row = common | {"client": client, "round": rnd} | guess.columns(victim) | {"objective": objective}
+            objective = finite(float(found.objective[victim]))
+            row = common | {"client": client, "round": rnd} | found.columns(victim) | {"objective": objective}
             row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
-            if isinstance(guess, Reconstruction):
+            if isinstance(found, Reconstruction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"
-                folder.write(file, png(guess.images[victim]))
+                folder.write(file, png(found.images[victim]))
                 row |= {"picture": file}
                 key = (name, victim)
                 if key not in pictures and len(pictures) < _PICTURES:
                     title = f"client {client}, round {rnd}"
                     pictures[key] = Picture(f"{name}, {title}" if many else title, None, {}, None)
                 if key in pictures:
-                    pictures[key].guesses[common["attack"]] = (guess.images[victim], None)
+                    pictures[key].reconstructions[common["attack"]] = (found.images[victim], None)
             rows.append(row | last | ({} if objective is not None else {"error": DIVERGED}))
         folder.add(rows)
     folder.describe(finished=True)
@@ -129,7 +129,7 @@ def attack_saved(
         question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
         "gradients how much a reconstruction leaves unexplained.",
         threat="\n".join(
-            dict.fromkeys(THREATS.get(p.threat_model, f"Its listener was: {p.threat_model}.") for p in protocols)
+            dict.fromkeys(THREATS.get(p.threat_model, f"Its threat model was {p.threat_model}.") for p in protocols)
         ),
         settings={
             field.name: " or ".join(dict.fromkeys(str(getattr(protocol, field.name)) for protocol in protocols))
@@ -138,7 +138,7 @@ def attack_saved(
         environment=folder.about["versions"] | {"device": folder.about["device"]},
         columns=columns_of_found(folder.rows),
         pictures=[*pictures.values()],
-        notes=["Reconstructions are in guesses/, images also in pictures/."],
+        notes=["Reconstructions are in reconstructions/, images also in pictures/."],
     )
     write(folder.path, page, folder.rows)
     return folder.rows

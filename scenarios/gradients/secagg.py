@@ -44,8 +44,8 @@ class SecAgg(ImageScenario):
         """Each conduct of the others that is asked for."""
         if self.threat_model != SECURE:
             raise FedtapError(
-                f"This scenario is about what {SECURE} hides, and the {self.threat_model} hears each client by itself: "
-                "leave out --threat-model."
+                f"This scenario is about what {SECURE} hides, and the {self.threat_model} observes each client by "
+                "itself: leave out --threat-model."
             )
         if self.clients == 1 and self.others != "honest":
             warnings.warn(f"One client alone has no others to be {self.others}: --clients 1 is left out.", stacklevel=1)

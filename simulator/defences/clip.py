@@ -51,7 +51,7 @@ class Clip(UpdateDefence):
         return None
 
     def replay(self, exchange: Exchange) -> Replay | None:
-        return Replay(lambda guess, sent: shortened(guess, self.norm / exchange.steps), exact=True, prior=0.0)
+        return Replay(lambda dummy, sent: shortened(dummy, self.norm / exchange.steps), exact=True, prior=0.0)
 
     def averaged(self, times: int) -> Clip:
         return self

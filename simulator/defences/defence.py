@@ -140,10 +140,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Replay:
-    """What an attacker that knows a defence does to its own guess's gradient before it compares."""
+    """What an attacker that knows a defence does to the gradient of its dummy data before it compares."""
 
     does: Callable[[Tensors, Tensors], dict[str, Tensor]]
-    """(the guesses' gradients, what was sent) → the guesses' gradients, defended as what was sent; each tensor with a
+    """(the dummy gradients, what was sent) → the dummy gradients, defended as what was sent; each tensor with a
     leading axis of victims. Differentiable, and called under vmap."""
     exact: bool
     """Whether the truth, replayed, is what was sent, up to the announced error."""
@@ -152,9 +152,9 @@ class Replay:
     what the defence took away; chosen on training images. 0 where noise of a known size sets the weight."""
 
 
-def unchanged(guess: Tensors, sent: Tensors) -> dict[str, Tensor]:
+def unchanged(dummy: Tensors, sent: Tensors) -> dict[str, Tensor]:
     """The replay of what changes a gradient by a random error alone."""
-    return dict(guess)
+    return dict(dummy)
 
 
 class Defence(ABC):
@@ -216,7 +216,7 @@ class Defence(ABC):
 
     @abstractmethod
     def replay(self, exchange: Exchange) -> Replay | None:
-        """What an attacker that knows it does to its guess's gradient; None where nobody but the client can repeat it,
+        """What an attacker that knows it does to its dummy gradient; None where nobody but the client can repeat it,
         and then no attack counts as adaptive against it that does not say by itself that it knows it."""
 
     @abstractmethod

@@ -145,7 +145,7 @@ class DPSGD(StepDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         """One image's gradient is clipped; of several, clipped one by one, the mean's length is not known."""
         if exchange.alone:
-            return Replay(lambda guess, sent: shortened(guess, self.clip), exact=True, prior=0.0)
+            return Replay(lambda dummy, sent: shortened(dummy, self.clip), exact=True, prior=0.0)
         return Replay(_scaled, exact=False, prior=0.0)
 
     def averaged(self, times: int) -> DPSGD:
@@ -173,11 +173,11 @@ class DPSGD(StepDefence):
             raise FedtapError(f"{why} ({_sentence(wrong[0])}): use a model without this layer.")
 
 
-def _scaled(guess: Tensors, sent: Tensors) -> dict[str, Tensor]:
+def _scaled(dummy: Tensors, sent: Tensors) -> dict[str, Tensor]:
     """At the length at which it is nearest."""
-    product = torch.stack([(guess[name] * sent[name]).flatten(1).sum(1) for name in sent]).sum(0)
-    square = torch.stack([guess[name].flatten(1).square().sum(1) for name in sent]).sum(0).clamp_min(1e-30)
-    return {name: tensor * along((product / square).clamp_min(0), tensor) for name, tensor in guess.items()}
+    product = torch.stack([(dummy[name] * sent[name]).flatten(1).sum(1) for name in sent]).sum(0)
+    square = torch.stack([dummy[name].flatten(1).square().sum(1) for name in sent]).sum(0).clamp_min(1e-30)
+    return {name: tensor * along((product / square).clamp_min(0), tensor) for name, tensor in dummy.items()}
 
 
 def _sentence(error: Exception) -> str:

@@ -85,7 +85,7 @@ class LocalDP(UpdateDefence):
         return Error(Density.GAUSSIAN, self.sigma)
 
     def replay(self, exchange: Exchange) -> Replay | None:
-        return Replay(lambda guess, sent: shortened(guess, self.clip / exchange.steps), exact=True, prior=0.0)
+        return Replay(lambda dummy, sent: shortened(dummy, self.clip / exchange.steps), exact=True, prior=0.0)
 
     def averaged(self, times: int) -> LocalDP:
         return self

@@ -72,5 +72,5 @@ class Prune(UpdateDefence):
         """It fits every network."""
 
 
-def _kept(guess: Tensors, sent: Tensors) -> dict[str, Tensor]:
-    return {name: torch.where(sent[name] == 0, 0.0, tensor) for name, tensor in guess.items()}
+def _kept(dummy: Tensors, sent: Tensors) -> dict[str, Tensor]:
+    return {name: torch.where(sent[name] == 0, 0.0, tensor) for name, tensor in dummy.items()}

@@ -38,9 +38,9 @@ class Sign(UpdateDefence):
     def replay(self, exchange: Exchange) -> Replay | None:
         """``tanh(g / (softness rms(g)))``, for a slope to follow."""
 
-        def softly(guess: Tensors, sent: Tensors) -> dict[str, Tensor]:
-            roots = {name: (tensor.flatten(1).square().mean(1) + 1e-30).sqrt() for name, tensor in guess.items()}
-            return {n: (tensor / along(exchange.softness * roots[n], tensor)).tanh() for n, tensor in guess.items()}
+        def softly(dummy: Tensors, sent: Tensors) -> dict[str, Tensor]:
+            roots = {name: (tensor.flatten(1).square().mean(1) + 1e-30).sqrt() for name, tensor in dummy.items()}
+            return {n: (tensor / along(exchange.softness * roots[n], tensor)).tanh() for n, tensor in dummy.items()}
 
         return Replay(softly, exact=False, prior=1.0)
 

@@ -98,9 +98,9 @@ class Soteria(StepDefence):
         It does not count as exact: how much of a gradient stays unexplained by the truth was never measured under it.
         """
 
-        def told(guess: Tensors, sent: Tensors) -> dict[str, Tensor]:
+        def told(dummy: Tensors, sent: Tensors) -> dict[str, Tensor]:
             last = exchange.last
-            return {**guess, last: torch.where(sent[last] == 0, 0.0, guess[last])} if last in guess else dict(guess)
+            return {**dummy, last: torch.where(sent[last] == 0, 0.0, dummy[last])} if last in dummy else dict(dummy)
 
         return Replay(told, exact=False, prior=0.0)
 

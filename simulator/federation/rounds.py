@@ -234,7 +234,7 @@ def _means(heard: Heard, private: PrivateData) -> None:
 
 
 def servers(defence: str) -> tuple[ServerDefence, ...]:
-    """What the server does to what it hears, of the defences as written."""
+    """What the server does to what it receives, of the defences as written."""
     return tuple(part for part in described(defence) if isinstance(part, ServerDefence))
 
 

@@ -122,9 +122,9 @@ def _pictures(setting: Federation, trial: Trial, rows: Sequence[Row]) -> dict[An
     return pictures
 
 
-def _blind(floor: Tensor, truth: Tensor) -> Row:
+def _blind(baseline: Tensor, truth: Tensor) -> Row:
     """The blind guess's PSNR: of each of the victim's images, and their mean."""
-    decibels = scores.psnr(scores.mse(floor.expand_as(truth), truth))
+    decibels = scores.psnr(scores.mse(baseline.expand_as(truth), truth))
     return {"psnr_blind": float(decibels.mean()), "psnr_blind_images": [round(each, 2) for each in decibels.tolist()]}
 
 

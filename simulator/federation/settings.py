@@ -42,9 +42,10 @@ OTHERS = ("honest", "silent", "identical", "colluding")
 tell the server what they send."""
 
 THREATS = {
-    "curious_server": "A curious server follows the protocol and keeps what it hears. It knows the weights it sent.",
+    "curious_server": "A curious server follows the protocol and keeps what it observes. It knows the weights it sent.",
     "eavesdropper": "An eavesdropper sees what each client sends, and knows the architecture but not the weights.",
-    "secure_aggregation": "A server behind secure aggregation knows the weights it sent, and hears of each round the "
+    "secure_aggregation": "A server behind secure aggregation knows the weights it sent, and observes of each round "
+    "the "
     "sum of what its clients send; from that it takes what its compromised client sends, and what it is told by others "
     "that collude.",
 }
@@ -193,9 +194,8 @@ class Federation(Scenario):
         if self.threat_model != SECURE:
             if self.others != "honest":
                 raise FedtapError(
-                    f"The {self.threat_model} hears each client by itself, so it does not matter to it that the "
-                    f"others are "
-                    f"{self.others}: add --threat-model {SECURE}."
+                    f"The {self.threat_model} observes each client by itself, so it does not matter to it that the "
+                    f"others are {self.others}: add --threat-model {SECURE}."
                 )
             return
         if self.clients < FEWEST:
@@ -205,8 +205,8 @@ class Federation(Scenario):
             )
         if self.repeats > 1:
             raise FedtapError(
-                "Answers that repeat themselves are averaged client by client, and behind secure aggregation no client "
-                "is heard by itself: leave out --repeats, or the listener."
+                "Replies that repeat themselves are averaged client by client, and behind secure aggregation no client "
+                "is observed by itself: leave out --repeats, or --threat-model."
             )
         if self.local_steps > 1 and self.summed > 1:
             raise FedtapError(

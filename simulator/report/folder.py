@@ -1,4 +1,4 @@
-"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `guesses/`, `trained_attacks/`, `strip.png`,
+"""The folder a run leaves: `run.json`, `rows.jsonl`, `leaks/`, `reconstructions/`, `trained_attacks/`, `strip.png`,
 `report.html`.
 
 Auxiliary pairs lie in `auxiliary/`, and stay there for the next run that asks for the same ones. An attack on saved
@@ -41,7 +41,7 @@ FILES = ("rows.jsonl", "strip.png", "report.html")
 
 FOLDERS = {
     "leaks": re.compile(r"part_\d+\.(safetensors|json)"),
-    "guesses": re.compile(r"(part_\d+-)?\d+-[a-z0-9_]*\.safetensors"),
+    "reconstructions": re.compile(r"(part_\d+-)?\d+-[a-z0-9_]*\.safetensors"),
     "pictures": re.compile(r"\d+-[a-z0-9_]*-victim_\d+\.png"),
     "trained_attacks": re.compile(r"part_\d+(-\d+)+-[a-z0-9_]*\.(safetensors|json)"),
 }
@@ -68,7 +68,7 @@ class Folder:
         self.before: dict[str, list[Row]] = {}
         """Rows of the resumed run, by unit, that this one has not come to yet."""
         self._done: dict[str, str] = {}
-        """Unit -> digest of its rows, once all of them are there; file of guesses/ -> digest of its bytes."""
+        """Unit -> digest of its rows, once all of them are there; file of reconstructions/ -> digest of its bytes."""
         before = check_folder(path, about, resume=resume, overwrite=overwrite)
         if resume and before is not None:
             for row in read_rows(path / "rows.jsonl"):
@@ -132,21 +132,22 @@ class Folder:
             )
         leak.save(path)
 
-    def keep(self, unit: str, guess: Reconstructed) -> None:
-        """Save a guess, so that a resumed run can show it."""
+    def keep(self, unit: str, reconstruction: Reconstructed) -> None:
+        """Save a reconstruction, so that a resumed run can show it."""
         # a copy of each: an attack may bring back one tensor under two names, which safetensors refuses
         tensors = {
-            name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in guess.tensors().items()
+            name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in reconstruction.tensors().items()
         }
         content = save(tensors)
-        self.write(f"guesses/{unit}.safetensors", content)
-        self._done[f"guesses/{unit}"] = _digest(content)
+        self.write(f"reconstructions/{unit}.safetensors", content)
+        self._done[f"reconstructions/{unit}"] = _digest(content)
 
     def kept(self, unit: str, attack: Attack[Any], leak: Leak) -> Reconstructed | None:
         """The saved reconstruction of this unit, if it is there, byte by byte as it was written, and of such a leak."""
         try:
-            content = (self.path / f"guesses/{unit}.safetensors").read_bytes()
-            if self._done.get(f"guesses/{unit}") != _digest(content):
+            content = (self.path / f"reconstructions/{unit}.safetensors").read_bytes()
+            if self._done.get(f"reconstructions/{unit}") != _digest(content):
                 return None
             tensors, made = load(content), attack.reconstructs
             names = {field.name for field in dataclasses.fields(made)}  # type: ignore[arg-type]

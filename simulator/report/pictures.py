@@ -40,7 +40,7 @@ class Picture:
 
     title: str
     original: _Batch | None
-    guesses: dict[str, tuple[_Batch, float | None]]
+    reconstructions: dict[str, tuple[_Batch, float | None]]
     """Attack's label -> its reconstruction, in the original's order, and PSNR in dB; of a batch, that of its mean
     squared error."""
     blind: Tensor | None
@@ -50,8 +50,8 @@ class Picture:
 
     def cell(self, column: str) -> tuple[_Batch | None, float | None]:
         """The images of this column, and their PSNR where there is one."""
-        if column in self.guesses:
-            return self.guesses[column]
+        if column in self.reconstructions:
+            return self.reconstructions[column]
         if column != _BLIND or self.blind is None:
             return self.original if column == ORIGINAL else None, None
         if self.original is None:
@@ -74,7 +74,7 @@ class Picture:
 
 def columns_of(pictures: Sequence[Picture]) -> list[str]:
     """`original` where one is known, every attack's label, `blind guess` where there is one."""
-    attacks = list(dict.fromkeys(label for picture in pictures for label in picture.guesses))
+    attacks = list(dict.fromkeys(label for picture in pictures for label in picture.reconstructions))
     original = [ORIGINAL] * any(picture.original is not None for picture in pictures)
     return original + attacks + [_BLIND] * any(picture.blind is not None for picture in pictures)
 

@@ -381,7 +381,7 @@ PLAYED: dict[str, dict[str, object]] = {
 def test_a_resumed_run_makes_only_the_attack_that_is_missing(name: str, tmp_path: Path) -> None:
     before = played(tmp_path, name, **PLAYED[name])
     pictures = (tmp_path / "out/report.html").read_text().count("<img")
-    (lost,) = (tmp_path / "out/guesses").glob("part_0-1-*")
+    (lost,) = (tmp_path / "out/reconstructions").glob("part_0-1-*")
     lost.unlink()
     with no_attack_runs(AttentionNewton):
         again = planned(name, PLAYED[name], tmp_path / "out", resume=True)

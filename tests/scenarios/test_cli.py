@@ -51,7 +51,7 @@ def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "run.json",
         "rows.jsonl",
         "leaks",
-        "guesses",
+        "reconstructions",
         "strip.png",
         "report.html",
     }
@@ -135,7 +135,7 @@ def test_a_new_run_leaves_nothing_of_the_old(tmp_path: Path, monkeypatch: pytest
     words = ["run", "first_leak", "--victims", "1", "--model", "mlp"]
     assert run(monkeypatch, *words, "--attack", "linear,idlg(steps=1)", *out) == 0
     assert run(monkeypatch, *words, "--attack", "linear", *out, "--overwrite") == 0
-    assert [path.name for path in (tmp_path / "guesses").iterdir()] == ["part_0-0-linear.safetensors"]
+    assert [path.name for path in (tmp_path / "reconstructions").iterdir()] == ["part_0-0-linear.safetensors"]
     assert len(rows(tmp_path)) == 1
 
 
@@ -171,8 +171,8 @@ def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest
     assert "psnr" not in first
     assert first["objective"] is not None
     assert (tmp_path / "b/strip.png").is_file()
-    same = (tmp_path / "a/guesses/part_0-0-linear.safetensors").read_bytes()
-    assert (tmp_path / "b/guesses/0-linear.safetensors").read_bytes() == same
+    same = (tmp_path / "a/reconstructions/part_0-0-linear.safetensors").read_bytes()
+    assert (tmp_path / "b/reconstructions/0-linear.safetensors").read_bytes() == same
 
 
 def test_ones_own_model_is_named_on_the_command_line(

@@ -101,7 +101,7 @@ def test_a_saved_leak_is_attacked_by_its_own_attack(
     said = capsys.readouterr().out
     assert column.replace("_", " ") in said
     assert "PSNR" not in said
-    guess = load_file(tmp_path / f"attack/guesses/0-{attack}.safetensors")
+    guess = load_file(tmp_path / f"attack/reconstructions/0-{attack}.safetensors")
     assert all(torch.isfinite(tensor.double()).all() for tensor in guess.values())
 
 

@@ -278,7 +278,7 @@ def test_what_a_user_says_on_the_command_line_is_believed(
     assert row["doubts"] is None
     assert row["unexplained"] < 1e-3
     assert row["labels"] == labels[0].tolist()
-    found = load_file(next((tmp_path / "said" / "guesses").iterdir()))["images"]
+    found = load_file(next((tmp_path / "said" / "reconstructions").iterdir()))["images"]
     torch.testing.assert_close(found, images, atol=2e-2, rtol=0)
     assert (
         attack("no", "--low", "dark")[1]

@@ -59,7 +59,7 @@ def test_temporaries_of_a_killed_run_are_no_obstacle_and_are_removed(tmp_path: P
     (tmp_path / "notes").rmdir()
     for resume in (True, False):
         (tmp_path / PART).touch()
-        for folder in ("leaks", "guesses", "trained_attacks", "auxiliary/0f"):
+        for folder in ("leaks", "reconstructions", "trained_attacks", "auxiliary/0f"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / PART).touch()
         if not (tmp_path / "run.json").exists():
@@ -81,8 +81,8 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
         "report.html",
         "leaks/part_0.safetensors",
         "leaks/part_10.json",
-        "guesses/part_0-1-idlg.safetensors",
-        "guesses/0-linear.safetensors",
+        "reconstructions/part_0-1-idlg.safetensors",
+        "reconstructions/0-linear.safetensors",
         "trained_attacks/part_0-0-ridge.safetensors",
         "trained_attacks/part_0-0-ridge.json",
         "trained_attacks/part_0-0-1-lti.json",
@@ -90,7 +90,7 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
     mine = [
         "notes.md",
         "leaks/mine.safetensors",
-        "guesses/best.png",
+        "reconstructions/best.png",
         "trained_attacks/tuned.json",
         "auxiliary/a/auxiliary.json",
     ]
@@ -101,7 +101,7 @@ def test_a_rerun_removes_what_fedtap_named_and_nothing_else(tmp_path: Path) -> N
     Folder(tmp_path, dict(ABOUT))
     kept = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert kept == {"run.json", *mine}
-    for folder in ("leaks", "guesses", "trained_attacks"):
+    for folder in ("leaks", "reconstructions", "trained_attacks"):
         for file in (tmp_path / folder).iterdir():
             file.unlink()
     Folder(tmp_path, dict(ABOUT))
@@ -311,14 +311,14 @@ def everything(out: Path) -> dict[str, Any]:
 
 
 def test_killed_at_any_write_it_goes_on_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs, attackers, guesses and leaks of two parts; resumed, or run again."""
+    """Pairs, attackers, reconstructions and leaks of two parts; resumed, or run again."""
     device_named("cpu")
     parts = [TINY, dataclasses.replace(TINY, attack="linear", batch=2)]
     writes = Writes(monkeypatch)
     play(parts, tmp_path / "whole")
     whole, total = everything(tmp_path / "whole"), writes.count
     assert total > 15
-    assert {"auxiliary", "trained_attacks", "guesses", "leaks", "strip.png", "report.html"} <= whole.keys()
+    assert {"auxiliary", "trained_attacks", "reconstructions", "leaks", "strip.png", "report.html"} <= whole.keys()
     for moment in (1, *range(2, total, 5), total):  # the script kill_moments.py has all of them
         out = tmp_path / str(moment)
         writes.count, writes.last = 0, moment
@@ -374,7 +374,7 @@ def test_a_unit_without_exactly_its_rows_is_attacked_again(damage: Any, finished
 def test_a_saved_guess_of_another_form_is_attacked_again(name: str, change: Any, finished: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    file = finished / "guesses/part_0-0-linear.safetensors"
+    file = finished / "reconstructions/part_0-0-linear.safetensors"
     before, tensors = file.read_bytes(), load_file(file)
     save_file(tensors | {name: change(tensors[name]).contiguous()}, file)
     play([TINY], finished, resume=True)

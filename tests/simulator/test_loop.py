@@ -191,7 +191,7 @@ def test_a_resumed_run_keeps_what_is_finished_and_makes_the_rest(tmp_path: Path)
     with no_attack_runs(Echo):
         assert play(settings, tmp_path / "out", resume=True) == before
     assert (tmp_path / "out/report.html").read_text().count("<h2>") == headings
-    (lost,) = (tmp_path / "out/guesses").glob("part_1-*")
+    (lost,) = (tmp_path / "out/reconstructions").glob("part_1-*")
     lost.unlink()
     again = play(settings, tmp_path / "out", resume=True)
     assert again[:3] == before[:3]

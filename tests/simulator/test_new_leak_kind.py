@@ -50,7 +50,7 @@ def test_it_resumes_and_tells_of_a_lost_client(tmp_path: Path, monkeypatch: pyte
     assert [(row["client"], "its disk is gone" in str(row.get("error"))) for row in found] == (
         [(1, True), (0, False), (2, False)]
     )
-    (kept,) = (tmp_path / "guesses").iterdir()
+    (kept,) = (tmp_path / "reconstructions").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(PairOfMoments, "reconstruct", lambda *_: pytest.fail("an attack is made again"))
         assert run(patch, *words, "--resume") == 0

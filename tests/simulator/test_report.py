@@ -49,7 +49,7 @@ def picture(batch: int = 1, size: int = 32, channels: int = 3, **changes: Any) -
     fields = {
         "title": "cat\nclient 0",
         "original": original,
-        "guesses": {"dlg": (original.flip(3), 41.0), "idlg": (original.flip(2), None)},
+        "reconstructions": {"dlg": (original.flip(3), 41.0), "idlg": (original.flip(2), None)},
         "blind": torch.full((channels, size, size), 0.5),
     }
     return Picture(**(fields | changes))
@@ -334,12 +334,12 @@ def test_the_strip_has_a_row_for_each_victim_up_to_eight() -> None:
         [picture(size=300)],
         [picture(size=1)],
         [picture(original=None)],
-        [picture(original=None, blind=None, guesses={})],
+        [picture(original=None, blind=None, reconstructions={})],
         [picture(blind=None, title="")],
         [
             picture(
                 title=EVIL * 4,
-                guesses={
+                reconstructions={
                     "Refine(CoarseGIT(), InvertingGradients(steps=2000, σ=0.1))" * 3: (
                         picture().blind.expand(1, -1, -1, -1),
                         1.0,
@@ -347,7 +347,10 @@ def test_the_strip_has_a_row_for_each_victim_up_to_eight() -> None:
                 },
             )
         ],
-        [picture(guesses={"dlg": (torch.full((1, 3, 32, 32), float("nan")), None)}), picture(guesses={})],
+        [
+            picture(reconstructions={"dlg": (torch.full((1, 3, 32, 32), float("nan")), None)}),
+            picture(reconstructions={}),
+        ],
     ],
 )
 def test_pictures_of_every_kind_are_shown(shown: list[Picture]) -> None:
@@ -358,7 +361,7 @@ def test_pictures_of_every_kind_are_shown(shown: list[Picture]) -> None:
 def test_originals_have_no_column_where_none_is_known() -> None:
     assert pictures.columns_of([picture(original=None)]) == ["dlg", "idlg", "blind guess"]
     assert pictures.columns_of(
-        [picture(), picture(original=None, guesses={"linear": (torch.zeros(1, 3, 2, 2), 1.0)})]
+        [picture(), picture(original=None, reconstructions={"linear": (torch.zeros(1, 3, 2, 2), 1.0)})]
     ) == [
         "original",
         "dlg",
@@ -370,7 +373,7 @@ def test_originals_have_no_column_where_none_is_known() -> None:
 
 def test_the_blind_guess_is_captioned_with_its_own_psnr() -> None:
     truth = torch.full((2, 3, 8, 8), 0.6)
-    _, decibels = picture(guesses={}, original=truth, blind=torch.full((3, 8, 8), 0.5)).cell("blind guess")
+    _, decibels = picture(reconstructions={}, original=truth, blind=torch.full((3, 8, 8), 0.5)).cell("blind guess")
     assert decibels == pytest.approx(20.0, abs=1e-4)
 
 
@@ -430,7 +433,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 def test_nothing_in_a_run_becomes_markup() -> None:
     told = {"settings": {EVIL: EVIL}, "environment": {EVIL: EVIL}, "notes": [EVIL], "alarms": [EVIL], "answers": [EVIL]}
-    shown = [picture(title=EVIL, guesses={EVIL: (torch.zeros(1, 3, 32, 32), 2.0)})]
+    shown = [picture(title=EVIL, reconstructions={EVIL: (torch.zeros(1, 3, 32, 32), 2.0)})]
     named = about(title=EVIL, question=EVIL, threat=EVIL, charts={EVIL: ""}, pictures=shown, **told)
     rows = [row(attack=EVIL, defence=EVIL), failed(error=EVIL, client=EVIL)]
     page = Parsed(html(*images.page_of(named, rows)))

@@ -41,12 +41,12 @@ def play(scenario: Scene, out: Path, app: ClientApp | None = None) -> list[dict[
     return run([scenario], grid, out, device=device_named("cpu"), data_root=Path("data"))
 
 
-def guesses(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.name: load_file(path) for path in sorted((out / "guesses").iterdir())}
+def reconstructions(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: load_file(path) for path in sorted((out / "reconstructions").iterdir())}
 
 
 def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shuffle the truth that the scorer sees: the scores change, and not one bit of the guesses."""
+    """Shuffle the truth that the scorer sees: the scores change, and not one bit of the reconstructions."""
     honest = play(BASE, tmp_path / "honest")
     true = ImageObserved.truths.func  # what only the scorer asks for: clients train as before
 
@@ -56,7 +56,7 @@ def test_no_attack_is_helped_by_the_truth(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ImageObserved, "truths", property(shuffled))
     deceived = play(BASE, tmp_path / "deceived")
-    one, other = guesses(tmp_path / "honest"), guesses(tmp_path / "deceived")
+    one, other = reconstructions(tmp_path / "honest"), reconstructions(tmp_path / "deceived")
     assert one.keys() == other.keys()
     assert len(one) == len(BASE.attacks)
     for name, tensors in one.items():
@@ -133,8 +133,10 @@ def test_a_run_repeats_itself_to_the_bit(tmp_path: Path) -> None:
     one, other = play(BASE, tmp_path / "one"), play(BASE, tmp_path / "other")
     for row, again in zip(one, other, strict=True):
         assert {**row, "seconds": 0} == {**again, "seconds": 0}
-    for name, tensors in guesses(tmp_path / "one").items():
-        assert all(torch.equal(tensor, guesses(tmp_path / "other")[name][key]) for key, tensor in tensors.items())
+    for name, tensors in reconstructions(tmp_path / "one").items():
+        assert all(
+            torch.equal(tensor, reconstructions(tmp_path / "other")[name][key]) for key, tensor in tensors.items()
+        )
 
 
 def test_a_failed_client_has_a_row_that_says_so(tmp_path: Path) -> None:

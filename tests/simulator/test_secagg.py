@@ -231,7 +231,7 @@ def test_a_client_that_drops_out_is_named_in_its_rounds(who: str, why: str) -> N
         ({"local_steps": 2}, "use --local-steps 1"),
         ({"model": "resnet20"}, r"BatchNorm \(.*\) normalises its own images alone"),
         ({"others": "noisy"}, "no kind of others named"),
-        ({"threat_model": "curious_server", "others": "silent"}, "hears each client by itself"),
+        ({"threat_model": "curious_server", "others": "silent"}, "observes each client by itself"),
         ({"defence": "noise(0.1)", "attack": "lti", "clients": 2}, "An auxiliary pair is defended once"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_picture_comes_back_from_behind_a_sum_whose_others_collude_and_its_row
     assert all(row["psnr"] > 90 for row in told)
     assert honest["psnr"] < alone["psnr"] - 10
     assert (honest["clients"], honest["batch"], honest["threat_model"]) == (4, 1, "secure_aggregation")
-    assert "knows the weights it sent, and hears of each round the sum" in (tmp_path / "report.html").read_text()
+    assert "knows the weights it sent, and observes of each round the sum" in (tmp_path / "report.html").read_text()
 
 
 def test_what_practises_practises_on_batches_as_large_as_the_sum(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_what_practises_practises_on_batches_as_large_as_the_sum(tmp_path: Path)
 
 @pytest.mark.parametrize("knobs", [{"threat_model": "eavesdropper"}, {"clients": "0"}])
 def test_the_scenario_is_about_sums(knobs: dict[str, str]) -> None:
-    with pytest.raises(FedtapError, match=r"hears each client by itself|--clients N"):
+    with pytest.raises(FedtapError, match=r"observes each client by itself|--clients N"):
         plan("secagg", knobs)
 
 

@@ -44,7 +44,7 @@ def trained(network: nn.Module, images: Tensor, labels: Tensor, protocol: Protoc
 
 
 def heard(network: nn.Module, images: Tensor, labels: Tensor, true: Protocol, told: Protocol | None = None) -> Leak:
-    """What the server hears of clients of the `true` convention, read as the protocol that it is `told`.
+    """What the server observes of clients of the `true` convention, read as the protocol that it is `told`.
 
     Args:
         images: `victims batch channel height width`, pixels in [0, 1].

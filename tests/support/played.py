@@ -87,7 +87,7 @@ def planned(name: str, options: Mapping[str, Any], out: Path, *, resume: bool = 
 
 def reconstructions(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     """File -> tensors, of what a run's attacks brought back."""
-    return {file.name: load_file(file) for file in sorted((out / "guesses").iterdir())}
+    return {file.name: load_file(file) for file in sorted((out / "reconstructions").iterdir())}
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def check_resumed(settings: Sequence[Any], folder: Path) -> None:
     whole = play(settings, folder / "whole")
     with pytest.raises(KeyboardInterrupt):
         play(settings, folder / "stopped", stop_at=1)
-    (first,) = (folder / "stopped/guesses").iterdir()
+    (first,) = (folder / "stopped/reconstructions").iterdir()
     before = first.stat().st_mtime_ns
     resumed = play(settings, folder / "stopped", resume=True)
     assert untimed(resumed) == untimed(whole)
@@ -135,7 +135,7 @@ def check_truth(
 
     monkeypatch.setattr(type(settings[0]), "score", deceived)
     rows = play(settings, folder / "deceived")
-    kept = [{path.name: path.read_bytes() for path in (folder / which / "guesses").iterdir()}
+    kept = [{path.name: path.read_bytes() for path in (folder / which / "reconstructions").iterdir()}
             for which in ("honest", "deceived")]  # fmt: skip
     assert kept[0] == kept[1]
     assert kept[0]

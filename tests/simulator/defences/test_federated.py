@@ -19,7 +19,7 @@ from tests.support.defences import drawn
 
 
 def gradients_of(defence: str, model: str = "lenet") -> list[dict[str, Tensor]]:
-    """What the server hears of the victims, and of the compromised client that is fed the same images as them."""
+    """What the server observes of the victims, and of the compromised client that is fed the same images as them."""
     scenario = dataclasses.replace(BASE, model=model, defence=defence)
     grid, private = federation(scenario)
     heard = play(scenario, grid, private)
