@@ -474,7 +474,7 @@ def test_a_start_that_is_no_number_or_of_another_shape_is_refused() -> None:
 
 def other_kind(leak: Leak) -> Leak:
     class OtherLeak(Leak):
-        kind = "attention"
+        kind = "no_attention"
 
     return OtherLeak(**{field.name: getattr(leak, field.name) for field in dataclasses.fields(leak)})
 

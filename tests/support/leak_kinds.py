@@ -83,7 +83,7 @@ def of_trained_weights(seed: int) -> Example:
 
 
 SMALL = "lenet(width=4)"
-MODELS = (SMALL, "mlp", "convnet", "vit", "resnet20")
+MODELS = (SMALL, "mlp", "convnet", "vit", "resnet20", "lenet")
 
 Maker = Callable[[int], Example]
 
