@@ -186,7 +186,7 @@ def test_a_scenario_shows_sweeps_checks_and_resumes(
     assert run(monkeypatch, "run", name, "--help") == 0
     told = capsys.readouterr().out
     assert "Does a scenario of a package of my own play?" in told
-    assert "--patience INT" in told
+    assert "--patience N" in told
     assert "how long we wait" in told
     words = ("run", name, "--patience", "2,4", "--out", "out")
     assert run(monkeypatch, *words) == 0
