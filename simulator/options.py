@@ -71,15 +71,35 @@ def options_of(scenario: type[Any]) -> Mapping[str, Known]:
     annotated: dict[str, Any] = {}
     for owner in scenario.__mro__:
         for name, text in vars(owner).get("__annotations__", {}).items():
-            if name not in annotated and "Annotated[" in str(text):
-                annotated[name] = eval(text, vars(sys.modules[owner.__module__])) if isinstance(text, str) else text
+            hint = _evaluated(text, vars(sys.modules[owner.__module__]))
+            if name not in annotated and get_origin(hint) is Annotated:
+                annotated[name] = hint
     found: dict[str, Known] = {}
     for field in dataclasses.fields(scenario):
-        hint = annotated.get(field.name)
-        if hint is None or get_origin(hint) is not Annotated:
+        if field.name not in annotated:
             continue
-        kind, option = get_args(hint)[:2]
+        kind, option = get_args(annotated[field.name])[:2]
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         values = field.metadata.get("sweep", (field.default,))
         found[field.name] = Known(field.name, str if choices else kind, choices, option, values)
     return found
+
+
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+    """What an annotation stands for, where it is Annotated or the name of such a one; others are not evaluated, since
+    what they name may be imported for types alone."""
+    if not isinstance(annotation, str):
+        return annotation
+    return eval(annotation, names) if "Annotated[" in annotation else names.get(annotation)
+
+
+ImageSource = Annotated[str, Option("photos, cifar10, a folder or zip of images, or an .npz", group="data", file=True)]
+ImageSize = Annotated[
+    int, Option("pixels a side that photos and the images of a folder or zip are brought to", 8, 512, "data")
+]
+WeightsFile = Annotated[
+    str, Option(".safetensors of initial weights, in place of the seed's", group="model", file=True, single=True)
+]
+WeightsSeed = Annotated[int, Option("seed of the model's initial weights", 0, 2**31, "model")]
+Delta = Annotated[float, Option("δ at which ε is meant", group="defence")]
+"""Options that several scenarios share, each of which has its own default."""

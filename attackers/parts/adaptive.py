@@ -152,7 +152,7 @@ def informed(leak: Leak, distance: Distance, weighed: bool = True, softness: flo
 
 
 def replayable(defence: Defence) -> bool:
-    """Whether an attack can do to its own guess's gradient what this defence did to the victim's."""
+    """Whether an attack can do to its dummy gradient what this defence did to the victim's."""
     return defence.replay(Exchange()) is not None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fedtap.scenarios.activations.split import SplitLearning
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.options import Option
+from fedtap.simulator.options import ImageSize, ImageSource, Option, WeightsFile, WeightsSeed
 from fedtap.simulator.report.columns import Column
 from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
@@ -45,17 +45,10 @@ class AttentionViT(SplitLearning):
         Column("objective", over="hidden"),
     )
 
-    dataset: Annotated[
-        str, Option("photos, cifar10, a folder or zip of images, or an .npz", group="data", file=True)
-    ] = "photos"
-    size: Annotated[
-        int, Option("pixels a side that photos and the images of a folder or zip are brought to", 8, 512, "data")
-    ] = 32
-    weights: Annotated[
-        str,
-        Option(".safetensors of initial weights, in place of the seed's", group="model", file=True, single=True),
-    ] = ""
-    weights_seed: Annotated[int, Option("seed of the model's initial weights", 0, 2**31, "model")] = 1234
+    dataset: ImageSource = "photos"
+    size: ImageSize = 32
+    weights: WeightsFile = ""
+    weights_seed: WeightsSeed = 1234
     cut: Annotated[
         Literal["sum", "attention"],
         Option("where the clients' half ends: after the residual sum, or before it", group="model"),

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.options import Option, sweep
+from fedtap.simulator.options import Delta, Option, sweep
 from fedtap.simulator.scenario import Scenario
 
 SLOW = (
@@ -47,7 +47,7 @@ class Defences(ImageScenario):
         "local_dp(1.0, 2.0, 8.0, 1e-05)",
         "precode(64)",
     )
-    delta: Annotated[float, Option("δ at which ε is meant", group="defence")] = 1e-5
+    delta: Delta = 1e-5
     success_db: float | None = None
     accuracy_loss: Annotated[
         float,

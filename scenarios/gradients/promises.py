@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from fedtap.scenarios.gradients.images import ImageScenario
-from fedtap.simulator.options import Option
+from fedtap.simulator.options import Delta, Option
 from fedtap.simulator.scenario import Scenario
 
 
@@ -18,7 +18,7 @@ class Promising(ImageScenario):
     tried: ClassVar[str] = ""
     """The attacks that run where none is named."""
 
-    delta: Annotated[float, Option("δ at which ε is meant", group="defence")] = 1e-5
+    delta: Delta = 1e-5
     success_db: Annotated[
         float, Option("PSNR from which an image is a success; 0: a recognisable one is", 0.0, 100.0, "attack")
     ] = 0.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.options import Option
+from fedtap.simulator.options import Option, WeightsSeed
 from fedtap.simulator.report.columns import Column
 from fedtap.simulator.scenario import Observed, Row, Scored, Session, Trial
 
@@ -66,7 +66,7 @@ class TextGradients(Attacked):
     tokens: Annotated[int, Option("tokens to which each text is cut", 1, 510, "data")] = 16
     model: Annotated[Literal["gpt", "bert", "minilm"], Option("gpt, bert, or minilm", group="model")] = "gpt"
     width: Annotated[int, Option("numbers in a token's vector; 384 in minilm", 12, 4096, "model")] = 384
-    weights_seed: Annotated[int, Option("seed of the model's initial weights", 0, 2**31, "model")] = 1234
+    weights_seed: WeightsSeed = 1234
     batch: Annotated[int, Option("private texts in the local step", 1, 4096, "federation")] = 8
     victims: Annotated[int, Option("clients, all of which are attacked", 1, 1000, "federation")] = 8
     learning_rate: Annotated[float, Option("learning rate of the clients' SGD", 1e-6, 1e3, "federation")] = 0.1

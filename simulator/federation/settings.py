@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fedtap.simulator.errors import FedtapError, unknown
-from fedtap.simulator.options import Option
+from fedtap.simulator.options import ImageSize, ImageSource, Option, WeightsFile, WeightsSeed
 from fedtap.simulator.scenario import Observations, Observed, Row, Scenario, Scored, Session, Trial
 
 if TYPE_CHECKING:
@@ -90,12 +90,8 @@ class Federation(Scenario):
         FedtapError: a sum of clients that cannot be attacked, or others beside a victim that is observed by itself.
     """
 
-    dataset: Annotated[
-        str, Option("photos, cifar10, a folder or zip of images, or an .npz", group="data", file=True)
-    ] = "photos"
-    size: Annotated[
-        int, Option("pixels a side that photos and the images of a folder or zip are brought to", 8, 512, "data")
-    ] = 32
+    dataset: ImageSource = "photos"
+    size: ImageSize = 32
     target_dataset: Annotated[
         str, Option("where the victims' images are from, if from another dataset", group="data", file=True)
     ] = ""
@@ -103,11 +99,8 @@ class Federation(Scenario):
     model: Annotated[
         str, Option("mlp, lenet, convnet, resnet20, vit, or module:function of your own", group="model")
     ] = "lenet"
-    weights: Annotated[
-        str,
-        Option(".safetensors of initial weights, in place of the seed's", group="model", file=True, single=True),
-    ] = ""
-    weights_seed: Annotated[int, Option("seed of the model's initial weights", 0, 2**31, "model")] = 1234
+    weights: WeightsFile = ""
+    weights_seed: WeightsSeed = 1234
     victims: Annotated[int, Option("how many clients' replies are attacked", 1, group="federation")] = 8
     clients: Annotated[
         int,

@@ -55,7 +55,7 @@ def ask(
         failed: client -> why there is no answer of it, filled in here; None where all of them are needed.
 
     Raises:
-        ClientError: a client fails, and the study needs all of them, or there is no answer at all.
+        ClientError: a client fails, and the setting needs all of them, or there is no answer at all.
     """
     heard: dict[int, Overheard] = {}
     reasons: dict[int, object] = {}
@@ -90,14 +90,14 @@ def ask(
 
 
 def without(reasons: Mapping[int, object], failed: dict[int, str] | None, left: int) -> None:
-    """Go on without some clients, entering in `failed` why, where a study may.
+    """Go on without some clients, entering in `failed` why, where a setting may.
 
     Args:
         reasons: client -> what was said of its failure.
         left: clients that did not fail.
 
     Raises:
-        ClientError: the study needs all of them (`failed` is None), or none is left.
+        ClientError: the setting needs all of them (`failed` is None), or none is left.
     """
     if reasons and (failed is None or not left):
         raise client_failed(reasons[min(reasons)])
