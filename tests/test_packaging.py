@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -98,8 +97,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=there / "tree",
     )
     (archive,) = there.glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(there, filter="data")
+    shutil.unpack_archive(archive, there)
     shutil.rmtree(there / "tree")
     (unpacked,) = there.glob("fedtap-*/")
     return built(unpacked, there)
