@@ -81,6 +81,8 @@ class Protocol:
     """Factor of the weights that are added to the gradient before momentum, as in torch.optim."""
     batchnorm: str = "train"
     """`train`, by the batch's own statistics, or `eval`, by the running ones."""
+    adapter: str = ""
+    """What clients train and send in the place of all weights, such as `lora(rank=8, alpha=16)`; empty for none."""
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> Protocol:
@@ -384,6 +386,40 @@ class TrainedWeightsLeak(Leak):
         return self.observed
 
 
+class CheckpointLeak(Leak):
+    """The checkpoint that a client fine-tuned from the broadcast weights: all weights, or an adapter.
+
+    `observed` has the shape of each parameter, or of each of the protocol's `adapter`, with a victims axis; behind
+    secure aggregation it is the mean of `summed` clients'. The protocol's shape is the tokens of a document at most,
+    and its `batch` the documents of all those clients.
+    """
+
+    kind = "checkpoint"
+
+    def sent(self) -> dict[str, tuple[int, ...]]:
+        """A tensor for each parameter, or for each of the adapter's."""
+        if not self.protocol.adapter:
+            return super().sent()
+        from fedtap.simulator.models.adapters import Lora, adapter_shapes
+
+        return adapter_shapes(self.network, Lora.parse(self.protocol.adapter))  # type: ignore[arg-type]
+
+    def broadcast(self, victim: int) -> dict[str, Tensor]:
+        """Parameters and buffers that the server sent to a victim, by name."""
+        assert self.weights is not None
+        held = {**self.weights, **self.buffers}
+        return {name: tensor[victim] if self.stacked else tensor for name, tensor in held.items()}
+
+    def tuned(self, victim: int) -> dict[str, Tensor]:
+        """Those of the model that came back; an adapter is added to the weights that it stands beside."""
+        sent, before = {name: tensor[victim] for name, tensor in self.observed.items()}, self.broadcast(victim)
+        if not self.protocol.adapter:
+            return before | sent
+        from fedtap.simulator.models.adapters import Lora, merged
+
+        return before | merged(before, sent, Lora.parse(self.protocol.adapter))
+
+
 FORMER_KINDS = {"stationary": "trained_weights"}
 """Kinds of leak that had other names in saved files, whose tensors then have the former name before them."""
 
@@ -652,10 +688,8 @@ def sound(protocol: Protocol, resolution: float = 0.0) -> None:
         raise ValueError(f"local_steps and summed are at most {MOST_STEPS:,}, classes {MOST_CLASSES:,}")
     if protocol.batch * math.prod(protocol.shape) > MOST_NUMBERS:
         raise ValueError(f"a batch has at most {MOST_NUMBERS:,} numbers")
-    if any(
-        len(text) > LONGEST_TEXT for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
-    ):
-        raise ValueError(f"model, defence, threat_model and prior have {LONGEST_TEXT} letters at most")
+    if any(len(getattr(protocol, name)) > LONGEST_TEXT for name in TEXTS):
+        raise ValueError(f"{', '.join(TEXTS)} have {LONGEST_TEXT} letters at most")
 
 
 def _sound(protocol: Protocol, resolution: float) -> None:
@@ -670,10 +704,8 @@ def _sound(protocol: Protocol, resolution: float) -> None:
         raise ValueError("learning_rate is a number over 0")
     if not (math.isfinite(resolution) and resolution >= 0):
         raise ValueError("resolution is a number from 0")
-    if not all(
-        isinstance(text, str) for text in (protocol.model, protocol.defence, protocol.threat_model, protocol.prior)
-    ):
-        raise ValueError("model, defence, threat_model and prior are text")
+    if not all(isinstance(getattr(protocol, name), str) for name in TEXTS):
+        raise ValueError(f"{', '.join(TEXTS)} are text")
     for name, known in CHOICES.items():
         if getattr(protocol, name) not in known:
             raise ValueError(f"{name} is {' or '.join(known)}")
@@ -694,6 +726,9 @@ def _sound(protocol: Protocol, resolution: float) -> None:
     if protocol.optimiser == "adam" and protocol.momentum:
         raise ValueError("momentum is sgd's, and adam has its own: leave it 0")
 
+
+TEXTS = ("model", "defence", "threat_model", "prior", "adapter")
+"""Terms of the protocol that are text."""
 
 CHOICES = {
     "loss": ("cross_entropy", "bce", "mse"),

@@ -6,6 +6,7 @@ the true ones before they are scored.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom, binomtest, spearmanr
+from scipy.stats import binom, binomtest, rankdata, spearmanr
 from torch import Tensor
 
 from fedtap.simulator.errors import FedtapError
@@ -304,6 +305,20 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constant sides
         return float(spearmanr(one, other).statistic)
+
+
+def auc(members: Float[Tensor, "members"], others: Float[Tensor, "others"]) -> float:
+    """Share of pairs of a member and another in which the member scores higher, a tie for half; 0.5 is chance."""
+    ranks = rankdata(torch.cat([members, others]).double().numpy())
+    most = len(members) * len(others)
+    return float((ranks[: len(members)].sum() - len(members) * (len(members) + 1) / 2) / most)
+
+
+def true_positives(members: Float[Tensor, "members"], others: Float[Tensor, "others"], rate: float) -> float:
+    """Share of members that score higher than all but a share of the others: the true positive rate at `rate` false."""
+    allowed = math.floor(rate * len(others))
+    threshold = others.sort(descending=True).values[allowed]
+    return float((members > threshold).double().mean())
 
 
 def best_constant(auxiliary: ImageBatch) -> Image:

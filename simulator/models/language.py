@@ -1,11 +1,12 @@
-"""Language models of a federation: a small GPT that predicts the next token, and a BERT that sorts texts into classes.
+"""Language models of a federation: small GPTs that predict the next token, and BERTs that sort texts into classes.
 
 GPT-2 (Radford et al. 2019): pre-norm blocks, causal attention, logits through the token embedding. BERT (Devlin et al.
 2019, https://arxiv.org/abs/1810.04805): post-norm blocks, attention both ways; here with mean pooling and a linear
 layer. `minilm` is a BERT of six blocks with the weights of all-MiniLM-L6-v2 (https://arxiv.org/abs/2002.10957).
 
 Embeddings are frozen, as in most fine-tuning on a device: buffers, of which no gradient is sent. Trained, they would
-give a text's tokens away at a glance, since only the rows of those have a gradient. There is no dropout.
+give a text's tokens away at a glance, since only the rows of those have a gradient. `decoder` is a GPT whose weights
+are all trained, with an output layer of its own in the place of the token embedding. There is no dropout.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
+from fedtap.simulator.models.text_model import IGNORED, PAD, TextModel
 
 INITIAL_STD = 0.02
 """Standard deviation of weights and embeddings before any training, in GPT-2 and in BERT."""
@@ -63,16 +65,20 @@ class TransformerBlock(nn.Module):
         hidden = self.norm1(hidden)
         return self.norm2(hidden + self._mlp(hidden))  # type: ignore[no-any-return]
 
-    def forward(self, hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(
+        self, hidden: Float[Tensor, "batch tokens width"], read: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Output of the block; places that are not to be `read` are attended to by none."""
         query, key, value = (part.transpose(1, 2) for part in self.projected(hidden))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        mask = None if read is None else read[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=self.causal)
         return self.finished(hidden, mixed.transpose(1, 2).flatten(2))
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(hidden)))  # type: ignore[no-any-return]
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TextModel):
     """Token and position embedding, blocks, and what is predicted from them.
 
     A text stands after the token `start`. A classifier's text is followed by the token `end`; a model of the next
@@ -82,6 +88,7 @@ class LanguageModel(nn.Module):
         vocabulary: how many tokens there are.
         tokens: of a text.
         classes: what a text is sorted into; 0 for the next token, which makes attention causal.
+        frozen: whether embeddings are buffers, and the next token is predicted through that of the tokens.
     """
 
     def __init__(
@@ -95,21 +102,32 @@ class LanguageModel(nn.Module):
         eps: float = 1e-5,
         start: int = 1,
         end: int = 2,
+        frozen: bool = True,
     ) -> None:
         super().__init__()
         self.causal, self.start, self.end = classes == 0, start, end
+        self.generative, self.output = self.causal, "head.weight" if classes or not frozen else ""
         self.embedding: Tensor
         self.position: Tensor
         places = tokens + 1 if self.causal else tokens + 2
-        self.register_buffer("embedding", torch.randn(vocabulary, width) * INITIAL_STD)
-        self.register_buffer("position", torch.randn(places, width) * INITIAL_STD)
+        for name, rows in (("embedding", vocabulary), ("position", places)):
+            drawn = torch.randn(rows, width) * INITIAL_STD
+            if frozen:
+                self.register_buffer(name, drawn)
+            else:
+                self.register_parameter(name, nn.Parameter(drawn))
         self.norm = nn.LayerNorm(width, eps)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, self.causal, eps) for _ in range(layers))
-        self.head = nn.Linear(width, classes) if classes else None
+        self.head: nn.Linear | None = None
+        if classes:
+            self.head = nn.Linear(width, classes)
+        elif not frozen:
+            self.head = nn.Linear(width, vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INITIAL_STD)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     @property
     def width(self) -> int:
@@ -139,14 +157,46 @@ class LanguageModel(nn.Module):
         return hidden if self.causal else self.norm(hidden)
 
     def forward(self, texts: Int[Tensor, "batch tokens"]) -> Tensor:
-        """Logits: `batch classes`, or `batch vocabulary places`."""
-        ids = self.marked(texts)
-        hidden = self.embedded(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+        """Logits of texts without padding: `batch classes`, or `batch vocabulary places`."""
+        hidden = self._mixed(self.marked(texts))
+        if not self.causal:
+            return self.logits(hidden.mean(1))
+        return self.logits(self.norm(hidden)).transpose(1, 2)
+
+    def features(self, ids: Int[Tensor, "documents tokens"]) -> Float[Tensor, "documents places width"]:
+        """Input of the last layer: at each place of the next token's predictor, once for a classifier."""
+        marked = self.marked(ids.clamp_min(0))
+        if self.causal:  # what follows a document's end is read by none of its places
+            return self.norm(self._mixed(marked))  # type: ignore[no-any-return]
+        last = (ids != PAD).sum(1, keepdim=True) + 1
+        places = torch.arange(marked.shape[1], device=ids.device)
+        marked = torch.where(places == last, self.end, marked)
+        read = places <= last
+        hidden = self._mixed(marked, read) * read[:, :, None]
+        return (hidden.sum(1) / read.sum(1, keepdim=True))[:, None]
+
+    def logits(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
+        """Of classes or tokens."""
+        return F.linear(features, self.embedding) if self.head is None else self.head(features)
+
+    def targets(
+        self, ids: Int[Tensor, "documents tokens"], labels: Int[Tensor, "documents"] | None
+    ) -> Int[Tensor, "documents places"]:
+        """The label; or each token, and then the end, where there is a place for it."""
+        if not self.causal:
+            assert labels is not None
+            return labels[:, None]
+        real = ids != PAD
+        ended = torch.cat([ids, ids.new_full((len(ids), 1), PAD)], 1)
+        at_end = torch.arange(ended.shape[1], device=ids.device) == real.sum(1, keepdim=True)
+        return torch.where(at_end, self.end, torch.where(ended == PAD, IGNORED, ended))
+
+    def _mixed(self, marked: Int[Tensor, "batch places"], read: Bool[Tensor, "batch places"] | None = None) -> Tensor:
+        """Output of the blocks."""
+        hidden = self.embedded(marked, torch.arange(marked.shape[1], device=marked.device).expand_as(marked))
         for block in self.blocks:
-            hidden = block(hidden)
-        if self.head is not None:
-            return self.head(hidden.mean(1))  # type: ignore[no-any-return]
-        return F.linear(self.norm(hidden), self.embedding).transpose(1, 2)
+            hidden = block(hidden, read)
+        return hidden
 
     def loss(self, texts: Int[Tensor, "batch tokens"], labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
         """The mean cross-entropy, over texts of their classes, or over all places of the token that comes next.
@@ -192,7 +242,7 @@ class Size:
 LARGEST_SIZE = Size(vocabulary=2**22, width=2**14, layers=256, heads=2**14)
 """Largest sizes that a name may ask for."""
 
-LANGUAGE_MODELS = ("gpt", "bert", "minilm")
+LANGUAGE_MODELS = ("gpt", "bert", "minilm", "decoder")
 
 
 def build_language(name: str, tokens: int, classes: int, seed: int | None = None) -> LanguageModel:
@@ -201,7 +251,7 @@ def build_language(name: str, tokens: int, classes: int, seed: int | None = None
     MiniLM comes as it was trained, but for its last layer, which is drawn.
 
     Args:
-        classes: of a GPT, its vocabulary.
+        classes: of a GPT or a decoder, its vocabulary.
 
     Raises:
         FedtapError: there is no such model, or none of this size.
@@ -221,10 +271,11 @@ def build_language(name: str, tokens: int, classes: int, seed: int | None = None
             layout.width,
             layout.layers,
             layout.heads,
-            0 if base == "gpt" else classes,
+            0 if base in ("gpt", "decoder") else classes,
             eps,
             start,
             end,
+            frozen=base != "decoder",
         )
     if base == "minilm" and seed is not None:
         with_minilm(net, minilm_folder() / "model.safetensors")

@@ -1,0 +1,24 @@
+"""Documents that the tuned model predicts best: p_min, the strongest baseline of SELECT.
+
+Morris et al. 2025, https://arxiv.org/abs/2506.15553, where it is the lowest loss of the expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtap.attackers.checkpoints.models import ends, labels_of, losses
+from fedtap.simulator.corpus import Chosen, Corpus, Selector
+from fedtap.simulator.leaks import CheckpointLeak
+
+
+@dataclass(frozen=True)
+class LowestLoss(Selector):
+    """The lowest cross-entropy under the weights that came back."""
+
+    def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
+        """Membership is the negative loss."""
+        _, after = ends(leak, corpus.device)
+        documents, candidates = losses(corpus, self.pass_named(leak, "after"), after, after)
+        lowest, chosen = documents.topk(corpus.selected, largest=False)
+        return Chosen(chosen, labels_of(corpus, after, chosen), -candidates, float(lowest.mean()))

@@ -1,0 +1,127 @@
+"""Rounds of federated fine-tuning with a tap: what the server broadcast, and the checkpoints that came back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from jaxtyping import Int
+from torch import Tensor
+
+from fedtap.simulator.data.documents import Documents, joined
+from fedtap.simulator.errors import ClientError
+from fedtap.simulator.leaks import CheckpointLeak, Protocol, Tensors, stack
+from fedtap.simulator.scenario import Name, Session
+from fedtap.simulator.wire.messages import Overheard, ask, check_nodes, read
+from fedtap.simulator.wire.records import tensors_of
+
+if TYPE_CHECKING:
+    from fedtap.scenarios.checkpoints.selection import Selecting
+    from fedtap.scenarios.checkpoints.tasks import Task
+
+
+def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[CheckpointLeak, dict[Name, str]]:
+    """Play the rounds of a setting: the checkpoints of all victims and rounds, and victim -> why there is none.
+
+    Behind secure aggregation a victim is a sum of clients, and it is missing where one of its clients is.
+
+    Raises:
+        ClientError: no client sent one, or no sum is whole.
+    """
+    check_nodes(session.grid, setting.nodes, setting.name)
+    weights = task.broadcast(setting.weights_seed)
+    leaks: list[CheckpointLeak] = []
+    missing: dict[Name, str] = {}
+    for number in range(1, setting.rounds + 1):
+        failed: dict[int, str] = {}
+        replies = _replies(session, setting, task, weights, number, failed)
+        for victim in range(setting.victims):
+            clients = setting.behind(victim)
+            if lost := [failed[client] for client in clients if client not in replies]:
+                missing[victim, number] = lost[0]
+            else:
+                leaks.append(_mean([replies[client] for client in clients], victim))
+        weights = _averaged([leak.tuned(0) for leak in replies.values()])
+    if not leaks:
+        raise ClientError(
+            f"No sum of {setting.averaged} clients was whole, so nothing was observed: {[*missing.values()][0]}"
+        )
+    found = stack(leaks)
+    assert isinstance(found, CheckpointLeak)
+    return found, missing
+
+
+def _replies(
+    session: Session, setting: Selecting, task: Task, weights: Tensors, number: int, failed: dict[int, str]
+) -> dict[int, CheckpointLeak]:
+    """Client -> what it sent in one round; the others are entered in `failed`, with the reason."""
+    content = RecordDict({"arrays": ArrayRecord(dict(weights)), "round": ConfigRecord({"number": number})})
+    exchanges = ask(session.grid, "train.checkpoint", content, session.number, failed=failed)
+    leaks = read(exchanges, lambda exchange: _leak(exchange, setting, task, number), failed)
+    return {int(leak.clients[0]): leak for leak in leaks}
+
+
+def candidates(setting: Selecting, task: Task) -> Int[Tensor, "candidates tokens"]:
+    """Of each victim, private documents and then as many others of its domain; of all victims, in their order."""
+    asked = [one.ids for victim in range(setting.victims) for one in halves(setting, task, victim)]
+    return torch.cat(asked)
+
+
+def halves(setting: Selecting, task: Task, victim: int) -> tuple[Documents, ...]:
+    """A victim's candidates: those that are private, of all its clients in turns, and those that are not."""
+    clients = setting.behind(victim)
+    shares = [len(range(place, setting.candidates, setting.averaged)) for place in range(setting.averaged)]
+    return tuple(
+        joined([side[client][:many] for client, many in zip(clients, shares, strict=True)])
+        for side in (task.private, task.outside)
+    )
+
+
+def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> CheckpointLeak:
+    sent = tensors_of(exchange.order.array_records["arrays"])
+    network = task.network()
+    parameters = dict(network.named_parameters()).keys()
+    back = tensors_of(exchange.answer.array_records["arrays"])
+    leak = CheckpointLeak(
+        observed={name: tensor[None] for name, tensor in back.items() if setting.lora or name in parameters},
+        protocol=_protocol(setting, task),
+        network=network,
+        weights={name: tensor for name, tensor in sent.items() if name in parameters},
+        buffers={name: tensor for name, tensor in sent.items() if name not in parameters},
+        clients=torch.tensor([exchange.client]),
+        rounds=torch.tensor([number]),
+        restarts=torch.zeros(1, dtype=torch.long),
+    )
+    leak.check()
+    return leak
+
+
+def _protocol(setting: Selecting, task: Task) -> Protocol:
+    """The public terms."""
+    return Protocol(
+        model=task.model,
+        shape=(task.tokens,),
+        classes=task.outputs,
+        batch=setting.documents * setting.averaged,
+        local_steps=setting.epochs * math.ceil(setting.documents / setting.batch),
+        learning_rate=setting.learning_rate,
+        optimiser=setting.optimiser,
+        defence=setting.defence,
+        threat_model="secure_aggregation" if setting.averaged > 1 else "curious_server",
+        summed=setting.averaged,
+        adapter=setting.adapter if setting.lora else "",
+    )
+
+
+def _mean(leaks: list[CheckpointLeak], victim: int) -> CheckpointLeak:
+    """What the server sees of clients whose checkpoints are averaged."""
+    observed = {name: torch.stack([leak.observed[name] for leak in leaks]).mean(0) for name in leaks[0].observed}
+    return replace(leaks[0], observed=observed, clients=torch.tensor([victim]))
+
+
+def _averaged(checkpoints: list[dict[str, Tensor]]) -> Tensors:
+    """FedAvg's next weights."""
+    return {name: torch.stack([one[name] for one in checkpoints]).mean(0) for name in checkpoints[0]}

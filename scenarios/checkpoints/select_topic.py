@@ -1,0 +1,35 @@
+"""Do the weights of a fine-tuned language model tell on which texts it was tuned?
+
+Expect: the topic, yes. Documents whose loss fell, or whose gradient points where the weights went, are all of the
+client's topic, and a model retrained on them is nearly as good as one trained on the private documents. The documents
+themselves, in part: told from others of the same topic, each is a little better known to the tuned model, the more so
+the longer it was tuned. Finding the domain is not finding the documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtap.scenarios.checkpoints.selection import Selecting
+
+if TYPE_CHECKING:
+    from fedtap.scenarios.checkpoints.tasks import Task
+
+
+@dataclass(frozen=True)
+class SelectTopic(Selecting):
+    """Clients whose documents are each on one of eight topics, made up from a grammar; a corpus on all of them."""
+
+    victims: int = 2
+    attack: str = (
+        "random_selection,lowest_loss,loss_drop,select,select(projection=1024),"
+        "select(rule='greedy',projection=1024),similar_texts"
+    )
+
+    def task(self, data_root: Path) -> Task:
+        """Made up."""
+        from fedtap.scenarios.checkpoints.tasks import topics
+
+        return topics(self.model, self.tokens, self.corpus, self.documents, self.nodes, self.seed)

@@ -1,0 +1,178 @@
+"""What chosen documents are worth: here they meet the private ones, beside random documents.
+
+A model is retrained from the broadcast weights on what was chosen, as the clients trained, and compared on held-out
+documents of the client's domain: with one that is retrained on random documents and with an expert, on private ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fedtap.attackers.checkpoints.models import embedded, labelled
+from fedtap.simulator import scores
+from fedtap.simulator.attack import generator
+from fedtap.simulator.corpus import Selection
+from fedtap.simulator.data.documents import Documents, decoded, joined
+from fedtap.simulator.leaks import CheckpointLeak, Tensors
+from fedtap.simulator.models.adapters import inject
+from fedtap.simulator.models.text_model import IGNORED, TextModel, filled
+from fedtap.simulator.report.columns import Column, listing
+from fedtap.simulator.scenario import Observed, Row, Scored, Trial
+
+if TYPE_CHECKING:
+    from fedtap.scenarios.checkpoints.selection import Selecting
+    from fedtap.scenarios.checkpoints.tasks import Task
+
+SHOWN = 4
+"""Documents of each kind that the page shows."""
+
+EMBEDDED = 500
+"""Documents whose embeddings are compared, at most."""
+
+
+@dataclass(frozen=True)
+class TunedObserved(Observed):
+    """Checkpoints, and what they are held against, which all attacks on a victim share."""
+
+    baselines: dict[int, Row] = field(default_factory=dict, kw_only=True)
+    """A victim's place in the leak -> its columns that no attack changes; filled in as they are measured."""
+
+
+def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
+    """A row for each victim, and the documents of the first."""
+    found, leak, observed = trial.reconstruction, trial.leak, trial.observed
+    assert isinstance(found, Selection)
+    assert isinstance(leak, CheckpointLeak)
+    assert isinstance(observed, TunedObserved)
+    rows: list[Row] = []
+    for place, (victim, number) in enumerate(observed.names):
+        if place not in observed.baselines:
+            observed.baselines[place] = baselines(setting, task, leak, place)
+        row: Row = {"client": victim, "round": number} | observed.baselines[place]
+        chosen = found.chosen[place]
+        labels = None if _generative(task) else found.labels[place]
+        domains = [task.domain[client] for client in setting.behind(victim)]
+        row["precision"] = float(torch.isin(task.domains[chosen], torch.tensor(domains)).double().mean())
+        row |= retrained(setting, task, leak, place, Documents(task.corpus.ids[chosen], labels))
+        row |= {"recovered_fraction": recovered_fraction(row), "wasserstein": apart(setting, task, leak, place, chosen)}
+        if found.membership.shape[1]:
+            members, others = found.membership[place].view(-1, 2, setting.candidates)[victim]
+            row |= {"membership_auc": scores.auc(members, others)}
+            row |= {"tpr_at_1": scores.true_positives(members, others, 0.01)}
+        rows.append(row | {"objective": float(found.objective[place]), "error": None})
+    shown = {"What was chosen": table(setting, task, observed.names[0][0], found.chosen[0])}
+    return Scored(rows, sections=shown)
+
+
+def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) -> Row:
+    """A victim's columns that no attack changes: chance, and what random and private documents are worth."""
+    victim = int(leak.clients[place])
+    domains = torch.tensor([task.domain[client] for client in setting.behind(victim)])
+    row: Row = {"chance": float(torch.isin(task.domains, domains).double().mean())}
+    sent = quality(_network(task, leak.tuned(place)), _tested(setting, task, victim))
+    row |= {f"sent_{name}": value for name, value in sent.items()}
+    drawn = torch.randperm(len(task.corpus), generator=generator(setting.seed, "baseline", victim))[: setting.selected]
+    random = Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn))
+    private = joined([task.private[client] for client in setting.behind(victim)])
+    for name, documents in (("random", random), ("expert", private)):
+        row |= {f"{what}_{name}": value for what, value in retrained(setting, task, leak, place, documents).items()}
+    return row | {"wasserstein_random": apart(setting, task, leak, place, drawn)}
+
+
+def retrained(setting: Selecting, task: Task, leak: CheckpointLeak, place: int, documents: Documents) -> Row:
+    """Perplexity or accuracy after training as clients do, from the weights that a victim was sent; a mean over
+    seeds."""
+    tested, found = _tested(setting, task, int(leak.clients[place])), []
+    for number in range(setting.retrainings):
+        net = _network(task, leak.broadcast(place))
+        if setting.lora is not None:
+            net = inject(net, setting.lora, number)
+        setting.tuning(net, documents.ids, documents.labels, generator(setting.seed, "retraining", number))
+        found.append(quality(net, tested))
+    return {name: statistics.fmean(one[name] for one in found) for name in (found[0] if found else ())}
+
+
+def quality(net: TextModel, tested: Documents) -> dict[str, float]:
+    """`perplexity` of documents, the exponential of the mean loss of a token; or a classifier's `accuracy`."""
+    total, many = 0.0, 0
+    with torch.no_grad():
+        for some in torch.split(torch.arange(len(tested)), 128):
+            ids, labels = tested.ids[some], None if tested.labels is None else tested.labels[some]
+            if labels is not None:
+                total += int((net.logits(net.features(ids))[:, 0].argmax(1) == labels).sum())
+                many += len(labels)
+                continue
+            places = (net.targets(ids, None) != IGNORED).sum(1)
+            total += float((net.losses(ids, None).double() * places).sum())
+            many += int(places.sum())
+    return {"perplexity": math.exp(total / many)} if tested.labels is None else {"accuracy": total / many}
+
+
+def recovered_fraction(row: Row) -> float | None:
+    """(random - selected) / (random - expert); None where the expert is no better than random documents."""
+    for name, sign in (("perplexity", 1), ("accuracy", -1)):
+        if name in row:
+            random, chosen, expert = (sign * row[column] for column in (f"{name}_random", name, f"{name}_expert"))
+            return float((random - chosen) / (random - expert)) if random > expert else None
+    return None
+
+
+def apart(
+    setting: Selecting, task: Task, leak: CheckpointLeak, place: int, chosen: Int[Tensor, "selected"]
+) -> float | None:
+    """Wasserstein distance between chosen and private documents, by their mean features in the broadcast model; None
+    where POT is not installed."""
+    if importlib.util.find_spec("ot") is None:
+        return None
+    import ot
+
+    net = _network(task, leak.broadcast(place))
+    private = joined([task.private[client] for client in setting.behind(int(leak.clients[place]))])
+    one, other = (embedded(net, ids[:EMBEDDED]).double().numpy() for ids in (task.corpus.ids[chosen], private.ids))
+    return float(ot.emd2([], [], ot.dist(one, other, metric="euclidean")))
+
+
+def labels_by(
+    task: Task, leak: CheckpointLeak, place: int, chosen: Int[Tensor, "selected"]
+) -> Int[Tensor, "selected"] | None:
+    """What the model that came back says of documents; None of a model of the next token."""
+    net = _network(task, leak.tuned(place))
+    with torch.no_grad():
+        parts = [labelled(net, ids) for ids in torch.split(task.corpus.ids[chosen], 128)]
+    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+
+
+def table(setting: Selecting, task: Task, victim: int, chosen: Int[Tensor, "selected"]) -> str:
+    """The first documents that were chosen, beside some private and some random ones."""
+    private = joined([task.private[client] for client in setting.behind(victim)])
+    drawn = torch.randperm(len(task.corpus), generator=generator(setting.seed, "shown"))
+    stacks = (task.corpus.ids[chosen], private.ids, task.corpus.ids[drawn])
+    columns = [Column(name, heading=said) for name, said in zip(("a", "b", "c"), HEADINGS, strict=True)]
+    texts = [[decoded(task.vocabulary, ids) for ids in stack[:SHOWN]] for stack in stacks]
+    lines = [[dict(zip(("a", "b", "c"), line, strict=True))] for line in zip(*texts, strict=False)]
+    return listing(lines, columns)
+
+
+HEADINGS = ("chosen by the attack", "private documents of the client", "random documents of the corpus")
+
+
+def _generative(task: Task) -> bool:
+    return task.network().generative
+
+
+def _network(task: Task, tensors: Tensors) -> TextModel:
+    made = filled(task.network(), {name: tensor.cpu() for name, tensor in tensors.items()})
+    assert isinstance(made, TextModel)
+    return made
+
+
+def _tested(setting: Selecting, task: Task, victim: int) -> Documents:
+    return joined([task.tested[client] for client in dict.fromkeys(setting.behind(victim))])
