@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from jaxtyping import Int
-from torch import Tensor
 
 from fedtap.clients.mod import defended
 from fedtap.clients.training import receive, weights_reply
 from fedtap.simulator.data.documents import Documents
 from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.models.adapters import Lora, adapter_of, inject
+from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.text_model import TextModel
-
-OPTIMISERS = ("sgd", "adamw")
-"""How clients fine-tune; both have torch's other settings by default."""
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """How a model is fine-tuned: epochs over shuffled documents, in batches."""
-
-    epochs: int = 1
-    """Passes over the documents."""
-    batch: int = 16
-    """Documents in a step."""
-    optimiser: str = "adamw"
-    """`sgd` or `adamw`."""
-    learning_rate: float = 1e-3
-    """Step size of the optimiser."""
-
-    def __call__(
-        self,
-        net: TextModel,
-        ids: Int[Tensor, "documents tokens"],
-        labels: Int[Tensor, "documents"] | None,
-        draw: torch.Generator,
-    ) -> None:
-        """Train those of the net's parameters that have a gradient, in place.
-
-        Args:
-            draw: shuffles the documents.
-        """
-        net.train()
-        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        kinds: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-        optimiser = kinds[self.optimiser](trained, lr=self.learning_rate)  # type: ignore[call-arg]
-        for _ in range(self.epochs):
-            for some in torch.split(torch.randperm(len(ids), generator=draw), self.batch):
-                optimiser.zero_grad()
-                net.losses(ids[some], None if labels is None else labels[some]).mean().backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-        net.eval()
 
 
 def checkpoint_reply(

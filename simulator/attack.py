@@ -300,6 +300,11 @@ class Attack(ABC, Generic[_Result]):
                 "use dager; give numbers from 0 to 1 as an image of one row, shape=(1, 1, N), "
                 "with nn.Sequential(nn.Flatten(), model)."
             )
+        if leak.protocol.optimiser == "adamw" and self.reconstructs.__name__ == "Reconstruction":
+            raise FedtapError(
+                f"{self.name} replays what clients do, and AdamW's decoupled weight decay is not among what it knows: "
+                "say optimiser adam if there is no weight decay, or attack a step of sgd."
+            )
         if self.needs_weights and leak.weights is None:
             curious = leak.protocol.threat_model == "curious_server"
             who = "whoever has this leak alone" if curious else f"the {leak.protocol.threat_model}"

@@ -72,7 +72,7 @@ class Protocol:
     reduction: str = "mean"
     """`mean` or `sum`, over the batch and, of bce and mse, over the logits."""
     optimiser: str = "sgd"
-    """`sgd` or `adam`, which each client begins with empty state."""
+    """`sgd` or `adam`, which each client begins with empty state; of a checkpoint, also `adamw`."""
     momentum: float = 0.0
     """Momentum of sgd, in [0, 1)."""
     nesterov: bool = False
@@ -390,8 +390,8 @@ class CheckpointLeak(Leak):
     """The checkpoint that a client fine-tuned from the broadcast weights: all weights, or an adapter.
 
     `observed` has the shape of each parameter, or of each of the protocol's `adapter`, with a victims axis; behind
-    secure aggregation it is the mean of `summed` clients'. The protocol's shape is the tokens of a document at most,
-    and its `batch` the documents of all those clients.
+    secure aggregation it is the mean of `summed` clients', and `examples` the documents of all of them. The protocol's
+    shape is the tokens of a document, at most.
     """
 
     kind = "checkpoint"
@@ -733,7 +733,7 @@ TEXTS = ("model", "defence", "threat_model", "prior", "adapter")
 CHOICES = {
     "loss": ("cross_entropy", "bce", "mse"),
     "reduction": ("mean", "sum"),
-    "optimiser": ("sgd", "adam"),
+    "optimiser": ("sgd", "adam", "adamw"),
     "batchnorm": ("train", "eval"),
 }
 

@@ -1,8 +1,9 @@
-"""Membership from a client's checkpoints over rounds: how far a document's loss falls each time that the client trains.
+"""Membership from a client's checkpoints over rounds: what it trains on is better known to each than to models like it.
 
-A federation sends a client's weights in every round, and what a client trains on falls in each of them, as in Nasr,
-Shokri and Houmansadr 2019, https://arxiv.org/abs/1812.00910. From the drop of a document in a round is taken what other
-documents that were as likely before drop by: public ones, chosen for the client's domain.
+A federation sends a client's weights in every round, and membership adds up over them (Nasr, Shokri and Houmansadr
+2019, https://arxiv.org/abs/1812.00910). How hard a document is by itself is taken off by reference models (Watson, Guo,
+Cormode and Sablayrolles 2022, https://arxiv.org/abs/2111.08440): trained from the same weights in the same way, on
+public documents of the client's domain, which are those whose loss fell most.
 """
 
 from __future__ import annotations
@@ -11,47 +12,104 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedtap.attackers.checkpoints.models import ends, labels_of, losses
+from fedtap.attackers.checkpoints.models import at_once, ends, labelled, labels_of, losses, model
+from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
+from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import CheckpointLeak
+from fedtap.simulator.models.adapters import Lora, inject
+from fedtap.simulator.models.fine_tuning import FineTuning
+from fedtap.simulator.models.text_model import TextModel
+
+POOL = 2
+"""Public documents of the domain from which references are trained, as a multiple of a client's number of documents."""
 
 
 @dataclass(frozen=True)
 class SequenceMembership(Selector):
-    """The sum over rounds of ``loss before - loss after``, beside that of documents of the same domain.
+    """The sum over rounds of ``mean loss under references - loss under the checkpoint``.
 
-    What it says of a victim in a round uses all of the victim's rounds up to that one.
+    What it says of a victim in a round uses all of the victim's rounds up to that one. It chooses documents as
+    `loss_drop` does, by the sum of their drops.
     """
+
+    references: int = 3
+    """Reference models in each round; 0: the weights that were broadcast are the reference."""
+
+    def __post_init__(self) -> None:
+        if type(self.references) is not int or not 0 <= self.references <= 1000:
+            raise FedtapError("sequence_membership trains from 0 to 1,000 references a round: give a whole number.")
 
     def _each(self, leak: CheckpointLeak, corpus: Corpus, start: Tensor) -> Iterator[Chosen]:
         sums: dict[int, tuple[Tensor, Tensor]] = {}
-        order = sorted(range(len(leak)), key=lambda victim: int(leak.rounds[victim]))
         found: dict[int, Chosen] = {}
-        for victim in order:
+        for victim in sorted(range(len(leak)), key=lambda victim: int(leak.rounds[victim])):
             client = int(leak.clients[victim])
-            documents, candidates = self.drops(leak[victim], corpus)
+            drops, asked = self.told(leak[victim], corpus, int(start[victim]))
             if client in sums:
-                documents, candidates = documents + sums[client][0], candidates + sums[client][1]
-            sums[client] = documents, candidates
-            drops, chosen = documents.topk(corpus.selected)
+                drops, asked = drops + sums[client][0], asked + sums[client][1]
+            sums[client] = drops, asked
+            most, chosen = drops.topk(corpus.selected)
             _, after = ends(leak[victim], corpus.device)
-            found[victim] = Chosen(chosen, labels_of(corpus, after, chosen), candidates, -float(drops.mean()))
+            found[victim] = Chosen(chosen, labels_of(corpus, after, chosen), asked, -float(most.mean()))
         yield from (found[victim] for victim in range(len(leak)))
 
     def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
         """By a single checkpoint."""
         return next(self._each(leak, corpus, torch.tensor([seed])))
 
-    def drops(
-        self, leak: CheckpointLeak, corpus: Corpus
+    def told(
+        self, leak: CheckpointLeak, corpus: Corpus, seed: int
     ) -> tuple[Float[Tensor, "documents"], Float[Tensor, "candidates"]]:
-        """Of one checkpoint, how far each document's loss falls."""
+        """By one checkpoint: how far each document's loss falls, and how far a candidate's is below the references'."""
         before, after = ends(leak, corpus.device)
         (first, first_asked), (last, last_asked) = (
             losses(corpus, self.pass_named(leak, name), net, after)
             for name, net in (("before", before), ("after", after))
         )
-        return first - last, first_asked - last_asked
+        drops = first - last
+        if not self.references or not len(corpus.candidates):
+            return drops, first_asked - last_asked
+        asked = torch.zeros_like(last_asked)
+        for number in range(self.references):
+            net = self._reference(leak, corpus, after, drops, generator(seed, "reference", number))
+            asked += self._asked(corpus, net, after) / self.references
+        return drops, asked - last_asked
+
+    @staticmethod
+    def _asked(corpus: Corpus, net: TextModel, after: TextModel) -> Float[Tensor, "candidates"]:
+        return corpus.asked(lambda ids: net.losses(ids, labelled(after, ids)), at_once(net, corpus.ids.shape[1]))
+
+    def _reference(
+        self,
+        leak: CheckpointLeak,
+        corpus: Corpus,
+        after: TextModel,
+        drops: Float[Tensor, "documents"],
+        draw: torch.Generator,
+    ) -> TextModel:
+        """A model trained as the victim was, on as many public documents of its domain; of a sum, a mean of models."""
+        protocol = leak.protocol
+        examples = corpus.selected if leak.examples is None else int(leak.examples[0])
+        each, how = max(1, examples // protocol.summed), FineTuning.of(protocol, examples)
+        pool = drops.topk(min(POOL * examples, len(corpus))).indices
+        trained: list[dict[str, Tensor]] = []
+        for _ in range(protocol.summed):
+            net = model(leak, leak.broadcast(0), corpus.device).requires_grad_(True)
+            if protocol.adapter:
+                net = inject(net, Lora.parse(protocol.adapter), draw.initial_seed() % 2**31)
+            some = corpus.ids[pool[torch.randperm(len(pool), generator=draw)[:each]]].to(corpus.device)
+            how(net, some, self._labels(after, some), draw)
+            trained.append({name: tensor.detach() for name, tensor in net.named_parameters()})
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                parameter.copy_(torch.stack([one[name] for one in trained]).mean(0))
+        return net
+
+    @staticmethod
+    def _labels(after: TextModel, ids: Int[Tensor, "documents tokens"]) -> Int[Tensor, "documents"] | None:
+        with torch.no_grad():
+            return None if after.generative else torch.cat([labelled(after, some) for some in torch.split(ids, 64)])  # type: ignore[misc]

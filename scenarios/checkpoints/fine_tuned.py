@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fedtap.simulator.data.documents import Documents, joined
-from fedtap.simulator.errors import ClientError
+from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.leaks import CheckpointLeak, Protocol, Tensors, stack
 from fedtap.simulator.scenario import Name, Session
 from fedtap.simulator.wire.messages import Overheard, ask, check_nodes, read
@@ -47,7 +47,7 @@ def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[Check
         weights = _averaged([leak.tuned(0) for leak in replies.values()])
     if not leaks:
         raise ClientError(
-            f"No sum of {setting.averaged} clients was whole, so nothing was observed: {[*missing.values()][0]}"
+            f"No sum of {setting.averaged} clients was whole, so nothing was observed: {next(iter(missing.values()))}"
         )
     found = stack(leaks)
     assert isinstance(found, CheckpointLeak)
@@ -85,6 +85,12 @@ def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> C
     network = task.network()
     parameters = dict(network.named_parameters()).keys()
     back = tensors_of(exchange.answer.array_records["arrays"])
+    examples = exchange.answer.metric_records["metrics"]["num-examples"]
+    if examples != setting.documents:
+        raise FedtapError(
+            f"Client {exchange.client} says it has {short(examples)} documents, and every client has "
+            f"{setting.documents}."
+        )
     leak = CheckpointLeak(
         observed={name: tensor[None] for name, tensor in back.items() if setting.lora or name in parameters},
         protocol=_protocol(setting, task),
@@ -94,6 +100,7 @@ def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> C
         clients=torch.tensor([exchange.client]),
         rounds=torch.tensor([number]),
         restarts=torch.zeros(1, dtype=torch.long),
+        examples=torch.tensor([setting.documents]),
     )
     leak.check()
     return leak
@@ -105,7 +112,7 @@ def _protocol(setting: Selecting, task: Task) -> Protocol:
         model=task.model,
         shape=(task.tokens,),
         classes=task.outputs,
-        batch=setting.documents * setting.averaged,
+        batch=setting.batch * setting.averaged,
         local_steps=setting.epochs * math.ceil(setting.documents / setting.batch),
         learning_rate=setting.learning_rate,
         optimiser=setting.optimiser,
@@ -119,7 +126,8 @@ def _protocol(setting: Selecting, task: Task) -> Protocol:
 def _mean(leaks: list[CheckpointLeak], victim: int) -> CheckpointLeak:
     """What the server sees of clients whose checkpoints are averaged."""
     observed = {name: torch.stack([leak.observed[name] for leak in leaks]).mean(0) for name in leaks[0].observed}
-    return replace(leaks[0], observed=observed, clients=torch.tensor([victim]))
+    examples = torch.stack([leak.examples for leak in leaks if leak.examples is not None]).sum(0)
+    return replace(leaks[0], observed=observed, clients=torch.tensor([victim]), examples=examples)
 
 
 def _averaged(checkpoints: list[dict[str, Tensor]]) -> Tensors:

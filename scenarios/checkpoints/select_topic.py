@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class SelectTopic(Selecting):
     """Clients whose documents are each on one of eight topics, made up from a grammar; a corpus on all of them."""
 
-    victims: int = 2
+    epochs: int = 8
     attack: str = (
-        "random_selection,lowest_loss,loss_drop,select,select(projection=1024),"
-        "select(rule='greedy',projection=1024),similar_texts"
+        "random_selection,similar_texts,lowest_loss,loss_drop,select,select(projection=1024),"
+        "select(rule='greedy',projection=1024),sequence_membership"
     )
 
     def task(self, data_root: Path) -> Task:

@@ -18,12 +18,12 @@ from fedtap.simulator.scenario import Observed, Row, Scored, Session, Trial
 if TYPE_CHECKING:
     from flwr.app import Context, Message
 
-    from fedtap.clients.finetuning import FineTuning
     from fedtap.scenarios.checkpoints.tasks import Task
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.corpus import Corpus
     from fedtap.simulator.leaks import Leak
     from fedtap.simulator.models.adapters import Lora
+    from fedtap.simulator.models.fine_tuning import FineTuning
     from fedtap.simulator.report.page import Page
 
 KEPT = 2**28
@@ -141,7 +141,7 @@ class Selecting(Attacked):
     @property
     def tuning(self) -> FineTuning:
         """How clients fine-tune, and the attacker after them."""
-        from fedtap.clients.finetuning import FineTuning
+        from fedtap.simulator.models.fine_tuning import FineTuning
 
         return FineTuning(self.epochs, self.batch, self.optimiser, self.learning_rate)
 

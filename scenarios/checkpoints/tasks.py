@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedtap.clients.finetuning import FineTuning
 from fedtap.simulator.attack import generator
 from fedtap.simulator.data.documents import Documents, Vocabulary, encoded, joined, paragraphs
 from fedtap.simulator.data.texts import TextSide, WordPieces, open_texts
 from fedtap.simulator.data.topics import TOPICS, documents
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Tensors, float_buffers
+from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language, minilm_folder
 from fedtap.simulator.models.text_model import TextModel
 
