@@ -204,7 +204,7 @@ class Attack(ABC, Generic[_Result]):
         for known in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, known.name)
             made = known.default_factory
-            if value != (known.default if made is dataclasses.MISSING else made()):
+            if known.repr and value != (known.default if made is dataclasses.MISSING else made()):
                 said.append(f"{known.name}={value.written() if isinstance(value, Attack) else repr(value)}")
         name = called(type(self), ATTACK_GROUP)
         return f"{name}({', '.join(said)})" if said else name
@@ -226,6 +226,13 @@ class Attack(ABC, Generic[_Result]):
         """
         for part in self._parts().values():
             part.check_auxiliary(auxiliary_trainings)
+
+    def untrained(self) -> FedtapError:
+        """Why it cannot be tried where there are no auxiliary data, and what to do about it."""
+        return FedtapError(
+            f"{self.name} has to be trained first, and a saved leak brings no pairs: train it in a scenario "
+            f"(`fedtap run git --attack '{self.written()}'`), then give what that leaves, --trained-attack PATH."
+        )
 
     def learned(self) -> list[Learned]:
         """The trained attacks in it, itself among them."""

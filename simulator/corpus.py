@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,13 +19,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedtap.simulator.attack import Attack, Reconstructed, generator
-from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.data.documents import Vocabulary, decoded, encoded, read_documents
+from fedtap.simulator.data.texts import WordPieces
+from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_tensors, write_atomically
 from fedtap.simulator.leaks import CheckpointLeak, Leak
+from fedtap.simulator.models.language import LANGUAGE_MODELS, minilm_folder
 from fedtap.simulator.progress import progress
+
+_AnySelector = TypeVar("_AnySelector", bound="Selector")
 
 SHARD = 4096
 """Documents after which a pass over the corpus keeps what it has."""
+
+SHOWN = 5
+"""Chosen documents that a row quotes."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,9 +76,11 @@ class Corpus:
 
     def asked(self, compute: Callable[[Int[Tensor, "some tokens"]], Tensor], batch: int) -> Tensor:
         """What `compute` gives for all candidates."""
+        if not len(self.candidates):
+            return torch.zeros(0)
         with torch.no_grad():
             parts = [compute(some.to(self.device)).cpu() for some in torch.split(self.candidates, batch)]
-        return torch.cat(parts) if parts else torch.zeros(0)
+        return torch.cat(parts)
 
     def forget(self) -> None:
         """Remove the shards, of an attack that has ended."""
@@ -94,6 +104,13 @@ class Selection(Reconstructed):
     membership: Float[Tensor, "victims candidates"]
     """Of each candidate, higher where it is likelier a private document; no candidates where nothing is said."""
     objective: Float[Tensor, "victims"]
+    texts: tuple[tuple[str, ...], ...] = ()
+    """Of each victim, the first documents that were chosen, from a corpus that a person named; empty otherwise."""
+
+    def columns(self, victim: int) -> dict[str, Any]:
+        """Columns `selected`, how many documents were chosen, and `chosen`, the first of them."""
+        shown = {"chosen": "\n".join(self.texts[victim])} if self.texts else {}
+        return {"selected": self.chosen.shape[1], **shown}
 
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Any number of documents and candidates."""
@@ -117,18 +134,22 @@ class Selector(Attack[Selection]):
 
     corpus: Corpus | None = field(default=None, kw_only=True, repr=False, compare=False)
     """What it chooses from; None before `fit`."""
+    documents: str = field(default="", kw_only=True)
+    """PATH of a corpus, a document a line, for a checkpoint that no scenario made; a scenario has its own."""
+    many: int = field(default=100, kw_only=True)
+    """Documents to choose from `documents`."""
 
     @property
     def needs_auxiliary(self) -> bool:
         """Whether it has no corpus yet."""
-        return self.corpus is None
+        return self.corpus is None and not self.documents
 
     @property
     def adapts(self) -> bool:
         """False: a corpus is not defended."""
         return False
 
-    def fit(self, auxiliary: Any, seed: int = 0) -> Self:
+    def fit(self: _AnySelector, auxiliary: Any, seed: int = 0) -> _AnySelector:
         """This attack with a corpus.
 
         Raises:
@@ -153,19 +174,31 @@ class Selector(Attack[Selection]):
 
     def reconstruct(self, leak: Leak, start: Tensor) -> Selection:
         assert isinstance(leak, CheckpointLeak)
-        if self.corpus is None:
-            raise FedtapError(
-                f"{self.name} chooses from a corpus of documents, and has none: run it in a scenario such as "
-                "select_topic."
-            )
-        each = list(self._each(leak, self.corpus, start))
-        self.corpus.forget()
+        if self.needs_auxiliary:
+            raise self.untrained()
+        corpus = self.corpus or self._read(leak)
+        each = list(self._each(leak, corpus, start))
+        corpus.forget()
         return Selection(
             chosen=torch.stack([one.chosen for one in each]),
             labels=torch.stack([one.labels for one in each]),
             membership=torch.stack([one.membership for one in each]),
             objective=torch.tensor([one.objective for one in each]),
+            texts=() if self.corpus else tuple(tuple(_texts(leak, corpus, one.chosen)) for one in each),
         )
+
+    def untrained(self) -> FedtapError:
+        """It needs a corpus."""
+        return FedtapError(
+            f"{self.name} chooses from a corpus of documents, and has none: name a text with a document a line, "
+            f"--attack \"{self.name}(documents='corpus.txt')\", or run it in a scenario such as select_topic."
+        )
+
+    def _read(self, leak: CheckpointLeak) -> Corpus:
+        """The corpus that `documents` names, in the tokens of the leak's model."""
+        tokens = leak.protocol.shape[0]
+        ids = encoded(read_documents(Path(self.documents)), vocabulary_of(leak.protocol.model), tokens)
+        return Corpus(ids, ids[:0], max(1, min(self.many, len(ids))), device=str(leak.device))
 
     def _each(self, leak: CheckpointLeak, corpus: Corpus, start: Tensor) -> Iterator[Chosen]:
         for victim in range(len(leak)):
@@ -179,6 +212,31 @@ class Selector(Attack[Selection]):
     @abstractmethod
     def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
         """For the one victim of this leak."""
+
+
+def vocabulary_of(model: str) -> Vocabulary:
+    """What the model of a leak cuts texts by.
+
+    Raises:
+        FedtapError: it is not known.
+    """
+    base = model.partition("(")[0]
+    if base == "minilm":
+        return WordPieces.read(minilm_folder() / "vocab.txt")
+    if base in LANGUAGE_MODELS:
+        raise FedtapError(
+            f"A leak of {short(model)} lacks the vocabulary, which its federation learned from public texts, so no other "
+            "text can be cut into its tokens: run the attack in the scenario."
+        )
+    from fedtap.simulator.models.pretrained import tokenizer
+
+    return tokenizer(model)
+
+
+def _texts(leak: CheckpointLeak, corpus: Corpus, chosen: Int[Tensor, "selected"]) -> Iterator[str]:
+    vocabulary = vocabulary_of(leak.protocol.model)
+    for number in chosen[:SHOWN].tolist():
+        yield decoded(vocabulary, corpus.ids[number])
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,4 @@ def _refusal(leak: Leak, attack: Attack) -> FedtapError | None:
         return error
     if not attack.needs_auxiliary:
         return None
-    return FedtapError(
-        f"{attack.name} has to be trained first, and a saved leak brings no pairs: train it in a scenario "
-        f"(`fedtap run git --attack '{attack.written()}'`), then give what that leaves, --trained-attack PATH."
-    )
+    return attack.untrained()

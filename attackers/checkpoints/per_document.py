@@ -25,14 +25,14 @@ from fedtap.simulator.attack import generator
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.text_model import IGNORED, TextModel
 
-Documents = Int[Tensor, "documents tokens"]
-Labels = Int[Tensor, "documents"] | None
+Ids = Int[Tensor, "documents tokens"]
+Marks = Int[Tensor, "documents"] | None
 
-ENTRIES = 2**26
+LAID_OUT = 2**26
 """Numbers that a batch of documents may fill at once: 256 MiB of float32."""
 
 
-class Gradients(ABC):
+class DocumentGradients(ABC):
     """Gradients of documents at one or several models; of several, the mean."""
 
     batch: int
@@ -47,21 +47,19 @@ class Gradients(ABC):
         """
 
     @abstractmethod
-    def products(
-        self, ids: Documents, labels: Labels, directions: Sequence[Tensor]
-    ) -> Float[Tensor, "documents products"]:
+    def products(self, ids: Ids, labels: Marks, directions: Sequence[Tensor]) -> Float[Tensor, "documents products"]:
         """Inner product with each direction, and last the squared norm."""
 
     @abstractmethod
-    def total(self, ids: Documents, labels: Labels) -> Tensor:
+    def total(self, ids: Ids, labels: Marks) -> Tensor:
         """Sum of the documents' gradients, as a direction."""
 
     @abstractmethod
-    def laid_out(self, ids: Documents, labels: Labels) -> Float[Tensor, "documents entries"]:
+    def laid_out(self, ids: Ids, labels: Marks) -> Float[Tensor, "documents entries"]:
         """Every number of every document's gradient."""
 
     @abstractmethod
-    def sketches(self, ids: Documents, labels: Labels, size: int, seed: int) -> Float[Tensor, "documents size"]:
+    def sketches(self, ids: Ids, labels: Marks, size: int, seed: int) -> Float[Tensor, "documents size"]:
         """Random projections, whose inner products are those of the gradients in the mean over seeds."""
 
     @abstractmethod
@@ -70,10 +68,11 @@ class Gradients(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class LastLayer(Gradients):
+class LastLayer(DocumentGradients):
     """Of the last layer, by outer products; at several models, those of all of them."""
 
     nets: Sequence[TextModel]
+    """At whose weights gradients are taken."""
     tokens: str = "all"
     """`all` places, or the `last` one that predicts anything."""
 
@@ -81,7 +80,7 @@ class LastLayer(Gradients):
     def batch(self) -> int:  # type: ignore[override]
         """By the logits of a document."""
         weight = dict(self.nets[0].named_parameters())[self._weight()]
-        return max(1, min(512, ENTRIES // (4 * 64 * len(self.nets) * len(weight))))
+        return max(1, min(512, LAID_OUT // (4 * 64 * len(self.nets) * len(weight))))
 
     def change(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
         """`outputs width`, and a column more for a bias."""
@@ -94,23 +93,21 @@ class LastLayer(Gradients):
             )
         return moved
 
-    def products(
-        self, ids: Documents, labels: Labels, directions: Sequence[Tensor]
-    ) -> Float[Tensor, "documents products"]:
+    def products(self, ids: Ids, labels: Marks, directions: Sequence[Tensor]) -> Float[Tensor, "documents products"]:
         errors, features = self.factors(ids, labels)
         each = [(errors * F.linear(features, direction)).sum((1, 2)) for direction in directions]
         norms = ((errors @ errors.mT) * (features @ features.mT)).sum((1, 2))
         return torch.stack([*each, norms.clamp_min(0)], 1)
 
-    def total(self, ids: Documents, labels: Labels) -> Tensor:
+    def total(self, ids: Ids, labels: Marks) -> Tensor:
         errors, features = self.factors(ids, labels)
         return torch.mm(errors.flatten(0, 1).mT, features.flatten(0, 1))
 
-    def laid_out(self, ids: Documents, labels: Labels) -> Float[Tensor, "documents entries"]:
+    def laid_out(self, ids: Ids, labels: Marks) -> Float[Tensor, "documents entries"]:
         errors, features = self.factors(ids, labels)
         return torch.bmm(errors.mT, features).flatten(1)
 
-    def sketches(self, ids: Documents, labels: Labels, size: int, seed: int) -> Float[Tensor, "documents size"]:
+    def sketches(self, ids: Ids, labels: Marks, size: int, seed: int) -> Float[Tensor, "documents size"]:
         errors, features = self.factors(ids, labels)
         left, right = _both_signs(errors.shape[2], features.shape[2], size, seed, ids.device)
         return (F.linear(errors, left) * F.linear(features, right)).sum(1) / size**0.5  # type: ignore[no-any-return]
@@ -120,13 +117,13 @@ class LastLayer(Gradients):
         return ((left @ direction) * right).sum(1) / size**0.5  # type: ignore[no-any-return]
 
     def factors(
-        self, ids: Documents, labels: Labels
+        self, ids: Ids, labels: Marks
     ) -> tuple[Float[Tensor, "documents places outputs"], Float[Tensor, "documents places width"]]:
         """Errors e_t / T and features h_t; places that predict nothing have no error, and a bias is a feature of 1."""
         both = [self._factors(net, ids, labels) for net in self.nets]
         return torch.cat([e for e, _ in both], 1) / len(both), torch.cat([h for _, h in both], 1)
 
-    def _factors(self, net: TextModel, ids: Documents, labels: Labels) -> tuple[Tensor, Tensor]:
+    def _factors(self, net: TextModel, ids: Ids, labels: Marks) -> tuple[Tensor, Tensor]:
         features, targets = net.features(ids), net.targets(ids, labels)
         real = targets != IGNORED
         if self.tokens == "last":
@@ -154,32 +151,32 @@ class LastLayer(Gradients):
 
 
 @dataclass(frozen=True, eq=False)
-class WholeModel(Gradients):
+class WholeModel(DocumentGradients):
     """Of all parameters of these names, laid out for a few documents at a time."""
 
     nets: Sequence[TextModel]
+    """At whose weights gradients are taken."""
     names: Sequence[str]
+    """Of the parameters."""
 
     @property
     def batch(self) -> int:  # type: ignore[override]
         """By the numbers of a gradient."""
         held = dict(self.nets[0].named_parameters())
-        return max(1, min(64, ENTRIES // sum(held[name].numel() for name in self.names)))
+        return max(1, min(64, LAID_OUT // sum(held[name].numel() for name in self.names)))
 
     def change(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
         """All of them, one after the other."""
         return torch.cat([(before[name] - after[name]).flatten() for name in self.names])
 
-    def products(
-        self, ids: Documents, labels: Labels, directions: Sequence[Tensor]
-    ) -> Float[Tensor, "documents products"]:
+    def products(self, ids: Ids, labels: Marks, directions: Sequence[Tensor]) -> Float[Tensor, "documents products"]:
         each = self.laid_out(ids, labels)
         return torch.stack([*(each @ direction for direction in directions), each.square().sum(1)], 1)
 
-    def total(self, ids: Documents, labels: Labels) -> Tensor:
+    def total(self, ids: Ids, labels: Marks) -> Tensor:
         return self.laid_out(ids, labels).sum(0)
 
-    def laid_out(self, ids: Documents, labels: Labels) -> Float[Tensor, "documents entries"]:
+    def laid_out(self, ids: Ids, labels: Marks) -> Float[Tensor, "documents entries"]:
         marks = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if labels is None else labels
         every = []
         for net in self.nets:
@@ -196,7 +193,7 @@ class WholeModel(Gradients):
             every.append(torch.cat([parts[name].flatten(1) for name in self.names], 1))
         return torch.stack(every).mean(0)
 
-    def sketches(self, ids: Documents, labels: Labels, size: int, seed: int) -> Float[Tensor, "documents size"]:
+    def sketches(self, ids: Ids, labels: Marks, size: int, seed: int) -> Float[Tensor, "documents size"]:
         return self._projected(self.laid_out(ids, labels), size, seed)
 
     def sketch(self, direction: Tensor, size: int, seed: int) -> Float[Tensor, "size"]:
@@ -205,7 +202,7 @@ class WholeModel(Gradients):
     def _projected(self, rows: Float[Tensor, "rows entries"], size: int, seed: int) -> Float[Tensor, "rows size"]:
         """Rows times signs, of which a block at a time is drawn."""
         found = rows.new_zeros(len(rows), size)
-        for number, block in enumerate(torch.split(rows, max(1, ENTRIES // (4 * size)), 1)):
+        for number, block in enumerate(torch.split(rows, max(1, LAID_OUT // (4 * size)), 1)):
             drawn = signs(block.shape[1], size, generator(seed, "sketch", size, number))
             found += block @ drawn.to(rows.device)
         return found / size**0.5  # type: ignore[no-any-return]
@@ -218,7 +215,7 @@ class _Loss(torch.nn.Module):
         super().__init__()
         self.net, self.labelled = net, labelled
 
-    def forward(self, ids: Documents, labels: Tensor) -> Tensor:
+    def forward(self, ids: Ids, labels: Tensor) -> Tensor:
         return self.net.losses(ids, labels if self.labelled else None)
 
 

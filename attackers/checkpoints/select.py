@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedtap.attackers.checkpoints.models import ends, labelled, labels_of, model
-from fedtap.attackers.checkpoints.per_document import Gradients, LastLayer, WholeModel
+from fedtap.attackers.checkpoints.per_document import DocumentGradients, LastLayer, WholeModel
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
 from fedtap.simulator.errors import FedtapError, unknown
 from fedtap.simulator.leaks import CheckpointLeak
@@ -102,7 +102,9 @@ class Select(Selector):
             objective=1 - float(torch.cosine_similarity(total.flatten(), change.flatten(), 0)),
         )
 
-    def _gradients(self, leak: CheckpointLeak, corpus: Corpus, before: TextModel, after: TextModel) -> Gradients:
+    def _gradients(
+        self, leak: CheckpointLeak, corpus: Corpus, before: TextModel, after: TextModel
+    ) -> DocumentGradients:
         sent, back = leak.broadcast(0), leak.tuned(0)
         nets = [before if self.at == "broadcast" else after]
         for number in range(1, self.pseudo_experts + 1):
@@ -118,7 +120,7 @@ class Select(Selector):
         return WholeModel(nets, moved)
 
     def _rows(
-        self, leak: CheckpointLeak, corpus: Corpus, after: TextModel, gradients: Gradients, seed: int
+        self, leak: CheckpointLeak, corpus: Corpus, after: TextModel, gradients: DocumentGradients, seed: int
     ) -> Float[Tensor, "documents size"]:
         """Of every document, what the greedy rule adds up."""
 
@@ -138,7 +140,7 @@ class Select(Selector):
         return corpus.passed(self.pass_named(leak, f"rows {seed}"), some, max(1, min(gradients.batch, 2**26 // size)))
 
     def _in_batches(
-        self, leak: CheckpointLeak, corpus: Corpus, after: TextModel, gradients: Gradients, change: Tensor
+        self, leak: CheckpointLeak, corpus: Corpus, after: TextModel, gradients: DocumentGradients, change: Tensor
     ) -> Int[Tensor, "selected"]:
         """In each batch those with the highest cosine beside all of the batches before."""
         total, chosen = torch.zeros_like(change), torch.zeros(0, dtype=torch.long)
@@ -168,7 +170,9 @@ class Select(Selector):
         rest = order[~torch.isin(order, firsts)]
         return torch.cat([firsts, rest])[: corpus.selected]
 
-    def _total(self, corpus: Corpus, after: TextModel, gradients: Gradients, chosen: Int[Tensor, "selected"]) -> Tensor:
+    def _total(
+        self, corpus: Corpus, after: TextModel, gradients: DocumentGradients, chosen: Int[Tensor, "selected"]
+    ) -> Tensor:
         """The sum of the chosen documents' gradients, as it is without a projection."""
         parts = torch.split(corpus.ids[chosen].to(corpus.device), gradients.batch)
         with torch.no_grad():

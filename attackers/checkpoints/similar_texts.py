@@ -38,6 +38,6 @@ class SimilarTexts(Selector):
         origin = documents.mean(0)
         wanted = written.mean(0) - origin
         scores, chosen = torch.cosine_similarity(documents - origin, wanted[None]).topk(corpus.selected)
-        asked = torch.cat([corpus.asked(some, batch).view(-1, len(origin)), documents[:0]])
+        asked = corpus.asked(some, batch).view(-1, len(origin))
         membership = torch.cosine_similarity(asked - origin, wanted[None])
         return Chosen(chosen, labels_of(corpus, after, chosen), membership, 1 - float(scores.mean()))

@@ -96,7 +96,7 @@ class DAGER(Attack[Tokens]):
             )
 
     def reconstruct(self, leak: Leak, start: Tensor) -> Read:
-        net, batch = filled(leak), leak.protocol.batch
+        net, batch = leaked_model(leak), leak.protocol.batch
         first, second = (
             Span.of(leak.observed[f"blocks.{number}.query.weight"], most)
             for number, most in enumerate(fed_once(net, batch))
@@ -125,7 +125,7 @@ def fed_once(net: LanguageModel, batch: int) -> tuple[int, int]:
     return batch * (net.places - 2) + 2, batch * net.places
 
 
-def filled(leak: Leak) -> LanguageModel:
+def leaked_model(leak: Leak) -> LanguageModel:
     """The victims' model, as it was sent to them."""
     net = copy.deepcopy(leak.network).to_empty(device=leak.device)
     assert isinstance(net, LanguageModel)

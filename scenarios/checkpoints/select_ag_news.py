@@ -25,16 +25,17 @@ class SelectAGNews(Selecting):
 
     model: str = "minilm"
     tokens: int = 32
-    documents: int = 1000
-    corpus: int = 2000
-    share: Annotated[float, Option("share of the corpus that is news, none of it a client's", 0.0, 1.0, "data")] = 0.25
-    selected: int = 200
-    candidates: int = 200
+    documents: int = 600
+    corpus: int = 1200
+    share: Annotated[float, Option("share of the corpus that is news, none of it a client's", 0.0, 1.0, "data")] = 0.125
+    selected: int = 32
+    retraining_epochs: int = 10
+    candidates: int = 100
     epochs: int = 3
     learning_rate: float = 2e-4
     attack: str = (
         "random_selection,lowest_loss,loss_drop,select,select(rule='balanced'),select(rule='greedy_batches'),"
-        "select(rule='greedy',projection=4096)"
+        "select(rule='greedy'),select(rule='greedy',projection=4096),select(rule='greedy',at='tuned')"
     )
 
     def task(self, data_root: Path) -> Task:

@@ -98,6 +98,9 @@ class Selecting(Attacked):
         str, Option("none, or what clients do to the change of their weights: clip(1.0)+noise(0.01)", group="defence")
     ] = "none"
     selected: Annotated[int, Option("documents to choose", 1, 10**6, "attack")] = 500
+    retraining_epochs: Annotated[
+        int, Option("epochs of retraining on what was chosen, or on as many random ones; 0: as clients", 0, 1000)
+    ] = 0
     retrainings: Annotated[int, Option("seeds of retraining on what was chosen; 0: none is retrained", 0, 100)] = 1
 
     def __post_init__(self) -> None:
@@ -108,6 +111,11 @@ class Selecting(Attacked):
             if attack.reconstructs.__name__ != self.reconstructs:
                 raise FedtapError(
                     f"{attack.name} chooses no documents, and this scenario asks for attacks that do: write select."
+                )
+            if getattr(attack, "documents", ""):
+                raise FedtapError(
+                    f"This scenario has a corpus of its own, of which the domains are known, and {attack.name} names "
+                    "another: leave out its documents."
                 )
         check_defence(self.defence)
         if self.selected > self.corpus:
@@ -140,10 +148,15 @@ class Selecting(Attacked):
 
     @property
     def tuning(self) -> FineTuning:
-        """How clients fine-tune, and the attacker after them."""
+        """How clients fine-tune."""
         from fedtap.simulator.models.fine_tuning import FineTuning
 
         return FineTuning(self.epochs, self.batch, self.optimiser, self.learning_rate)
+
+    @property
+    def retraining(self) -> FineTuning:
+        """How a model is trained on what was chosen."""
+        return replace(self.tuning, epochs=self.retraining_epochs or self.epochs)
 
     def behind(self, victim: int) -> range:
         """The clients of a sum."""

@@ -61,7 +61,7 @@ def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
         labels = None if _generative(task) else found.labels[place]
         domains = [task.domain[client] for client in setting.behind(victim)]
         row["precision"] = float(torch.isin(task.domains[chosen], torch.tensor(domains)).double().mean())
-        row |= retrained(setting, task, leak, place, Documents(task.corpus.ids[chosen], labels))
+        row |= retrained(setting, task, leak, place, Documents(task.corpus.ids[chosen], labels), setting.retraining)
         row |= {"recovered_fraction": recovered_fraction(row), "wasserstein": apart(setting, task, leak, place, chosen)}
         if found.membership.shape[1]:
             members, others = found.membership[place].view(-1, 2, setting.candidates)[victim]
@@ -82,20 +82,22 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
     drawn = torch.randperm(len(task.corpus), generator=generator(setting.seed, "baseline", victim))[: setting.selected]
     random = Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn))
     private = joined([task.private[client] for client in setting.behind(victim)])
-    for name, documents in (("random", random), ("expert", private)):
-        row |= {f"{what}_{name}": value for what, value in retrained(setting, task, leak, place, documents).items()}
+    for name, documents, how in (("random", random, setting.retraining), ("expert", private, setting.tuning)):
+        found = retrained(setting, task, leak, place, documents, how)
+        row |= {f"{what}_{name}": value for what, value in found.items()}
     return row | {"wasserstein_random": apart(setting, task, leak, place, drawn)}
 
 
-def retrained(setting: Selecting, task: Task, leak: CheckpointLeak, place: int, documents: Documents) -> Row:
-    """Perplexity or accuracy after training as clients do, from the weights that a victim was sent; a mean over
-    seeds."""
+def retrained(
+    setting: Selecting, task: Task, leak: CheckpointLeak, place: int, documents: Documents, how: FineTuning
+) -> Row:
+    """Perplexity or accuracy after training from the weights that a victim was sent; a mean over seeds."""
     tested, found = _tested(setting, task, int(leak.clients[place])), []
     for number in range(setting.retrainings):
         net = _network(task, leak.broadcast(place))
         if setting.lora is not None:
             net = inject(net, setting.lora, number)
-        setting.tuning(net, documents.ids, documents.labels, generator(setting.seed, "retraining", number))
+        how(net, documents.ids, documents.labels, generator(setting.seed, "retraining", number))
         found.append(quality(net, tested))
     return {name: statistics.fmean(one[name] for one in found) for name in (found[0] if found else ())}
 

@@ -30,7 +30,7 @@ PRETRAINING = FineTuning(epochs=4, batch=32, learning_rate=3e-3)
 PRETRAINED_ON = 100
 """Documents on each topic, on which it is."""
 
-TESTED, CLASSIFIED = 300, 1000
+TESTED, CLASSIFIED = 300, 500
 """Documents of a client's domain, on which models of the next token and classifiers are compared."""
 
 

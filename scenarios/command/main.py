@@ -134,6 +134,10 @@ def attack_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
     overwrite: Overwrite = False,
+    base: Annotated[
+        str, typer.Option(help="Of a checkpoint, a folder with a model or a LoRA: the model that it was tuned from.")
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=4, help="Of a checkpoint: tokens to which documents are cut.")] = 32,
     batch: Annotated[int | None, typer.Option(help=f"Images in a client's local step. {SAYS}")] = None,
     local_steps: Annotated[int | None, typer.Option(help="Local steps, each on the same batch.")] = None,
     low: Annotated[str, typer.Option(help="What the model is fed for a pixel of 0: a number, or R,G,B.")] = "",
@@ -171,7 +175,7 @@ def attack_command(
     _own_code(model, *(name for attack in named for name in models_named(attack)))
     loaded()  # so that the kinds of leak are known that installed packages add
     known = {name: value for name, value in said.items() if value is not None}
-    found = {path.name: _read(path, model, known) for path in _leaks_in(leaks)}
+    found = {path.name: _read(path, model, known, base, tokens) for path in _leaks_in(leaks)}
 
     def attacks_on(leak: Leak) -> tuple[Attack, ...]:
         return named or parse(suited(leak))
@@ -188,19 +192,24 @@ def attack_command(
 
 def _leaks_in(path: Path) -> list[Path]:
     """The leak of this path, or those of this folder."""
-    if not path.is_dir():
+    from fedtap.simulator.wire.checkpoints import is_checkpoint
+
+    if not path.is_dir() or is_checkpoint(path):
         return [path]
     if found := sorted(path.glob("*.safetensors")):
         return found
     raise FedtapError(f"{path} holds no leaks: name a .safetensors file, or a folder with some, as a run's leaks/ is.")
 
 
-def _read(path: Path, model: str, known: Mapping[str, Any]) -> Leak | FedtapError:
+def _read(path: Path, model: str, known: Mapping[str, Any], base: str, tokens: int) -> Leak | FedtapError:
     """The leak, with what is known of its protocol; or why it is none."""
     from fedtap.simulator.leaks import load, with_terms
     from fedtap.simulator.models.attention import architecture
+    from fedtap.simulator.wire.checkpoints import checkpoint_leak, is_checkpoint
 
     try:
+        if is_checkpoint(path):
+            return checkpoint_leak(base, path, tokens)
         return with_terms(load(path, architecture, model or None), **known)
     except FedtapError as error:
         return error

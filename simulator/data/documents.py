@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -22,6 +22,7 @@ LONGEST_LINE = 1 << 20
 """Letters of a document in a file, at most."""
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """What turns texts into tokens and back."""
 

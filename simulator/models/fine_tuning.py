@@ -12,9 +12,6 @@ from torch import Tensor
 from fedtap.simulator.leaks import Protocol
 from fedtap.simulator.models.text_model import TextModel
 
-OPTIMISERS = ("sgd", "adamw")
-"""How clients fine-tune; both have torch's other settings by default."""
-
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -25,7 +22,7 @@ class FineTuning:
     batch: int = 16
     """Documents in a step."""
     optimiser: str = "adamw"
-    """`sgd` or `adamw`."""
+    """`sgd` or `adamw`, with torch's other settings by default."""
     learning_rate: float = 1e-3
     """Step size of the optimiser."""
 

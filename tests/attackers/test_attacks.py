@@ -35,10 +35,11 @@ from fedtap.attackers.wrappers.restarts import Restarts
 from fedtap.simulator.attack import Attack, Images, Learned, Learner, Reconstruction, _learned, draw
 from fedtap.simulator.auxiliary import digest
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import GradientLeak, Leak
+from fedtap.simulator.leaks import CheckpointLeak, GradientLeak, Leak
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.registry import Registry
 from fedtap.simulator.scores import score_all
+from tests.support import checkpoint_leaks
 from tests.support.attack_leaks import InPlace, OfTheUsers, WithConstant, auxiliary_for, conv_head, leak_of, pictures
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -88,9 +89,14 @@ FITTED: dict[tuple[str, str, str], Attack] = {}
 
 
 def ready(attack: Attack, leak: Leak, network: nn.Module | None = None, anew: bool = False) -> Attack:
-    """The attack, after practice at the leak's weights if it has to; fitted once, unless it is to be anew."""
+    """The attack, after practice at the leak's weights if it has to; fitted once, unless it is to be anew.
+
+    One that chooses is given documents to choose from.
+    """
     if not attack.needs_auxiliary:
         return attack
+    if isinstance(leak, CheckpointLeak):
+        return attack.fit(checkpoint_leaks.corpus())  # type: ignore[arg-type]
     key = repr(attack), repr(leak.protocol), digest({**(leak.weights or {}), **leak.buffers})
     if anew or key not in FITTED:
         _learned.cache_clear()  # which remembers the last few

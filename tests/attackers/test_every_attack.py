@@ -105,6 +105,6 @@ def test_what_comes_back_is_seen(maker: Maker) -> None:
     here = example(maker, 0)
     if here.solved_by:
         (attack,) = parse(here.solved_by)
-        assert here.error(attack(here.leak)) < 0.3 * here.blind
+        assert here.error(ready(attack, here.leak)(here.leak)) < 0.3 * here.blind
     else:
         assert any(example(other, 0).solved_by for other in MAKERS[here.leak.kind])
