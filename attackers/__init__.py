@@ -137,10 +137,11 @@ def _attack(node: ast.expr, own: list[str]) -> Attack:
     _refuse_former(name, ATTACKS)
     kind = ATTACKS.own(own[int(name[len(_OWN) :])]) if name.startswith(_OWN) else ATTACKS[name]
     hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    if len(call.args) > len(fields):
-        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(fields)} fields: {_HOW}.")
-    given = dict(zip((field.name for field in fields), call.args, strict=False))
+    fields = [field for field in dataclasses.fields(kind) if field.repr]  # type: ignore[arg-type]
+    placed = [field.name for field in fields if not field.kw_only]
+    if len(call.args) > len(placed):
+        raise FedtapError(f"{_said(node)} in --attack has {len(call.args)} values for {len(placed)} fields: {_HOW}.")
+    given = dict(zip(placed, call.args, strict=False))
     for keyword in call.keywords:
         _refuse_former(str(keyword.arg), {field.name for field in fields})
         if keyword.arg not in {field.name for field in fields}:

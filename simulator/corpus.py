@@ -25,6 +25,7 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_tensors, write_atomically
 from fedtap.simulator.leaks import CheckpointLeak, Leak
 from fedtap.simulator.models.language import LANGUAGE_MODELS, minilm_folder
+from fedtap.simulator.models.text_model import TextModel
 from fedtap.simulator.progress import progress
 
 _AnySelector = TypeVar("_AnySelector", bound="Selector")
@@ -139,6 +140,13 @@ class Selector(Attack[Selection]):
     many: int = field(default=100, kw_only=True)
     """Documents to choose from `documents`."""
 
+    def __post_init__(self) -> None:
+        if type(self.documents) is not str or type(self.many) is not int or self.many < 1:
+            raise FedtapError(
+                f"{self.name} reads its corpus from a path, documents='corpus.txt', and chooses many documents of it, "
+                "a whole number from 1: give these."
+            )
+
     @property
     def needs_auxiliary(self) -> bool:
         """Whether it has no corpus yet."""
@@ -166,6 +174,15 @@ class Selector(Attack[Selection]):
                 "--selected, or give a larger corpus."
             )
         return dataclasses.replace(self, corpus=auxiliary)
+
+    def accepts(self, leak: Leak) -> None:
+        """Models of texts."""
+        super().accepts(leak)
+        if not isinstance(leak.network, TextModel):
+            raise FedtapError(
+                f"{self.name} reads documents by the leak's own model, and {short(leak.protocol.model)!r} is fed none: "
+                "attack a checkpoint of a language model, or of a classifier of texts."
+            )
 
     def begin(self, leak: Leak, seed: int) -> Int[Tensor, "victims"]:
         """A seed for each victim."""
@@ -225,8 +242,8 @@ def vocabulary_of(model: str) -> Vocabulary:
         return WordPieces.read(minilm_folder() / "vocab.txt")
     if base in LANGUAGE_MODELS:
         raise FedtapError(
-            f"A leak of {short(model)} lacks the vocabulary, which its federation learned from public texts, so no other "
-            "text can be cut into its tokens: run the attack in the scenario."
+            f"A leak of {short(model)} lacks the vocabulary, which its federation learned from public texts, so no "
+            "other text can be cut into its tokens: run the attack in the scenario."
         )
     from fedtap.simulator.models.pretrained import tokenizer
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedtap.attackers.checkpoints.models import ends, labelled, labels_of, model
 from fedtap.attackers.checkpoints.per_document import DocumentGradients, LastLayer, WholeModel
+from fedtap.attackers.parts.checks import check_fields
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
 from fedtap.simulator.errors import FedtapError, unknown
 from fedtap.simulator.leaks import CheckpointLeak
@@ -29,6 +30,9 @@ Rule = Literal["top", "balanced", "greedy", "greedy_batches"]
 
 MOST = 2**30
 """Numbers of all documents' sketches, or of their gradients, that the greedy rule keeps: 4 GiB."""
+
+ROUNDED = 1e-6
+"""Share of ``||g||^2 + ||S||^2`` below which ``||g + S||^2`` counts as that share."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class Select(Selector):
     """Models between both ends, equally far apart, at which gradients are taken besides."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, batches=1)
         for name, choices in (("rule", Rule), ("at", Literal["broadcast", "tuned"]), ("layer", Literal["last", "all"])):
             if getattr(self, name) not in get_args(choices):
                 raise unknown(f"{name} of select", str(getattr(self, name)), get_args(choices))
         if self.tokens not in ("all", "last"):
             raise unknown("tokens of select", str(self.tokens), ("all", "last"))
-        if not (0 <= self.projection <= 2**16 and 1 <= self.batches <= 2**16 and 0 <= self.pseudo_experts <= 64):
+        if not (self.projection <= 2**16 and self.batches <= 2**16 and self.pseudo_experts <= 64):
             raise FedtapError(
                 "select takes a projection from 0 to 65,536, batches from 1 to 65,536 and pseudo_experts from 0 to 64: "
                 "give values in these ranges."
@@ -152,7 +158,7 @@ class Select(Selector):
             name = self.pass_named(leak, f"products {chosen.tolist()}")
             along, beside, norms = corpus.passed(name, some, gradients.batch).double().unbind(1)
             # cos(g + S, D) = (g.D + S.D) / (||g + S|| ||D||)
-            length = (norms + 2 * beside + float(total.double().square().sum())).clamp_min(1e-300).sqrt()
+            length = _lengths(norms + float(total.double().square().sum()), beside)
             scores = (along + float((total * change).double().sum())) / length
             scores[chosen] = -torch.inf
             chosen = torch.cat([chosen, scores.topk(len(part)).indices])
@@ -190,7 +196,7 @@ def greedy(rows: Float[Tensor, "documents size"], target: Float[Tensor, "size"],
     total, total_along, total_norm = torch.zeros_like(target), 0.0, 0.0
     chosen: list[int] = []
     for _ in range(most):
-        scores = (along + total_along) / (norms + 2 * beside + total_norm).clamp_min(1e-300).sqrt()
+        scores = (along + total_along) / _lengths(norms + total_norm, beside)
         scores[chosen] = -torch.inf
         best = int(scores.argmax())
         chosen.append(best)
@@ -198,6 +204,11 @@ def greedy(rows: Float[Tensor, "documents size"], target: Float[Tensor, "size"],
         total_along, total_norm = float(total.double() @ target.double()), float(total.double().square().sum())
         beside += (rows @ rows[best]).double()
     return torch.tensor(chosen)
+
+
+def _lengths(squares: Float[Tensor, "documents"], beside: Float[Tensor, "documents"]) -> Float[Tensor, "documents"]:
+    """||g + S|| from ``||g||^2 + ||S||^2`` and g.S; where both cancel, what is left of float32 is rounding alone."""
+    return (squares + 2 * beside).clamp_min(ROUNDED * squares).clamp_min(1e-300).sqrt()
 
 
 def _cosines(products: Float[Tensor, "documents 2"], length: float) -> Float[Tensor, "documents"]:

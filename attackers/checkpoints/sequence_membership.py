@@ -40,6 +40,7 @@ class SequenceMembership(Selector):
     """Reference models in each round; 0: the weights that were broadcast are the reference."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.references) is not int or not 0 <= self.references <= 1000:
             raise FedtapError("sequence_membership trains from 0 to 1,000 references a round: give a whole number.")
 

@@ -63,7 +63,7 @@ class Selecting(Attacked):
         Column("sent_accuracy", "of the model that came back", form=".3f", page=True),
         Column("epsilon", "of one exchange, for a client", form=".3g", page=True),
         Column("error", over="same"),
-        *(Column(name, over="hidden") for name in ("objective", "seconds", "fit_seconds", "pairs")),
+        *(Column(name, over="hidden") for name in ("objective", "chosen", "private", "random")),
     )
 
     model: Annotated[
@@ -158,6 +158,11 @@ class Selecting(Attacked):
         """How a model is trained on what was chosen."""
         return replace(self.tuning, epochs=self.retraining_epochs or self.epochs)
 
+    @property
+    def varied(self) -> list[str]:
+        """The options that are swept, but for those by which a run repeats itself."""
+        return [name for name, _ in self.swept if name not in ("attack", "seed")]
+
     def behind(self, victim: int) -> range:
         """The clients of a sum."""
         return range(victim * self.averaged, (victim + 1) * self.averaged)
@@ -239,10 +244,10 @@ class Selecting(Attacked):
         from fedtap.scenarios.checkpoints.selection_report import answers
 
         page, shown = super().shown_on(page, rows)
-        return replace(page, answers=answers(shown)), shown
+        return replace(page, answers=answers(shown, self.varied)), shown
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
-        """Of each attack, what the chosen documents are worth."""
+        """The documents that were chosen, and what becomes of scores with what is swept."""
         from fedtap.scenarios.checkpoints.selection_report import charts
 
-        return charts(self, rows)
+        return charts(rows, self.varied)

@@ -3,68 +3,114 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from fedtap.simulator.report.charts import Panel, Series, chart
-from fedtap.simulator.report.columns import Group, grouped, setting
+from fedtap.simulator.report.charts import GREY, Panel, Series, chart
+from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, listing, setting
 from fedtap.simulator.scenario import Row
-
-if TYPE_CHECKING:
-    from fedtap.scenarios.checkpoints.selection import Selecting
 
 FOUND, TOLD = 2.0, 0.6
 """Precision from which on a domain counts as found, in multiples of chance; and AUC from which on documents count as
 told from others of their domain."""
 
+EXAMPLES = {
+    "chosen": "chosen by {}",
+    "private": "private documents of the client",
+    "random": "random documents of the corpus",
+}
+"""Lists of documents that a row quotes -> what they are."""
 
-def answers(rows: Group) -> list[str]:
-    """Of the attack with the highest precision, and of the one with the highest AUC, what they found."""
+
+def answers(rows: Group, swept: Sequence[str]) -> list[str]:
+    """Whether the domain was found and whether documents were told apart, for each value of what is swept."""
     said = []
-    if known := [row for row in rows if row.get("precision") is not None]:
-        best = max(known, key=lambda row: row["precision"])
-        mine = [row for row in known if row["attack"] == best["attack"]]
-        precision, chance = (statistics.median(row[name] for row in mine) for name in ("precision", "chance"))
-        found = precision >= min(FOUND * chance, (1 + chance) / 2)
-        said.append(
-            f"The domain {'was' if found else 'was not'} found: of the documents that {best['attack']} chose, "
-            f"{precision:.0%} are of the client's domain, against {chance:.0%} by chance."
-        )
-        if shares := [row["recovered_fraction"] for row in mine if row.get("recovered_fraction") is not None]:
-            said[-1] += (
-                f" Retraining on them goes {statistics.median(shares):.0%} of the way from random to private documents."
-            )
-    if asked := [row for row in rows if row.get("membership_auc") is not None]:
-        best = max(asked, key=lambda row: row["membership_auc"])
-        mine = [row for row in asked if row["attack"] == best["attack"]]
-        auc, true = (statistics.median(row[name] for row in mine) for name in ("membership_auc", "tpr_at_1"))
-        said.append(
-            f"The documents themselves {'were in part' if auc >= TOLD else 'were not'} told from others of their "
-            f"domain: {best['attack']} has an AUC of {auc:.2f}, where 0.5 is chance, and finds {true:.0%} of them "
-            f"where "
-            "it is wrong about 1 % of the others."
-        )
+    for some in grouped(rows, map(setting, swept)):
+        where = label(some, map(setting, swept))
+        said += [f"{where}: {each}" if where else each for each in (domain(some), membership(some)) if each]
     return said
 
 
-def charts(scenario: Selecting, rows: Sequence[Row]) -> Mapping[str, str]:
-    """Precision and membership of each attack; against what is swept, where a number is."""
-    swept = [name for name, _ in scenario.swept if name not in ("attack", "seed")]
-    if not swept:
-        return {}
-    (name, *_) = swept
+def domain(rows: Group) -> str:
+    """Of the attack with the highest precision, what it found; nothing where none was scored."""
+    known = [row for row in rows if row.get("precision") is not None]
+    if not known:
+        return ""
+    mine = _of_best(known, lambda row: (row["precision"], row.get("recovered_fraction") or 0.0))
+    precision, chance = (_median(mine, name) for name in ("precision", "chance"))
+    found = precision >= min(FOUND * chance, (1 + chance) / 2)
+    said = (
+        f"The domain {'was' if found else 'was not'} found: of the documents that {mine[0]['attack']} chose, "
+        f"{precision:.0%} are of the client's domain, against {chance:.0%} by chance."
+    )
+    if any(row.get("recovered_fraction") is not None for row in mine):
+        share = _median(mine, "recovered_fraction")
+        said += f" Retraining on them goes {share:.0%} of the way from random to private documents."
+    return said
+
+
+def membership(rows: Group) -> str:
+    """Of the attack with the highest AUC, whether it told documents apart; nothing where none was asked."""
+    asked = [row for row in rows if row.get("membership_auc") is not None]
+    if not asked:
+        return ""
+    mine = _of_best(asked, lambda row: row["membership_auc"])
+    auc, true = (_median(mine, name) for name in ("membership_auc", "tpr_at_1"))
+    return (
+        f"The documents themselves {'were in part' if auc >= TOLD else 'were not'} told from others of their domain: "
+        f"{mine[0]['attack']} has an AUC of {auc:.2f}, where 0.5 is chance, and finds {true:.0%} of them where it is "
+        "wrong about 1 % of the others."
+    )
+
+
+def examples(rows: Group) -> str:
+    """The first documents that each attack chose of the first victim in the first setting, private and random ones."""
+    first = rows[0]
+    quoted: dict[str, list[str]] = {}
+    for row in rows:
+        if row["client"] == first["client"] and row.get("chosen"):
+            quoted.setdefault(EXAMPLES["chosen"].format(row["attack"]), row["chosen"])
+    quoted |= {EXAMPLES[name]: first[name] for name in ("private", "random") if first.get(name)}
+    table = [[{"of": name, "documents": "\n".join(texts)}] for name, texts in quoted.items()]
+    return listing(table, [Column("of", heading="documents"), Column("documents", heading="the first of them")])
+
+
+def course(rows: Sequence[Row], name: str) -> str:
+    """Precision, membership and recovered fraction of each attack against what is swept."""
+    ticks = list(dict.fromkeys(str(row[name]) for row in rows))
     panels = []
-    for column, words, level in (
-        ("precision", "share of chosen documents that are of the domain", "chance"),
-        ("membership_auc", "AUC of membership", ""),
-        ("recovered_fraction", "recovered fraction", ""),
+    for column, words in (
+        ("precision", "share of chosen documents of the domain"),
+        ("membership_auc", "AUC of membership"),
+        ("recovered_fraction", "recovered fraction"),
     ):
         series = []
-        ticks = list(dict.fromkeys(str(row[name]) for row in rows))
         for some in grouped(rows, [setting("attack")]):
-            points = [(ticks.index(str(row[name])), row[column]) for row in some if row.get(column) is not None]
-            means = {at: statistics.fmean(value for other, value in points if other == at) for at, _ in points}
-            series.append(Series(some[0]["attack"], [*means], [*means.values()]))
-        levels = {level: rows[0][level]} if level and rows[0].get(level) is not None else {}
-        panels.append(Panel(name, words, series, levels=levels, ticknames=ticks))
-    return {f"Against {name.replace('_', ' ')}": chart(panels, f"precision and membership against {name}")}
+            series.append(Series(some[0]["attack"], *_means(some, name, column, ticks)))
+        if column == "precision":
+            series.append(Series("chance", *_means(rows, name, "chance", ticks), "dotted", color=GREY))
+        panels.append(Panel(name.replace("_", " "), words, series, ticknames=ticks))
+    return chart(panels, f"precision, membership and recovered fraction against {name}")
+
+
+def _means(rows: Group, name: str, column: str, ticks: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Places of the swept option's values, and the means of a column there."""
+    points = [(ticks.index(str(row[name])), row[column]) for row in rows if row.get(column) is not None]
+    means = {float(at): statistics.fmean(value for other, value in points if other == at) for at, _ in sorted(points)}
+    return [*means], [*means.values()]
+
+
+def charts(rows: Sequence[Row], swept: Sequence[str]) -> Mapping[str, str]:
+    """What was chosen, and how that changes with what is swept."""
+    against = {f"Against {name.replace('_', ' ')}": course(rows, name) for name in swept[:1]}
+    return against | {"What was chosen": examples(rows)}
+
+
+def _of_best(rows: Group, score: Callable[[AnyRow], Any]) -> list[AnyRow]:
+    """All rows of the attack that has the best one."""
+    best = max(rows, key=score)
+    return [row for row in rows if row["attack"] == best["attack"]]
+
+
+def _median(rows: Group, name: str) -> float:
+    return float(statistics.median(row[name] for row in rows if row.get(name) is not None))

@@ -23,16 +23,16 @@ from fedtap.simulator.corpus import Selection
 from fedtap.simulator.data.documents import Documents, decoded, joined
 from fedtap.simulator.leaks import CheckpointLeak, Tensors
 from fedtap.simulator.models.adapters import inject
+from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.text_model import IGNORED, TextModel, filled
-from fedtap.simulator.report.columns import Column, listing
 from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
 if TYPE_CHECKING:
     from fedtap.scenarios.checkpoints.selection import Selecting
     from fedtap.scenarios.checkpoints.tasks import Task
 
-SHOWN = 4
-"""Documents of each kind that the page shows."""
+SHOWN = 3
+"""Documents of each kind that a row quotes."""
 
 EMBEDDED = 500
 """Documents whose embeddings are compared, at most."""
@@ -47,7 +47,7 @@ class TunedObserved(Observed):
 
 
 def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
-    """A row for each victim, and the documents of the first."""
+    """A row for each victim."""
     found, leak, observed = trial.reconstruction, trial.leak, trial.observed
     assert isinstance(found, Selection)
     assert isinstance(leak, CheckpointLeak)
@@ -67,9 +67,9 @@ def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
             members, others = found.membership[place].view(-1, 2, setting.candidates)[victim]
             row |= {"membership_auc": scores.auc(members, others)}
             row |= {"tpr_at_1": scores.true_positives(members, others, 0.01)}
+        row["chosen"] = quoted(task, task.corpus.ids[chosen])
         rows.append(row | {"objective": float(found.objective[place]), "error": None})
-    shown = {"What was chosen": table(setting, task, observed.names[0][0], found.chosen[0])}
-    return Scored(rows, sections=shown)
+    return Scored(rows)
 
 
 def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) -> Row:
@@ -85,6 +85,7 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
     for name, documents, how in (("random", random, setting.retraining), ("expert", private, setting.tuning)):
         found = retrained(setting, task, leak, place, documents, how)
         row |= {f"{what}_{name}": value for what, value in found.items()}
+    row |= {"private": quoted(task, private.ids), "random": quoted(task, task.corpus.ids[drawn])}
     return row | {"wasserstein_random": apart(setting, task, leak, place, drawn)}
 
 
@@ -152,18 +153,9 @@ def labels_by(
     return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
 
 
-def table(setting: Selecting, task: Task, victim: int, chosen: Int[Tensor, "selected"]) -> str:
-    """The first documents that were chosen, beside some private and some random ones."""
-    private = joined([task.private[client] for client in setting.behind(victim)])
-    drawn = torch.randperm(len(task.corpus), generator=generator(setting.seed, "shown"))
-    stacks = (task.corpus.ids[chosen], private.ids, task.corpus.ids[drawn])
-    columns = [Column(name, heading=said) for name, said in zip(("a", "b", "c"), HEADINGS, strict=True)]
-    texts = [[decoded(task.vocabulary, ids) for ids in stack[:SHOWN]] for stack in stacks]
-    lines = [[dict(zip(("a", "b", "c"), line, strict=True))] for line in zip(*texts, strict=False)]
-    return listing(lines, columns)
-
-
-HEADINGS = ("chosen by the attack", "private documents of the client", "random documents of the corpus")
+def quoted(task: Task, ids: Int[Tensor, "documents tokens"]) -> list[str]:
+    """The texts of the first documents."""
+    return [decoded(task.vocabulary, one) for one in ids[:SHOWN]]
 
 
 def _generative(task: Task) -> bool:

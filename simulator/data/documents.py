@@ -95,11 +95,11 @@ def read_documents(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8", newline="") as file:
             lines: Iterable[str] = (line for line in iter(lambda: file.readline(LONGEST_LINE), ""))
             if path.suffix == ".csv":
-                yield from (" ".join(row[1:] or row) for row in csv.reader(lines, strict=True) if row)
+                yield from (_text(" ".join(row[1:] or row)) for row in csv.reader(lines, strict=True) if row)
             elif path.suffix == ".jsonl":
-                yield from (str(json.loads(line)["text"]) for line in lines if line.strip())
+                yield from (_text(json.loads(line)["text"]) for line in lines if line.strip())
             else:
-                yield from (_text(line) for line in lines if line.strip())
+                yield from (_text(line).strip() for line in lines if line.strip())
     except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FedtapError(
             f"{short(path, 120)} cannot be read as a corpus ({type(error).__name__}: {short(error, 80)}): give a text "
@@ -108,10 +108,12 @@ def read_documents(path: Path) -> Iterator[str]:
         ) from error
 
 
-def _text(line: str) -> str:
-    if "\0" in line:
+def _text(said: object) -> str:
+    if not isinstance(said, str):
+        raise TypeError("a document is a text in quotes")
+    if "\0" in said:
         raise ValueError("it holds NUL, which no text does")
-    return line.strip()
+    return said
 
 
 def paragraphs(path: Path, words: int) -> Iterator[str]:

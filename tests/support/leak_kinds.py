@@ -13,7 +13,7 @@ from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
 from tests.attackers import test_attention, test_dager, test_posterior, test_stationary
 from tests.support.attack_leaks import leak_of, pictures
-from tests.support.checkpoint_leaks import LORA, leak_on, precision
+from tests.support.checkpoint_leaks import leak_on, precision
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def of_trained_weights(seed: int) -> Example:
     return Example(leak, error, 1.0, test_stationary.QUICK.written())
 
 
-def of_checkpoints(seed: int, adapter: str = "") -> Example:
+def of_checkpoints(seed: int) -> Example:
     """Each victim is tuned on one of eight topics, and another one's, seven seeds away, on another."""
     first = 2 * seed % 8
     topics = (first, first + 1)
@@ -91,7 +91,7 @@ def of_checkpoints(seed: int, adapter: str = "") -> Example:
     def error(found: Any) -> float:
         return 1 - precision(found.chosen, topics)
 
-    return Example(leak_on(topics, adapter=adapter), error, 1 - 1 / 8, "" if adapter else "loss_drop")
+    return Example(leak_on(topics), error, 1 - 1 / 8, "loss_drop")
 
 
 SMALL = "lenet(width=4)"
@@ -105,7 +105,7 @@ MAKERS: Mapping[str, Sequence[Maker]] = {
     "attention": (of_attention,),
     "posterior": (of_a_posterior,),
     "trained_weights": (of_trained_weights,),
-    "checkpoint": (of_checkpoints, functools.partial(of_checkpoints, adapter=LORA)),
+    "checkpoint": (of_checkpoints,),
 }
 """Kind of leak -> what makes an example from a seed; of several, an attack is given the first that it accepts."""
 
