@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedtap.simulator.report.charts import GREY, Panel, Series, chart
-from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, listing, setting
+from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, label, listing, setting
 from fedtap.simulator.scenario import Row
 
 FOUND, TOLD = 2.0, 0.6
