@@ -26,7 +26,7 @@ class SelectDP(SelectTopic):
 
     victims: int = 1
     sigma: Annotated[float, Option("standard deviation of the noise on an entry; 0: none", 0.0, 1e6, "defence")] = (
-        sweep(0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+        sweep(0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     )
     clip: Annotated[float, Option("L2 norm to which the change is clipped", 1e-6, 1e6, "defence")] = 1.0
     delta: Delta = 1e-5

@@ -11,7 +11,7 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors
 from fedtap.simulator.leaks import CheckpointLeak, Protocol, float_buffers
 from fedtap.simulator.models.adapters import Lora, merged
-from fedtap.simulator.models.pretrained import PICKLED, Pretrained, pretrained, tokenizer
+from fedtap.simulator.models.pretrained import PICKLED, VOCABULARIES, Pretrained, pretrained, tokenizer
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter's folder, as peft saves it."""
@@ -70,6 +70,13 @@ def _tuned(known: dict[str, Tensor], base: str, folder: Path) -> dict[str, Tenso
             "it with save_pretrained(FOLDER, safe_serialization=True)."
         )
     model: Pretrained = pretrained(str(folder), 0)
+    own = tokenizer(str(folder)) if any(is_file(folder / name) for name in VOCABULARIES) else None
+    if own is not None and own.own.get_vocab() != tokenizer(base).own.get_vocab():
+        raise FedtapError(
+            f"{short(folder, 80)} has another vocabulary than {short(base, 60)}, so that the same tokens are other "
+            f"words: "
+            "name the model that it was tuned from, --base."
+        )
     found = {name: tensor.detach() for name, tensor in model.named_parameters()}
     for name in [*known, *found]:
         ours, theirs = (tuple(side[name].shape) if name in side else None for side in (known, found))

@@ -299,3 +299,12 @@ def unchanged(reply: Reply) -> Message:
 
 
 FAULTS[UNCHANGED] = unchanged
+
+
+def of_another_model(reply: Reply) -> Message:
+    """As many numbers, under the names of a model that nobody asked for."""
+    reply.content[reply.array_name] = ArrayRecord({f"net.{name}": array for name, array in reply.arrays.items()})
+    return reply.send()
+
+
+FAULTS["sends another model's arrays"] = of_another_model
