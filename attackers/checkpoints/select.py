@@ -23,7 +23,7 @@ from fedtap.attackers.checkpoints.per_document import DocumentGradients, LastLay
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
 from fedtap.simulator.errors import FedtapError, unknown
-from fedtap.simulator.leaks import CheckpointLeak
+from fedtap.simulator.leaks import CheckpointLeak, Leak
 from fedtap.simulator.models.text_model import TextModel
 
 Rule = Literal["top", "balanced", "greedy", "greedy_batches"]
@@ -72,13 +72,23 @@ class Select(Selector):
         if self.layer == "all" and self.tokens == "last":
             raise FedtapError("select takes the last token's gradient of the last layer alone: leave tokens, or layer.")
 
-    def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
-        """By the rule; `membership` is each candidate's own cosine."""
-        before, after = ends(leak, corpus.device)
-        if self.rule == "balanced" and after.generative:
+    def accepts(self, leak: Leak) -> None:
+        """Leaks in which the layer is trained, and labels where it balances them."""
+        super().accepts(leak)
+        net = leak.network
+        assert isinstance(net, TextModel)
+        if self.layer == "last" and (leak.protocol.adapter or not net.output):
+            raise FedtapError(
+                "The last layer comes back as it was sent, since clients train others alone: use select(layer='all')."
+            )
+        if self.rule == "balanced" and net.generative:
             raise FedtapError(
                 "The rule balanced chooses as many of each label, and a language model has none: use top."
             )
+
+    def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
+        """By the rule; `membership` is each candidate's own cosine."""
+        before, after = ends(leak, corpus.device)
         gradients = self._gradients(leak, corpus, before, after)
         change = gradients.change(dict(before.named_parameters()), dict(after.named_parameters()))
 
@@ -183,6 +193,13 @@ class Select(Selector):
         parts = torch.split(corpus.ids[chosen].to(corpus.device), gradients.batch)
         with torch.no_grad():
             return torch.stack([gradients.total(some, labelled(after, some)) for some in parts]).sum(0)
+
+
+def _moved(leak: CheckpointLeak, name: str) -> bool:
+    """Whether clients sent a change of this parameter."""
+    if not name or leak.protocol.adapter:
+        return bool(name) and any(sent.startswith(f"{name.removesuffix('.weight')}.lora_") for sent in leak.observed)
+    return bool((leak.observed[name] != (leak.weights or {})[name]).any())
 
 
 def greedy(rows: Float[Tensor, "documents size"], target: Float[Tensor, "size"], most: int) -> Int[Tensor, "most"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """Documents of each kind that a row quotes."""
+
+LARGEST = 700.0
+"""Mean loss in nats above which a perplexity is no longer a number that fits."""
 
 EMBEDDED = 500
 """Documents whose embeddings are compared, at most."""
@@ -61,7 +65,8 @@ def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
         labels = None if _generative(task) else found.labels[place]
         domains = [task.domain[client] for client in setting.behind(victim)]
         row["precision"] = float(torch.isin(task.domains[chosen], torch.tensor(domains)).double().mean())
-        row |= retrained(setting, task, leak, place, Documents(task.corpus.ids[chosen], labels), setting.retraining)
+        repeated = [Documents(task.corpus.ids[chosen], labels)] * setting.retrainings
+        row |= retrained(setting, task, leak, place, repeated, setting.retraining)
         row |= {"recovered_fraction": recovered_fraction(row), "wasserstein": apart(setting, task, leak, place, chosen)}
         if found.membership.shape[1]:
             members, others = found.membership[place].view(-1, 2, setting.candidates)[victim]
@@ -79,22 +84,35 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
     row: Row = {"chance": float(torch.isin(task.domains, domains).double().mean())}
     sent = quality(_network(task, leak.tuned(place)), _tested(setting, task, victim))
     row |= {f"sent_{name}": value for name, value in sent.items()}
-    drawn = torch.randperm(len(task.corpus), generator=generator(setting.seed, "baseline", victim))[: setting.selected]
-    random = Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn))
+    draws = [_drawn(setting, task, victim, number) for number in range(max(1, setting.retrainings))]
+    random = [Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn)) for drawn in draws]
     private = joined([task.private[client] for client in setting.behind(victim)])
-    for name, documents, how in (("random", random, setting.retraining), ("expert", private, setting.tuning)):
-        found = retrained(setting, task, leak, place, documents, how)
+    repeated = [private] * setting.retrainings
+    for name, stacks, how in (("random", random, setting.retraining), ("expert", repeated, setting.tuning)):
+        found = retrained(setting, task, leak, place, stacks[: setting.retrainings], how)
         row |= {f"{what}_{name}": value for what, value in found.items()}
-    row |= {"private": quoted(task, private.ids), "random": quoted(task, task.corpus.ids[drawn])}
-    return row | {"wasserstein_random": apart(setting, task, leak, place, drawn)}
+    row |= {"private": quoted(task, private.ids), "random": quoted(task, task.corpus.ids[draws[0]])}
+    return row | {"wasserstein_random": apart(setting, task, leak, place, draws[0])}
+
+
+def _drawn(setting: Selecting, task: Task, victim: int, number: int) -> Int[Tensor, "selected"]:
+    """As many random documents as are chosen."""
+    draw = generator(setting.seed, "baseline", victim, *([number] if number else []))
+    return torch.randperm(len(task.corpus), generator=draw)[: setting.selected]
 
 
 def retrained(
-    setting: Selecting, task: Task, leak: CheckpointLeak, place: int, documents: Documents, how: FineTuning
+    setting: Selecting,
+    task: Task,
+    leak: CheckpointLeak,
+    place: int,
+    stacks: Sequence[Documents],
+    how: FineTuning,
 ) -> Row:
-    """Perplexity or accuracy after training from the weights that a victim was sent; a mean over seeds."""
+    """Perplexity or accuracy after training from the weights that a victim was sent; a mean over trainings, each with
+    a seed and documents of its own."""
     tested, found = _tested(setting, task, int(leak.clients[place])), []
-    for number in range(setting.retrainings):
+    for number, documents in enumerate(stacks):
         net = _network(task, leak.broadcast(place))
         if setting.lora is not None:
             net = inject(net, setting.lora, number)
@@ -105,10 +123,10 @@ def retrained(
 
 def quality(net: TextModel, tested: Documents) -> dict[str, float]:
     """`perplexity` of documents, the exponential of the mean loss of a token; or a classifier's `accuracy`."""
-    total, many = 0.0, 0
+    total, many, device = 0.0, 0, next(net.parameters()).device
     with torch.no_grad():
         for some in torch.split(torch.arange(len(tested)), 128):
-            ids, labels = tested.ids[some], None if tested.labels is None else tested.labels[some]
+            ids, labels = tested.ids[some].to(device), None if tested.labels is None else tested.labels[some].to(device)
             if labels is not None:
                 total += int((net.logits(net.features(ids))[:, 0].argmax(1) == labels).sum())
                 many += len(labels)
@@ -116,7 +134,7 @@ def quality(net: TextModel, tested: Documents) -> dict[str, float]:
             places = (net.targets(ids, None) != IGNORED).sum(1)
             total += float((net.losses(ids, None).double() * places).sum())
             many += int(places.sum())
-    return {"perplexity": math.exp(total / many)} if tested.labels is None else {"accuracy": total / many}
+    return {"perplexity": math.exp(min(total / many, LARGEST))} if tested.labels is None else {"accuracy": total / many}
 
 
 def recovered_fraction(row: Row) -> float | None:
@@ -139,7 +157,10 @@ def apart(
 
     net = _network(task, leak.broadcast(place))
     private = joined([task.private[client] for client in setting.behind(int(leak.clients[place]))])
-    one, other = (embedded(net, ids[:EMBEDDED]).double().numpy() for ids in (task.corpus.ids[chosen], private.ids))
+    one, other = (
+        embedded(net, ids[:EMBEDDED].to(leak.device)).cpu().double().numpy()
+        for ids in (task.corpus.ids[chosen], private.ids)
+    )
     return float(ot.emd2([], [], ot.dist(one, other, metric="euclidean")))
 
 
@@ -149,8 +170,8 @@ def labels_by(
     """What the model that came back says of documents; None of a model of the next token."""
     net = _network(task, leak.tuned(place))
     with torch.no_grad():
-        parts = [labelled(net, ids) for ids in torch.split(task.corpus.ids[chosen], 128)]
-    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+        parts = [labelled(net, ids.to(leak.device)) for ids in torch.split(task.corpus.ids[chosen], 128)]
+    return None if parts[0] is None else torch.cat(parts).cpu()  # type: ignore[arg-type]
 
 
 def quoted(task: Task, ids: Int[Tensor, "documents tokens"]) -> list[str]:
@@ -163,7 +184,7 @@ def _generative(task: Task) -> bool:
 
 
 def _network(task: Task, tensors: Tensors) -> TextModel:
-    made = filled(task.network(), {name: tensor.cpu() for name, tensor in tensors.items()})
+    made = filled(task.network(), tensors)
     assert isinstance(made, TextModel)
     return made
 

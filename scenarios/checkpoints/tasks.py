@@ -15,7 +15,7 @@ from fedtap.simulator.attack import generator
 from fedtap.simulator.data.documents import Documents, Vocabulary, encoded, joined, paragraphs
 from fedtap.simulator.data.texts import TextSide, WordPieces, open_texts
 from fedtap.simulator.data.topics import TOPICS, documents
-from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Tensors, float_buffers
 from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language, minilm_folder
@@ -29,6 +29,9 @@ PRETRAINING = FineTuning(epochs=4, batch=32, learning_rate=3e-3)
 
 PRETRAINED_ON = 100
 """Documents on each topic, on which it is."""
+
+CLASSIFIERS = ("minilm", "bert")
+"""Models of texts that predict a label."""
 
 TESTED, CLASSIFIED = 300, 500
 """Documents of a client's domain, on which models of the next token and classifiers are compared."""
@@ -90,6 +93,11 @@ def _broadcast(task: Task, seed: int) -> Tensors:
 @lru_cache(maxsize=2)
 def topics(model: str, tokens: int, corpus: int, private: int, clients: int, seed: int) -> Task:
     """Made-up documents: each client's are on one of eight topics, and the corpus is on all of them."""
+    if model.partition("(")[0] in CLASSIFIERS:
+        raise FedtapError(
+            f"{short(model)} sorts texts into classes, and made-up documents have none: use select_ag_news, or --model "
+            "decoder."
+        )
     names = list(TOPICS)
     on = {client: client % len(names) for client in range(clients)}
     public = [documents(topic, corpus // len(names), seed, 0) for topic in names]
@@ -135,7 +143,7 @@ def news(
     """
     dataset = open_texts("ag_news", data_root)
     mine, others = _shuffled(dataset.auxiliary, seed), _shuffled(dataset.target, seed)
-    base, classified = model.partition("(")[0], model.partition("(")[0] in ("minilm", "bert")
+    base, classified = model.partition("(")[0], model.partition("(")[0] in CLASSIFIERS
     mixed, tested = round(share * corpus), CLASSIFIED if classified else TESTED
     if 2 * private * clients > len(mine[0]) or mixed + tested > len(others[0]):
         raise FedtapError(

@@ -46,12 +46,14 @@ class FineTuning:
             draw: shuffles the documents.
         """
         net.train()
+        device = next(net.parameters()).device
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         kinds: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
         optimiser = kinds[self.optimiser](trained, lr=self.learning_rate)  # type: ignore[call-arg]
         for _ in range(self.epochs):
             for some in torch.split(torch.randperm(len(ids), generator=draw), self.batch):
                 optimiser.zero_grad()
-                net.losses(ids[some], None if labels is None else labels[some]).mean().backward()  # type: ignore[no-untyped-call]
+                known = None if labels is None else labels[some].to(device)
+                net.losses(ids[some].to(device), known).mean().backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
         net.eval()

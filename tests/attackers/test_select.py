@@ -332,8 +332,8 @@ def test_a_lora_shows_the_topic_through_all_layers() -> None:
     before, after = (dict(made) for made in (leak.broadcast(0), leak.tuned(0)))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {f"blocks.0.{part}.weight" for part in ("query", "value")}
-    with pytest.raises(FedtapError, match=r"use layer='all'"):
-        run(leak)
+    with pytest.raises(FedtapError, match=r"clients train others alone: use select\(layer='all'\)"):
+        Select().accepts(leak)
 
 
 def classifier() -> CheckpointLeak:
