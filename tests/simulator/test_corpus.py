@@ -135,7 +135,8 @@ def test_an_attack_that_is_killed_goes_on_where_it_was(
     monkeypatch.setattr(corpus_module, "SHARD", 16)
     (attack,) = parse(text)
     whole, written = chosen_by(attack, None), corpus_module.write_atomically
-    files: list[str] = []
+    files, folder = list[str](), tmp_path / "shards"
+    (tmp_path / "rows.jsonl").touch()
 
     def stops(path: Path, content: bytes) -> None:
         if len(files) == 4:
@@ -146,15 +147,16 @@ def test_an_attack_that_is_killed_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(corpus_module, "write_atomically", stops)
         with pytest.raises(KeyboardInterrupt):
-            chosen_by(attack, tmp_path)
+            chosen_by(attack, folder)
     before, again = set(files), list[str]()
-    assert {file.name for file in tmp_path.iterdir()} == before
+    assert {file.name for file in tmp_path.rglob("pass-*")} == before
     monkeypatch.setattr(
         corpus_module, "write_atomically", lambda path, content: (again.append(path.name), written(path, content))
     )
-    resumed = chosen_by(attack, tmp_path)
+    resumed = chosen_by(attack, folder)
     assert not before & set(again)
     assert again
     assert torch.equal(resumed.chosen, whole.chosen)
     torch.testing.assert_close(resumed.membership, whole.membership)
-    assert not list(tmp_path.iterdir())  # an attack that has ended leaves none
+    assert not list(tmp_path.rglob("pass-*"))  # an attack that has ended leaves none
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["rows.jsonl"]

@@ -337,3 +337,23 @@ def test_a_negative_is_no_picture(photographs: Tensor) -> None:
     assert float(scores.correlation(1 - photographs, photographs).max()) == pytest.approx(-1)
     assert set(level(1 - photographs[:1], photographs[:1])) == {"nothing"}
     assert float(scores.correlation(photographs * 0.3, photographs).min()) == pytest.approx(1)
+
+
+SCORES = st.lists(st.sampled_from([-2.0, 0.0, 0.25, 1.0, 3.0]), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=SCORES, others=SCORES)
+def test_auc_is_the_share_of_pairs(members: list[float], others: list[float]) -> None:
+    pairs = [1.0 if one > other else 0.5 * (one == other) for one in members for other in others]
+    assert scores.auc(torch.tensor(members), torch.tensor(others)) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@settings(max_examples=60, deadline=None)
+@given(members=SCORES, others=SCORES, rate=st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.9]))
+def test_true_positives_are_the_most_at_that_rate(members: list[float], others: list[float], rate: float) -> None:
+    best = 0.0
+    for threshold in [*others, *members]:
+        if sum(one > threshold for one in others) <= rate * len(others):
+            best = max(best, sum(one > threshold for one in members) / len(members))
+    assert scores.true_positives(torch.tensor(members), torch.tensor(others), rate) == pytest.approx(best)
