@@ -25,7 +25,7 @@ _HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 _FORMER = {"panel": "best_of", "aware": "adaptive"}
 """Attacks and their fields of fedtap 0.1, and what they are called now."""
 
-FILES = ("path", "documents")
+FILE_FIELDS = ("path", "documents")
 """Fields of attacks that name a file."""
 
 _OWN = "own_package_"
@@ -80,7 +80,7 @@ def parse_saved(text: str) -> Attack[Any]:
         )
     (attack,) = parse(text, trusted=False)
     for field, value in _settings(attack):
-        if isinstance(value, str) and value and (":" in value or field in FILES):
+        if isinstance(value, str) and value and (":" in value or field in FILE_FIELDS):
             raise FedtapError(
                 f"{short(text)!r} names {short(value)!r}, and what is read from a file may name no code to import and "
                 "no other file: name it on the command line if you trust it."
@@ -90,7 +90,7 @@ def parse_saved(text: str) -> Attack[Any]:
 
 def models_named(attack: Attack[Any]) -> list[str]:
     """The models that an attack takes for the victim's, wherever nested: each may be code to import."""
-    return [value for field, value in _settings(attack) if isinstance(value, str) and field not in FILES]
+    return [value for field, value in _settings(attack) if isinstance(value, str) and field not in FILE_FIELDS]
 
 
 def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:

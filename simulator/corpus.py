@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -90,8 +89,9 @@ class Corpus:
         for file in sorted(self.folder.glob("pass-*.safetensors")) if self.folder else ():
             file.unlink(missing_ok=True)
         if self.folder:
-            with contextlib.suppress(OSError):  # it was never made, or holds something else; so may a folder above it
-                os.removedirs(self.folder)
+            with contextlib.suppress(OSError):  # it was never made, or holds something else
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
 
     def _file(self, name: str, number: int, shard: Tensor) -> Path:
         assert self.folder is not None

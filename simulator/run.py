@@ -205,14 +205,20 @@ class _Run:
             else:
                 leak = observed.leak.to(session.device)
                 began = time.perf_counter()
-                found = ready(leak, seed=setting.seed, start=setting.start(leak))
-                timing["seconds"] = (time.perf_counter() - began) / len(leak)
-                left = unexplained_of(leak, found) if setting.doubted else []
-                found = found.on_cpu()
-                scored = setting.score(Trial(session, observed, ready, leak, found, label))
-                rows += [common | timing | row for row in _judged(scored.rows, found, left, doubted)]
-                folder.keep(unit, found)
-                self._show(setting, scored, label)
+                try:
+                    found = ready(leak, seed=setting.seed, start=setting.start(leak))
+                except FedtapError as error:  # of what it finds only as it works
+                    if not setting.refusal_is_result:
+                        raise
+                    rows += failed(dict.fromkeys(observed.names, str(error)), timing)
+                else:
+                    timing["seconds"] = (time.perf_counter() - began) / len(leak)
+                    left = unexplained_of(leak, found) if setting.doubted else []
+                    found = found.on_cpu()
+                    scored = setting.score(Trial(session, observed, ready, leak, found, label))
+                    rows += [common | timing | row for row in _judged(scored.rows, found, left, doubted)]
+                    folder.keep(unit, found)
+                    self._show(setting, scored, label)
         folder.complete(unit, [self._named(setting, row, unit) for row in setting.finished(rows)])
 
     def _trained(

@@ -46,6 +46,9 @@ EVERY_ROW = (
 )
 """What the loop measures for every kind of leak."""
 
+KEPT = 2**28
+"""Bytes of a leak up to which a run keeps it, where a scenario's may be large."""
+
 Name = tuple[int, int]
 """A victim: its client, and the round in which it was observed."""
 

@@ -316,7 +316,7 @@ def auc(members: Float[Tensor, "members"], others: Float[Tensor, "others"]) -> f
 
 def true_positives(members: Float[Tensor, "members"], others: Float[Tensor, "others"], rate: float) -> float:
     """Share of members that score higher than all but a share of the others: the true positive rate at `rate` false."""
-    allowed = math.floor(rate * len(others))
+    allowed = min(math.floor(rate * len(others)), len(others) - 1)
     threshold = others.sort(descending=True).values[allowed]
     return float((members > threshold).double().mean())
 

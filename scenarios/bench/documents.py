@@ -20,10 +20,10 @@ from fedtap.attackers.checkpoints.per_document import LastLayer, signs
 from fedtap.simulator.attack import generator
 from fedtap.simulator.models.language import build_language
 
-VOCABULARY, WIDTH, HEADS, TOKENS, SIZE = 8192, 576, 9, 24, 1024
+_VOCABULARY, _WIDTH, _HEADS, _TOKENS, _SIZE = 8192, 576, 9, 24, 1024
 """As wide as SmolLM2-135M, with a sixth of its vocabulary."""
 
-DOCUMENTS, TURNS = 8, 3
+_DOCUMENTS, _TURNS = 8, 3
 
 
 def main(many: Annotated[int, typer.Option(help="Documents of a corpus to score; 0: none.")] = 0) -> None:
@@ -36,42 +36,42 @@ def main(many: Annotated[int, typer.Option(help="Documents of a corpus to score;
 
 def ratios() -> None:
     """A sketch of the outer products against a projection of the gradient that is laid out, to as many numbers."""
-    net = build_language(f"decoder(width={WIDTH}, layers=1, heads={HEADS})", TOKENS, VOCABULARY, 0).requires_grad_(
+    net = build_language(f"decoder(width={_WIDTH}, layers=1, heads={_HEADS})", _TOKENS, _VOCABULARY, 0).requires_grad_(
         False
     )
-    ids = torch.randint(3, VOCABULARY, (DOCUMENTS, TOKENS), generator=generator("bench"))
+    ids = torch.randint(3, _VOCABULARY, (_DOCUMENTS, _TOKENS), generator=generator("bench"))
     gradients = LastLayer([net])
-    block = signs(SIZE, 2**16, generator("projection"))
+    block = signs(_SIZE, 2**16, generator("projection"))
 
     def laid_out() -> Tensor:
         rows = gradients.laid_out(ids, None)  # documents times V d numbers
         return sum(part @ block[:, : part.shape[1]].T for part in torch.split(rows, 2**16, 1))  # type: ignore[return-value]
 
     def sketched() -> Tensor:
-        return gradients.sketches(ids, None, SIZE, 0)
+        return gradients.sketches(ids, None, _SIZE, 0)
 
     sketched()
-    took = [(_seconds(laid_out), _seconds(sketched)) for _ in range(TURNS)]
+    took = [(_seconds(laid_out), _seconds(sketched)) for _ in range(_TURNS)]
     ratio = statistics.median(slow / fast for slow, fast in took)
     errors, features = gradients.factors(ids, None)
-    held = (errors[0].numel() + features[0].numel() + SIZE) * 4
-    full = VOCABULARY * WIDTH * 4
+    held = (errors[0].numel() + features[0].numel() + _SIZE) * 4
+    full = _VOCABULARY * _WIDTH * 4
     exact, rough = gradients.laid_out(ids, None), sketched()
     apart = (torch.cosine_similarity(exact[:1], exact[1:]) - torch.cosine_similarity(rough[:1], rough[1:])).abs()
-    print(f"Last layer of {VOCABULARY} x {WIDTH}, {TOKENS} tokens, {SIZE} numbers a document, 1 thread")
+    print(f"Last layer of {_VOCABULARY} x {_WIDTH}, {_TOKENS} tokens, {_SIZE} numbers a document, 1 thread")
     print(f"  projection of the gradient laid out / sketch: {ratio:.1f} times the time")
     print(
         f"  memory of a document at work: {full / 2**20:.1f} MiB laid out, {held / 2**20:.2f} MiB: {full / held:.0f} "
         f"times"
     )
-    print(f"  memory of a document that is kept: {full / SIZE / 4:,.0f} times as much laid out")
-    print(f"  error of a cosine by the sketch: {float(apart.mean()):.3f} on average, 1 / sqrt(m) = {SIZE**-0.5:.3f}")
+    print(f"  memory of a document that is kept: {full / _SIZE / 4:,.0f} times as much laid out")
+    print(f"  error of a cosine by the sketch: {float(apart.mean()):.3f} on average, 1 / sqrt(m) = {_SIZE**-0.5:.3f}")
 
 
 def corpus(many: int) -> None:
     """Score a corpus as `select` does, unprojected and by sketches."""
-    net = build_language("decoder(width=64, layers=2, heads=4)", TOKENS, 1024, 0).requires_grad_(False)
-    ids = torch.randint(3, 1024, (many, TOKENS), generator=generator("corpus"), dtype=torch.int64)
+    net = build_language("decoder(width=64, layers=2, heads=4)", _TOKENS, 1024, 0).requires_grad_(False)
+    ids = torch.randint(3, 1024, (many, _TOKENS), generator=generator("corpus"), dtype=torch.int64)
     gradients = LastLayer([net])
     direction = torch.randn(1024, 64, generator=generator("direction"))
     for name, score in (

@@ -11,9 +11,9 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from jaxtyping import Int
 from torch import Tensor
 
-from fedtap.simulator.data.documents import Documents, joined
+from fedtap.simulator.data.documents import Documents, concatenated
 from fedtap.simulator.errors import ClientError, FedtapError, short
-from fedtap.simulator.leaks import CheckpointLeak, Protocol, Tensors, stack
+from fedtap.simulator.leaks import CheckpointLeak, Protocol, Tensors, float_buffers, stack
 from fedtap.simulator.scenario import Name, Session
 from fedtap.simulator.wire.messages import Overheard, ask, check_nodes, read
 from fedtap.simulator.wire.records import tensors_of
@@ -38,13 +38,16 @@ def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[Check
     for number in range(1, setting.rounds + 1):
         failed: dict[int, str] = {}
         replies = _replies(session, setting, task, weights, number, failed)
+        sums: list[CheckpointLeak] = []
         for victim in range(setting.victims):
             clients = setting.behind(victim)
             if lost := [failed[client] for client in clients if client not in replies]:
                 missing[victim, number] = lost[0]
             else:
-                leaks.append(_mean([replies[client] for client in clients], victim))
-        weights = _averaged([leak.tuned(0) for leak in replies.values()])
+                sums.append(_mean([replies[client] for client in clients], victim))
+        leaks += sums
+        if sums:  # the server averages what it sees
+            weights = _averaged([leak.tuned(0) for leak in sums])
     if not leaks:
         raise ClientError(
             f"No sum of {setting.averaged} clients was whole, so nothing was observed: {next(iter(missing.values()))}"
@@ -66,16 +69,16 @@ def _replies(
 
 def candidates(setting: Selecting, task: Task) -> Int[Tensor, "candidates tokens"]:
     """Of each victim, private documents and then as many others of its domain; of all victims, in their order."""
-    asked = [one.ids for victim in range(setting.victims) for one in halves(setting, task, victim)]
+    asked = [one.ids for victim in range(setting.victims) for one in members_and_others(setting, task, victim)]
     return torch.cat(asked)
 
 
-def halves(setting: Selecting, task: Task, victim: int) -> tuple[Documents, ...]:
+def members_and_others(setting: Selecting, task: Task, victim: int) -> tuple[Documents, ...]:
     """A victim's candidates: those that are private, of all its clients in turns, and those that are not."""
     clients = setting.behind(victim)
     shares = [len(range(place, setting.candidates, setting.averaged)) for place in range(setting.averaged)]
     return tuple(
-        joined([side[client][:many] for client, many in zip(clients, shares, strict=True)])
+        concatenated([side[client][:many] for client, many in zip(clients, shares, strict=True)])
         for side in (task.private, task.outside)
     )
 
@@ -83,7 +86,7 @@ def halves(setting: Selecting, task: Task, victim: int) -> tuple[Documents, ...]
 def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> CheckpointLeak:
     sent = tensors_of(exchange.order.array_records["arrays"])
     network = task.network()
-    parameters = dict(network.named_parameters()).keys()
+    parameters, buffers = dict(network.named_parameters()).keys(), float_buffers(network).keys()
     back = tensors_of(exchange.answer.array_records["arrays"])
     examples = exchange.answer.metric_records["metrics"]["num-examples"]
     if examples != setting.documents:
@@ -92,7 +95,7 @@ def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> C
             f"{setting.documents}."
         )
     leak = CheckpointLeak(
-        observed={name: tensor[None] for name, tensor in back.items() if setting.lora or name in parameters},
+        observed={name: tensor[None] for name, tensor in back.items() if name not in buffers},
         protocol=_protocol(setting, task),
         network=network,
         weights={name: tensor for name, tensor in sent.items() if name in parameters},

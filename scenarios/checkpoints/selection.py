@@ -13,7 +13,7 @@ from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, WeightsSeed
 from fedtap.simulator.report.columns import Column, Group
-from fedtap.simulator.scenario import Observed, Row, Scored, Session, Trial
+from fedtap.simulator.scenario import KEPT, Observed, Row, Scored, Session, Trial
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from fedtap.simulator.models.adapters import Lora
     from fedtap.simulator.models.fine_tuning import FineTuning
     from fedtap.simulator.report.page import Page
-
-KEPT = 2**28
-"""Bytes of a leak up to which a run keeps it."""
 
 
 @dataclass(frozen=True)
@@ -241,10 +238,10 @@ class Selecting(Attacked):
 
     def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:
         """With an answer: whether the domain was found, the documents, or neither."""
-        from fedtap.scenarios.checkpoints.selection_report import answers
+        from fedtap.scenarios.checkpoints.selection_report import sentences
 
         page, shown = super().shown_on(page, rows)
-        return replace(page, answers=answers(shown, self.varied)), shown
+        return replace(page, answers=sentences(shown, self.varied)), shown
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """The documents that were chosen, and what becomes of scores with what is swept."""

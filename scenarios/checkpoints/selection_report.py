@@ -10,7 +10,7 @@ from fedtap.simulator.report.charts import GREY, Panel, Series, chart
 from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, label, listing, setting
 from fedtap.simulator.scenario import Row
 
-FOUND, TOLD = 2.0, 0.6
+FOUND, TOLD_APART = 2.0, 0.6
 """Precision from which on a domain counts as found, in multiples of chance; and AUC from which on documents count as
 told from others of their domain."""
 
@@ -22,7 +22,7 @@ EXAMPLES = {
 """Lists of documents that a row quotes -> what they are."""
 
 
-def answers(rows: Group, swept: Sequence[str]) -> list[str]:
+def sentences(rows: Group, swept: Sequence[str]) -> list[str]:
     """Whether the domain was found and whether documents were told apart, for each value of what is swept."""
     said = []
     for some in grouped(rows, map(setting, swept)):
@@ -38,7 +38,7 @@ def domain(rows: Group) -> str:
         return ""
     mine = _of_best(known, lambda row: (row["precision"], row.get("recovered_fraction") or 0.0))
     precision, chance = (_median(mine, name) for name in ("precision", "chance"))
-    found = precision >= min(FOUND * chance, (1 + chance) / 2)
+    found = chance < precision >= min(FOUND * chance, (1 + chance) / 2)
     said = (
         f"The domain {'was' if found else 'was not'} found: of the documents that {mine[0]['attack']} chose, "
         f"{precision:.0%} are of the client's domain, against {chance:.0%} by chance."
@@ -57,7 +57,8 @@ def membership(rows: Group) -> str:
     mine = _of_best(asked, lambda row: row["membership_auc"])
     auc, true = (_median(mine, name) for name in ("membership_auc", "tpr_at_1"))
     return (
-        f"The documents themselves {'were in part' if auc >= TOLD else 'were not'} told from others of their domain: "
+        f"The documents themselves {'were in part' if auc >= TOLD_APART else 'were not'} told from others of their "
+        f"domain: "
         f"{mine[0]['attack']} has an AUC of {auc:.2f}, where 0.5 is chance, and finds {true:.0%} of them where it is "
         "wrong about 1 % of the others."
     )

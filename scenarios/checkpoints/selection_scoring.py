@@ -21,7 +21,7 @@ from fedtap.attackers.checkpoints.models import embedded, labelled
 from fedtap.simulator import scores
 from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Selection
-from fedtap.simulator.data.documents import Documents, decoded, joined
+from fedtap.simulator.data.documents import Documents, concatenated, decoded
 from fedtap.simulator.leaks import CheckpointLeak, Tensors
 from fedtap.simulator.models.adapters import inject
 from fedtap.simulator.models.fine_tuning import FineTuning
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from fedtap.scenarios.checkpoints.selection import Selecting
     from fedtap.scenarios.checkpoints.tasks import Task
 
-SHOWN = 3
+QUOTED = 3
 """Documents of each kind that a row quotes."""
 
-LARGEST = 700.0
+LARGEST_LOSS = 700.0
 """Mean loss in nats above which a perplexity is no longer a number that fits."""
 
 EMBEDDED = 500
@@ -67,7 +67,10 @@ def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
         row["precision"] = float(torch.isin(task.domains[chosen], torch.tensor(domains)).double().mean())
         repeated = [Documents(task.corpus.ids[chosen], labels)] * setting.retrainings
         row |= retrained(setting, task, leak, place, repeated, setting.retraining)
-        row |= {"recovered_fraction": recovered_fraction(row), "wasserstein": apart(setting, task, leak, place, chosen)}
+        row |= {
+            "recovered_fraction": recovered_fraction(row),
+            "wasserstein": wasserstein(setting, task, leak, place, chosen),
+        }
         if found.membership.shape[1]:
             members, others = found.membership[place].view(-1, 2, setting.candidates)[victim]
             row |= {"membership_auc": scores.auc(members, others)}
@@ -86,13 +89,13 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
     row |= {f"sent_{name}": value for name, value in sent.items()}
     draws = [_drawn(setting, task, victim, number) for number in range(max(1, setting.retrainings))]
     random = [Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn)) for drawn in draws]
-    private = joined([task.private[client] for client in setting.behind(victim)])
+    private = concatenated([task.private[client] for client in setting.behind(victim)])
     repeated = [private] * setting.retrainings
     for name, stacks, how in (("random", random, setting.retraining), ("expert", repeated, setting.tuning)):
         found = retrained(setting, task, leak, place, stacks[: setting.retrainings], how)
         row |= {f"{what}_{name}": value for what, value in found.items()}
     row |= {"private": quoted(task, private.ids), "random": quoted(task, task.corpus.ids[draws[0]])}
-    return row | {"wasserstein_random": apart(setting, task, leak, place, draws[0])}
+    return row | {"wasserstein_random": wasserstein(setting, task, leak, place, draws[0])}
 
 
 def _drawn(setting: Selecting, task: Task, victim: int, number: int) -> Int[Tensor, "selected"]:
@@ -134,7 +137,11 @@ def quality(net: TextModel, tested: Documents) -> dict[str, float]:
             places = (net.targets(ids, None) != IGNORED).sum(1)
             total += float((net.losses(ids, None).double() * places).sum())
             many += int(places.sum())
-    return {"perplexity": math.exp(min(total / many, LARGEST))} if tested.labels is None else {"accuracy": total / many}
+    return (
+        {"perplexity": math.exp(min(total / many, LARGEST_LOSS))}
+        if tested.labels is None
+        else {"accuracy": total / many}
+    )
 
 
 def recovered_fraction(row: Row) -> float | None:
@@ -146,7 +153,7 @@ def recovered_fraction(row: Row) -> float | None:
     return None
 
 
-def apart(
+def wasserstein(
     setting: Selecting, task: Task, leak: CheckpointLeak, place: int, chosen: Int[Tensor, "selected"]
 ) -> float | None:
     """Wasserstein distance between chosen and private documents, by their mean features in the broadcast model; None
@@ -156,7 +163,7 @@ def apart(
     import ot
 
     net = _network(task, leak.broadcast(place))
-    private = joined([task.private[client] for client in setting.behind(int(leak.clients[place]))])
+    private = concatenated([task.private[client] for client in setting.behind(int(leak.clients[place]))])
     one, other = (
         embedded(net, ids[:EMBEDDED].to(leak.device)).cpu().double().numpy()
         for ids in (task.corpus.ids[chosen], private.ids)
@@ -176,7 +183,7 @@ def labels_by(
 
 def quoted(task: Task, ids: Int[Tensor, "documents tokens"]) -> list[str]:
     """The texts of the first documents."""
-    return [decoded(task.vocabulary, one) for one in ids[:SHOWN]]
+    return [decoded(task.vocabulary, one) for one in ids[:QUOTED]]
 
 
 def _generative(task: Task) -> bool:
@@ -190,4 +197,4 @@ def _network(task: Task, tensors: Tensors) -> TextModel:
 
 
 def _tested(setting: Selecting, task: Task, victim: int) -> Documents:
-    return joined([task.tested[client] for client in dict.fromkeys(setting.behind(victim))])
+    return concatenated([task.tested[client] for client in dict.fromkeys(setting.behind(victim))])

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fedtap.simulator.attack import generator
-from fedtap.simulator.data.documents import Documents, Vocabulary, encoded, joined, paragraphs
+from fedtap.simulator.data.documents import Documents, Vocabulary, concatenated, encoded, paragraphs
 from fedtap.simulator.data.texts import TextSide, WordPieces, open_texts
 from fedtap.simulator.data.topics import TOPICS, documents
 from fedtap.simulator.errors import FedtapError, short
@@ -100,7 +100,8 @@ def topics(model: str, tokens: int, corpus: int, private: int, clients: int, see
         )
     names = list(TOPICS)
     on = {client: client % len(names) for client in range(clients)}
-    public = [documents(topic, corpus // len(names), seed, 0) for topic in names]
+    shares = [len(range(place, corpus, len(names))) for place in range(len(names))]
+    public = [documents(topic, many, seed, 0) for topic, many in zip(names, shares, strict=True)]
     if model.partition("(")[0] in LANGUAGE_MODELS:
         vocabulary: Vocabulary = WordPieces.learned((text for some in public for text in some), PIECES)
         little = [encoded(documents(topic, PRETRAINED_ON, seed, 1), vocabulary, tokens) for topic in names]
@@ -115,8 +116,8 @@ def topics(model: str, tokens: int, corpus: int, private: int, clients: int, see
 
     return Task(
         vocabulary=vocabulary,
-        corpus=joined([Documents(encoded(some, vocabulary, tokens)) for some in public]),
-        domains=torch.arange(len(names)).repeat_interleave(corpus // len(names)),
+        corpus=concatenated([Documents(encoded(some, vocabulary, tokens)) for some in public]),
+        domains=torch.arange(len(names)).repeat_interleave(torch.tensor(shares)),
         domain=on,
         private={client: of(client, private, 2) for client in on},
         outside={client: of(client, private, 3) for client in on},
@@ -172,9 +173,7 @@ def news(
         return Documents(ids, side[1][first : first + many] if classified else None)
 
     held = range(clients)
-    known = torch.cat(
-        [encoded(others[0][:mixed], vocabulary, tokens), encoded([wiki[at] for at in order], vocabulary, tokens)]
-    )
+    known = encoded([*others[0][:mixed], *(wiki[at] for at in order)], vocabulary, tokens)
     return Task(
         vocabulary=vocabulary,
         corpus=Documents(known),

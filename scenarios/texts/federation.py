@@ -35,7 +35,7 @@ VOCABULARY = 16384
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
+class FederatedTexts:
     """A dataset's texts, in the model's vocabulary."""
 
     vocabulary: WordPieces
@@ -44,7 +44,7 @@ class Corpus:
     victims: Cut
 
 
-def corpus_of(setting: TextGradients, data_root: Path) -> Corpus:
+def corpus_of(setting: TextGradients, data_root: Path) -> FederatedTexts:
     """The setting's texts.
 
     Raises:
@@ -54,19 +54,19 @@ def corpus_of(setting: TextGradients, data_root: Path) -> Corpus:
 
 
 @lru_cache(maxsize=4)
-def _corpus(name: str, pretrained: bool, tokens: int, data_root: Path) -> Corpus:
+def _corpus(name: str, pretrained: bool, tokens: int, data_root: Path) -> FederatedTexts:
     dataset = open_texts(name, data_root)
     if pretrained:
         vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
     else:
         vocabulary = WordPieces.learned(dataset.auxiliary.texts, VOCABULARY)
-    return Corpus(
+    return FederatedTexts(
         vocabulary, dataset.classes, cut(dataset.auxiliary, vocabulary, tokens), cut(dataset.target, vocabulary, tokens)
     )
 
 
 def private(
-    setting: TextGradients, corpus: Corpus, client: int
+    setting: TextGradients, corpus: FederatedTexts, client: int
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch"]]:
     """The texts that this client holds, and their classes: those of a shuffle, in turns.
 
@@ -84,7 +84,7 @@ def private(
     return side.ids[mine], side.labels[mine]
 
 
-def _protocol_of(setting: TextGradients, corpus: Corpus) -> Protocol:
+def _protocol_of(setting: TextGradients, corpus: FederatedTexts) -> Protocol:
     """The public terms."""
     pieces = len(corpus.vocabulary)
     sizes = {"gpt": f"(width={setting.width})", "bert": f"(vocabulary={pieces}, width={setting.width})", "minilm": ""}
@@ -98,13 +98,13 @@ def _protocol_of(setting: TextGradients, corpus: Corpus) -> Protocol:
     )
 
 
-def network_of(setting: TextGradients, corpus: Corpus) -> LanguageModel:
+def network_of(setting: TextGradients, corpus: FederatedTexts) -> LanguageModel:
     """The model with its initial weights."""
     protocol = _protocol_of(setting, corpus)
     return build_language(protocol.model, setting.tokens, protocol.classes, setting.weights_seed)
 
 
-def play_texts(setting: TextGradients, grid: Grid, number: int, corpus: Corpus) -> tuple[Leak, dict[int, str]]:
+def play_texts(setting: TextGradients, grid: Grid, number: int, corpus: FederatedTexts) -> tuple[Leak, dict[int, str]]:
     """A round of Flower's FedAvg with a tap on it: the clients' gradients in one stack, and client -> why it sent none.
 
     Args:

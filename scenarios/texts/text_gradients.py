@@ -17,21 +17,18 @@ from fedtap.scenarios.attack_options import Attacked
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, WeightsSeed
 from fedtap.simulator.report.columns import Column
-from fedtap.simulator.scenario import Observed, Row, Scored, Session, Trial
+from fedtap.simulator.scenario import KEPT, Observed, Row, Scored, Session, Trial
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
     from torch import Tensor
 
-    from fedtap.scenarios.texts.federation import Corpus
+    from fedtap.scenarios.texts.federation import FederatedTexts
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
 
 _MOST = 2**30
 """Entries of all victims' gradients, at most; a block has 12 for each entry of width times width."""
-
-KEPT = 2**28
-"""Bytes of a leak up to which a run keeps it."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class TextGradients(Attacked):
         missing = {(client, 1): why for client, why in sorted(failed.items())}
         return Observed(leak, missing, keep=len(leak.packed()) <= KEPT)
 
-    def truth(self, corpus: Corpus, leak: Leak) -> list[Tensor]:
+    def truth(self, corpus: FederatedTexts, leak: Leak) -> list[Tensor]:
         """The texts of a leak's victims, for the scores: `batch tokens` each."""
         from fedtap.scenarios.texts.federation import private
 

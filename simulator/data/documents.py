@@ -50,7 +50,7 @@ class Documents:
         return Documents(self.ids[which], None if self.labels is None else self.labels[which])
 
 
-def joined(stacks: Sequence[Documents]) -> Documents:
+def concatenated(stacks: Sequence[Documents]) -> Documents:
     """The documents of all of these stacks."""
     labels = [stack.labels for stack in stacks if stack.labels is not None]
     return Documents(torch.cat([stack.ids for stack in stacks]), torch.cat(labels) if labels else None)

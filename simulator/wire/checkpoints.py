@@ -19,7 +19,7 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OTHERWISE = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
 """Settings of an adapter with which it does something else than add ``alpha / r B A``."""
 
-WRAPPED = ("base_model.model.", "net.")
+PREFIXES = ("base_model.model.", "net.")
 """What peft puts before a layer's name, and what `Pretrained` does."""
 
 
@@ -102,7 +102,7 @@ def _adapted(known: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
             "trust it, and save it with save_pretrained(FOLDER)."
         )
     adapter = {
-        f"{WRAPPED[1]}{name.removeprefix(WRAPPED[0])}": tensor.float()
+        f"{PREFIXES[1]}{name.removeprefix(PREFIXES[0])}": tensor.float()
         for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS).items()
     }
     try:

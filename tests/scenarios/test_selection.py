@@ -14,7 +14,7 @@ import torch
 
 from fedtap.attackers import ATTACKS
 from fedtap.scenarios.checkpoints import tasks
-from fedtap.scenarios.checkpoints.selection_report import answers
+from fedtap.scenarios.checkpoints.selection_report import sentences
 from fedtap.scenarios.checkpoints.selection_scoring import recovered_fraction
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import ClientError, FedtapError
@@ -251,7 +251,6 @@ def test_news_are_told_from_other_texts(data_root: Path, tmp_path: Path) -> None
     assert not any(row.get("error") for row in found)
 
 
-@pytest.mark.xfail(strict=True, reason="scenarios/checkpoints/tasks.py encodes the empty half")
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_corpus_of_one_kind_is_a_corpus(share: float, data_root: Path, tmp_path: Path) -> None:
     settings = planned("select_ag_news", share=share, documents=16)
@@ -355,14 +354,14 @@ def test_the_answer_is_which_of_both_was_found() -> None:
     common = {"chance": 0.125, "client": 0, "recovered_fraction": 0.5, "tpr_at_1": 0.1}
     good = common | {"attack": "select", "precision": 0.9, "membership_auc": 0.55}
     poor = common | {"attack": "random_selection", "precision": 0.1, "membership_auc": 0.5}
-    domain, documents = answers([good, poor], ())
+    domain, documents = sentences([good, poor], ())
     assert domain.startswith("The domain was found: of the documents that select chose, 90%")
     assert "50% of the way" in domain
     assert documents.startswith("The documents themselves were not told")
-    domain, documents = answers([poor, poor | {"attack": "loss_drop", "membership_auc": 0.8}], ())
+    domain, documents = sentences([poor, poor | {"attack": "loss_drop", "membership_auc": 0.8}], ())
     assert domain.startswith("The domain was not found")
     assert documents.startswith("The documents themselves were in part told from others of their domain: loss_drop")
-    assert answers([{"error": "a client failed", "attack": "select"}], ()) == []
-    assert answers([good | {"averaged": 1}, poor | {"averaged": 2}], ["averaged"])[2].startswith(
+    assert sentences([{"error": "a client failed", "attack": "select"}], ()) == []
+    assert sentences([good | {"averaged": 1}, poor | {"averaged": 2}], ["averaged"])[2].startswith(
         "averaged 2: The domain was not"
     )

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtap.simulator.data.documents import Documents, decoded, encoded, joined, paragraphs, read_documents
+from fedtap.simulator.data.documents import Documents, concatenated, decoded, encoded, paragraphs, read_documents
 from fedtap.simulator.data.texts import WordPieces
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.text_model import PAD
@@ -71,10 +71,10 @@ def test_stacks_are_joined_and_taken_from() -> None:
     one, other = (
         Documents(encoded([text] * 2, PIECES, 3), torch.tensor([n, n])) for n, text in enumerate(["a cat", "the mat"])
     )
-    both = joined([one, other])
+    both = concatenated([one, other])
     assert (len(both), both.labels is not None and both.labels.tolist()) == (4, [0, 0, 1, 1])
     assert torch.equal(both[1:3].ids, torch.cat([one.ids[1:], other.ids[:1]]))
-    bare = joined([Documents(one.ids), Documents(other.ids)])
+    bare = concatenated([Documents(one.ids), Documents(other.ids)])
     assert bare.labels is None
     assert bare[torch.tensor([0])].labels is None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Corpus
-from fedtap.simulator.data.documents import Documents, encoded, joined
+from fedtap.simulator.data.documents import Documents, concatenated, encoded
 from fedtap.simulator.data.texts import WordPieces
 from fedtap.simulator.data.topics import TOPICS, documents
 from fedtap.simulator.leaks import CheckpointLeak, Protocol, float_buffers
@@ -68,7 +68,7 @@ def architecture(kind: str, seed: int | None = None) -> LanguageModel:
 def broadcast(kind: str, adapter: bool = False) -> LanguageModel:
     """A model that has seen a little of every topic; more, where clients train an adapter alone."""
     net = architecture(kind, 0)
-    some = joined([on_topic(topic, 24 if adapter else 12, 1) for topic in range(len(TOPICS))])
+    some = concatenated([on_topic(topic, 24 if adapter else 12, 1) for topic in range(len(TOPICS))])
     how = FineTuning(10, 16, learning_rate=1e-2) if adapter else FineTuning(3, 16, learning_rate=5e-3)
     how(net, some.ids, some.labels, generator(0))
     return net
