@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 class SelectDP(SelectTopic):
     """Clients that clip the change of their weights and add Gaussian noise to each of its entries."""
 
-    victims: int = 1
     sigma: Annotated[float, Option("standard deviation of the noise on an entry; 0: none", 0.0, 1e6, "defence")] = (
         sweep(0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     )
     clip: Annotated[float, Option("L2 norm to which the change is clipped", 1e-6, 1e6, "defence")] = 1.0
     delta: Delta = 1e-5
-    attack: str = "random_selection,lowest_loss,loss_drop,select,select(at='tuned')"
+    attack: str = "lowest_loss,loss_drop,select,select(at='tuned')"
 
     def settings(self) -> Sequence[Scenario]:
         """The setting with its defence."""

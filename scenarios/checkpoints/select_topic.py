@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from fedtap.scenarios.checkpoints.selection import Selecting
+from fedtap.simulator.options import Option
 
 if TYPE_CHECKING:
     from fedtap.scenarios.checkpoints.tasks import Task
@@ -23,6 +24,9 @@ class SelectTopic(Selecting):
     """Clients whose documents are each on one of eight topics, made up from a grammar; a corpus on all of them."""
 
     epochs: int = 8
+    topics: Annotated[
+        int, Option("topics of clients' documents, in turns; the corpus is on all eight", 1, 8, "data")
+    ] = 8
     attack: str = (
         "random_selection,similar_texts,lowest_loss,loss_drop,select,select(projection=1024),"
         "select(rule='greedy',projection=1024),sequence_membership"
@@ -32,4 +36,4 @@ class SelectTopic(Selecting):
         """Made up."""
         from fedtap.scenarios.checkpoints.tasks import topics
 
-        return topics(self.model, self.tokens, self.corpus, self.documents, self.nodes, self.seed)
+        return topics(self.model, self.tokens, self.corpus, self.documents, self.nodes, self.topics, self.seed)

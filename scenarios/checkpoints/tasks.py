@@ -91,15 +91,15 @@ def _broadcast(task: Task, seed: int) -> Tensors:
 
 
 @lru_cache(maxsize=2)
-def topics(model: str, tokens: int, corpus: int, private: int, clients: int, seed: int) -> Task:
-    """Made-up documents: each client's are on one of eight topics, and the corpus is on all of them."""
+def topics(model: str, tokens: int, corpus: int, private: int, clients: int, taken: int, seed: int) -> Task:
+    """Made-up documents: each client's are on one of the first `taken` topics, and the corpus is on all eight."""
     if model.partition("(")[0] in CLASSIFIERS:
         raise FedtapError(
             f"{short(model)} sorts texts into classes, and made-up documents have none: use select_ag_news, or --model "
             "decoder."
         )
     names = list(TOPICS)
-    on = {client: client % len(names) for client in range(clients)}
+    on = {client: client % taken for client in range(clients)}
     shares = [len(range(place, corpus, len(names))) for place in range(len(names))]
     public = [documents(topic, many, seed, 0) for topic, many in zip(names, shares, strict=True)]
     if model.partition("(")[0] in LANGUAGE_MODELS:
