@@ -50,7 +50,8 @@ def adapter_reply(
     draw: torch.Generator,
     seed: int,
 ) -> Message:
-    """As `checkpoint_reply`, with a LoRA that is trained beside the weights, and sent in their place.
+    """The reply to a checkpoint message: a LoRA after fine-tuning on all of the client's documents, without the
+    weights.
 
     Args:
         seed: of the adapter before it is trained, the same for all clients.

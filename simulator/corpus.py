@@ -132,7 +132,7 @@ class Selection(Reconstructed):
 class Selector(Attack[Selection]):
     """An attack that chooses from a corpus, which `fit` gives it.
 
-    The subclass writes `chosen`, for one victim at a time: a checkpoint fills the memory that others share.
+    The subclass writes `choose`, for one victim at a time: a checkpoint fills the memory that others share.
     """
 
     leaks: ClassVar[tuple[type[Leak], ...]] = (CheckpointLeak,)
@@ -198,15 +198,19 @@ class Selector(Attack[Selection]):
         assert isinstance(leak, CheckpointLeak)
         if self.needs_auxiliary:
             raise self.untrained()
-        corpus = self.corpus or self._read(leak)
-        each = list(self._each(leak, corpus, start))
+        corpus = self._read(leak) if self.corpus is None else self.corpus
+        try:
+            each = list(self._each(leak, corpus, start))
+        except FedtapError:
+            corpus.forget()
+            raise
         corpus.forget()
         return Selection(
             chosen=torch.stack([one.chosen for one in each]),
             labels=torch.stack([one.labels for one in each]),
             membership=torch.stack([one.membership for one in each]),
             objective=torch.tensor([one.objective for one in each]),
-            texts=() if self.corpus else tuple(tuple(_texts(leak, corpus, one.chosen)) for one in each),
+            texts=() if self.corpus is not None else tuple(tuple(_texts(leak, corpus, one.chosen)) for one in each),
         )
 
     def untrained(self) -> FedtapError:

@@ -417,7 +417,7 @@ class CheckpointLeak(Leak):
             return before | sent
         from fedtap.simulator.models.adapters import Lora, merged
 
-        return before | merged(before, sent, Lora.parse(self.protocol.adapter))
+        return before | merged(before, sent, Lora.parse(self.protocol.adapter), self.network)
 
 
 FORMER_KINDS = {"stationary": "trained_weights"}

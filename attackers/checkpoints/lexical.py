@@ -24,7 +24,7 @@ from fedtap.simulator.models.text_model import PAD
 
 @dataclass(frozen=True)
 class Lexical(Selector):
-    """By BM25."""
+    """Documents with the highest BM25 score for what the tuned model wrote."""
 
     def accepts(self, leak: Leak) -> None:
         """Models of the next token, where rank-bm25 is installed."""
@@ -37,12 +37,12 @@ class Lexical(Selector):
             )
 
     def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
-        """Membership is a candidate's BM25, beside the corpus."""
+        """Membership is a candidate's score in the corpus with all candidates added."""
         _, after = ends(leak, corpus.device)
-        query = Counter(written_by(after, corpus, seed).flatten().tolist())
-        scores = bm25(torch.cat([corpus.ids, corpus.candidates]), query)
-        best, chosen = scores[: len(corpus)].topk(corpus.selected)
-        return Chosen(chosen, labels_of(corpus, after, chosen), scores[len(corpus) :], -float(best.mean()))
+        query = Counter(token for token in written_by(after, corpus, seed).flatten().tolist() if token != PAD)
+        best, chosen = bm25(corpus.ids, query).topk(corpus.selected)
+        membership = bm25(torch.cat([corpus.ids, corpus.candidates]), query)[len(corpus) :]
+        return Chosen(chosen, labels_of(corpus, after, chosen), membership, -float(best.mean()))
 
 
 def bm25(ids: Int[Tensor, "documents tokens"], query: Counter[int]) -> Float[Tensor, "documents"]:

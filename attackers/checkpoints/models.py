@@ -11,7 +11,7 @@ from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Corpus, Selector
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import CheckpointLeak, Leak, Tensors
-from fedtap.simulator.models.text_model import IGNORED, TextModel, filled
+from fedtap.simulator.models.text_model import IGNORED, PAD, TextModel, filled
 
 LOGITS = 2**25
 """Numbers of a batch's logits at once: 128 MiB of float32."""
@@ -91,8 +91,11 @@ def written_by(tuned: TextModel, corpus: Corpus, seed: int, many: int = SAMPLED)
     ids = corpus.ids[begun, :1].to(corpus.device)
     with torch.no_grad():
         for _ in range(corpus.ids.shape[1] - 1):
+            # what follows an end is padding, of which the draw is thrown away
             parts = [tuned.logits(tuned.features(some)[:, -1]).softmax(1).cpu() for some in torch.split(ids, 64)]
-            ids = torch.cat([ids, torch.multinomial(torch.cat(parts), 1, generator=draw).to(ids.device)], 1)
+            drawn = torch.multinomial(torch.cat(parts), 1, generator=draw).to(ids.device)
+            over = (ids[:, -1:] == PAD) | (drawn == tuned.end)
+            ids = torch.cat([ids, torch.where(over, PAD, drawn)], 1)
     return ids
 
 

@@ -74,13 +74,15 @@ class LastLayer(DocumentGradients):
     nets: Sequence[TextModel]
     """At whose weights gradients are taken."""
     tokens: str = "all"
-    """`all` places, or the `last` one that predicts anything."""
+    """`all` places, or the `last` one that predicts a token of the document."""
+    places: int = 64
+    """Of a document, at most."""
 
     @property
     def batch(self) -> int:  # type: ignore[override]
         """By the logits of a document."""
         weight = dict(self.nets[0].named_parameters())[self._weight()]
-        return max(1, min(512, LAID_OUT // (4 * 64 * len(self.nets) * len(weight))))
+        return max(1, min(512, LAID_OUT // (4 * self.places * len(self.nets) * len(weight))))
 
     def change(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
         """`outputs width`, and a column more for a bias."""
@@ -127,12 +129,15 @@ class LastLayer(DocumentGradients):
         features, targets = net.features(ids), net.targets(ids, labels)
         real = targets != IGNORED
         if self.tokens == "last":
-            last = (real * torch.arange(1, real.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
+            inside = real & (targets != net.end) if net.generative else real
+            last = (inside * torch.arange(1, real.shape[1] + 1, device=ids.device)).argmax(1, keepdim=True)
             features = features.take_along_dim(last[:, :, None], 1)
             targets, real = targets.gather(1, last), real.gather(1, last)
         errors = net.logits(features).softmax(2)
         # e = p - y
         errors.scatter_add_(2, targets.clamp_min(0)[:, :, None], -torch.ones_like(errors[:, :, :1]))
+        if net.cap is not None:  # z = c tanh(u / c), so that dz / du = 1 - (z / c)^2
+            errors = errors * (1 - (net.logits(features) / net.cap).square())
         errors *= (real / real.sum(1, keepdim=True).clamp_min(1))[:, :, None]
         return errors, F.pad(features, (0, 1), value=1.0) if self._bias else features
 
@@ -178,7 +183,7 @@ class WholeModel(DocumentGradients):
 
     def laid_out(self, ids: Ids, labels: Marks) -> Float[Tensor, "documents entries"]:
         marks = torch.zeros(len(ids), dtype=torch.long, device=ids.device) if labels is None else labels
-        every = []
+        found: Tensor | None = None
         for net in self.nets:
             held = dict(net.named_parameters()) | dict(net.named_buffers())
             loss = _Loss(net, labels is not None)
@@ -190,8 +195,10 @@ class WholeModel(DocumentGradients):
                 return functional_call(loss, tensors, (one[None], label[None])).sum()  # type: ignore[no-any-return]
 
             parts = vmap(grad(of), (None, 0, 0))({name: held[name].detach() for name in self.names}, ids, marks)
-            every.append(torch.cat([parts[name].flatten(1) for name in self.names], 1))
-        return torch.stack(every).mean(0)
+            rows = torch.cat([parts[name].flatten(1) for name in self.names], 1) / len(self.nets)
+            found = rows if found is None else found + rows
+        assert found is not None
+        return found
 
     def sketches(self, ids: Ids, labels: Marks, size: int, seed: int) -> Float[Tensor, "documents size"]:
         return self._projected(self.laid_out(ids, labels), size, seed)

@@ -20,7 +20,7 @@ class RandomSelection(Selector):
     """As many documents as are to be chosen, each as likely."""
 
     def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
-        """Membership is as random."""
+        """Membership is drawn from U(0, 1)."""
         draw = generator(seed, "random selection")
         chosen = torch.randperm(len(corpus), generator=draw)[: corpus.selected]
         _, after = ends(leak, corpus.device)

@@ -69,6 +69,12 @@ class Select(Selector):
                 "select takes a projection from 0 to 65,536, batches from 1 to 65,536 and pseudo_experts from 0 to 64: "
                 "give values in these ranges."
             )
+        if self.rule == "greedy_batches" and self.projection:
+            raise FedtapError(
+                "select(rule='greedy_batches') goes over the corpus once a batch and needs no projection: leave it "
+                "out, or "
+                "use rule='greedy'."
+            )
         if self.layer == "all" and self.tokens == "last":
             raise FedtapError("select takes the last token's gradient of the last layer alone: leave tokens, or layer.")
 
@@ -91,17 +97,17 @@ class Select(Selector):
         before, after = ends(leak, corpus.device)
         gradients = self._gradients(leak, corpus, before, after)
         change = gradients.change(dict(before.named_parameters()), dict(after.named_parameters()))
+        target = gradients.sketch(change, self.projection, seed) if self.projection else change.flatten()
 
         def cosines(ids: Tensor) -> Tensor:
             labels = labelled(after, ids)
             if not self.projection:
                 return _cosines(gradients.products(ids, labels, [change]), float(change.norm()))
             rows = gradients.sketches(ids, labels, self.projection, seed)
-            return torch.cosine_similarity(rows, gradients.sketch(change, self.projection, seed)[None])
+            return torch.cosine_similarity(rows, target[None])
 
         if self.rule == "greedy":
             rows = self._rows(leak, corpus, after, gradients, seed)
-            target = gradients.sketch(change, self.projection, seed) if self.projection else change.flatten()
             chosen = greedy(rows, target.cpu(), corpus.selected)
         elif self.rule == "greedy_batches":
             chosen = self._in_batches(leak, corpus, after, gradients, change)
@@ -127,7 +133,7 @@ class Select(Selector):
             share = number / (self.pseudo_experts + 1)
             nets.append(model(leak, {name: torch.lerp(sent[name], back[name], share) for name in sent}, corpus.device))
         if self.layer == "last":
-            return LastLayer(nets, self.tokens)
+            return LastLayer(nets, self.tokens, leak.protocol.shape[0] + 1)
         moved = [name for name, _ in before.named_parameters() if not torch.equal(sent[name], back[name])]
         if not moved:
             raise FedtapError(
@@ -192,14 +198,10 @@ class Select(Selector):
         """The sum of the chosen documents' gradients, as it is without a projection."""
         parts = torch.split(corpus.ids[chosen].to(corpus.device), gradients.batch)
         with torch.no_grad():
-            return torch.stack([gradients.total(some, labelled(after, some)) for some in parts]).sum(0)
-
-
-def _moved(leak: CheckpointLeak, name: str) -> bool:
-    """Whether clients sent a change of this parameter."""
-    if not name or leak.protocol.adapter:
-        return bool(name) and any(sent.startswith(f"{name.removesuffix('.weight')}.lora_") for sent in leak.observed)
-    return bool((leak.observed[name] != (leak.weights or {})[name]).any())
+            total = gradients.total(parts[0], labelled(after, parts[0]))
+            for some in parts[1:]:
+                total += gradients.total(some, labelled(after, some))
+            return total
 
 
 def greedy(rows: Float[Tensor, "documents size"], target: Float[Tensor, "size"], most: int) -> Int[Tensor, "most"]:

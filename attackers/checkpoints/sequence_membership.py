@@ -25,7 +25,10 @@ from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.text_model import TextModel
 
 POOL = 2
-"""Public documents of the domain from which references are trained, as a multiple of a client's number of documents."""
+"""Public documents from which references are trained, as a multiple of the victim's number of documents."""
+
+SHARE = 0.25
+"""Share of the corpus that they are, at most, so that they are of the victim's domain."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class SequenceMembership(Selector):
         """A model trained as the victim was, on as many public documents of its domain; of a sum, a mean of models."""
         protocol = leak.protocol
         examples = corpus.selected if leak.examples is None else int(leak.examples[0])
-        each, how = max(1, examples // protocol.summed), FineTuning.of(protocol, examples)
-        pool = drops.topk(min(POOL * examples, len(corpus))).indices
+        each, how = min(max(1, examples // protocol.summed), len(corpus)), FineTuning.of(protocol, examples)
+        pool = drops.topk(min(POOL * examples, max(each, int(SHARE * len(corpus))))).indices
         trained: list[dict[str, Tensor]] = []
         for _ in range(protocol.summed):
             net = model(leak, leak.broadcast(0), corpus.device).requires_grad_(True)

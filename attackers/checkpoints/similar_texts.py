@@ -18,7 +18,7 @@ from fedtap.simulator.leaks import CheckpointLeak, Leak
 
 @dataclass(frozen=True)
 class SimilarTexts(Selector):
-    """By the cosine between embeddings."""
+    """Documents with the highest cosine between their embedding and the mean of what the tuned model wrote."""
 
     def accepts(self, leak: Leak) -> None:
         """Models of the next token."""

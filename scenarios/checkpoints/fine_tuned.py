@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from jaxtyping import Int
 from torch import Tensor
 
+from fedtap.simulator.attack import generator
 from fedtap.simulator.data.documents import Documents, concatenated
 from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.leaks import CheckpointLeak, Protocol, Tensors, float_buffers, stack
@@ -68,9 +69,15 @@ def _replies(
 
 
 def candidates(setting: Selecting, task: Task) -> Int[Tensor, "candidates tokens"]:
-    """Of each victim, private documents and then as many others of its domain; of all victims, in their order."""
+    """Private documents of every victim, and as many others of its domain, in an order that tells nothing."""
     asked = [one.ids for victim in range(setting.victims) for one in members_and_others(setting, task, victim)]
-    return torch.cat(asked)
+    return torch.cat(asked)[candidate_order(setting)]
+
+
+def candidate_order(setting: Selecting) -> Int[Tensor, "candidates"]:
+    """The order in which candidates are handed to attacks, of those that stand victim by victim, members first."""
+    many = 2 * setting.victims * setting.candidates
+    return torch.randperm(many, generator=generator(setting.seed, "candidates"))
 
 
 def members_and_others(setting: Selecting, task: Task, victim: int) -> tuple[Documents, ...]:

@@ -45,10 +45,10 @@ class SelectDP(SelectTopic):
         return f"clip({self.clip})" + (f"+noise({self.sigma!r})" if self.sigma else "")
 
     def settled(self, attack: Attack[Any], label: str, observed: Any) -> Row:
-        """With ε of one exchange."""
+        """With ε of all rounds."""
         from fedtap.simulator.defences.accountant import mechanism_of
         from fedtap.simulator.defences.notation import described
 
-        guarantee = mechanism_of(described(self.defence), "add/remove", 1, 1).guarantee(self.delta)
+        guarantee = mechanism_of(described(self.defence), "add/remove", self.rounds, 1).guarantee(self.delta)
         epsilon = guarantee.epsilon if guarantee.epsilon < float("inf") else None
         return super().settled(attack, label, observed) | {"sigma": self.sigma, "clip": self.clip, "epsilon": epsilon}

@@ -54,11 +54,16 @@ class Selecting(Attacked):
         Column("recovered_fraction", "of the way from random documents to the private ones", form=".2f"),
         Column("membership_auc", "private documents against others of the domain; 0.5 is chance", form=".2f"),
         Column("tpr_at_1", "private documents found where 1 % of the others are called private", form=".3f"),
-        Column("wasserstein", "between embeddings of chosen and private documents", form=".3f", page=True),
+        Column(
+            "wasserstein",
+            "between mean features, in the broadcast model, of chosen and private documents",
+            form=".3f",
+            page=True,
+        ),
         Column("wasserstein_random", "of as many at random", form=".3f", page=True),
         Column("sent_perplexity", "of the model that came back", form=".2f", page=True),
         Column("sent_accuracy", "of the model that came back", form=".3f", page=True),
-        Column("epsilon", "of one exchange, for a client", form=".3g", page=True),
+        Column("epsilon", "of all rounds, for a client", form=".3g", page=True),
         Column("error", over="same"),
         *(Column(name, over="hidden") for name in ("objective", "chosen", "private", "random")),
     )
@@ -68,7 +73,7 @@ class Selecting(Attacked):
         Option("decoder(width=64), smollm2, or a Hugging Face folder", group="model", file=True, single=True),
     ] = "decoder(width=64, layers=2, heads=4)"
     weights_seed: WeightsSeed = 0
-    tokens: Annotated[int, Option("tokens to which documents are cut", 4, 1024, "data")] = 24
+    tokens: Annotated[int, Option("tokens to which documents are cut", 8, 1024, "data")] = 24
     documents: Annotated[int, Option("private documents of a client", 4, 10**6, "data")] = 500
     corpus: Annotated[int, Option("public documents to choose from", 8, 10**7, "data")] = 8000
     candidates: Annotated[
@@ -78,7 +83,9 @@ class Selecting(Attacked):
     averaged: Annotated[
         int, Option("clients whose checkpoints are averaged before the server sees them", 1, 1000, "federation")
     ] = 1
-    rounds: Annotated[int, Option("rounds of the federation, each of which is observed", 1, 1000, "federation")] = 1
+    rounds: Annotated[
+        int, Option("rounds of the federation, each observed; give several --victims", 1, 1000, "federation")
+    ] = 1
     epochs: Annotated[int, Option("local epochs", 1, 1000, "federation")] = 4
     batch: Annotated[int, Option("documents in a local step", 1, 4096, "federation")] = 16
     optimiser: Annotated[Literal["sgd", "adamw"], Option("of the clients", group="federation")] = "adamw"
@@ -233,7 +240,8 @@ class Selecting(Attacked):
             seen = f"the mean of the checkpoints of {self.averaged} clients, which are masked one by one"
         return (
             f"A curious server: it knows the weights that it sent, and {seen}. It has public documents, some of the "
-            "clients' domains among them, and none of the clients' own. It is not told the domain.",
+            "clients' domains among them, and none of the clients' own but among the candidates. It is not told the "
+            "domain.",
         )
 
     def shown_on(self, page: Page, rows: Sequence[Row]) -> tuple[Page, Group]:

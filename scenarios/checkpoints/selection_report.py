@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from fedtap.simulator.report.charts import GREY, Panel, Series, chart
 from fedtap.simulator.report.columns import AnyRow, Column, Group, grouped, label, listing, setting
@@ -36,8 +35,10 @@ def domain(rows: Group) -> str:
     known = [row for row in rows if row.get("precision") is not None]
     if not known:
         return ""
-    mine = _of_best(known, lambda row: (row["precision"], row.get("recovered_fraction") or 0.0))
+    mine = _of_best(known, "precision", "recovered_fraction")
     precision, chance = (_median(mine, name) for name in ("precision", "chance"))
+    if chance == 1:
+        return "Every document of the corpus is of a client's domain, so that there is no domain to find."
     found = chance < precision >= min(FOUND * chance, (1 + chance) / 2)
     said = (
         f"The domain {'was' if found else 'was not'} found: of the documents that {mine[0]['attack']} chose, "
@@ -54,14 +55,18 @@ def membership(rows: Group) -> str:
     asked = [row for row in rows if row.get("membership_auc") is not None]
     if not asked:
         return ""
-    mine = _of_best(asked, lambda row: row["membership_auc"])
-    auc, true = (_median(mine, name) for name in ("membership_auc", "tpr_at_1"))
-    return (
-        f"The documents themselves {'were in part' if auc >= TOLD_APART else 'were not'} told from others of their "
-        f"domain: "
-        f"{mine[0]['attack']} has an AUC of {auc:.2f}, where 0.5 is chance, and finds {true:.0%} of them where it is "
-        "wrong about 1 % of the others."
+    mine = _of_best(asked, "membership_auc")
+    auc, apart = _median(mine, "membership_auc"), "were not"
+    if auc >= TOLD_APART:
+        apart = "were in part"
+    said = (
+        f"The documents themselves {apart} told from others of their domain: {mine[0]['attack']} has an AUC of "
+        f"{auc:.2f}, "
+        "where 0.5 is chance"
     )
+    if any(row.get("tpr_at_1") is not None for row in mine):
+        said += f", and finds {_median(mine, 'tpr_at_1'):.0%} of them where it is wrong about 1 % of the others"
+    return f"{said}."
 
 
 def examples(rows: Group) -> str:
@@ -107,11 +112,12 @@ def charts(rows: Sequence[Row], swept: Sequence[str]) -> Mapping[str, str]:
     return against | {"What was chosen": examples(rows)}
 
 
-def _of_best(rows: Group, score: Callable[[AnyRow], Any]) -> list[AnyRow]:
-    """All rows of the attack that has the best one."""
-    best = max(rows, key=score)
-    return [row for row in rows if row["attack"] == best["attack"]]
+def _of_best(rows: Group, *columns: str) -> list[AnyRow]:
+    """All rows of the attack that is best by the median of these columns, the first one first."""
+    groups = grouped(rows, [setting("attack")])
+    return max(groups, key=lambda some: [_median(some, name) for name in columns])
 
 
 def _median(rows: Group, name: str) -> float:
-    return float(statistics.median(row[name] for row in rows if row.get(name) is not None))
+    """0 where none has a value."""
+    return float(statistics.median([row[name] for row in rows if row.get(name) is not None] or [0.0]))

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fedtap.attackers.checkpoints.models import embedded, labelled
+from fedtap.scenarios.checkpoints.fine_tuned import candidate_order
 from fedtap.simulator import scores
 from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Selection
@@ -26,6 +27,7 @@ from fedtap.simulator.leaks import CheckpointLeak, Tensors
 from fedtap.simulator.models.adapters import inject
 from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.text_model import IGNORED, TextModel, filled
+from fedtap.simulator.run import finite
 from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ QUOTED = 3
 
 LARGEST_LOSS = 700.0
 """Mean loss in nats above which a perplexity is no longer a number that fits."""
+
+FEWEST_ASKED = 100
+"""Others among candidates from which on 1 % of them is one at least."""
 
 EMBEDDED = 500
 """Documents whose embeddings are compared, at most."""
@@ -72,11 +77,13 @@ def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
             "wasserstein": wasserstein(setting, task, leak, place, chosen),
         }
         if found.membership.shape[1]:
-            members, others = found.membership[place].view(-1, 2, setting.candidates)[victim]
-            row |= {"membership_auc": scores.auc(members, others)}
-            row |= {"tpr_at_1": scores.true_positives(members, others, 0.01)}
+            asked = found.membership[place][candidate_order(setting).argsort()]
+            members, others = asked.view(-1, 2, setting.candidates)[victim]
+            row["membership_auc"] = scores.auc(members, others)
+            enough = len(others) >= FEWEST_ASKED
+            row["tpr_at_1"] = scores.true_positives(members, others, 0.01) if enough else None
         row["chosen"] = quoted(task, task.corpus.ids[chosen])
-        rows.append(row | {"objective": float(found.objective[place]), "error": None})
+        rows.append(finite(row | {"objective": float(found.objective[place]), "error": None}))
     return Scored(rows)
 
 
@@ -89,13 +96,20 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
     row |= {f"sent_{name}": value for name, value in sent.items()}
     draws = [_drawn(setting, task, victim, number) for number in range(max(1, setting.retrainings))]
     random = [Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn)) for drawn in draws]
-    private = concatenated([task.private[client] for client in setting.behind(victim)])
+    private = private_of(setting, task, victim)
     repeated = [private] * setting.retrainings
     for name, stacks, how in (("random", random, setting.retraining), ("expert", repeated, setting.tuning)):
         found = retrained(setting, task, leak, place, stacks[: setting.retrainings], how)
         row |= {f"{what}_{name}": value for what, value in found.items()}
     row |= {"private": quoted(task, private.ids), "random": quoted(task, task.corpus.ids[draws[0]])}
     return row | {"wasserstein_random": wasserstein(setting, task, leak, place, draws[0])}
+
+
+def private_of(setting: Selecting, task: Task, victim: int) -> Documents:
+    """As many private documents as a client has; of a sum, some of each of its clients'."""
+    clients = setting.behind(victim)
+    shares = [len(range(place, setting.documents, len(clients))) for place in range(len(clients))]
+    return concatenated([task.private[client][:many] for client, many in zip(clients, shares, strict=True)])
 
 
 def _drawn(setting: Selecting, task: Task, victim: int, number: int) -> Int[Tensor, "selected"]:
@@ -138,7 +152,7 @@ def quality(net: TextModel, tested: Documents) -> dict[str, float]:
             total += float((net.losses(ids, None).double() * places).sum())
             many += int(places.sum())
     return (
-        {"perplexity": math.exp(min(total / many, LARGEST_LOSS))}
+        {"perplexity": math.exp(total / many) if total / many < LARGEST_LOSS else math.inf}
         if tested.labels is None
         else {"accuracy": total / many}
     )
@@ -163,9 +177,9 @@ def wasserstein(
     import ot
 
     net = _network(task, leak.broadcast(place))
-    private = concatenated([task.private[client] for client in setting.behind(int(leak.clients[place]))])
+    private = private_of(setting, task, int(leak.clients[place]))
     one, other = (
-        embedded(net, ids[:EMBEDDED].to(leak.device)).cpu().double().numpy()
+        embedded(net, ids[:: max(1, len(ids) // EMBEDDED)].to(leak.device)).cpu().double().numpy()
         for ids in (task.corpus.ids[chosen], private.ids)
     )
     return float(ot.emd2([], [], ot.dist(one, other, metric="euclidean")))
@@ -197,4 +211,5 @@ def _network(task: Task, tensors: Tensors) -> TextModel:
 
 
 def _tested(setting: Selecting, task: Task, victim: int) -> Documents:
-    return concatenated([task.tested[client] for client in dict.fromkeys(setting.behind(victim))])
+    stacks = {id(task.tested[client]): task.tested[client] for client in setting.behind(victim)}  # some share theirs
+    return concatenated([*stacks.values()])

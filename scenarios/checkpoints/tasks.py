@@ -48,7 +48,8 @@ class Task:
         private: client -> what it fine-tunes on.
         outside: client -> as many documents of its domain that nobody trains on.
         tested: client -> documents of its domain, on which models are compared.
-        pretraining: what a small model is trained on before it is broadcast; None where it comes trained.
+        pretraining: what a small model is trained on before it is broadcast, none of it in the corpus; None where it
+            comes trained.
         outputs: tokens of the vocabulary, or classes.
     """
 
@@ -158,7 +159,9 @@ def news(
             f"WikiText-2 has {len(wiki):,} documents of {tokens} words here, and a corpus of {corpus:,} with {share:g} "
             f"of news needs {corpus - mixed:,}: lower --corpus, or raise --share."
         )
-    order = torch.randperm(len(wiki), generator=generator(seed, "wikipedia"))[: corpus - mixed].tolist()
+    shuffled = torch.randperm(len(wiki), generator=generator(seed, "wikipedia")).tolist()
+    order, rest = shuffled[: corpus - mixed], shuffled[corpus - mixed :]
+    little = [] if classified else [wiki[at] for at in rest[: PRETRAINED_ON * len(TOPICS)]]
     if base == "minilm":
         vocabulary: Vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
     elif base in LANGUAGE_MODELS:
@@ -182,7 +185,7 @@ def news(
         private={client: of(mine, client * private, private) for client in held},
         outside={client: of(mine, (clients + client) * private, private) for client in held},
         tested=dict.fromkeys(held, of(others, mixed, tested)),
-        pretraining=Documents(known) if base == "decoder" else None,
+        pretraining=Documents(encoded(little, vocabulary, tokens)) if base in LANGUAGE_MODELS and little else None,
         model=model,
         tokens=tokens,
         outputs=dataset.classes if classified else len(vocabulary),

@@ -129,17 +129,22 @@ def adapter_shapes(network: TextModel, lora: Lora) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def merged(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+def merged(
+    weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: Lora, network: nn.Module | None = None
+) -> dict[str, Tensor]:
     """The weights of a network without adapter that computes the same.
 
     Args:
         weights: of the base, by name.
         adapter: by plain name, of all its layers or some.
+        network: the base's architecture, which tells which layers keep their weight as `inputs outputs`; without it,
+            shapes tell, which those of square layers do not.
 
     Raises:
         FedtapError: the adapter's names or shapes are another base's.
     """
     found = dict(weights)
+    turned = {name for name, layer in network.named_modules() if _transposed(layer)} if network is not None else set()
     layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in adapter)
     if strange := set(adapter) ^ {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}:
         raise _another_base(min(strange))
@@ -151,8 +156,7 @@ def merged(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: L
         if shape not in (product, product[::-1]):
             raise _another_base(layer)
         change = lora.scale * (b @ a)  # W + alpha / rank * B A
-        # Of PROJECTIONS, those that GPT-2 keeps as `inputs outputs` are not square, so that their shape tells.
-        found[weight] = weights[weight] + (change if shape == product else change.T)
+        found[weight] = weights[weight] + (change.T if layer in turned or shape != product else change)
     return found
 
 

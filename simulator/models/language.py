@@ -91,6 +91,8 @@ class LanguageModel(TextModel):
         frozen: whether embeddings are buffers, and the next token is predicted through that of the tokens.
     """
 
+    end: int
+
     def __init__(
         self,
         vocabulary: int,
@@ -182,13 +184,15 @@ class LanguageModel(TextModel):
     def targets(
         self, ids: Int[Tensor, "documents tokens"], labels: Int[Tensor, "documents"] | None
     ) -> Int[Tensor, "documents places"]:
-        """The label; or each token, and then the end, where there is a place for it."""
+        """The label; or each token, and then the end, unless the document is as long as can be."""
         if not self.causal:
             assert labels is not None
             return labels[:, None]
         real = ids != PAD
         ended = torch.cat([ids, ids.new_full((len(ids), 1), PAD)], 1)
-        at_end = torch.arange(ended.shape[1], device=ids.device) == real.sum(1, keepdim=True)
+        length = real.sum(1, keepdim=True)
+        cut = length == self.places - 1  # of a document that fills all places nobody knows whether it ends there
+        at_end = (torch.arange(ended.shape[1], device=ids.device) == length) & ~cut
         return torch.where(at_end, self.end, torch.where(ended == PAD, IGNORED, ended))
 
     def _mixed(self, marked: Int[Tensor, "batch places"], read: Bool[Tensor, "batch places"] | None = None) -> Tensor:

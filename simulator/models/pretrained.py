@@ -76,6 +76,9 @@ class Pretrained(TextModel):
         head = self.net.get_output_embeddings()
         weight = None if head is None else head.weight
         self.output = next((name for name, parameter in self.named_parameters() if parameter is weight), "")
+        config = self.net.config.get_text_config()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.end = config.eos_token_id if type(config.eos_token_id) is int else None
         self.eval()
 
     def train(self: Same, mode: bool = True) -> Same:
@@ -104,8 +107,7 @@ class Pretrained(TextModel):
     def logits(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch outputs"]:
         """Of the vocabulary."""
         logits = self.net.get_output_embeddings()(features)
-        cap = getattr(self.net.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)  # type: ignore[no-any-return]
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def forward(self, ids: Int[Tensor, "documents tokens"]) -> Float[Tensor, "documents tokens outputs"]:
         """Logits at each place."""

@@ -33,6 +33,7 @@ from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 from fedtap.simulator.models import likelihoods
 from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language
+from fedtap.simulator.models.pretrained import PACKAGED, pretrained
 
 Shape = tuple[int, ...]
 
@@ -289,6 +290,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
     """
     if name.partition("(")[0] in LANGUAGE_MODELS and len(shape) == 1:
         return build_language(name, shape[0], classes, seed)
+    if name in PACKAGED:
+        return pretrained(name, seed)
     if name.partition("(")[0] in likelihoods.LIKELIHOODS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
     plain, defence = _installed(name)

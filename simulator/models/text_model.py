@@ -31,6 +31,11 @@ class TextModel(nn.Module, ABC):
     output: str
     """Name of the last layer's weight among the parameters, `outputs width`; empty where that layer is not trained."""
 
+    end: int | None = None
+    """The token that marks a document's end; None where there is none."""
+    cap: float | None = None
+    """c of logits that are capped, ``c tanh(u / c)``; None where they are not."""
+
     @abstractmethod
     def features(self, ids: Int[Tensor, "documents tokens"]) -> Float[Tensor, "documents places width"]:
         """Input of the last layer."""

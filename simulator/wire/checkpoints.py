@@ -16,7 +16,15 @@ from fedtap.simulator.models.pretrained import PICKLED, VOCABULARIES, Pretrained
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter's folder, as peft saves it."""
 
-OTHERWISE = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+OTHERWISE = (
+    "use_dora",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "target_parameters",
+)
 """Settings of an adapter with which it does something else than add ``alpha / r B A``."""
 
 PREFIXES = ("base_model.model.", "net.")
@@ -47,7 +55,7 @@ def checkpoint_leak(base: str, tuned: Path, tokens: int) -> CheckpointLeak:
     before = pretrained(base, 0)
     known = {name: tensor.detach() for name, tensor in before.named_parameters()}
     adapted = is_file(tuned / ADAPTER)
-    after = _adapted(known, tuned) if adapted else _tuned(known, base, tuned)
+    after = _adapted(before, known, tuned) if adapted else _tuned(known, base, tuned)
     one = torch.ones(1, dtype=torch.long)
     leak = CheckpointLeak(
         observed={name: tensor[None] for name, tensor in after.items()},
@@ -69,7 +77,6 @@ def _tuned(known: dict[str, Tensor], base: str, folder: Path) -> dict[str, Tenso
             f"{short(folder, 100)} is pickled, and may run code when it is read: load it where you trust it, and save "
             "it with save_pretrained(FOLDER, safe_serialization=True)."
         )
-    model: Pretrained = pretrained(str(folder), 0)
     own = tokenizer(str(folder)) if any(is_file(folder / name) for name in VOCABULARIES) else None
     if own is not None and own.own.get_vocab() != tokenizer(base).own.get_vocab():
         raise FedtapError(
@@ -77,21 +84,22 @@ def _tuned(known: dict[str, Tensor], base: str, folder: Path) -> dict[str, Tenso
             f"words: "
             "name the model that it was tuned from, --base."
         )
-    found = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    for name in [*known, *found]:
-        ours, theirs = (tuple(side[name].shape) if name in side else None for side in (known, found))
+    shapes = {name: tuple(tensor.shape) for name, tensor in pretrained(str(folder), None).named_parameters()}
+    for name in [*known, *shapes]:  # before any weight is read
+        ours, theirs = tuple(known[name].shape) if name in known else None, shapes.get(name)
         if ours != theirs:
             raise FedtapError(
                 f"{short(folder, 80)} was not tuned from {short(base, 60)}, or has another vocabulary, since "
                 f"{short(name)} is {theirs or 'missing'} there and {ours or 'missing'} here: name its own --base."
             )
-    return found
+    return {name: tensor.detach() for name, tensor in pretrained(str(folder), 0).named_parameters()}
 
 
-def _adapted(known: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _adapted(before: Pretrained, known: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The base's weights with an adapter added."""
     about = read_json(folder / ADAPTER)
-    if about.get("peft_type") != "LORA" or any(map(about.get, OTHERWISE)):
+    begun = about.get("init_lora_weights", True)  # some ways to begin an adapter change the base
+    if about.get("peft_type") != "LORA" or any(map(about.get, OTHERWISE)) or begun not in (True, False, "gaussian"):
         raise FedtapError(
             f"{short(folder, 100)} holds an adapter that is no plain LoRA: merge it, "
             "model.merge_and_unload().save_pretrained(FOLDER), and give that folder."
@@ -111,4 +119,4 @@ def _adapted(known: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         raise FedtapError(
             f"{short(folder / ADAPTER, 100)} does not say r and lora_alpha, by which a LoRA counts: save it again."
         ) from error
-    return merged(known, adapter, lora)
+    return merged(known, adapter, lora, before)

@@ -82,7 +82,8 @@ def own_gradients(
             loss, held = model.losses(one, label)[0], dict(model.named_parameters())
             if tokens == "last":
                 targets = model.targets(one, label)[0]
-                place = max(at for at, target in enumerate(targets.tolist()) if target != IGNORED)
+                marks = {IGNORED} | ({model.end} if labels is None else set())  # the end is no token of the document
+                place = max(at for at, target in enumerate(targets.tolist()) if target not in marks)
                 loss = F.cross_entropy(model.logits(model.features(one))[0, place], targets[place])
             each.append(torch.autograd.grad(loss, [held[name] for name in names]))
         rows.append([torch.stack(same).mean(0) for same in zip(*each, strict=True)])

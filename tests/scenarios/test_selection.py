@@ -246,7 +246,7 @@ def test_news_are_told_from_other_texts(data_root: Path, tmp_path: Path) -> None
     found = play(settings, tmp_path / "out", data_root=data_root)
     random, drop = found
     assert random["chance"] == 0.25
-    assert drop["precision"] > 0.5
+    assert drop["precision"] > 0.4 > random["precision"]
     assert {"sent_perplexity", "membership_auc", "tpr_at_1"} <= drop.keys()
     assert not any(row.get("error") for row in found)
 
