@@ -323,8 +323,7 @@ class Attack(ABC, Generic[_Result]):
         if leak.weights is None and leak.protocol.weight_decay:
             raise FedtapError(
                 f"Weight decay adds the weights to the gradient, and the {leak.protocol.threat_model} does not know "
-                f"them, "
-                f"so {self.name} cannot take them off: use --threat-model curious_server."
+                f"them, so {self.name} cannot take them off: use --threat-model curious_server."
             )
 
 

@@ -72,8 +72,7 @@ class Select(Selector):
         if self.rule == "greedy_batches" and self.projection:
             raise FedtapError(
                 "select(rule='greedy_batches') goes over the corpus once a batch and needs no projection: leave it "
-                "out, or "
-                "use rule='greedy'."
+                "out, or use rule='greedy'."
             )
         if self.layer == "all" and self.tokens == "last":
             raise FedtapError("select takes the last token's gradient of the last layer alone: leave tokens, or layer.")

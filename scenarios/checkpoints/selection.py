@@ -130,8 +130,7 @@ class Selecting(Attacked):
         if self.candidates > self.documents:
             raise FedtapError(
                 f"A client has {self.documents:,} private documents, so the membership of {self.candidates:,} cannot "
-                f"be "
-                "asked: lower --candidates."
+                "be asked: lower --candidates."
             )
         self.lora  # noqa: B018 (it refuses what is no adapter)
         object.__setattr__(self, "defence", written(described(self.defence)))  # one spelling, for all who read it

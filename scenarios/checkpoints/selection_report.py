@@ -61,8 +61,7 @@ def membership(rows: Group) -> str:
         apart = "were in part"
     said = (
         f"The documents themselves {apart} told from others of their domain: {mine[0]['attack']} has an AUC of "
-        f"{auc:.2f}, "
-        "where 0.5 is chance"
+        f"{auc:.2f}, where 0.5 is chance"
     )
     if any(row.get("tpr_at_1") is not None for row in mine):
         said += f", and finds {_median(mine, 'tpr_at_1'):.0%} of them where it is wrong about 1 % of the others"

@@ -103,8 +103,7 @@ def read_documents(path: Path) -> Iterator[str]:
     except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FedtapError(
             f"{short(path, 120)} cannot be read as a corpus ({type(error).__name__}: {short(error, 80)}): give a text "
-            f"in "
-            "UTF-8 with a document a line, a .csv of rows, or a .jsonl whose lines have a text."
+            "in UTF-8 with a document a line, a .csv of rows, or a .jsonl whose lines have a text."
         ) from error
 
 

@@ -81,8 +81,7 @@ def _tuned(known: dict[str, Tensor], base: str, folder: Path) -> dict[str, Tenso
     if own is not None and own.own.get_vocab() != tokenizer(base).own.get_vocab():
         raise FedtapError(
             f"{short(folder, 80)} has another vocabulary than {short(base, 60)}, so that the same tokens are other "
-            f"words: "
-            "name the model that it was tuned from, --base."
+            "words: name the model that it was tuned from, --base."
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in pretrained(str(folder), None).named_parameters()}
     for name in [*known, *shapes]:  # before any weight is read
