@@ -61,8 +61,8 @@ def ratios() -> None:
     print(f"Last layer of {_VOCABULARY} x {_WIDTH}, {_TOKENS} tokens, {_SIZE} numbers a document, 1 thread")
     print(f"  projection of the gradient laid out / sketch: {ratio:.1f} times the time")
     print(
-        f"  memory of a document at work: {full / 2**20:.1f} MiB laid out, {held / 2**20:.2f} MiB: {full / held:.0f} "
-        f"times"
+        f"  memory of a document at work: {full / 2**20:.1f} MiB laid out, {held / 2**20:.2f} MiB, "
+        f"{full / held:.0f} times less"
     )
     print(f"  memory of a document that is kept: {full / _SIZE / 4:,.0f} times as much laid out")
     print(f"  error of a cosine by the sketch: {float(apart.mean()):.3f} on average, 1 / sqrt(m) = {_SIZE**-0.5:.3f}")
