@@ -307,7 +307,7 @@ class Attack(ABC, Generic[_Result]):
                 "use dager; give numbers from 0 to 1 as an image of one row, shape=(1, 1, N), "
                 "with nn.Sequential(nn.Flatten(), model)."
             )
-        if leak.protocol.optimiser == "adamw" and self.reconstructs.__name__ == "Reconstruction":
+        if leak.protocol.optimiser == "adamw" and self.reconstructs is Reconstruction:
             raise FedtapError(
                 f"{self.name} replays what clients do, and AdamW's decoupled weight decay is not among what it knows: "
                 "say optimiser adam if there is no weight decay, or attack a step of sgd."

@@ -224,7 +224,7 @@ class Selector(Attack[Selection]):
         """The corpus that `documents` names, in the tokens of the leak's model."""
         tokens = leak.protocol.shape[0]
         ids = encoded(read_documents(Path(self.documents)), vocabulary_of(leak.protocol.model), tokens)
-        return Corpus(ids, ids[:0], max(1, min(self.many, len(ids))), device=str(leak.device))
+        return Corpus(ids, ids[:0], min(self.many, len(ids)), device=str(leak.device))
 
     def _each(self, leak: CheckpointLeak, corpus: Corpus, start: Tensor) -> Iterator[Chosen]:
         for victim in range(len(leak)):

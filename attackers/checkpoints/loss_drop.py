@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtap.attackers.checkpoints.models import ends, labels_of, losses
+from fedtap.attackers.checkpoints.models import ends, labels_of, loss_drops
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
 from fedtap.simulator.leaks import CheckpointLeak
 
@@ -20,9 +20,6 @@ class LossDrop(Selector):
     def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
         """Membership is a candidate's drop."""
         before, after = ends(leak, corpus.device)
-        (first, first_asked), (last, last_asked) = (
-            losses(corpus, self.pass_named(leak, name), net, after)
-            for name, net in (("before", before), ("after", after))
-        )
-        drops, chosen = (first - last).topk(corpus.selected)
-        return Chosen(chosen, labels_of(corpus, after, chosen), first_asked - last_asked, -float(drops.mean()))
+        drops, first, last = loss_drops(self, leak, corpus, before, after)
+        most, chosen = drops.topk(corpus.selected)
+        return Chosen(chosen, labels_of(corpus, after, chosen), first - last, -float(most.mean()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtap.attackers.checkpoints.models import ends, labels_of, losses
+from fedtap.attackers.checkpoints.models import at_once, ends, labels_of, losses
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
 from fedtap.simulator.leaks import CheckpointLeak
 
@@ -19,6 +19,7 @@ class LowestLoss(Selector):
     def choose(self, leak: CheckpointLeak, corpus: Corpus, seed: int) -> Chosen:
         """Membership is the negative loss."""
         _, after = ends(leak, corpus.device)
-        documents, candidates = losses(corpus, self.pass_named(leak, "after"), after, after)
+        batch, loss = at_once(after, corpus.ids.shape[1]), losses(after, after)
+        documents = corpus.passed(self.pass_named(leak, "after"), loss, batch)
         lowest, chosen = documents.topk(corpus.selected, largest=False)
-        return Chosen(chosen, labels_of(corpus, after, chosen), -candidates, float(lowest.mean()))
+        return Chosen(chosen, labels_of(corpus, after, chosen), -corpus.asked(loss, batch), float(lowest.mean()))

@@ -3,6 +3,8 @@ documents."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -40,20 +42,21 @@ def at_once(net: TextModel, tokens: int) -> int:
     return max(1, min(512, LOGITS // (outputs * (tokens + 1 if net.generative else 1))))
 
 
-def losses(
-    corpus: Corpus, name: str, net: TextModel, tuned: TextModel
-) -> tuple[Float[Tensor, "documents"], Float[Tensor, "candidates"]]:
-    """A model's loss on the documents of a corpus, and on its candidates; labels are those that the tuned one gives.
+def losses(net: TextModel, tuned: TextModel) -> Callable[[Int[Tensor, "documents tokens"]], Float[Tensor, "documents"]]:
+    """A model's loss as a function of documents, whose labels are those that the tuned one gives."""
+    return lambda ids: net.losses(ids, labelled(tuned, ids))
 
-    Args:
-        name: of the pass, as in `Corpus.passed`.
-    """
 
-    def some(ids: Tensor) -> Tensor:
-        return net.losses(ids, labelled(tuned, ids))
-
-    batch = at_once(net, corpus.ids.shape[1])
-    return corpus.passed(name, some, batch), corpus.asked(some, batch)
+def loss_drops(
+    attack: Selector, leak: CheckpointLeak, corpus: Corpus, before: TextModel, after: TextModel
+) -> tuple[Float[Tensor, "documents"], Float[Tensor, "candidates"], Float[Tensor, "candidates"]]:
+    """``loss at θ_0 - loss at θ_f`` of the corpus, and both losses of its candidates."""
+    batch = at_once(after, corpus.ids.shape[1])
+    first, last = (
+        corpus.passed(attack.pass_named(leak, name), losses(net, after), batch)
+        for name, net in (("before", before), ("after", after))
+    )
+    return first - last, corpus.asked(losses(before, after), batch), corpus.asked(losses(after, after), batch)
 
 
 def embedded(net: TextModel, ids: Int[Tensor, "documents tokens"]) -> Float[Tensor, "documents width"]:
@@ -71,13 +74,20 @@ def _pooled(net: TextModel, ids: Int[Tensor, "documents tokens"]) -> Float[Tenso
     return (features * real).sum(1) / real.sum(1).clamp_min(1)
 
 
+def labels_for(tuned: TextModel, ids: Int[Tensor, "documents tokens"]) -> Int[Tensor, "documents"] | None:
+    """As `labelled`, of any number of documents, on the CPU."""
+    if tuned.generative:
+        return None
+    device = next(tuned.parameters()).device
+    with torch.no_grad():
+        parts = [labelled(tuned, some.to(device)) for some in torch.split(ids, at_once(tuned, ids.shape[1]))]
+    return torch.cat(parts).cpu()  # type: ignore[arg-type]
+
+
 def labels_of(corpus: Corpus, tuned: TextModel, chosen: Int[Tensor, "selected"]) -> Int[Tensor, "selected"]:
     """What the tuned model says that chosen documents are; 0 where there are no labels."""
-    if tuned.generative:
-        return torch.zeros_like(chosen)
-    parts = torch.split(corpus.ids[chosen], at_once(tuned, corpus.ids.shape[1]))
-    with torch.no_grad():
-        return torch.cat([labelled(tuned, some.to(corpus.device)).cpu() for some in parts])  # type: ignore[union-attr]
+    labels = labels_for(tuned, corpus.ids[chosen])
+    return torch.zeros_like(chosen) if labels is None else labels
 
 
 SAMPLED = 200

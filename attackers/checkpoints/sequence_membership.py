@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from fedtap.attackers.checkpoints.models import at_once, ends, labelled, labels_of, losses, model
+from fedtap.attackers.checkpoints.models import at_once, ends, labels_for, labels_of, loss_drops, losses, model
 from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Chosen, Corpus, Selector
 from fedtap.simulator.errors import FedtapError
@@ -52,12 +52,12 @@ class SequenceMembership(Selector):
         found: dict[int, Chosen] = {}
         for victim in sorted(range(len(leak)), key=lambda victim: int(leak.rounds[victim])):
             client = int(leak.clients[victim])
-            drops, asked = self.told(leak[victim], corpus, int(start[victim]))
+            before, after = ends(leak[victim], corpus.device)
+            drops, asked = self.told(leak[victim], corpus, before, after, int(start[victim]))
             if client in sums:
                 drops, asked = drops + sums[client][0], asked + sums[client][1]
             sums[client] = drops, asked
             most, chosen = drops.topk(corpus.selected)
-            _, after = ends(leak[victim], corpus.device)
             found[victim] = Chosen(chosen, labels_of(corpus, after, chosen), asked, -float(most.mean()))
         yield from (found[victim] for victim in range(len(leak)))
 
@@ -66,26 +66,17 @@ class SequenceMembership(Selector):
         return next(self._each(leak, corpus, torch.tensor([seed])))
 
     def told(
-        self, leak: CheckpointLeak, corpus: Corpus, seed: int
+        self, leak: CheckpointLeak, corpus: Corpus, before: TextModel, after: TextModel, seed: int
     ) -> tuple[Float[Tensor, "documents"], Float[Tensor, "candidates"]]:
         """By one checkpoint: how far each document's loss falls, and how far a candidate's is below the references'."""
-        before, after = ends(leak, corpus.device)
-        (first, first_asked), (last, last_asked) = (
-            losses(corpus, self.pass_named(leak, name), net, after)
-            for name, net in (("before", before), ("after", after))
-        )
-        drops = first - last
+        drops, first, last = loss_drops(self, leak, corpus, before, after)
         if not self.references or not len(corpus.candidates):
-            return drops, first_asked - last_asked
-        asked = torch.zeros_like(last_asked)
+            return drops, first - last
+        asked = torch.zeros_like(last)
         for number in range(self.references):
             net = self._reference(leak, corpus, after, drops, generator(seed, "reference", number))
-            asked += self._asked(corpus, net, after) / self.references
-        return drops, asked - last_asked
-
-    @staticmethod
-    def _asked(corpus: Corpus, net: TextModel, after: TextModel) -> Float[Tensor, "candidates"]:
-        return corpus.asked(lambda ids: net.losses(ids, labelled(after, ids)), at_once(net, corpus.ids.shape[1]))
+            asked += corpus.asked(losses(net, after), at_once(net, corpus.ids.shape[1])) / self.references
+        return drops, asked - last
 
     def _reference(
         self,
@@ -105,15 +96,10 @@ class SequenceMembership(Selector):
             net = model(leak, leak.broadcast(0), corpus.device).requires_grad_(True)
             if protocol.adapter:
                 net = inject(net, Lora.parse(protocol.adapter), draw.initial_seed() % 2**31)
-            some = corpus.ids[pool[torch.randperm(len(pool), generator=draw)[:each]]].to(corpus.device)
-            how(net, some, self._labels(after, some), draw)
+            some = corpus.ids[pool[torch.randperm(len(pool), generator=draw)[:each]]]
+            how(net, some, labels_for(after, some), draw)
             trained.append({name: tensor.detach() for name, tensor in net.named_parameters()})
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 parameter.copy_(torch.stack([one[name] for one in trained]).mean(0))
         return net
-
-    @staticmethod
-    def _labels(after: TextModel, ids: Int[Tensor, "documents tokens"]) -> Int[Tensor, "documents"] | None:
-        with torch.no_grad():
-            return None if after.generative else torch.cat([labelled(after, some) for some in torch.split(ids, 64)])  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -82,12 +83,13 @@ def candidate_order(setting: Selecting) -> Int[Tensor, "candidates"]:
 
 def members_and_others(setting: Selecting, task: Task, victim: int) -> tuple[Documents, ...]:
     """A victim's candidates: those that are private, of all its clients in turns, and those that are not."""
-    clients = setting.behind(victim)
-    shares = [len(range(place, setting.candidates, setting.averaged)) for place in range(setting.averaged)]
-    return tuple(
-        concatenated([side[client][:many] for client, many in zip(clients, shares, strict=True)])
-        for side in (task.private, task.outside)
-    )
+    return tuple(evenly(setting, side, victim, setting.candidates) for side in (task.private, task.outside))
+
+
+def evenly(setting: Selecting, side: Mapping[int, Documents], victim: int, many: int) -> Documents:
+    """The first documents of a sum's clients, `many` in all, as many of each as can be."""
+    shares = [len(range(place, many, setting.averaged)) for place in range(setting.averaged)]
+    return concatenated([side[client][:few] for client, few in zip(setting.behind(victim), shares, strict=True)])
 
 
 def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> CheckpointLeak:
@@ -135,11 +137,11 @@ def _protocol(setting: Selecting, task: Task) -> Protocol:
 
 def _mean(leaks: list[CheckpointLeak], victim: int) -> CheckpointLeak:
     """What the server sees of clients whose checkpoints are averaged."""
-    observed = {name: torch.stack([leak.observed[name] for leak in leaks]).mean(0) for name in leaks[0].observed}
+    observed = _averaged([leak.observed for leak in leaks])
     examples = torch.stack([leak.examples for leak in leaks if leak.examples is not None]).sum(0)
     return replace(leaks[0], observed=observed, clients=torch.tensor([victim]), examples=examples)
 
 
-def _averaged(checkpoints: list[dict[str, Tensor]]) -> Tensors:
-    """FedAvg's next weights."""
+def _averaged(checkpoints: Sequence[Tensors]) -> Tensors:
+    """The mean of each tensor: what a sum shows, and FedAvg's next weights."""
     return {name: torch.stack([one[name] for one in checkpoints]).mean(0) for name in checkpoints[0]}

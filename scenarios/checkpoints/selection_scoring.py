@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedtap.attackers.checkpoints.models import embedded, labelled
-from fedtap.scenarios.checkpoints.fine_tuned import candidate_order
+from fedtap.attackers.checkpoints.models import embedded, labels_for, model
+from fedtap.scenarios.checkpoints.fine_tuned import candidate_order, evenly
 from fedtap.simulator import scores
 from fedtap.simulator.attack import generator
 from fedtap.simulator.corpus import Selection
 from fedtap.simulator.data.documents import Documents, concatenated, decoded
-from fedtap.simulator.leaks import CheckpointLeak, Tensors
+from fedtap.simulator.leaks import CheckpointLeak
 from fedtap.simulator.models.adapters import inject
 from fedtap.simulator.models.fine_tuning import FineTuning
-from fedtap.simulator.models.text_model import IGNORED, TextModel, filled
+from fedtap.simulator.models.text_model import IGNORED, TextModel
 from fedtap.simulator.run import finite
 from fedtap.simulator.scenario import Observed, Row, Scored, Trial
 
@@ -67,7 +67,7 @@ def scored(setting: Selecting, task: Task, trial: Trial) -> Scored:
             observed.baselines[place] = baselines(setting, task, leak, place)
         row: Row = {"client": victim, "round": number} | observed.baselines[place]
         chosen = found.chosen[place]
-        labels = None if _generative(task) else found.labels[place]
+        labels = None if _reader(leak).generative else found.labels[place]
         domains = [task.domain[client] for client in setting.behind(victim)]
         row["precision"] = float(torch.isin(task.domains[chosen], torch.tensor(domains)).double().mean())
         repeated = [Documents(task.corpus.ids[chosen], labels)] * setting.retrainings
@@ -92,10 +92,11 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
     victim = int(leak.clients[place])
     domains = torch.tensor([task.domain[client] for client in setting.behind(victim)])
     row: Row = {"chance": float(torch.isin(task.domains, domains).double().mean())}
-    sent = quality(_network(task, leak.tuned(place)), _tested(setting, task, victim))
+    tuned = model(leak, leak.tuned(place), str(leak.device))
+    sent = quality(tuned, _tested(setting, task, victim))
     row |= {f"sent_{name}": value for name, value in sent.items()}
     draws = [_drawn(setting, task, victim, number) for number in range(max(1, setting.retrainings))]
-    random = [Documents(task.corpus.ids[drawn], labels_by(task, leak, place, drawn)) for drawn in draws]
+    random = [Documents(task.corpus.ids[drawn], labels_for(tuned, task.corpus.ids[drawn])) for drawn in draws]
     private = private_of(setting, task, victim)
     repeated = [private] * setting.retrainings
     for name, stacks, how in (("random", random, setting.retraining), ("expert", repeated, setting.tuning)):
@@ -107,9 +108,7 @@ def baselines(setting: Selecting, task: Task, leak: CheckpointLeak, place: int) 
 
 def private_of(setting: Selecting, task: Task, victim: int) -> Documents:
     """As many private documents as a client has; of a sum, some of each of its clients'."""
-    clients = setting.behind(victim)
-    shares = [len(range(place, setting.documents, len(clients))) for place in range(len(clients))]
-    return concatenated([task.private[client][:many] for client, many in zip(clients, shares, strict=True)])
+    return evenly(setting, task.private, victim, setting.documents)
 
 
 def _drawn(setting: Selecting, task: Task, victim: int, number: int) -> Int[Tensor, "selected"]:
@@ -130,7 +129,7 @@ def retrained(
     a seed and documents of its own."""
     tested, found = _tested(setting, task, int(leak.clients[place])), []
     for number, documents in enumerate(stacks):
-        net = _network(task, leak.broadcast(place))
+        net = model(leak, leak.broadcast(place), str(leak.device)).requires_grad_(True)
         if setting.lora is not None:
             net = inject(net, setting.lora, number)
         how(net, documents.ids, documents.labels, generator(setting.seed, "retraining", number))
@@ -176,7 +175,7 @@ def wasserstein(
         return None
     import ot
 
-    net = _network(task, leak.broadcast(place))
+    net = model(leak, leak.broadcast(place), str(leak.device))
     private = private_of(setting, task, int(leak.clients[place]))
     one, other = (
         embedded(net, ids[:: max(1, len(ids) // EMBEDDED)].to(leak.device)).cpu().double().numpy()
@@ -185,29 +184,14 @@ def wasserstein(
     return float(ot.emd2([], [], ot.dist(one, other, metric="euclidean")))
 
 
-def labels_by(
-    task: Task, leak: CheckpointLeak, place: int, chosen: Int[Tensor, "selected"]
-) -> Int[Tensor, "selected"] | None:
-    """What the model that came back says of documents; None of a model of the next token."""
-    net = _network(task, leak.tuned(place))
-    with torch.no_grad():
-        parts = [labelled(net, ids.to(leak.device)) for ids in torch.split(task.corpus.ids[chosen], 128)]
-    return None if parts[0] is None else torch.cat(parts).cpu()  # type: ignore[arg-type]
-
-
 def quoted(task: Task, ids: Int[Tensor, "documents tokens"]) -> list[str]:
     """The texts of the first documents."""
     return [decoded(task.vocabulary, one) for one in ids[:QUOTED]]
 
 
-def _generative(task: Task) -> bool:
-    return task.network().generative
-
-
-def _network(task: Task, tensors: Tensors) -> TextModel:
-    made = filled(task.network(), tensors)
-    assert isinstance(made, TextModel)
-    return made
+def _reader(leak: CheckpointLeak) -> TextModel:
+    assert isinstance(leak.network, TextModel)
+    return leak.network
 
 
 def _tested(setting: Selecting, task: Task, victim: int) -> Documents:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fedtap.simulator.attack import generator
+from fedtap.simulator.corpus import vocabulary_of
 from fedtap.simulator.data.documents import Documents, Vocabulary, concatenated, encoded, paragraphs
 from fedtap.simulator.data.texts import TextSide, WordPieces, open_texts
 from fedtap.simulator.data.topics import TOPICS, documents
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Tensors, float_buffers
 from fedtap.simulator.models.fine_tuning import FineTuning
-from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language, minilm_folder
+from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language
 from fedtap.simulator.models.text_model import TextModel
 
 PIECES = 4096
@@ -103,14 +104,10 @@ def topics(model: str, tokens: int, corpus: int, private: int, clients: int, tak
     on = {client: client % taken for client in range(clients)}
     shares = [len(range(place, corpus, len(names))) for place in range(len(names))]
     public = [documents(topic, many, seed, 0) for topic, many in zip(names, shares, strict=True)]
+    vocabulary, pretraining = _vocabulary(model, (text for some in public for text in some)), None
     if model.partition("(")[0] in LANGUAGE_MODELS:
-        vocabulary: Vocabulary = WordPieces.learned((text for some in public for text in some), PIECES)
         little = [encoded(documents(topic, PRETRAINED_ON, seed, 1), vocabulary, tokens) for topic in names]
         pretraining = Documents(torch.cat(little))
-    else:
-        from fedtap.simulator.models.pretrained import tokenizer
-
-        vocabulary, pretraining = tokenizer(model), None
 
     def of(client: int, many: int, what: int) -> Documents:
         return Documents(encoded(documents(names[on[client]], many, seed, what, client), vocabulary, tokens))
@@ -162,24 +159,17 @@ def news(
     shuffled = torch.randperm(len(wiki), generator=generator(seed, "wikipedia")).tolist()
     order, rest = shuffled[: corpus - mixed], shuffled[corpus - mixed :]
     little = [] if classified else [wiki[at] for at in rest[: PRETRAINED_ON * len(TOPICS)]]
-    if base == "minilm":
-        vocabulary: Vocabulary = WordPieces.read(minilm_folder() / "vocab.txt")
-    elif base in LANGUAGE_MODELS:
-        vocabulary = WordPieces.learned([*others[0][:mixed], *(wiki[at] for at in order)], PIECES)
-    else:
-        from fedtap.simulator.models.pretrained import tokenizer
-
-        vocabulary = tokenizer(model)
+    public = [*others[0][:mixed], *(wiki[at] for at in order)]
+    vocabulary = _vocabulary(model, public)
 
     def of(side: tuple[list[str], Tensor], first: int, many: int) -> Documents:
         ids = encoded(side[0][first : first + many], vocabulary, tokens)
         return Documents(ids, side[1][first : first + many] if classified else None)
 
     held = range(clients)
-    known = encoded([*others[0][:mixed], *(wiki[at] for at in order)], vocabulary, tokens)
     return Task(
         vocabulary=vocabulary,
-        corpus=Documents(known),
+        corpus=Documents(encoded(public, vocabulary, tokens)),
         domains=torch.cat([torch.full((mixed,), NEWS), torch.full((corpus - mixed,), WIKIPEDIA)]),
         domain=dict.fromkeys(held, NEWS),
         private={client: of(mine, client * private, private) for client in held},
@@ -190,6 +180,12 @@ def news(
         tokens=tokens,
         outputs=dataset.classes if classified else len(vocabulary),
     )
+
+
+def _vocabulary(model: str, public: Iterable[str]) -> Vocabulary:
+    """What a model cuts texts by: its own, or one that is learned from public texts."""
+    base = model.partition("(")[0]
+    return WordPieces.learned(public, PIECES) if base in LANGUAGE_MODELS and base != "minilm" else vocabulary_of(model)
 
 
 def _shuffled(side: TextSide, seed: int) -> tuple[list[str], Int[Tensor, "texts"]]:
