@@ -25,8 +25,11 @@ _HOW = "write attacks as idlg,dlg(steps=300),restarts(dlg,8)"
 _FORMER = {"panel": "best_of", "aware": "adaptive"}
 """Attacks and their fields of fedtap 0.1, and what they are called now."""
 
-FILE_FIELDS = ("path", "documents")
+FILE_FIELDS = ("path", "documents", "captions", "encoder")
 """Fields of attacks that name a file."""
+
+TEXT_FIELDS = ("prompt",)
+"""Fields of attacks that hold a text."""
 
 _OWN = "own_package_"
 """What an attack of a user's own package is called while its text is parsed."""
@@ -90,7 +93,9 @@ def parse_saved(text: str) -> Attack[Any]:
 
 def models_named(attack: Attack[Any]) -> list[str]:
     """The models that an attack takes for the victim's, wherever nested: each may be code to import."""
-    return [value for field, value in _settings(attack) if isinstance(value, str) and field not in FILE_FIELDS]
+    return [
+        value for field, value in _settings(attack) if isinstance(value, str) and field not in FILE_FIELDS + TEXT_FIELDS
+    ]
 
 
 def _settings(attack: Attack[Any]) -> Iterator[tuple[str, Any]]:

@@ -83,6 +83,8 @@ class Protocol:
     """`train`, by the batch's own statistics, or `eval`, by the running ones."""
     adapter: str = ""
     """What clients train and send in the place of all weights, such as `lora(rank=8, alpha=16)`; empty for none."""
+    prompt: str = ""
+    """Caption of the images that a diffusion model is tuned on, as far as it is announced; * is a word that is not."""
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> Protocol:
@@ -390,8 +392,8 @@ class CheckpointLeak(Leak):
     """The checkpoint that a client fine-tuned from the broadcast weights: all weights, or an adapter.
 
     `observed` has the shape of each parameter, or of each of the protocol's `adapter`, with a victims axis; behind
-    secure aggregation it is the mean of `summed` clients', and `examples` the documents of all of them. The protocol's
-    shape is the tokens of a document, at most.
+    secure aggregation it is the mean of `summed` clients', and `examples` the documents or images of all of them. The
+    protocol's shape is the tokens of a document, at most, or that of an image.
     """
 
     kind = "checkpoint"
@@ -402,7 +404,7 @@ class CheckpointLeak(Leak):
             return super().sent()
         from fedtap.simulator.models.adapters import Lora, adapter_shapes
 
-        return adapter_shapes(self.network, Lora.parse(self.protocol.adapter))  # type: ignore[arg-type]
+        return adapter_shapes(self.network, Lora.parse(self.protocol.adapter))
 
     def broadcast(self, victim: int) -> dict[str, Tensor]:
         """Parameters and buffers that the server sent to a victim, by name."""

@@ -13,6 +13,7 @@ import torch
 
 from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.extraction import Extraction
 from fedtap.simulator.federation.settings import THREATS
 from fedtap.simulator.leaks import Leak, Protocol
 from fedtap.simulator.report.columns import Column
@@ -38,14 +39,16 @@ def described_attack(
 ) -> dict[str, Any]:
     """What run.json says of a run of these attacks on saved leaks."""
     sound = [leak for leak in leaks.values() if isinstance(leak, Leak)]
-    known = hashlib.blake2b(b"".join(leak.packed() for leak in sound), digest_size=8).hexdigest()
+    known = hashlib.blake2b(digest_size=8)
+    for leak in sound:  # one at a time, since a diffusion model's is several gigabytes
+        known.update(leak.packed())
     panel = dict.fromkeys(attack for leak in sound for attack in attacks_on(leak))
     about = {
         "schema": SCHEMA,
         "name": ATTACK,
         "question": f"What is in {_source(leaks)}?",
         "settings": [*(finite(dataclasses.asdict(leak.protocol)) for leak in sound), *map(hyperparameters, panel)],
-        "leak": known,
+        "leak": known.hexdigest(),
     }
     return {**about, "seed": seed, **environment(device)}
 
@@ -109,7 +112,7 @@ def attack_saved(
             objective = finite(float(found.objective[victim]))
             row = common | {"client": client, "round": rnd} | found.columns(victim) | {"objective": objective}
             row |= {"unexplained": left[victim], "doubts": doubted[name][victim]}
-            if isinstance(found, Reconstruction):
+            if isinstance(found, Reconstruction | Extraction):
                 file = f"pictures/{last['unit']}-victim_{victim}.png"
                 folder.write(file, png(found.images[victim]))
                 row |= {"picture": file}
@@ -147,6 +150,7 @@ def attack_saved(
 _FOUND = (
     Column("objective", "the attack's own, lower is better", over="rows"),
     Column("sum_w", "private examples that the points stand for", over="rows"),
+    Column("caption", "under which samples are drawn", over="rows"),
     Column("seconds", "for each victim", over="rows"),
     Column(
         "unexplained",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtap.simulator.attack import generator
 from fedtap.simulator.data.documents import Documents, concatenated
@@ -25,7 +26,54 @@ if TYPE_CHECKING:
     from fedtap.scenarios.checkpoints.tasks import Task
 
 
-def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[CheckpointLeak, dict[Name, str]]:
+class TunedFederation(typing.Protocol):
+    """What a scenario about fine-tuning says of its federation."""
+
+    @property
+    def name(self) -> str:
+        """As it is called on the command line."""
+
+    @property
+    def victims(self) -> int:
+        """Sums of clients."""
+
+    @property
+    def averaged(self) -> int:
+        """Clients of a sum."""
+
+    @property
+    def rounds(self) -> int:
+        """Of the federation."""
+
+    @property
+    def nodes(self) -> int:
+        """The clients of all sums."""
+
+    def behind(self, victim: int) -> range:
+        """The clients of a sum."""
+
+
+@dataclass(frozen=True)
+class TunedTerms:
+    """What every client is told, and says of itself.
+
+    Args:
+        weights: parameters and buffers that the server sends first.
+        network: the architecture, on the meta device.
+        examples: of each client.
+        what: they are, such as `documents`.
+    """
+
+    weights: Tensors
+    network: nn.Module
+    protocol: Protocol
+    examples: int
+    what: str
+
+
+def checkpoints(
+    session: Session, setting: TunedFederation, terms: TunedTerms
+) -> tuple[CheckpointLeak, dict[Name, str]]:
     """Play the rounds of a setting: the checkpoints of all victims and rounds, and victim -> why there is none.
 
     Behind secure aggregation a victim is a sum of clients, and it is missing where one of its clients is.
@@ -34,12 +82,12 @@ def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[Check
         ClientError: no client sent one, or no sum is whole.
     """
     check_nodes(session.grid, setting.nodes, setting.name)
-    weights = task.broadcast(setting.weights_seed)
+    weights = terms.weights
     leaks: list[CheckpointLeak] = []
     missing: dict[Name, str] = {}
     for number in range(1, setting.rounds + 1):
         failed: dict[int, str] = {}
-        replies = _replies(session, setting, task, weights, number, failed)
+        replies = _replies(session, terms, weights, number, failed)
         sums: list[CheckpointLeak] = []
         for victim in range(setting.victims):
             clients = setting.behind(victim)
@@ -48,7 +96,7 @@ def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[Check
             else:
                 sums.append(_mean([replies[client] for client in clients], victim))
         leaks += sums
-        if sums:  # the server averages what it sees
+        if sums and number < setting.rounds:  # the server averages what it sees
             weights = _averaged([leak.tuned(0) for leak in sums])
     if not leaks:
         raise ClientError(
@@ -60,12 +108,12 @@ def checkpoints(session: Session, setting: Selecting, task: Task) -> tuple[Check
 
 
 def _replies(
-    session: Session, setting: Selecting, task: Task, weights: Tensors, number: int, failed: dict[int, str]
+    session: Session, terms: TunedTerms, weights: Tensors, number: int, failed: dict[int, str]
 ) -> dict[int, CheckpointLeak]:
     """Client -> what it sent in one round; the others are entered in `failed`, with the reason."""
     content = RecordDict({"arrays": ArrayRecord(dict(weights)), "round": ConfigRecord({"number": number})})
     exchanges = ask(session.grid, "train.checkpoint", content, session.number, failed=failed)
-    leaks = read(exchanges, lambda exchange: _leak(exchange, setting, task, number), failed)
+    leaks = read(exchanges, lambda exchange: _leak(exchange, terms, number), failed)
     return {int(leak.clients[0]): leak for leak in leaks}
 
 
@@ -92,35 +140,35 @@ def evenly(setting: Selecting, side: Mapping[int, Documents], victim: int, many:
     return concatenated([side[client][:few] for client, few in zip(setting.behind(victim), shares, strict=True)])
 
 
-def _leak(exchange: Overheard, setting: Selecting, task: Task, number: int) -> CheckpointLeak:
+def _leak(exchange: Overheard, terms: TunedTerms, number: int) -> CheckpointLeak:
     sent = tensors_of(exchange.order.array_records["arrays"])
-    network = task.network()
-    parameters, buffers = dict(network.named_parameters()).keys(), float_buffers(network).keys()
+    parameters = dict(terms.network.named_parameters()).keys()
+    buffers = float_buffers(terms.network).keys()
     back = tensors_of(exchange.answer.array_records["arrays"])
     examples = exchange.answer.metric_records["metrics"]["num-examples"]
-    if examples != setting.documents:
+    if examples != terms.examples:
         raise FedtapError(
-            f"Client {exchange.client} says it has {short(examples)} documents, and every client has "
-            f"{setting.documents}."
+            f"Client {exchange.client} says it has {short(examples)} {terms.what}, and every client has "
+            f"{terms.examples}."
         )
     leak = CheckpointLeak(
         observed={name: tensor[None] for name, tensor in back.items() if name not in buffers},
-        protocol=_protocol(setting, task),
-        network=network,
+        protocol=terms.protocol,
+        network=terms.network,
         weights={name: tensor for name, tensor in sent.items() if name in parameters},
         buffers={name: tensor for name, tensor in sent.items() if name not in parameters},
         clients=torch.tensor([exchange.client]),
         rounds=torch.tensor([number]),
         restarts=torch.zeros(1, dtype=torch.long),
-        examples=torch.tensor([setting.documents]),
+        examples=torch.tensor([terms.examples]),
     )
     leak.check()
     return leak
 
 
-def _protocol(setting: Selecting, task: Task) -> Protocol:
-    """The public terms."""
-    return Protocol(
+def terms_of(setting: Selecting, task: Task) -> TunedTerms:
+    """Of clients that tune a model of texts."""
+    protocol = Protocol(
         model=task.model,
         shape=(task.tokens,),
         classes=task.outputs,
@@ -133,6 +181,7 @@ def _protocol(setting: Selecting, task: Task) -> Protocol:
         summed=setting.averaged,
         adapter=setting.adapter if setting.lora else "",
     )
+    return TunedTerms(task.broadcast(setting.weights_seed), task.network(), protocol, setting.documents, "documents")
 
 
 def _mean(leaks: list[CheckpointLeak], victim: int) -> CheckpointLeak:

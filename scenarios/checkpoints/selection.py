@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedtap.simulator.leaks import Leak
     from fedtap.simulator.models.adapters import Lora
     from fedtap.simulator.models.fine_tuning import FineTuning
+    from fedtap.simulator.models.text_model import TextModel
     from fedtap.simulator.report.page import Page
 
 
@@ -186,18 +187,22 @@ class Selecting(Attacked):
         task, client = self.task(data_root), int(context.node_config["partition-id"])
         number = int(message.content.config_records["round"]["number"])  # type: ignore[arg-type]
         draw = generator(self.seed, "fine-tuning", client, number)
-        net, private = task.network(0), task.private[client]
+        net, private, many = task.network(0), task.private[client], len(task.private[client])
+
+        def tune(net: TextModel) -> None:
+            self.tuning(net, private.ids, private.labels, draw)
+
         if self.lora is not None:
-            how, seed = self.tuning, self.seed + number
-            return adapter_reply(message, net, self.lora, private, client, how, self.defence, draw, seed)
-        return checkpoint_reply(message, net, private, client, self.tuning, self.defence, draw)
+            seed = self.seed + number
+            return adapter_reply(message, net, self.lora, tune, many, client, self.defence, draw, seed)
+        return checkpoint_reply(message, net, tune, many, client, self.defence, draw)
 
     def observe(self, session: Session) -> Observed:
         """Rounds of fine-tuning; the federation goes on without a client that fails."""
-        from fedtap.scenarios.checkpoints.fine_tuned import checkpoints
+        from fedtap.scenarios.checkpoints.fine_tuned import checkpoints, terms_of
         from fedtap.scenarios.checkpoints.selection_scoring import TunedObserved
 
-        leak, missing = checkpoints(session, self, self.task(session.data_root))
+        leak, missing = checkpoints(session, self, terms_of(self, self.task(session.data_root)))
         return TunedObserved(leak, missing, keep=sum(t.numel() for t in leak.observed.values()) * 4 <= KEPT)
 
     def auxiliary_pairs(self, session: Session, observed: Any) -> Corpus:  # type: ignore[override]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -76,10 +76,23 @@ class DPSGD(StepDefence):
         labels: Int[Tensor, "images"],
         draw: Source,
     ) -> Float[Tensor, ""]:
+        self.check(network, tuple(images.shape[1:]))
+        return self.clipped(network, lambda net: training_loss(net, images, labels), len(images), draw)
+
+    def clipped(
+        self, network: nn.Module, loss_of: Callable[[nn.Module], Float[Tensor, ""]], examples: int, draw: Source
+    ) -> Float[Tensor, ""]:
+        """Leave the clipped and noisy gradient of any mean over examples in the parameters' `grad`; that mean.
+
+        Args:
+            loss_of: from the network to the mean of so many examples' losses.
+
+        Raises:
+            FedtapError: Opacus finds no gradient of one example.
+        """
         from opacus.grad_sample import GradSampleModule  # takes a second to import
         from opacus.optimizers import DPOptimizer
 
-        self.check(network, tuple(images.shape[1:]))
         for module in network.modules():
             if getattr(module, "inplace", False) is True:  # Opacus keeps what layers return, which must stay as it is
                 setattr(module, "inplace", False)  # noqa: B010
@@ -90,16 +103,16 @@ class DPSGD(StepDefence):
                 torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0),
                 noise_multiplier=self.noise_multiplier if simulated else 0.0,
                 max_grad_norm=self.clip,
-                expected_batch_size=len(images),
+                expected_batch_size=examples,
                 generator=draw,
             )
-            loss = training_loss(sampled, images, labels)
+            loss = loss_of(sampled)
             with warnings.catch_warnings():  # torch says that images have no gradient, and they need none
                 warnings.simplefilter("ignore", UserWarning)
                 loss.backward()  # type: ignore[no-untyped-call]
             for unused in optimiser.params:
                 if unused.grad_sample is None:
-                    unused.grad_sample = unused.new_zeros(len(images), *unused.shape)
+                    unused.grad_sample = unused.new_zeros(examples, *unused.shape)
             optimiser.pre_step()
         except (RuntimeError, ValueError) as error:  # of a user's model
             raise FedtapError(
@@ -111,7 +124,7 @@ class DPSGD(StepDefence):
         for parameter in network.parameters():
             vars(parameter).pop("summed_grad", None)
             if not simulated and parameter.grad is not None:
-                parameter.grad = gaussian(parameter.grad, self.spread(len(images)), None)
+                parameter.grad = gaussian(parameter.grad, self.spread(examples), None)
         return loss
 
     def spread(self, batch: int) -> float:

@@ -1,4 +1,4 @@
-"""Architectures: of images, of texts, of attention alone, and of Bayesian regression."""
+"""Architectures: of images, of texts, of attention alone, of Bayesian regression, and diffusion models."""
 
 MODELS = {
     "mlp": "two hidden ReLU layers of 256 units; the first linear layer's gradient holds the image in closed form",
@@ -19,3 +19,9 @@ TEXT_MODELS = {
     "FOLDER, FILE.gguf": "a causal language model of Hugging Face",
 }
 """Models of texts by name, in one line each."""
+
+DIFFUSION_MODELS = {
+    "FOLDER": "a text-conditional U-Net on pixels, or a StableDiffusionPipeline, in diffusers' format (--weights)",
+    "(none named)": "the one that `fedtap pretrain diffusion` trained and left in the cache",
+}
+"""Diffusion models, in one line each."""

@@ -1,8 +1,9 @@
-"""LoRA: fine-tune a model of texts by a product of two thin matrices beside each projection of its attention.
+"""LoRA: fine-tune a model by a product of two thin matrices beside each projection of its attention.
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, ICLR 2022. https://arxiv.org/abs/2106.09685
 A layer's weight W becomes ``W + alpha / rank * B A``, with A `rank inputs` and B `outputs rank`; B begins at 0. Adapted
-are the projections of query and value, or, where one layer makes query, key and value, that one.
+are the projections of query and value, or, where one layer makes query, key and value, that one; of a diffusion model's
+U-Net those of query, key, value and output.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.models.pretrained import text_package
-from fedtap.simulator.models.text_model import TextModel
+from fedtap.simulator.models.packages import text_package
 
-Network = TypeVar("Network", bound=TextModel)
+Network = TypeVar("Network", bound=nn.Module)
 
-PROJECTIONS = ("query", "value", "q_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
-"""Last names of the layers that get an adapter."""
+PROJECTIONS = (
+    *("query", "value", "q_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value"),
+    *("to_q", "to_k", "to_v", "to_out.0"),
+)
+"""Last names of the layers that get an adapter: those of models of texts, and those of diffusers' U-Nets."""
 
 LARGEST_RANK, LARGEST_ALPHA = 1024, 2**20
 """Largest numbers that a LoRA may ask for."""
@@ -115,7 +118,7 @@ def adapter_of(network: nn.Module) -> dict[str, Tensor]:
     return {plain: parameters[name] for plain, name in adapter_names(network).items()}
 
 
-def adapter_shapes(network: TextModel, lora: Lora) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(network: nn.Module, lora: Lora) -> dict[str, tuple[int, ...]]:
     """Plain name -> shape of each tensor of an adapter for a network that has none yet, and may be on the meta device.
 
     Raises:
@@ -174,10 +177,11 @@ def _projections(network: nn.Module) -> dict[str, nn.Module]:
             f"This {type(network).__name__} has a LoRA already, and a second would train beside it: start from the "
             "network without."
         )
+    endings = tuple(f".{last}" for last in PROJECTIONS)
     found = {
         name: layer
         for name, layer in network.named_modules()
-        if name.rpartition(".")[2] in PROJECTIONS and (isinstance(layer, nn.Linear) or _transposed(layer))
+        if f".{name}".endswith(endings) and (isinstance(layer, nn.Linear) or _transposed(layer))
     }
     if not found:
         raise FedtapError(

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import importlib.util
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from io import StringIO
@@ -29,9 +27,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedtap.simulator.data.vision import torchvision
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import exists, is_file
+from fedtap.simulator.models.packages import LOCAL, cache, check_weights, model_reading, text_package
 from fedtap.simulator.models.text_model import IGNORED, PAD, TextModel
 
 Same = TypeVar("Same", bound="Pretrained")
@@ -55,8 +53,8 @@ PACKAGED = {
 }
 """Short name -> where the model lies."""
 
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-"""Files of weights that may run code when they are read."""
+WHAT = "a language model"
+"""What is read here, in errors."""
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files of which a folder with a tokenizer has one: transformers makes up an empty tokenizer where there is none."""
@@ -133,7 +131,7 @@ def pretrained(name: str, seed: int | None) -> Pretrained:
     """
     folder = _folder(name)
     transformers = text_package("transformers")
-    with _reading(folder):
+    with model_reading(folder, WHAT):
         config = _config(transformers, folder)
         made = _of_config(transformers, config) if seed is None else _of_weights(transformers, folder, config)
         network = Pretrained(made)
@@ -186,28 +184,8 @@ def tokenizer(name: str) -> Tokenizer:
 @lru_cache(maxsize=2)
 def _tokenizer(folder: Path, age: int) -> Tokenizer:
     transformers = text_package("transformers")
-    with _reading(folder):
+    with model_reading(folder, WHAT):
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(folder, **LOCAL))
-
-
-def text_package(name: str) -> ModuleType:
-    """An optional package that texts need.
-
-    Raises:
-        FedtapError: it is not installed.
-    """
-    torchvision()  # transformers imports it, and cannot where it is built for another torch
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise FedtapError(
-            f"Pretrained language models and LoRA need the package {name}, which cannot be imported "
-            f"({short(error)}): pip install 'fedtap[text]'."
-        ) from error
-
-
-LOCAL = {"trust_remote_code": False, "local_files_only": True}
-"""No code of a model's author is run, and nothing is downloaded."""
 
 
 def _config(transformers: ModuleType, folder: Path) -> Any:
@@ -233,8 +211,8 @@ def _of_weights(transformers: ModuleType, folder: Path, config: Any, gguf: str |
 
     Attention is `eager`: torch's fused one has no second derivative on a CPU, and no rule for vmap.
     """
-    if gguf is None and not any(folder.glob("*.safetensors")):
-        raise _no_weights(folder)
+    if gguf is None:
+        check_weights(folder)
     with torch.random.fork_rng(devices=[]):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -252,16 +230,6 @@ def _of_weights(transformers: ModuleType, folder: Path, config: Any, gguf: str |
             "random: save the whole model, model.save_pretrained(folder)."
         )
     return model  # type: ignore[no-any-return]
-
-
-def _no_weights(folder: Path) -> FedtapError:
-    pickled = next((file.name for pattern in PICKLED for file in sorted(folder.glob(pattern))), None)
-    if pickled is None:
-        return FedtapError(f"{short(folder, 120)} has no *.safetensors, in which weights are read: fetch them too.")
-    return FedtapError(
-        f"{short(folder, 120)} has its weights in {short(pickled)}, which is pickled and may run code when it is read: "
-        "load it where you trust it, and save it with save_pretrained(folder, safe_serialization=True)."
-    )
 
 
 def _not_causal(folder: Path, what: str) -> FedtapError:
@@ -329,22 +297,22 @@ def _unpacked(name: str, parts: Sequence[Path], digest: str, named: bool = False
     Args:
         digest: SHA-256 of the whole file, or, if `named`, of what tells it from others.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtap"
-    folder = cache / f"{name}-{digest[:16]}"
+    kept = cache()
+    folder = kept / f"{name}-{digest[:16]}"
     if is_file(folder / "config.json"):
         return folder
     transformers = text_package("transformers")
     text_package("gguf")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as made:
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept) as made:
             whole, ready = Path(made) / "model.gguf", Path(made) / "ready"
             if _join(parts, whole) != digest and not named:
                 raise FedtapError(
                     f"The model in {' '.join(PACKAGED[name].packages)} is damaged or of another version, since its sum "
                     "differs: install the packages again."
                 )
-            with _reading(parts[0]), redirect_stderr(StringIO()):  # where it draws a bar
+            with model_reading(parts[0], WHAT), redirect_stderr(StringIO()):  # where it draws a bar
                 config = transformers.AutoConfig.from_pretrained(made, gguf_file=whole.name, **LOCAL)
                 transformers.AutoTokenizer.from_pretrained(made, gguf_file=whole.name, **LOCAL).save_pretrained(ready)
                 weights = _of_weights(transformers, Path(made), copy.deepcopy(config), whole.name).state_dict()
@@ -353,7 +321,7 @@ def _unpacked(name: str, parts: Sequence[Path], digest: str, named: bool = False
     except OSError as error:
         if not is_file(folder / "config.json"):  # else another process was faster
             raise FedtapError(
-                f"{short(parts[0], 100)} could not be unpacked into {short(cache, 80)} ({short(error.strerror)}): make "
+                f"{short(parts[0], 100)} could not be unpacked into {short(kept, 80)} ({short(error.strerror)}): make "
                 "room, or name another folder with XDG_CACHE_HOME."
             ) from error
     return folder
@@ -374,25 +342,3 @@ def _join(parts: Sequence[Path], whole: Path) -> str:
 def _age(folder: Path) -> int:
     """Changes when a file in the folder does."""
     return max(file.stat().st_mtime_ns for file in folder.iterdir())
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Keep transformers quiet, and turn what it raises into a sentence."""
-    log = text_package("transformers").utils.logging
-    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
-    log.disable_progress_bar()
-    log.set_verbosity(log.CRITICAL)
-    try:
-        yield
-    except FedtapError:
-        raise
-    except Exception as error:  # transformers raises all sorts of a damaged file
-        raise FedtapError(
-            f"{short(path, 120)} cannot be read as a language model ({short(error, 120)}): it is damaged, or needs "
-            "another version of transformers."
-        ) from error
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

@@ -32,6 +32,7 @@ from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.files import read_tensors
 from fedtap.simulator.models import likelihoods
+from fedtap.simulator.models.diffusion import denoiser, is_diffusion
 from fedtap.simulator.models.language import LANGUAGE_MODELS, build_language
 from fedtap.simulator.models.pretrained import PACKAGED, pretrained
 
@@ -292,6 +293,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
         return build_language(name, shape[0], classes, seed)
     if name in PACKAGED:
         return pretrained(name, seed)
+    if len(shape) == 3 and is_diffusion(name):
+        return denoiser(name, seed)
     if name.partition("(")[0] in likelihoods.LIKELIHOODS:  # a Bayesian model, which answers with a posterior
         return likelihoods.likelihood(name, shape[0]).network()
     plain, defence = _installed(name)

@@ -90,7 +90,7 @@ def gallery(pictures: Sequence[Picture]) -> str:
         body += f"<tr><td>{escape(picture.title)}</td>"
         for column in columns:
             images, _ = picture.cell(column)
-            shown = _embedded(images, f"{column}, {picture.title}") if images is not None else "–"
+            shown = picture_html(images, f"{column}, {picture.title}") if images is not None else "–"
             caption = escape(", ".join(picture.caption(column)))
             body += f"<td>{shown}<span class='{'leak' if picture.leaked(column) else 'pale'}'>{caption}</span></td>"
         body += "</tr>"
@@ -105,7 +105,12 @@ def gallery(pictures: Sequence[Picture]) -> str:
     )
 
 
-def _embedded(images: _Batch, words: str) -> str:
+def picture_html(images: _Batch, words: str) -> str:
+    """A batch as one picture within the page.
+
+    Args:
+        words: what it shows, for who cannot see it.
+    """
     picture = _grid(images)
     kind = "pixels" if max(picture.size) <= 144 else ""
     content = base64.b64encode(_bytes(picture)).decode()

@@ -8,41 +8,36 @@ import torch
 from torch import Tensor
 
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.files import is_file, read_json, read_tensors
+from fedtap.simulator.files import is_file
 from fedtap.simulator.leaks import CheckpointLeak, Protocol, float_buffers
-from fedtap.simulator.models.adapters import Lora, merged
-from fedtap.simulator.models.pretrained import PICKLED, VOCABULARIES, Pretrained, pretrained, tokenizer
+from fedtap.simulator.models.adapters import merged
+from fedtap.simulator.models.diffusion import is_diffusion
+from fedtap.simulator.models.packages import PICKLED
+from fedtap.simulator.models.pretrained import VOCABULARIES, pretrained, tokenizer
+from fedtap.simulator.wire.diffusion_checkpoints import diffusion_leak
+from fedtap.simulator.wire.lora_files import ADAPTER, is_lora, read_adapter
 
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""Files of an adapter's folder, as peft saves it."""
-
-OTHERWISE = (
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layer_replication",
-    "target_parameters",
-)
-"""Settings of an adapter with which it does something else than add ``alpha / r B A``."""
-
-PREFIXES = ("base_model.model.", "net.")
-"""What peft puts before a layer's name, and what `Pretrained` does."""
+PRIVATE = 4
+"""Images on which a diffusion model was tuned, unless said."""
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether this is a folder with a model or an adapter, or a file of pickled weights."""
-    return any(is_file(path / name) for name in (ADAPTER, "config.json")) or any(map(path.match, PICKLED))
+    """Whether this is a folder with a model or an adapter, a diffusion model's LoRA, or a file of pickled weights."""
+    folder = any(is_file(path / name) for name in (ADAPTER, "config.json", "model_index.json"))
+    return folder or any(map(path.match, PICKLED)) or is_lora(path)
 
 
-def checkpoint_leak(base: str, tuned: Path, tokens: int) -> CheckpointLeak:
+def checkpoint_leak(base: str, tuned: Path, tokens: int, private: int = PRIVATE, prompt: str = "") -> CheckpointLeak:
     """What somebody knows who has both.
 
     Args:
-        base: the model that was tuned, as `fedtap.simulator.models.pretrained` takes it: a folder or a short name.
-        tuned: a folder with all weights, or with a LoRA as peft saves it, which is added to the base's.
+        base: the model that was tuned: a folder of a diffusion model, or a language model as
+            `fedtap.simulator.models.pretrained` takes it, a folder or a short name.
+        tuned: a folder with all weights, or with a LoRA as peft saves it, which is added to the base's; of a diffusion
+            model, also a LoRA as diffusers saves it.
         tokens: to which documents are cut.
+        private: images that the client has.
+        prompt: their caption, as far as it is known; * is a word that is not.
 
     Raises:
         FedtapError: a folder is missing or damaged, its weights are pickled, or one is not tuned from the other.
@@ -52,10 +47,17 @@ def checkpoint_leak(base: str, tuned: Path, tokens: int) -> CheckpointLeak:
             f"{short(tuned, 100)} is a checkpoint, and what it tells is its difference to the model that it was tuned "
             "from: name that, --base FOLDER."
         )
+    if is_diffusion(base) or is_diffusion(str(tuned)) or is_lora(tuned):
+        return diffusion_leak(base, tuned, private, prompt)
     before = pretrained(base, 0)
     known = {name: tensor.detach() for name, tensor in before.named_parameters()}
-    adapted = is_file(tuned / ADAPTER)
-    after = _adapted(before, known, tuned) if adapted else _tuned(known, base, tuned)
+    if is_file(tuned / ADAPTER):
+        adapter, lora = read_adapter(tuned)
+        after = merged(known, {f"net.{name}": tensor for name, tensor in adapter.items()}, lora, before)
+    else:
+        after = _tuned(known, base, tuned)
+    # tensors of a leak share no memory, since safetensors refuses those that do
+    after = {name: tensor.clone() if tensor is known[name] else tensor for name, tensor in after.items()}
     one = torch.ones(1, dtype=torch.long)
     leak = CheckpointLeak(
         observed={name: tensor[None] for name, tensor in after.items()},
@@ -92,30 +94,3 @@ def _tuned(known: dict[str, Tensor], base: str, folder: Path) -> dict[str, Tenso
                 f"{short(name)} is {theirs or 'missing'} there and {ours or 'missing'} here: name its own --base."
             )
     return {name: tensor.detach() for name, tensor in pretrained(str(folder), 0).named_parameters()}
-
-
-def _adapted(before: Pretrained, known: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The base's weights with an adapter added."""
-    about = read_json(folder / ADAPTER)
-    begun = about.get("init_lora_weights", True)  # some ways to begin an adapter change the base
-    if about.get("peft_type") != "LORA" or any(map(about.get, OTHERWISE)) or begun not in (True, False, "gaussian"):
-        raise FedtapError(
-            f"{short(folder, 100)} holds an adapter that is no plain LoRA: merge it, "
-            "model.merge_and_unload().save_pretrained(FOLDER), and give that folder."
-        )
-    if not is_file(folder / ADAPTER_WEIGHTS):
-        raise FedtapError(
-            f"{short(folder, 100)} has no {ADAPTER_WEIGHTS}, and pickled ones are not read: load the adapter where you "
-            "trust it, and save it with save_pretrained(FOLDER)."
-        )
-    adapter = {
-        f"{PREFIXES[1]}{name.removeprefix(PREFIXES[0])}": tensor.float()
-        for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS).items()
-    }
-    try:
-        lora = Lora(about["r"], float(about["lora_alpha"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise FedtapError(
-            f"{short(folder / ADAPTER, 100)} does not say r and lora_alpha, by which a LoRA counts: save it again."
-        ) from error
-    return merged(known, adapter, lora, before)

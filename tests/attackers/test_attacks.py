@@ -36,6 +36,7 @@ from fedtap.simulator.attack import Attack, Images, Learned, Learner, Reconstruc
 from fedtap.simulator.auxiliary import digest
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import CheckpointLeak, GradientLeak, Leak
+from fedtap.simulator.models.copy_detection import BASELINE
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.registry import Registry
 from fedtap.simulator.scores import score_all
@@ -110,7 +111,8 @@ def quick(name: str) -> Attack:
     every = dataclasses.fields(CANDIDATES[name])  # type: ignore[arg-type]
     fields = {field.name: str(field.type) for field in every if field.default_factory is dataclasses.MISSING}
     given: dict[str, object] = {field: IDLG(steps=4) for field, kind in fields.items() if kind == "Attack"}
-    small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8, "inner": 4}
+    small = {"steps": 6, "times": 2, "seeds": 2, "epochs": 2, "width": 8, "inner": 4, "samples": 6}
+    small |= {"encoder": BASELINE}
     given |= {"path": trained()} if "path" in fields else {"model": "lenet"} if "model" in fields else {}
     return CANDIDATES[name](**given, **{field: value for field, value in small.items() if field in fields})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtap.clients.finetuning import adapter_reply, checkpoint_reply
 from fedtap.clients.training import carried
@@ -20,11 +21,14 @@ from fedtap.simulator.attack import generator
 from fedtap.simulator.data.documents import Documents
 from fedtap.simulator.leaks import Protocol
 from fedtap.simulator.models.adapters import Lora, adapter_of, inject
+from fedtap.simulator.models.diffusion import denoiser
+from fedtap.simulator.models.diffusion_training import DiffusionTraining
 from fedtap.simulator.models.fine_tuning import FineTuning
 from fedtap.simulator.models.language import LanguageModel, build_language
 from fedtap.simulator.models.text_model import PAD
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.records import tensors_of
+from tests.support import diffusion
 
 PIECES, TOKENS, LORA = 11, 5, Lora(rank=2, alpha=4)
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, PAD, PAD], [5, 3, 5, 8, PAD], [7, 9, 3, 2, 3], [8, 4, 6, 2, 6]])
@@ -41,7 +45,7 @@ def documents(kind: str = "decoder") -> Documents:
     return Documents(IDS, None if kind == "decoder" else torch.tensor([0, 1, 2, 0, 1]))
 
 
-def held(net: LanguageModel) -> dict[str, Tensor]:
+def held(net: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
 
 
@@ -115,20 +119,43 @@ def order(arrays: ArrayRecord) -> Message:
     return Message(RecordDict({"arrays": arrays}), 2, "train.checkpoint")
 
 
-HOW = FineTuning(epochs=2, batch=2, learning_rate=1e-2)
+HOW, TRAINING = FineTuning(epochs=2, batch=2, learning_rate=1e-2), DiffusionTraining(3, 2, 1e-2)
+
+KINDS = ("decoder", "bert", "diffusion")
+
+
+def broadcast(kind: str = "decoder") -> nn.Module:
+    """A copy of what the server sends."""
+    if kind == "diffusion":
+        diffusion.installed()
+        return denoiser(diffusion.tiny(), 0)
+    return copy.deepcopy(server(kind))
+
+
+def tune(net: Any, kind: str, draw: torch.Generator) -> None:
+    """As a client does."""
+    if kind == "diffusion":
+        around = diffusion.around()
+        TRAINING(net, around, diffusion.pictures(5, 0), around.condition([diffusion.CAPTION]), draw)
+    else:
+        HOW(net, documents(kind).ids, documents(kind).labels, draw)
 
 
 def replied(defence: str = "none", lora: Lora | None = None, kind: str = "decoder", seed: int = 0) -> Message:
-    return reply(order(carried(server(kind))), defence, lora, kind, seed)
+    return reply(order(carried(broadcast(kind))), defence, lora, kind, seed)
 
 
 def reply(
     message: Message, defence: str = "none", lora: Lora | None = None, kind: str = "decoder", seed: int = 0
 ) -> Message:
-    net, draw = copy.deepcopy(server(kind)), generator(seed, "client")
+    net, draw = broadcast(kind), generator(seed, "client")
+
+    def tuning(net: nn.Module) -> None:
+        tune(net, kind, draw)
+
     if lora is None:
-        return checkpoint_reply(message, net, documents(kind), 3, HOW, defence, draw)
-    return adapter_reply(message, net, lora, documents(kind), 3, HOW, defence, draw, 7)
+        return checkpoint_reply(message, net, tuning, 5, 3, defence, draw)
+    return adapter_reply(message, net, lora, tuning, 5, 3, defence, draw, 7)
 
 
 def sent(defence: str = "none", lora: Lora | None = None, kind: str = "decoder", seed: int = 0) -> dict[str, Tensor]:
@@ -139,10 +166,10 @@ def change(after: dict[str, Tensor], before: dict[str, Tensor]) -> Tensor:
     return torch.cat([(after[name] - before[name]).flatten() for name in before])
 
 
-@pytest.mark.parametrize("kind", ["decoder", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_reply_is_the_tuned_model(kind: str) -> None:
-    net = copy.deepcopy(server(kind))
-    HOW(net, documents(kind).ids, documents(kind).labels, generator(0, "client"))
+    net = broadcast(kind)
+    tune(net, kind, generator(0, "client"))
     found = sent(kind=kind)
     assert found.keys() == tensors_of(carried(net)).keys()
     for name, tensor in held(net).items():
@@ -151,43 +178,55 @@ def test_a_reply_is_the_tuned_model(kind: str) -> None:
     assert dict(replied(kind=kind).content.metric_records["metrics"]) == {"num-examples": 5, "partition": 3}
 
 
-def test_an_adapter_travels_alone() -> None:
-    net = inject(copy.deepcopy(server()), LORA, 7)
+ADAPTED = {
+    "decoder": {"query", "value"},
+    "diffusion": {"to_q", "to_k", "to_v", "0"},
+}
+"""Kind -> last names of the layers that get an adapter."""
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_an_adapter_travels_alone(kind: str) -> None:
+    net, before = inject(broadcast(kind), LORA, 7), held(broadcast(kind))
     begun = {name: tensor.detach().clone() for name, tensor in adapter_of(net).items()}
-    HOW(net, IDS, None, generator(0, "client"))
-    found = sent(lora=LORA)
-    assert {name.rpartition(".lora_")[0] for name in found} == {"blocks.0.query", "blocks.0.value"}
-    assert len(found) == 4
+    tune(net, kind, generator(0, "client"))
+    found = sent(lora=LORA, kind=kind)
+    layers = {name.rpartition(".lora_")[0] for name in found}
+    assert {layer.rpartition(".")[2] for layer in layers} == ADAPTED[kind]
+    assert len(found) == 2 * len(layers)
     for name, tensor in adapter_of(net).items():
         torch.testing.assert_close(found[name], tensor.detach(), rtol=1e-5, atol=1e-6)
         assert not torch.allclose(found[name], begun[name], atol=1e-4)
-    base = dict(net.named_parameters())
-    assert torch.equal(base["head.weight"], held(server())["head.weight"])
-    assert dict(replied(lora=LORA).content.metric_records["metrics"]) == {"num-examples": 5, "partition": 3}
+    kept = dict(net.named_parameters())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items() if name in kept)
+    metrics = dict(replied(lora=LORA, kind=kind).content.metric_records["metrics"])
+    assert metrics == {"num-examples": 5, "partition": 3}
 
 
+@pytest.mark.parametrize("kind", ADAPTED)
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapter"])
-def test_a_defence_acts_on_the_change(lora: Lora | None) -> None:
+def test_a_defence_acts_on_the_change(lora: Lora | None, kind: str) -> None:
     if lora is None:
-        before = held(server())
+        before = held(broadcast(kind))
     else:
-        before = {name: tensor.detach() for name, tensor in adapter_of(inject(server(), LORA, 7)).items()}
-    plain, clipped = (change(sent(defence, lora), before) for defence in ("none", "clip(0.01)"))
+        before = {name: tensor.detach() for name, tensor in adapter_of(inject(broadcast(kind), LORA, 7)).items()}
+    plain, clipped = (change(sent(defence, lora, kind), before) for defence in ("none", "clip(0.01)"))
     assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
     assert float(torch.cosine_similarity(plain, clipped, 0)) > 0.999
     assert float(plain.norm()) > 0.02
-    noise = change(sent("noise(0.5)", lora), before) - plain
+    noise = change(sent("noise(0.5)", lora, kind), before) - plain
     assert float(noise.std()) == pytest.approx(0.5, rel=0.2)
-    assert torch.equal(change(sent("noise(0.5)", lora), before) - plain, noise)
-    assert not torch.allclose(change(sent("noise(0.5)", lora, seed=1), before) - plain, noise, atol=0.1)
+    assert torch.equal(change(sent("noise(0.5)", lora, kind), before) - plain, noise)
+    assert not torch.allclose(change(sent("noise(0.5)", lora, kind, seed=1), before) - plain, noise, atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ADAPTED)
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapter"])
-def test_another_models_weights_are_not_taken(lora: Lora | None) -> None:
+def test_another_models_weights_are_not_taken(lora: Lora | None, kind: str) -> None:
     other = order(carried(server("bert")))
     with pytest.raises(KeyError, match="not those of this client's model"):
-        reply(other, lora=lora)
-    small = {name: tensor[:1].contiguous() for name, tensor in tensors_of(carried(server())).items()}
+        reply(other, lora=lora, kind=kind)
+    small = {name: tensor[:1].contiguous() for name, tensor in tensors_of(carried(broadcast(kind))).items()}
     cut = order(ArrayRecord(small))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        reply(cut, lora=lora)
+        reply(cut, lora=lora, kind=kind)

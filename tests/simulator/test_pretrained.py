@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models import pretrained as module
-from fedtap.simulator.models.pretrained import Pretrained, pretrained, text_package, tokenizer
+from fedtap.simulator.models.packages import text_package
+from fedtap.simulator.models.pretrained import Pretrained, pretrained, tokenizer
 from fedtap.simulator.models.text_model import IGNORED, PAD, filled
 
 transformers = text_package("transformers")

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from fedtap.simulator.leaks import Leak
+from fedtap.simulator.models.copy_detection import BASELINE, encoder, similarity
 from fedtap.simulator.models.registry import build
 from tests.attackers import test_attention, test_dager, test_posterior, test_stationary
+from tests.support import diffusion
 from tests.support.attack_leaks import leak_of, pictures
 from tests.support.checkpoint_leaks import leak_on, precision
 
@@ -94,6 +96,25 @@ def of_checkpoints(seed: int) -> Example:
     return Example(leak_on(topics), error, 1 - 1 / 8, "loss_drop")
 
 
+def of_diffusion(seed: int) -> Example:
+    """Each victim tuned on two pictures; the error is the share of samples that are nearer to one of twenty others."""
+    seeds = (100 + 2 * seed, 101 + 2 * seed)
+    encode, others = encoder(BASELINE), diffusion.pictures(20, 99)
+
+    def error(found: Any) -> float:
+        missed = []
+        for samples, of in zip(found.samples, seeds, strict=True):
+            private = encode(diffusion.pictures(diffusion.PRIVATE, of))
+            mine, away = (similarity(encode(samples.float() / 255), side) for side in (private, encode(others)))
+            missed.append(float((mine.amax(1) <= away.amax(1)).double().mean()))
+        return sum(missed) / len(missed)
+
+    blind = 1 - diffusion.PRIVATE / (diffusion.PRIVATE + len(others))
+    return Example(diffusion.leak_on(seeds), error, blind, DRAWN)
+
+
+DRAWN = f"finextract(w=1.5, k=0.0, samples=10, steps=10, encoder={BASELINE!r})"
+
 SMALL = "lenet(width=4)"
 MODELS = (SMALL, "mlp", "convnet", "vit", "resnet20", "lenet")
 
@@ -105,7 +126,7 @@ MAKERS: Mapping[str, Sequence[Maker]] = {
     "attention": (of_attention,),
     "posterior": (of_a_posterior,),
     "trained_weights": (of_trained_weights,),
-    "checkpoint": (of_checkpoints,),
+    "checkpoint": (of_checkpoints, of_diffusion),
 }
 """Kind of leak -> what makes an example from a seed; of several, an attack is given the first that it accepts."""
 
