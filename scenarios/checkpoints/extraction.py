@@ -125,7 +125,9 @@ class Extracting(Attacked):
             single=True,
         ),
     ] = ""
-    tau: Annotated[float, Option("similarity from which on a private image counts as extracted", 0.0, 1.0)] = 0.6
+    tau: Annotated[
+        float, Option("similarity from which on a private image counts as extracted; 0: the encoder's", 0.0, 1.0)
+    ] = 0.0
     attack: str = (
         "direct_sampling(samples=5,steps=20),guided_sampling(samples=5,steps=20),finextract(samples=5,steps=20)"
     )

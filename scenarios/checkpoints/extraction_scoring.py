@@ -21,7 +21,7 @@ from fedtap.scenarios.checkpoints.subjects import pretraining_images
 from fedtap.simulator.attack import generator
 from fedtap.simulator.extraction import Extraction
 from fedtap.simulator.files import is_file, read_tensors, write_atomically
-from fedtap.simulator.models.copy_detection import Encoder, encoder, similarity
+from fedtap.simulator.models.copy_detection import Encoder, Encodings, encoder, similarity
 from fedtap.simulator.models.diffusion import all_threads
 from fedtap.simulator.models.packages import cache
 from fedtap.simulator.report.pictures import Picture
@@ -31,7 +31,9 @@ from fedtap.simulator.scenario import Row, Scored, Trial
 if TYPE_CHECKING:
     from fedtap.scenarios.checkpoints.extraction import Extracting
 
-Features = Float[Tensor, "images features"]
+PAPERS_TAU, TAU = 0.6, {"efficientnet_lite0": 0.8}
+"""Similarity from which on two images count as copies: the paper's, with SSCD, and another of an encoder for which
+unrelated photographs have a cosine of 0.45 and copies from 0.64 to 0.97."""
 
 
 def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
@@ -53,7 +55,7 @@ def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
         extracted, samples = encode(found.images[place]), encode(found.samples[place].float() / 255)
         blind = others[torch.randperm(len(others), generator=generator(setting.seed, "blind"))[: len(private)]]
         row: Row = {"client": victim, "round": number, "private_set": ", ".join(named)} | found.columns(place)
-        row |= compared(extracted, ours, away, others, setting.tau)
+        row |= compared(extracted, ours, away, others, setting.tau or TAU.get(encode.name, PAPERS_TAU))
         row |= {f"{name}_samples": value for name, value in _nearest(samples, ours, away, others).items()}
         row |= {
             "identified": identified_share(samples, ours, torch.cat([away, others, before])),
@@ -77,7 +79,7 @@ def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
 
 
 def compared(
-    extracted: Features, private: Features, held_out: Features, others: Features, tau: float
+    extracted: Encodings, private: Encodings, held_out: Encodings, others: Encodings, tau: float
 ) -> dict[str, float]:
     """AS, the mean over private images of the similarity to the highest extracted one; A-ESR, the share of them at
     which it is `tau` at least; and AS of held-out images and of others (Wu, Zhang, Wu, ICML 2025, section 5)."""
@@ -88,23 +90,23 @@ def compared(
     }
 
 
-def _nearest(drawn: Features, private: Features, held_out: Features, others: Features) -> dict[str, float]:
+def _nearest(drawn: Encodings, private: Encodings, held_out: Encodings, others: Encodings) -> dict[str, float]:
     sides = {"training": private, "held_out": held_out, "others": others}
     return {name: float(highest(side, drawn).mean()) for name, side in sides.items()}
 
 
-def highest(images: Features, among: Features) -> Float[Tensor, "images"]:
+def highest(images: Encodings, among: Encodings) -> Float[Tensor, "images"]:
     """Of each image, the similarity to the highest of some others."""
     return similarity(images, among).amax(1)
 
 
-def identified_share(samples: Features, private: Features, rest: Features) -> float:
+def identified_share(samples: Encodings, private: Encodings, rest: Encodings) -> float:
     """The share of samples that are nearer to a private image than to any of the rest."""
     return float((highest(samples, private) > highest(samples, rest)).double().mean())
 
 
 @lru_cache(maxsize=2)
-def _pretraining(data_root: Path, names: str, size: int, encode: Encoder) -> Features:
+def _pretraining(data_root: Path, names: str, size: int, encode: Encoder) -> Encodings:
     images = pretraining_images(data_root, names, size)
     if not len(images):
         return encode(torch.zeros(1, 3, size, size))[:0]

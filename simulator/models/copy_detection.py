@@ -90,7 +90,7 @@ class Encoder:
         return f"Encoder({self.name})"
 
     def __call__(self, images: Float[Tensor, "images channel height width"]) -> Encodings:
-        """Encodings of norm 1, or of 0 where an image has none, on the images' device and without a gradient.
+        """Features of norm 1, or of 0 where an image has none, on the images' device and without a gradient.
 
         Args:
             images: pixels in [0, 1], grey or RGB.

@@ -296,7 +296,7 @@ def test_the_gain_is_the_fall_of_the_loss_on_a_sample() -> None:
     found = finextract.gained(ends, samples, told, null, 5)
     draw = torch.Generator().manual_seed(5)
     wanted = torch.zeros(4)
-    for _ in range(finextract.DRAWS):
+    for _ in range(finextract.NOISE_DRAWS):
         noise = torch.randn(samples.shape, generator=draw)
         steps = torch.randint(100, 700, (4,), generator=draw)
         for row, (x, e, t) in enumerate(zip(samples, noise, steps, strict=True)):
