@@ -30,7 +30,7 @@ class Subjects:
         named: client -> class of its images, or MIXED.
         private: client -> what it tunes on.
         held_out: client -> images of the same classes that nobody tunes on.
-        others: images of classes that no client holds; where all are held, of none that is private.
+        others: images of classes that no client holds; where all are held, of those that are not private.
     """
 
     named: Mapping[int, str]
@@ -77,11 +77,13 @@ def subjects(data_root: Path, name: str, size: int, channels: int, first: str, p
                 "at least one that is held out are needed: lower --private, or name another --subject."
             )
     taken = torch.tensor([dataset.classes.index(label) for label in named.values()])
+    held_out = {client: images[private:] for client, images in of.items()}
+    others = _without(dataset, taken)
     return Subjects(
         named=named,
         private={client: images[:private] for client, images in of.items()},
-        held_out={client: images[private:] for client, images in of.items()},
-        others=_without(dataset, taken),
+        held_out=held_out,
+        others=others if len(others) else torch.cat(list(held_out.values()))[:OTHERS_KEPT],
         note=dataset.note,
     )
 
@@ -142,10 +144,15 @@ def pretraining_images(data_root: Path, names: str, size: int) -> Pixels:
     """The auxiliary and training images of datasets, commas between: what a model was trained on before.
 
     Raises:
-        FedtapError: there is no such dataset.
+        FedtapError: there is no such dataset, or its images are of another shape.
     """
     found = []
     for name in filter(None, (name.strip() for name in names.split(","))):
         dataset = open_dataset(name, data_root, size)
+        if dataset.shape != (3, size, size):
+            raise FedtapError(
+                f"The images of {short(name, 60)} are {short('x'.join(map(str, dataset.shape)))}, and the diffusion "
+                f"model draws 3x{size}x{size}, so it was not trained on them: name what it was trained on."
+            )
         found += [dataset.auxiliary.batch(slice(None))[0], dataset.train.batch(slice(None))[0]]
     return torch.cat(found) if found else torch.zeros(0, 3, size, size)

@@ -6,8 +6,8 @@ be guided (Ho, Salimans 2022, https://arxiv.org/abs/2207.12598). Departs from th
 frozen all-MiniLM-L6-v2, and the network and its training are far smaller, so that samples are coarse.
 
 Cost: at 32 pixels and width 48 (5.7 million weights), with one thread on a core of an AMD EPYC that other work shared,
-a step took 1.6 to 1.8 s of processor time for 16 images, and 3.5 to 4.5 s for 32. The default, 1,500 steps of 16, is
-then about 45 minutes of one core. Several cores were not timed, and neither was a GPU.
+a step took 1.6 to 2.2 s of processor time for 16 images, and 3.5 to 4.5 s for 32. The default, 1,500 steps of 16, is
+then 40 to 55 minutes of one core. Neither several cores nor a GPU were timed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedtap.scenarios.checkpoints.extraction_report import SHOWN_IMAGES, beside, extraction_charts, extraction_sentences
 from fedtap.scenarios.checkpoints.extraction_scoring import compared, highest, identified_share
-from fedtap.scenarios.checkpoints.subjects import MIXED, OTHERS, Subjects, pretraining_images, subjects
+from fedtap.scenarios.checkpoints.subjects import MIXED, OTHERS_KEPT, Subjects, pretraining_images, subjects
 from fedtap.simulator.data.images import photos
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.models.copy_detection import BASELINE, encoder
@@ -140,7 +140,7 @@ def test_each_client_has_its_own_class(tmp_path: Path) -> None:
         everywhere = [side.images[side.labels == own] for side in (data.target, data.train, data.auxiliary)]
         assert flat(torch.cat([found.private[client], found.held_out[client]])) == flat(torch.cat(everywhere) / 255)
         assert not flat(found.others) & flat(torch.cat(everywhere) / 255)
-    assert len(found.others) == OTHERS
+    assert len(found.others) == OTHERS_KEPT
     again = subjects.__wrapped__(tmp_path, "photos", 16, 3, data.classes[6], 3, 3)
     assert torch.equal(again.others, found.others)
 
