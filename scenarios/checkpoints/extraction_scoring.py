@@ -31,7 +31,7 @@ from fedtap.simulator.scenario import Row, Scored, Trial
 if TYPE_CHECKING:
     from fedtap.scenarios.checkpoints.extraction import Extracting
 
-TIE = 1e-6
+ROUNDED_AWAY = 1e-6
 """Similarities that differ by no more are equal, up to rounding."""
 
 PAPERS_TAU, TAU = 0.6, {"efficientnet_lite0": 0.8}
@@ -105,7 +105,7 @@ def highest(images: Encodings, among: Encodings) -> Float[Tensor, "images"]:
 
 def identified_share(samples: Encodings, private: Encodings, rest: Encodings) -> float:
     """The share of samples that are nearer to a private image than to any of the rest."""
-    return float((highest(samples, private) > highest(samples, rest) + TIE).double().mean())
+    return float((highest(samples, private) > highest(samples, rest) + ROUNDED_AWAY).double().mean())
 
 
 @lru_cache(maxsize=2)

@@ -252,8 +252,8 @@ def pretrain_command(
 ) -> None:
     """Train a small diffusion model from nothing on public images, once, for scenarios that are given no --weights.
     Stopped or killed, the same command goes on. On a core of an AMD EPYC that other work shared, a step of 16 images of
-    32 pixels took 1.6 to 2.2 s of processor time, and one of 32 took 3.5 to 4.5 s: the default takes 40 to 55 minutes of
-    one core. It has not been timed on a GPU."""
+    32 pixels took 1.6 to 2.2 s of processor time, and one of 32 took 3.5 to 4.5 s: the default takes 40 to 55 minutes
+    of one core. It has not been timed on a GPU."""
     if what != "diffusion":
         raise unknown("model to pretrain", what, ("diffusion",))
     from fedtap.simulator.models.diffusion_pretraining import EVERY, Pretraining, cache_folder, pretrain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from fedtap.simulator.models.adapters import Lora, inject
 from fedtap.simulator.models.attention import architecture
 from fedtap.simulator.models.copy_detection import BASELINE, encoder, similarity
 from fedtap.simulator.models.diffusion import Denoiser, denoiser
+from fedtap.simulator.models.diffusion_training import DiffusionTraining
 from tests.support import checkpoint_leaks
 from tests.support.diffusion import (
     CAPTION,
@@ -47,9 +48,10 @@ from tests.support.diffusion import (
     moved,
     pictures,
     tiny,
+    tuned,
 )
 
-SAMPLES, STEPS = 3, 5
+SAMPLES, STEPS = 2, 3
 SMALL: dict[str, Any] = {"samples": SAMPLES, "steps": STEPS, "encoder": BASELINE}
 ADAPTERS = pytest.mark.parametrize("adapter", ["", LORA], ids=["full", "lora"])
 
@@ -196,13 +198,8 @@ ATTACKS: tuple[Extractor, ...] = (
 )
 
 
-def written(attack: Extractor) -> str:
-    return attack.written()
-
-
 @pytest.mark.usefixtures("every_sample")
-@pytest.mark.parametrize("attack", ATTACKS, ids=written)
-@ADAPTERS
+@pytest.mark.parametrize(("attack", "adapter"), [*((attack, "") for attack in ATTACKS), (ATTACKS[0], LORA)])
 def test_a_victim_in_a_stack_is_as_it_is_alone(attack: Extractor, adapter: str) -> None:
     both = leak(adapter, 2)
     together = attack(both, seed=4)
@@ -214,12 +211,12 @@ def test_a_victim_in_a_stack_is_as_it_is_alone(attack: Extractor, adapter: str) 
     assert len(together.captions) == len(together.guidance) == 2
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=written)
-def test_a_seed_says_all_that_is_drawn(attack: Extractor) -> None:
-    one, two, other = (attack(leak(), seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(one.samples, two.samples)
-    assert torch.equal(one.images, two.images)
-    assert not torch.equal(one.samples, other.samples)
+def test_a_seed_says_all_that_is_drawn() -> None:
+    for attack in ATTACKS[1:]:
+        one, two, other = (attack(leak(), seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(one.samples, two.samples)
+        assert torch.equal(one.images, two.images)
+        assert not torch.equal(one.samples, other.samples)
 
 
 def test_all_attacks_begin_with_the_same_noise() -> None:
@@ -278,6 +275,7 @@ def test_what_a_client_tuned_on_comes_back() -> None:
 
 def test_a_chosen_w_is_the_one_whose_samples_the_tuned_model_knows_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finextract, "CANDIDATES", (1.0, 1.5, 20.0))
+    monkeypatch.setattr(finextract, "TRIED", 4)
     known, attack = leak_on((100, 101)), FineXtract("auto", 0.0, **SMALL)
     found = attack(known, seed=2)
     assert found.guidance == attack(known, seed=2).guidance
@@ -314,76 +312,60 @@ def test_the_gain_is_the_fall_of_the_loss_on_a_sample() -> None:
 # Captions.
 
 
-def told(ends: Any = None, prompt: str = "", announced: str = "", file: str = "") -> str:
+def told(known: CheckpointLeak | None = None, prompt: str = "", announced: str = "", file: str = "") -> str:
     """The caption that an attack goes by."""
-    attack = DirectSampling(prompt=prompt, captions=file, **SMALL)
-    known = leak_of([held(base())], prompt=announced)
-    return caption_of(attack, known, ends, 0)
+    known = known or leak_of([held(base())])
+    known = dataclasses.replace(known, protocol=dataclasses.replace(known.protocol, prompt=announced))
+    return caption_of(DirectSampling(prompt=prompt, captions=file, **SMALL), known, around())
 
 
 def test_a_caption_that_is_known_is_used() -> None:
-    assert told(announced=CAPTION) == CAPTION  # no model is asked
+    assert told(announced=CAPTION) == CAPTION  # no weight has moved
     assert told(announced=CAPTION, prompt="a painting of sks") == "a painting of sks"
     assert told(announced="a photo of *", prompt=CAPTION) == CAPTION
     found = DirectSampling(prompt="a dog", **SMALL)(leak())
     assert found.captions == ("a dog",)
 
 
-def planted(candidates: Sequence[str], which: int) -> CheckpointLeak:
-    """Of a model whose predictions changed under one of these captions alone.
-
-    Cross-attention's values W c changed by r v^T c, where v^T c is 1 for the tokens of that caption, and 0 for those of
-    the others.
-    """
-    said = around().condition(candidates).double()
-    wanted = torch.zeros(said.shape[:2], dtype=torch.float64)
-    wanted[which] = 1
-    v = torch.linalg.lstsq(said.flatten(0, 1), wanted.flatten()[:, None], driver="gelsd").solution[:, 0]
-    assert float((said @ v - wanted).abs().max()) < 0.2
-    sent = held(base())
-    for name in sent:
-        if name.endswith("attn2.to_v.weight"):
-            sent[name] += 5 * v.float()
-    return leak_of([sent], prompt="")
+@cache
+def tuned_under(caption: str, adapter: str = "") -> CheckpointLeak:
+    """The checkpoint of a client that tuned for a moment."""
+    how = DiffusionTraining(steps=8, batch=2, learning_rate=1e-3)
+    return leak_of([tuned(pictures(PRIVATE, 5), how, adapter, caption)], adapter)
 
 
-@pytest.fixture
-def few_names(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Fewer candidates than 200, which take seconds."""
-    names = NOUNS[::45]
-    monkeypatch.setattr(captions, "NAMES", names)
-    return names
+@ADAPTERS
+@pytest.mark.parametrize("noun", [NOUNS[7], NOUNS[150]])
+def test_a_word_that_is_not_announced_is_found(noun: str, adapter: str) -> None:
+    caption, announced = f"a photo of one sks {noun}", f"a photo of one sks {BLANK}"
+    known = tuned_under(caption, adapter)
+    assert told(known, announced=announced) == told(known, prompt=announced) == caption
 
 
-@pytest.mark.parametrize("which", [0, 3])
-def test_a_word_that_is_not_announced_is_found(which: int, few_names: tuple[str, ...]) -> None:
-    announced = f"a photo of one sks {BLANK}"
-    candidates = filled_in(announced, few_names)
-    known = planted(candidates, which)
-    ends = Ends.of(known)
-    assert told(ends, announced=announced) == f"a photo of one sks {few_names[which]}"
-    assert told(ends, prompt=announced) == f"a photo of one sks {few_names[which]}"
-    found = captions.differences(ends, candidates, 0)
-    assert float(found.max()) > 4 * float(found.sort().values[-2])
+def test_samples_are_drawn_under_the_caption_that_is_found() -> None:
+    announced, caption = f"a photo of one sks {BLANK}", f"a photo of one sks {NOUNS[7]}"
+    known = tuned_under(caption)
     partly = dataclasses.replace(known, protocol=dataclasses.replace(known.protocol, prompt=announced))
-    assert DirectSampling(**SMALL)(partly).captions == (candidates[which],)
+    found = DirectSampling(**SMALL)(partly)
+    assert found.captions == (caption,)
+    assert torch.equal(found.samples, DirectSampling(prompt=caption, **SMALL)(known).samples)
 
 
-@pytest.mark.parametrize("which", [1, 13, 24])
-def test_a_caption_of_which_nothing_is_announced_is_found(which: int, few_names: tuple[str, ...]) -> None:
-    candidates = filled_in("", few_names)
-    assert len(candidates) == 25
-    assert told(Ends.of(planted(candidates, which))) == candidates[which]
+def test_a_caption_of_which_nothing_is_announced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "NOUNS", NOUNS[7::20])  # with all 200 there are 1,000 captions
+    for frame in FRAMES:
+        caption = frame.replace(BLANK, NOUNS[7])
+        assert told(tuned_under(caption)) == caption
 
 
 def test_candidates_are_read_from_a_file(tmp_path: Path) -> None:
     lines = ["a dark house", "two dogs in the snow", "sks", "an old man"]
     (tmp_path / "captions.txt").write_text("\n".join([*lines, lines[0], ""]))
     file = str(tmp_path / "captions.txt")
-    for which in (1, 2):
-        assert told(Ends.of(planted(lines, which)), file=file) == lines[which]
-    within = [f"a photo of {line}" for line in lines]
-    assert told(Ends.of(planted(within, 2)), announced=f"a photo of {BLANK}", file=file) == within[2]
+    assert told(tuned_under(lines[1]), file=file) == lines[1]
+    within = f"a photo of {lines[3]}"
+    assert told(tuned_under(within), announced=f"a photo of {BLANK}", file=file) == within
+    assert told(announced=CAPTION, file=str(tmp_path / "absent.txt")) == CAPTION  # nothing is looked up
 
 
 def test_candidates_that_are_none_are_one_sentence(tmp_path: Path) -> None:
@@ -394,21 +376,39 @@ def test_candidates_that_are_none_are_one_sentence(tmp_path: Path) -> None:
             told(file=str(tmp_path / f"{name}.txt"))
 
 
-def test_differences_are_those_of_predictions_one_by_one() -> None:
-    ends, many = Ends.of(leak()), ["a dog", "", "a photo of sks", *(f"a {name}" for name in NOUNS[:20])]
-    found = captions.differences(ends, many, 3)
-    noise = torch.randn(4, 1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
-    for row in (0, 1, 2, 22):
-        said, total = around().condition([many[row]]), 0.0
-        for place, one in enumerate(noise):
-            step = torch.tensor([700, 700, 900, 900][place])
-            total += float((ends.tuned(one, step, said) - ends.base(one, step, said)).square().sum())
-        assert float(found[row]) == pytest.approx(total, rel=1e-3)
-    same = dataclasses.replace(ends, tuned=ends.base)
-    assert float(captions.differences(same, many, 3).abs().max()) == 0
+def test_what_a_caption_explains_is_the_change_in_the_span_of_its_embeddings() -> None:
+    known, many = leak(), ["a dog", "", "a photo of sks"]
+    found = captions.explained(known, around(), many)
+    changes = [
+        (known.tuned(0)[name] - known.broadcast(0)[name]).double()
+        for name in known.observed
+        if ".attn2.to_k." in name or ".attn2.to_v." in name
+    ]
+    assert len(changes) == 6  # of three attentions
+    for share, embeddings in zip(found, around().condition(many).double(), strict=True):
+        onto = embeddings.T @ torch.linalg.pinv(embeddings.T)  # 384 by 384
+        within = sum(float((change @ onto).square().sum()) for change in changes)
+        assert float(share) == pytest.approx(within / sum(float(change.square().sum()) for change in changes), rel=1e-3)
+        assert float(share) < 0.1  # the change is noise, and the span has 12 of 384 dimensions
+    one = known.tuned(0)
+    key = next(name for name in one if name.endswith("attn2.to_v.weight"))
+    planted = held(base())
+    planted[key] = planted[key] + torch.randn(32, 12) @ around().condition(["a dog"])[0]
+    whole = captions.explained(leak_of([planted]), around(), many)
+    assert float(whole[0]) == pytest.approx(1, abs=1e-3)
+    assert float(whole[1:].max()) < 0.999
 
 
-def test_the_list_of_names_is_as_it_says() -> None:
+@ADAPTERS
+def test_a_caption_is_not_read_off_weights_that_did_not_move(adapter: str) -> None:
+    sent = moved(adapter) if adapter else held(base())
+    if adapter:
+        sent = {name: tensor * (".lora_B." not in name) for name, tensor in sent.items()}
+    with pytest.raises(FedtapError, match="came back unchanged: say it in the attack, such as prompt='a photo of sks'"):
+        told(leak_of([sent], adapter))
+
+
+def test_the_list_of_nouns_is_as_it_says() -> None:
     assert len(NOUNS) == len(set(NOUNS)) == 200
     assert [len(frame.split()) for frame in FRAMES] == [3, 4, 5, 6, 7]
     assert all(frame.split().count(BLANK) == 1 for frame in FRAMES)

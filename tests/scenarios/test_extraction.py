@@ -37,8 +37,10 @@ SMALL: dict[str, str] = {
 
 
 @pytest.fixture(autouse=True)
-def _installed() -> None:
+def _installed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache of its own."""
     installed()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def given(**options: object) -> dict[str, str]:
@@ -292,19 +294,20 @@ def test_a_defence_of_the_change_acts(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def few_names(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+def few_nouns(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     names = ("dog", "teapot", "wolf")
-    monkeypatch.setattr(captions, "NAMES", names)
+    monkeypatch.setattr(captions, "NOUNS", names)
     return names
 
 
 @pytest.mark.parametrize("announced", ["partly", "nothing"])
-def test_a_caption_that_is_not_announced_is_guessed(announced: str, tmp_path: Path, few_names: tuple[str, ...]) -> None:
+def test_a_caption_that_is_not_announced_is_guessed(announced: str, tmp_path: Path, few_nouns: tuple[str, ...]) -> None:
     (row,) = played(tmp_path / "out", announced=announced, caption="a photo of dog")
     prompt = {"partly": "a photo of *", "nothing": ""}[announced]
     assert leak_in(tmp_path / "out").protocol.prompt == prompt
-    assert row["caption"] in captions.filled_in(prompt, few_names)
+    assert row["caption"] in captions.filled_in(prompt, few_nouns)
     assert row["caption_found"] is (row["caption"] == "a photo of dog")
+    assert row["caption_found"] or announced == "nothing"  # two steps are enough for a word
     page = (tmp_path / "out/report.html").read_text()
     said = {"partly": "but for one word, and a list of words", "nothing": "is not told the caption"}
     assert said[announced] in page
@@ -337,8 +340,8 @@ def test_attacks_go_by_the_scenarios_encoder_unless_they_have_their_own() -> Non
 
 def test_full_tuning_and_lora_have_settings_of_their_own() -> None:
     full, lora = plan("finextract", {"weights": tiny(), "method": "full,lora", "private": "3"})
-    assert (full.training.steps, full.training.learning_rate, full.training.batch) == (400, 5e-4, 3)
-    assert (lora.training.steps, lora.training.learning_rate, lora.training.batch) == (600, 1e-3, 3)
+    assert full.training.steps < lora.training.steps
+    assert full.training.batch == lora.training.batch == 3
     assert full.lora is None
     assert lora.lora.written() == "lora(rank=16, alpha=16)"
 
