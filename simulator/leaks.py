@@ -729,7 +729,7 @@ def _sound(protocol: Protocol, resolution: float) -> None:
         raise ValueError("momentum is sgd's, and adam has its own: leave it 0")
 
 
-TEXTS = ("model", "defence", "threat_model", "prior", "adapter")
+TEXTS = ("model", "defence", "threat_model", "prior", "adapter", "prompt")
 """Terms of the protocol that are text."""
 
 CHOICES = {

@@ -152,10 +152,6 @@ class Frozen:
             found: Condition = self.text_encoder(**given).last_hidden_state
         return found.to(device)
 
-    def length(self, caption: str) -> int:
-        """Tokens of a caption, its two marks among them."""
-        return len(self.tokenizer(caption)["input_ids"])
-
     def encoded(self, images: Float[Tensor, "images channel height width"]) -> Latents:
         """Images in [0, 1], as the U-Net takes them."""
         scaled = 2 * images - 1

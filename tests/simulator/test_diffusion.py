@@ -120,9 +120,9 @@ def test_a_condition_is_minilms_hidden_states() -> None:
     assert not found.requires_grad
     for caption, said in zip(captions[:3], found, strict=False):
         alone = plain_states(caption)
-        assert len(alone) == around().length(caption) <= TOKENS
+        assert len(alone) == len(around().tokenizer(caption)["input_ids"]) <= TOKENS
         torch.testing.assert_close(said[: len(alone)], alone, rtol=1e-4, atol=1e-4)  # padding changes no token
-    assert around().length(captions[3]) > TOKENS
+    assert len(around().tokenizer(captions[3])["input_ids"]) > TOKENS
     cut = around().condition([captions[3] + " and barks"])
     torch.testing.assert_close(cut, found[3:])
 
