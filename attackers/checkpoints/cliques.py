@@ -32,6 +32,9 @@ STRIDES = 100
 DIGITS = 6
 """Decimals to which cosines are rounded, so that 1 is a cosine that samples can have."""
 
+COUNTING = 5
+"""Samples of the smallest clique that counts: chance joins three that belong to no cluster, hardly five."""
+
 LISTED = 300
 """Maximal cliques that are looked at for one threshold. Nearly separate clusters have fewer; of a denser graph, no
 number that can be listed finds more than the greedy clique."""
@@ -70,7 +73,8 @@ def cliques(
 
     Args:
         features: L2-normalised.
-        smallest: samples of a clique that counts; by default a tenth of a cluster's share, and 2 at least.
+        smallest: samples of a clique that counts; by default COUNTING, or a quarter of a cluster's share where that is
+            less, but 2 at least.
         apart: whether only communities count.
         seconds: processor time after which the greedy cliques are taken.
 
@@ -83,7 +87,7 @@ def cliques(
     order = cosines.sum(1).argsort(descending=True, stable=True)  # whatever order the samples came in
     features, cosines = features[order], cosines[order][:, order]
     rounded = cosines.numpy().round(DIGITS)
-    least = max(2, len(features) // (10 * many)) if smallest is None else smallest
+    least = max(2, min(COUNTING, len(features) // (4 * many))) if smallest is None else smallest
     found, stride, capped = _search(rounded, many, least, apart, time.thread_time() + seconds)
     found = sorted(_split(found, many, cosines), key=len, reverse=True)
     return Clusters(

@@ -84,7 +84,7 @@ def check(found: Clusters, features: Tensor, many: int) -> None:
         assert float(distances[clique.index(medoid)]) <= float(distances.min()) + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(0, 40, 5))
+@pytest.mark.parametrize("seed", range(0, 40, 8))
 @pytest.mark.parametrize(
     ("sizes", "background"), [([25] * 4, 0), ([15] * 8, 0), ([10, 15, 25, 40], 40), (range(8, 24, 2), 40)], ids=str
 )
@@ -106,7 +106,7 @@ def test_the_papers_rule_does_not_find_them() -> None:
 
 
 @given(seeds, st.integers(1, 12), st.integers(2, 4), st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_each_clique_is_a_largest_of_what_is_left(seed: int, samples: int, width: int, many: int) -> None:
     features = noise(samples, width, seed)
     found = cliques(features, min(many, samples), smallest=1, apart=False)
@@ -131,7 +131,7 @@ def peeled(graph: nx.Graph, many: int, smallest: int, apart: bool) -> list[set[i
 
 
 @given(seeds, st.integers(5, 8), st.integers(1, 2), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_threshold_is_the_first_with_as_many_cliques_as_asked_for(
     seed: int, samples: int, many: int, apart: bool
 ) -> None:
@@ -149,7 +149,7 @@ def test_the_threshold_is_the_first_with_as_many_cliques_as_asked_for(
 
 
 @given(seeds, st.integers(2, 40), st.integers(2, 16), st.integers(1, 5), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_order_of_the_samples_does_not_matter(seed: int, samples: int, width: int, many: int, papers: bool) -> None:
     many, features = min(many, samples), noise(samples, width, seed)
     options = PAPERS if papers else {}
@@ -172,10 +172,10 @@ def test_clusters_are_communities(seed: int) -> None:
     assert all(community(graph, set(clique)) for clique in found.members)
 
 
-@pytest.mark.parametrize("many", [1, 4, 8])
+@pytest.mark.parametrize("many", [1, 4])
 @pytest.mark.parametrize("width", [2, 8, 128])
 def test_samples_without_clusters_still_give_as_many_samples(many: int, width: int) -> None:
-    for seed in range(3):
+    for seed in range(2):
         features = noise(10 * many, width, seed)
         check(cliques(features, many), features, many)
 

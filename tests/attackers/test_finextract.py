@@ -275,7 +275,7 @@ def test_what_a_client_tuned_on_comes_back() -> None:
 
 def test_a_chosen_w_is_the_one_whose_samples_the_tuned_model_knows_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finextract, "CANDIDATES", (1.0, 1.5, 20.0))
-    monkeypatch.setattr(finextract, "TRIED", 4)
+    monkeypatch.setattr(finextract, "SAMPLES_TRIED", 4)
     known, attack = leak_on((100, 101)), FineXtract("auto", 0.0, **SMALL)
     found = attack(known, seed=2)
     assert found.guidance == attack(known, seed=2).guidance

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedtap.attackers import ATTACKS
-from fedtap.attackers.checkpoints import captions
+from fedtap.attackers.checkpoints import captions, finextract
 from fedtap.scenarios.checkpoints.subjects import Subjects
 from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import ClientError, FedtapError
@@ -316,6 +316,17 @@ def test_a_caption_that_is_not_announced_is_guessed(announced: str, tmp_path: Pa
 def test_a_prompt_of_the_attacks_own_is_not_the_clients(tmp_path: Path) -> None:
     (row,) = played(tmp_path / "out", attack="direct_sampling(samples=2,steps=2,prompt='a dog')")
     assert (row["caption"], row["caption_found"]) == ("a dog", False)
+
+
+def test_a_guidance_that_is_chosen_stands_in_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finextract, "CANDIDATES", (1.0, 2.0))
+    attacks = ",".join(f"finextract(w={w},samples=2,steps=2)" for w in ("'auto'", 0.5, 2.5, 3.5))
+    found = play(planned(victims=2, attack=attacks), tmp_path / "out", fault="raises")
+    sound, lost = ([row for row in found if bool(row.get("error")) is failed] for failed in (False, True))
+    assert sound[0]["w"] in (1.0, 2.0)
+    assert [row["w"] for row in sound[1:]] == [0.5, 2.5, 3.5]
+    assert lost[0]["w"] == "auto"
+    assert "Against w" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_subject_is_a_class(tmp_path: Path) -> None:

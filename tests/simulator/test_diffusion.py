@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.models import diffusion, language
 from fedtap.simulator.models.diffusion import DENOISED_AT_ONCE, TOKENS, Denoiser, Frozen, denoiser, frozen, is_diffusion
 from fedtap.simulator.models.language import minilm_folder
 from fedtap.simulator.models.registry import build
@@ -98,6 +100,15 @@ def test_a_denoiser_is_the_unet() -> None:
         alone = base()(noisy[1:], step[1], told[1:])
     assert torch.equal(found, wanted)
     torch.testing.assert_close(found[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_attention_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy, told = normal(2, 0), around().condition(["a dog"])
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # as attacks do
+        wanted = base()(noisy, torch.tensor(500), told.expand(2, -1, -1))
+        monkeypatch.setattr(diffusion, "LARGE_IMAGE", SIDE * SIDE)
+        found = base()(noisy, torch.tensor(500), told.expand(2, -1, -1))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 # Captions.
@@ -385,8 +396,6 @@ def test_a_missing_package_is_one_sentence(missing: str, monkeypatch: pytest.Mon
 
 
 def test_minilm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtap.simulator.models import language
-
     frozen.cache_clear()
     monkeypatch.setattr(language, "MINILM", "no-such-package")
     with pytest.raises(FedtapError, match="MiniLM comes with the package no-such-package, which is not installed"):
@@ -394,13 +403,11 @@ def test_minilm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
 
 
 def test_threads_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtap.simulator.models.diffusion import all_threads
-
     before = torch.get_num_threads()
     for said in (None, "1"):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if said:
             monkeypatch.setenv("OMP_NUM_THREADS", said)
-        with all_threads():
+        with diffusion.all_threads():
             assert torch.get_num_threads() == (before if said else os.cpu_count())
         assert torch.get_num_threads() == before

