@@ -13,6 +13,7 @@ from tests.support.shapes import check_shapes
 torch.set_num_threads(1)
 check_shapes()
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # diffusion models would take every core
 
 
 @pytest.fixture(scope="session")

@@ -120,15 +120,16 @@ def _search(
     """Cliques, those that count first; the threshold, in strides; and whether a search was cut short."""
     pairs = cosines[np.triu_indices(len(cosines), 1)]
     start = math.floor(round(STRIDES * float(np.quantile(pairs, 0.25)), DIGITS)) if len(pairs) else STRIDES
-    most, best, capped = -1, start, False
+    found: list[Samples] = []
+    best, capped = start, False
     for stride in range(start, STRIDES + 1):
         graph = _Graph(cosines >= stride / STRIDES, deadline)
-        counted = _counted(graph, many, smallest, apart)
+        counted = _counted(graph, many, len(found), smallest, apart)
         capped |= graph.capped
         if len(counted) == many:
             return counted, stride, capped
-        if len(counted) > most:
-            most, best, found = len(counted), stride, counted
+        if len(counted) > len(found):
+            best, found = stride, counted
     graph = _Graph(cosines >= best / STRIDES, deadline)
     for clique in found:
         graph.take(clique)
@@ -137,11 +138,12 @@ def _search(
     return found, best, capped | graph.capped
 
 
-def _counted(graph: _Graph, many: int, smallest: int, apart: bool) -> list[Samples]:
-    """The first `many` cliques that count, of those that are taken out of the graph, the largest first."""
+def _counted(graph: _Graph, many: int, before: int, smallest: int, apart: bool) -> list[Samples]:
+    """The first `many` cliques that count, of those that are taken out of the graph, the largest first; some of them
+    where there can be no more than `before`."""
     found: list[Samples] = []
     while len(found) < many and graph.left:
-        if apart and graph.near_few() < many - len(found):
+        if apart and len(found) + graph.near_few() <= before:
             break
         clique = graph.take(graph.largest())
         if len(clique) < smallest:

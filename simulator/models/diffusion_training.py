@@ -108,12 +108,10 @@ def augmented(images: Pixels, how: str, draw: torch.Generator) -> Pixels:
     v2: Any = importlib.import_module("torchvision.transforms.v2")
     if how == "cutout":
         area = (HOLE**2, HOLE**2)
-        does = v2.RandomErasing(p=1.0, scale=area, ratio=(1.0, 1.0), value=0.5)
+        does, given = v2.RandomErasing(p=1.0, scale=area, ratio=(1.0, 1.0), value=0.5), images
     else:
-        does = v2.RandAugment(num_ops=2)
+        does, given = v2.RandAugment(num_ops=2), (images * 255).round().to(torch.uint8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
-        as_bytes = (images * 255).round().to(torch.uint8)
-        return torch.stack([does(one) for one in (images if how == "cutout" else as_bytes)]).float() / (
-            1 if how == "cutout" else 255
-        )
+        found = torch.stack([does(one) for one in given]).float()
+    return found if how == "cutout" else found / 255
