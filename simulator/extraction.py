@@ -17,6 +17,9 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import CheckpointLeak, Leak
 from fedtap.simulator.models.diffusion import Denoiser
 
+MOST_IMAGES = 10_000
+"""Private images that are asked for at once, at the most."""
+
 
 @dataclass(frozen=True)
 class Extraction(Reconstructed):
@@ -74,13 +77,30 @@ class Extractor(Attack[Extraction]):
                     "give one."
                 )
 
+        for name in ("encoder", "prompt", "captions"):
+            if type(getattr(self, name)) is not str:
+                raise FedtapError(
+                    f"{name} of {self.name} is {short(repr(getattr(self, name)))}, and it is text: quote it."
+                )
+
     def accepts(self, leak: Leak) -> None:
-        """Checkpoints of diffusion models, of clients that say how many images they have."""
+        """Checkpoints of diffusion models, of clients that have equally many images."""
         super().accepts(leak)
         if not isinstance(leak.network, Denoiser):
             raise FedtapError(
                 f"{self.name} samples from a diffusion model, and {short(leak.protocol.model)!r} is none: for a "
                 "language model, use select."
+            )
+        counts = set() if leak.examples is None else set(leak.examples.tolist())
+        if len(counts) > 1:
+            raise FedtapError(
+                f"The victims of this leak have {short(sorted(counts), 40)} images, and as many are extracted of each: "
+                "attack those of unequal numbers one by one, leak[0]."
+            )
+        if max(counts, default=1) > MOST_IMAGES:
+            raise FedtapError(
+                f"The client says it has {max(counts):,} images, and {MOST_IMAGES:,} are extracted at the most: correct "
+                "the leak's examples."
             )
 
     def begin(self, leak: Leak, seed: int) -> Int[Tensor, "victims"]:

@@ -27,8 +27,10 @@ class GuidedSampling(Extractor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -100 <= self.w <= 100:
-            raise FedtapError(f"w of {self.name} is {short(self.w)}, and it is a number from -100 to 100: give one.")
+        if type(self.w) not in (int, float) or not -100 <= self.w <= 100:
+            raise FedtapError(
+                f"w of {self.name} is {short(repr(self.w))}, and it is a number from -100 to 100: give one."
+            )
 
     def reconstruct(self, leak: Leak, start: Tensor) -> Extraction:
         return extracted(self, leak, start, self._guided)

@@ -185,6 +185,14 @@ class Extracting(Attacked):
 
         return Lora(self.rank, self.rank) if self.method == "lora" else None
 
+    def check(self, settings: Sequence[Any]) -> None:
+        """Refuse an encoder that cannot be read, too, before clients tune for minutes."""
+        from fedtap.simulator.models.copy_detection import encoder
+
+        super().check(settings)
+        for name in dict.fromkeys([self.encoder, *(getattr(attack, "encoder", "") for attack in self.attacks)]):
+            encoder(name)
+
     @property
     def nodes(self) -> int:
         """The clients of all sums."""

@@ -137,7 +137,9 @@ def test_w_1_samples_from_the_tuned_model(adapter: str) -> None:
 def test_w_0_samples_from_the_broadcast_model(adapter: str) -> None:
     found = FineXtract(0.0, 0.0, **SMALL)(leak(adapter))
     assert_drawn(found, by_hand(under(base(), "")))
-    assert float((found.images - DirectSampling(**SMALL)(leak(adapter)).images).abs().max()) > 0.1
+    assert (
+        float((found.images - DirectSampling(**SMALL)(leak(adapter)).images).abs().max()) > 0.01
+    )  # a hundred times what counts as equal
 
 
 @pytest.mark.usefixtures("every_sample")
@@ -330,7 +332,7 @@ def test_a_caption_that_is_known_is_used() -> None:
 @cache
 def tuned_under(caption: str, adapter: str = "") -> CheckpointLeak:
     """The checkpoint of a client that tuned for a moment."""
-    how = DiffusionTraining(steps=8, batch=2, learning_rate=1e-3)
+    how = DiffusionTraining(steps=20, batch=2, learning_rate=1e-3)
     return leak_of([tuned(pictures(PRIVATE, 5), how, adapter, caption)], adapter)
 
 
