@@ -99,8 +99,8 @@ class Extractor(Attack[Extraction]):
             )
         if max(counts, default=1) > MOST_IMAGES:
             raise FedtapError(
-                f"The client says it has {max(counts):,} images, and {MOST_IMAGES:,} are extracted at the most: correct "
-                "the leak's examples."
+                f"The client says it has {max(counts):,} images, and {MOST_IMAGES:,} are extracted at the most: "
+                "correct the leak's examples."
             )
 
     def begin(self, leak: Leak, seed: int) -> Int[Tensor, "victims"]:
