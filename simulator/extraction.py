@@ -31,14 +31,14 @@ class Extraction(Reconstructed):
     """All that were drawn, in [0, 255]."""
     objective: Float[Tensor, "victims"]
     """1 - the similarity from which on two samples count as the same image."""
-    captions: tuple[str, ...]
-    """Of each victim, the caption under which samples were drawn."""
-    guidance: tuple[dict[str, float], ...]
-    """Of each victim, the factors of the guidance by name, such as `w`; empty where there is none."""
+    captions: tuple[str, ...] = ()
+    """Of each victim, the caption under which samples were drawn; empty where only the tensors were kept."""
+    guidance: tuple[dict[str, float], ...] = ()
+    """Of each victim, the factors of the guidance by name, such as `w`, where there is any."""
 
     def columns(self, victim: int) -> dict[str, Any]:
         """Columns `caption`, and those of the guidance."""
-        return {"caption": self.captions[victim]} | self.guidance[victim]
+        return {"caption": self.captions[victim], **self.guidance[victim]} if self.captions else {}
 
     def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
         """Any number of images and samples, of the protocol's shape."""

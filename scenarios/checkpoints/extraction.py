@@ -277,10 +277,12 @@ class Extracting(Attacked):
     def observe(self, session: Session) -> Observed:
         """Rounds of tuning; the federation goes on without a client that fails."""
         from fedtap.scenarios.checkpoints.fine_tuned import TunedTerms, checkpoints
+        from fedtap.scenarios.checkpoints.subjects import pretraining_images
         from fedtap.simulator.leaks import float_buffers
         from fedtap.simulator.models.diffusion import denoiser
 
         found = self.subjects(session.data_root)  # so that what is missing is told here, and not by every client
+        pretraining_images(session.data_root, self.pretraining, self.protocol.shape[-1])
         net = denoiser(self.model, 0)
         held = dict(net.named_parameters()) | float_buffers(net)
         weights = {name: tensor.detach() for name, tensor in held.items()}

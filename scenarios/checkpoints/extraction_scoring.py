@@ -63,7 +63,7 @@ def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
         row |= {
             "identified": identified_share(samples, ours, torch.cat([away, others, before])),
             "similarity_blind": float(highest(ours, blind).mean()),
-            "caption_found": found.captions[place] == setting.caption,
+            "caption_found": row.get("caption") == setting.caption,
             "contrast": float(found.images[place].flatten(1).std(1).mean()),
             "encoder": encode.name,
         }

@@ -450,5 +450,8 @@ def test_each_option_that_speaks_of_a_file_is_marked() -> None:
             if known.type is str and re.search(r"\b(files?|folders?|paths?|zip|npz|json|safetensors)\b", about, re.I):
                 assert known.option.file, f"--{option} of {name} names a file: file=True"
             marked |= {option} if known.option.file else set()
-    files = {"dataset", "target_dataset", "data", "draws", "weights", "trained_attack", "auxiliary", "model"}
+    files = {"dataset", "target_dataset", "data", "draws", "weights", "trained_attack", "auxiliary", "model"} | {
+        "encoder",
+        "pretraining",
+    }
     assert marked == files

@@ -423,9 +423,13 @@ def test_images_of_another_kind_are_refused(
     monkeypatch.chdir(tmp_path)
     told = refused("finextract", monkeypatch, capsys, dataset=a_grey_dataset(tmp_path))
     assert "1x8x8, and the diffusion model draws 3x8x8" in told
-    told = refused("finextract", monkeypatch, capsys, weights=save_language_model("gpt2", tmp_path / "text"))
+    language = save_language_model("gpt2", tmp_path / "text")
+    capsys.readouterr()  # transformers draws a bar as it saves
+    told = refused("finextract", monkeypatch, capsys, weights=language)
     assert "There is no diffusion model in" in told
-    told = refused("finextract", monkeypatch, capsys, weights=save_tiny(tmp_path / "wide", cross_attention_dim=16))
+    narrow = save_tiny(tmp_path / "wide", cross_attention_dim=16)
+    capsys.readouterr()
+    told = refused("finextract", monkeypatch, capsys, weights=narrow)
     assert "its text encoder gives 384" in told
 
 
