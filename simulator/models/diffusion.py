@@ -235,6 +235,7 @@ def frozen(name: str) -> Frozen:
     schedule = read_json(scheduler) if is_file(scheduler) else dict(SCHEDULE)
     if not alone:  # so StableDiffusionPipeline reads the schedulers of former versions, which lack one or the other
         schedule |= {"clip_sample": False, "steps_offset": 1}
+    _check_schedule(schedule, scheduler)
     if schedule.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
         raise _other_kind(folder, f"a model that predicts {short(schedule['prediction_type'])}")
     with model_reading(folder, "a diffusion model", "diffusers"):
@@ -272,6 +273,26 @@ def frozen(name: str) -> Frozen:
         tokens=TOKENS if alone else int(tokenizer.model_max_length),
         shape=(channels, side, side),
     )
+
+
+MOST_STEPS = 100_000
+"""Of a schedule."""
+
+
+def _check_schedule(schedule: dict[str, Any], file: Path) -> None:
+    """Refuse a schedule by which nothing can be sampled, before anybody trains for minutes."""
+    steps = schedule.get("num_train_timesteps", 1000)
+    try:
+        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"num_train_timesteps is a whole number from 1 to {MOST_STEPS:,}")
+        diffusion_package("diffusers").DDIMScheduler.from_config(schedule)
+    except FedtapError:
+        raise
+    except Exception as error:  # diffusers raises all sorts
+        raise FedtapError(
+            f"{short(file, 120)} describes no schedule of noise that diffusers knows ({short(error, 100)}): save the "
+            "scheduler again, scheduler.save_pretrained(folder)."
+        ) from error
 
 
 @contextmanager
