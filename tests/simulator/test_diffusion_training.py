@@ -239,6 +239,7 @@ def net(request: pytest.FixtureRequest) -> Denoiser:
     made = fresh(request.param)
     for number, tensor in enumerate(trainable(made).values()):  # an adapter's B is 0 at first
         tensor.data += 0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+    made.train()  # as in a training; Opacus looks at no layer in evaluation mode
     return made
 
 
