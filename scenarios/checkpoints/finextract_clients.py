@@ -1,7 +1,8 @@
 """Does averaging hide each client's images, if the server sees the mean of several tuned diffusion models alone?
 
-The mean of C models went 1/C of each client's way, so by the paper's reading of fine-tuning the extrapolation that
-brings one client's images back is C times as long, and carries everybody else's with it: raise w with C.
+Expect: less comes back of each. The mean of C models went 1/C of each client's way, so by the paper's reading of
+fine-tuning the extrapolation that brings one client's images back is C times as long, and carries everybody else's
+with it: raise w with C.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which of the measures that are at hand keeps a client's images out of the diffusion model that it sends, and at what
 price?
 
-Cutout and RandAugment change what is learned, early stopping how well, noise on the change of the weights and DP-SGD
-how far it can be read. `contrast` and the pictures say whether the model is still of use: one that draws noise hides
-everything.
+Expect: protection at the price of use. Cutout and RandAugment change what is learned, early stopping how well, noise
+on the change of the weights and DP-SGD how far it can be read. `contrast` and the pictures say whether the model is
+still of use: one that draws noise hides everything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Does a LoRA of lower rank give away fewer of the images that it was tuned on?
 
-The paper tunes at rank 64 alone. A LoRA of any rank sends fewer numbers than full tuning, and all of them lie in the
-layers that captions act on; what it takes up depends on steps and learning rate as well, so sweep those too.
+Expect: no rule for rank alone. The paper tunes at rank 64. A LoRA of any rank sends fewer numbers than full tuning,
+and all of them lie in the layers that captions act on; what it takes up depends on steps and learning rate as well,
+so sweep those too.
 """
 
 from __future__ import annotations

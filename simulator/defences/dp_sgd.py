@@ -76,7 +76,6 @@ class DPSGD(StepDefence):
         labels: Int[Tensor, "images"],
         draw: Source,
     ) -> Float[Tensor, ""]:
-        self.check(network, tuple(images.shape[1:]))
         return self.clipped(network, lambda net: training_loss(net, images, labels), len(images), draw)
 
     def clipped(
@@ -93,6 +92,7 @@ class DPSGD(StepDefence):
         from opacus.grad_sample import GradSampleModule  # takes a second to import
         from opacus.optimizers import DPOptimizer
 
+        self.check(network, ())
         for module in network.modules():
             if getattr(module, "inplace", False) is True:  # Opacus keeps what layers return, which must stay as it is
                 setattr(module, "inplace", False)  # noqa: B010
@@ -114,7 +114,7 @@ class DPSGD(StepDefence):
                 if unused.grad_sample is None:
                     unused.grad_sample = unused.new_zeros(examples, *unused.shape)
             optimiser.pre_step()
-        except (RuntimeError, ValueError) as error:  # of a user's model
+        except (RuntimeError, ValueError, TypeError) as error:  # of a user's model
             raise FedtapError(
                 "dp_sgd clips each example's own gradient, which Opacus cannot take of this model "
                 f"({short(error, 120)}): write it of layers that it knows, without operations in place."

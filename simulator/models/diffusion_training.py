@@ -83,10 +83,18 @@ class DiffusionTraining:
         net.eval()
 
     def batches(self, images: int, draw: torch.Generator) -> list[Tensor]:
-        """Which images are in each step: all in turns, shuffled in each pass."""
-        passes = -(-self.steps * self.batch // images)
-        order = torch.cat([torch.randperm(images, generator=draw) for _ in range(passes)])
-        return list(torch.split(order[: self.steps * self.batch], self.batch))
+        """Which images are in each step: all in turns, shuffled in each pass, and none twice in a step, since a
+        guarantee counts on it."""
+        found: list[Tensor] = []
+        left: list[int] = []
+        for _ in range(self.steps):
+            while len(left) < self.batch:
+                fresh = torch.randperm(images, generator=draw).tolist()
+                again = set(left)
+                left += [one for one in fresh if one not in again] + [one for one in fresh if one in again]
+            found.append(torch.tensor(left[: self.batch]))
+            left = left[self.batch :]
+        return found
 
     def loss(
         self, net: nn.Module, frozen: Frozen, images: Pixels, condition: Condition, draw: torch.Generator
