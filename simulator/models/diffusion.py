@@ -275,7 +275,7 @@ def frozen(name: str) -> Frozen:
     )
 
 
-MOST_STEPS = 100_000
+LONGEST_SCHEDULE = 100_000
 """Of a schedule."""
 
 
@@ -283,8 +283,8 @@ def _check_schedule(schedule: dict[str, Any], file: Path) -> None:
     """Refuse a schedule by which nothing can be sampled, before anybody trains for minutes."""
     steps = schedule.get("num_train_timesteps", 1000)
     try:
-        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-            raise ValueError(f"num_train_timesteps is a whole number from 1 to {MOST_STEPS:,}")
+        if type(steps) is not int or not 1 <= steps <= LONGEST_SCHEDULE:
+            raise ValueError(f"num_train_timesteps is a whole number from 1 to {LONGEST_SCHEDULE:,}")
         diffusion_package("diffusers").DDIMScheduler.from_config(schedule)
     except FedtapError:
         raise
