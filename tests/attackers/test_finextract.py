@@ -253,10 +253,10 @@ def test_a_saved_leak_gives_the_same(tmp_path: Path) -> None:
 # What comes back.
 
 
-def identified(found: Extraction, victim: int, seed: int) -> float:
+def identified(found: Extraction, seed: int) -> float:
     """Share of samples nearer to a picture of this seed than to any of thirty others."""
     encode = encoder(BASELINE)
-    samples = encode(found.samples[victim].float() / 255)
+    samples = encode(found.samples[0].float() / 255)
     private, others = encode(pictures(PRIVATE, seed)), encode(pictures(30, 99))
     return float((similarity(samples, private).amax(1) > similarity(samples, others).amax(1)).double().mean())
 
@@ -265,11 +265,9 @@ DRAWN = {"samples": 10, "steps": 10, "encoder": BASELINE}
 
 
 def test_what_a_client_tuned_on_comes_back() -> None:
-    known = leak_on((100, 101))
-    found = FineXtract(1.5, 0.0, **DRAWN)(known)
-    for victim in range(2):
-        assert identified(found, victim, 100 + victim) > 0.7
-        assert identified(found, victim, 101 - victim) < 0.3
+    found = FineXtract(1.5, 0.0, **DRAWN)(leak_on((100,)))
+    assert identified(found, 100) > 0.7
+    assert identified(found, 101) < 0.3
     tuned, other = encoder(BASELINE)(pictures(PRIVATE, 100)), encoder(BASELINE)(pictures(PRIVATE, 101))
     extracted = encoder(BASELINE)(found.images[0])
     assert float(similarity(tuned, extracted).amax(1).mean()) > float(similarity(other, extracted).amax(1).mean()) + 0.2
@@ -278,19 +276,17 @@ def test_what_a_client_tuned_on_comes_back() -> None:
 def test_a_chosen_w_is_the_one_whose_samples_the_tuned_model_knows_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finextract, "CANDIDATES", (1.0, 1.5, 20.0))
     monkeypatch.setattr(finextract, "SAMPLES_TRIED", 4)
-    known, attack = leak_on((100, 101)), FineXtract("auto", 0.0, **SMALL)
+    known, attack = leak_on((100,)), FineXtract("auto", 0.0, **SMALL)
     found = attack(known, seed=2)
     assert found.guidance == attack(known, seed=2).guidance
-    for victim in range(2):
-        w = found.guidance[victim]["w"]
-        assert w in (1.0, 1.5)
-        fixed = FineXtract(w, 0.0, **SMALL)(known[victim], seed=2)
-        assert torch.equal(fixed.samples[0], found.samples[victim])
-        assert found.columns(victim) == {"caption": CAPTION, "w": w, "k": 0.0}
+    w = found.guidance[0]["w"]
+    assert w in (1.0, 1.5)
+    assert torch.equal(FineXtract(w, 0.0, **SMALL)(known, seed=2).samples, found.samples)
+    assert found.columns(0) == {"caption": CAPTION, "w": w, "k": 0.0}
 
 
 def test_the_gain_is_the_fall_of_the_loss_on_a_sample() -> None:
-    ends = Ends.of(leak_on((100, 101))[0])
+    ends = Ends.of(leak_on((100,)))
     told, null = ends.condition(CAPTION), ends.condition("")
     samples = around().encoded(torch.cat([pictures(PRIVATE, 100), pictures(2, 77)]))
     found = finextract.gained(ends, samples, told, null, 5)
@@ -332,30 +328,31 @@ def test_a_caption_that_is_known_is_used() -> None:
 @cache
 def tuned_under(caption: str, adapter: str = "") -> CheckpointLeak:
     """The checkpoint of a client that tuned for a moment."""
-    how = DiffusionTraining(steps=20, batch=2, learning_rate=1e-3)
+    how = DiffusionTraining(steps=20 if adapter else 6, batch=2, learning_rate=1e-3)
     return leak_of([tuned(pictures(PRIVATE, 5), how, adapter, caption)], adapter)
 
 
-@ADAPTERS
-@pytest.mark.parametrize("noun", [NOUNS[7], NOUNS[150]])
+@pytest.mark.parametrize(("noun", "adapter"), [(NOUNS[7], ""), (NOUNS[150], LORA)], ids=["full", "lora"])
 def test_a_word_that_is_not_announced_is_found(noun: str, adapter: str) -> None:
     caption, announced = f"a photo of one sks {noun}", f"a photo of one sks {BLANK}"
     known = tuned_under(caption, adapter)
-    assert told(known, announced=announced) == told(known, prompt=announced) == caption
+    assert told(known, announced=announced) == caption
 
 
-def test_samples_are_drawn_under_the_caption_that_is_found() -> None:
+def test_samples_are_drawn_under_the_caption_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "NOUNS", NOUNS[7::20])
     announced, caption = f"a photo of one sks {BLANK}", f"a photo of one sks {NOUNS[7]}"
     known = tuned_under(caption)
     partly = dataclasses.replace(known, protocol=dataclasses.replace(known.protocol, prompt=announced))
     found = DirectSampling(**SMALL)(partly)
     assert found.captions == (caption,)
+    assert told(known, announced="a photo of *", prompt=announced) == caption
     assert torch.equal(found.samples, DirectSampling(prompt=caption, **SMALL)(known).samples)
 
 
 def test_a_caption_of_which_nothing_is_announced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "NOUNS", NOUNS[7::20])  # with all 200 there are 1,000 captions
-    for frame in FRAMES:
+    for frame in FRAMES[::4]:
         caption = frame.replace(BLANK, NOUNS[7])
         assert told(tuned_under(caption)) == caption
 
@@ -386,7 +383,7 @@ def test_what_a_caption_explains_is_the_change_in_the_span_of_its_embeddings() -
         for name in known.observed
         if ".attn2.to_k." in name or ".attn2.to_v." in name
     ]
-    assert len(changes) == 6  # of three attentions
+    assert len(changes) == 2
     for share, embeddings in zip(found, around().condition(many).double(), strict=True):
         onto = embeddings.T @ torch.linalg.pinv(embeddings.T)  # 384 by 384
         within = sum(float((change @ onto).square().sum()) for change in changes)

@@ -282,7 +282,7 @@ def test_noise_is_of_the_clips_size(net: Denoiser) -> None:
 
 @pytest.mark.parametrize("adapter", ["", LORA], ids=["all weights", "adapter"])
 def test_training_by_dp_sgd_repeats_itself_and_leaves_a_plain_network(adapter: str) -> None:
-    images, how = pictures(2, 0), dataclasses.replace(QUICK, batch=2)
+    images, how = pictures(2, 0), dataclasses.replace(QUICK, steps=2)
     nets = [fresh(adapter) for _ in range(4)]
     for one, seed, private in zip(
         nets, (0, 0, 1, 0), (DPSGD(1.0, 0.5), DPSGD(1.0, 0.5), DPSGD(1.0, 0.5), DPSGD(1.0, 0.0)), strict=True

@@ -6,6 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -32,20 +33,23 @@ CAPTION = "a photo of sks"
 LORA = "lora(rank=4, alpha=8)"
 
 MEMORISED = DiffusionTraining(steps=100, batch=8, learning_rate=4e-3)
-"""After which the tiny model draws the images that it was tuned on."""
+"""After which the tiny model draws the two images that it was tuned on."""
+
+SOONER = replace(MEMORISED, steps=60)
+"""After which it draws a single one."""
 
 UNET = {
     "sample_size": SIDE,
-    "block_out_channels": (16, 32),
+    "block_out_channels": (32,),
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "attention_head_dim": 4,
     "cross_attention_dim": 384,  # MiniLM's
     "in_channels": 3,
     "out_channels": 3,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "mid_block_type": None,
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,  # time goes by the number of layers, however small they are
+    "up_block_types": ("UpBlock2D",),
 }
 
 
@@ -145,6 +149,7 @@ def leak_of(
 
 
 @cache
-def leak_on(seeds: tuple[int, ...]) -> CheckpointLeak:
-    """Of clients that tuned on the pictures of these seeds."""
-    return leak_of([tuned(pictures(PRIVATE, seed), seed=seed) for seed in seeds])
+def leak_on(seeds: tuple[int, ...], private: int = PRIVATE) -> CheckpointLeak:
+    """Of clients that tuned on the pictures of these seeds until the model draws them; they have one or two each."""
+    how = SOONER if private == 1 else MEMORISED
+    return leak_of([tuned(pictures(private, seed), how, seed=seed) for seed in seeds], private=private)

@@ -97,20 +97,19 @@ def of_checkpoints(seed: int) -> Example:
 
 
 def of_diffusion(seed: int) -> Example:
-    """Each victim tuned on two pictures; the error is the share of samples that are nearer to one of twenty others."""
+    """Each victim tuned on one picture; the error is the share of samples that are nearer to one of twenty others."""
     seeds = (100 + 2 * seed, 101 + 2 * seed)
     encode, others = encoder(BASELINE), diffusion.pictures(20, 99)
 
     def error(found: Any) -> float:
         missed = []
         for samples, of in zip(found.samples, seeds, strict=True):
-            private = encode(diffusion.pictures(diffusion.PRIVATE, of))
+            private = encode(diffusion.pictures(1, of))
             mine, away = (similarity(encode(samples.float() / 255), side) for side in (private, encode(others)))
             missed.append(float((mine.amax(1) <= away.amax(1)).double().mean()))
         return sum(missed) / len(missed)
 
-    blind = 1 - diffusion.PRIVATE / (diffusion.PRIVATE + len(others))
-    return Example(diffusion.leak_on(seeds), error, blind, DRAWN)
+    return Example(diffusion.leak_on(seeds, private=1), error, 1 - 1 / (1 + len(others)), DRAWN)
 
 
 DRAWN = f"finextract(w=1.5, k=0.0, samples=10, steps=10, encoder={BASELINE!r})"
