@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +177,19 @@ class Frozen:
 
     def noisy(self, latents: Latents, noise: Latents, steps: Int[Tensor, "images"]) -> Latents:
         """Latents after these steps of the forward process: sqrt(ᾱ) x + sqrt(1 - ᾱ) ε."""
-        scheduler = diffusion_package("diffusers").DDPMScheduler.from_config(self.schedule)
-        found: Latents = scheduler.add_noise(latents, noise, steps)
+        found: Latents = self._forward_process.add_noise(latents, noise, steps)
         return found
 
     def target(self, latents: Latents, noise: Latents, steps: Int[Tensor, "images"]) -> Latents:
         """What the U-Net is trained to predict: the noise, or the velocity."""
-        scheduler = diffusion_package("diffusers").DDPMScheduler.from_config(self.schedule)
-        if scheduler.config.prediction_type == "epsilon":
+        if self._forward_process.config.prediction_type == "epsilon":
             return noise
-        found: Latents = scheduler.get_velocity(latents, noise, steps)
+        found: Latents = self._forward_process.get_velocity(latents, noise, steps)
         return found
+
+    @cached_property
+    def _forward_process(self) -> Any:
+        return diffusion_package("diffusers").DDPMScheduler.from_config(self.schedule)
 
     @property
     def train_steps(self) -> int:
