@@ -106,6 +106,25 @@ class Reconstruction(Reconstructed):
 
 
 @dataclass(frozen=True)
+class CertifiedReconstruction(Reconstruction):
+    """Images and labels that the attack has checked against the leak, which does not use the truth."""
+
+    certified: Bool[Tensor, "victims"] = field(kw_only=True)
+    """Whether the gradient recomputed from them is the leaked one to the wire's precision, and they alone cause it."""
+    recovered: Float[Tensor, "victims"] = field(kw_only=True)
+    """Share of the images that switch on the units whose gradient they were read from."""
+
+    def columns(self, victim: int) -> dict[str, Any]:
+        """Columns `labels`, `certified` and `recovered`."""
+        checks = {"certified": bool(self.certified[victim]), "recovered": float(self.recovered[victim])}
+        return super().columns(victim) | checks
+
+    def shapes(self, leak: Leak) -> dict[str, tuple[int, ...]]:
+        """As `Reconstruction.shapes`, and one value a victim for each check."""
+        return super().shapes(leak) | {"certified": (len(leak),), "recovered": (len(leak),)}
+
+
+@dataclass(frozen=True)
 class PseudoData(Reconstructed):
     """Weighted points that act on the model as the private data do."""
 

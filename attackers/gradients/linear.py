@@ -63,8 +63,11 @@ class Linear(Attack):
         return Reconstruction(images, recovered(leak), _unexplained(rows, biases, scale * pixels + shift))
 
 
-def first(leak: Leak) -> FirstLayer:
+def first(leak: Leak, attack: str = "linear") -> FirstLayer:
     """The first layer with parameters, which has to be a linear one over all pixels, found by running images through.
+
+    Args:
+        attack: the name of the one that needs it, for the refusal.
 
     Raises:
         FedtapError: the network begins with another layer, which is named.
@@ -88,7 +91,7 @@ def first(leak: Leak) -> FirstLayer:
     own = {id(parameter) for parameter in module.parameters()}
     if sum(bool(own & {id(parameter) for parameter in other.parameters()}) for _, other, _ in calls) > 1:
         raise FedtapError(
-            f"linear reads the image off the first layer's gradient, and {leak.protocol.model!r} uses the weights of "
+            f"{attack} reads the image off the first layer's gradient, and {leak.protocol.model!r} uses the weights of "
             f"its {name or 'layer'} more than once, so that their gradient is a sum: use idlg, which matches gradients."
         )
     trained = all(parameter.requires_grad for parameter in module.parameters())
@@ -98,7 +101,7 @@ def first(leak: Leak) -> FirstLayer:
             return name, scale.to(leak.device), shift.to(leak.device)
     kind = type(module).__name__ + ("" if trained else " (frozen)")
     raise FedtapError(
-        "linear needs a model whose first layer is an nn.Linear with bias over all pixels that is trained, and "
+        f"{attack} needs a model whose first layer is an nn.Linear with bias over all pixels that is trained, and "
         f"{leak.protocol.model!r} begins with {name or 'itself'}, {kind}: "
         "use --model mlp, or idlg, which matches gradients."
     )

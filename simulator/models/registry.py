@@ -49,9 +49,17 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def mlp(
-    shape: Shape, classes: int, width: int = 256, depth: int = 2, activation: str = "relu", bias: bool = True
+    shape: Shape,
+    classes: int,
+    width: int = 256,
+    depth: int = 2,
+    activation: str = "relu",
+    bias: bool = True,
+    standardised: bool = False,
 ) -> nn.Module:
     """Two hidden ReLU layers of 256 units; the first linear layer's gradient holds the image in closed form.
+
+    Pixels are taken as they are, in [0, 1], or `standardised` by `Normalise`.
 
     Raises:
         FedtapError: no such activation.
@@ -60,7 +68,8 @@ def mlp(
         raise unknown("activation", activation, ACTIVATIONS)
     widths = [math.prod(shape), *[width] * depth]
     hidden = [(nn.Linear(a, b, bias=bias), ACTIVATIONS[activation]()) for a, b in itertools.pairwise(widths)]
-    return nn.Sequential(nn.Flatten(), *itertools.chain(*hidden), nn.Linear(widths[-1], classes, bias=bias))
+    before = [Normalise()] if standardised else []
+    return nn.Sequential(*before, nn.Flatten(), *itertools.chain(*hidden), nn.Linear(widths[-1], classes, bias=bias))
 
 
 class LeNet(nn.Module):

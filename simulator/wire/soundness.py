@@ -107,7 +107,7 @@ def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Defence])
     """
     first = next(iter(leaked_here.values()))
     entries = sum(tensor[0].numel() for tensor in leaked_here.values())
-    total = first.new_full((len(first),), (entries + 3 * math.sqrt(5 * entries)) * _error(leak) ** 2)
+    total = first.new_full((len(first),), (entries + 3 * math.sqrt(5 * entries)) * entry_error(leak) ** 2)
     for error in (part.error(batch=1) for part in parts):
         if error and error.steps:
             for name, step in error.steps(leaked_here).items():
@@ -115,7 +115,7 @@ def _noise(leak: Leak, leaked_here: dict[str, Tensor], parts: Sequence[Defence])
     return total
 
 
-def _error(leak: Leak) -> float:
+def entry_error(leak: Leak) -> float:
     """Standard error of an entry of `mean_gradient`: of the wire's rounding and of the announced noise."""
     steps = local_steps(leak)
     scale = leak.protocol.learning_rate * steps if isinstance(leak, UpdateLeak) else 1.0
@@ -202,7 +202,7 @@ def _of_last_layer(leak: Leak, left: frozenset[Trace]) -> list[list[str]]:
     decayed = protocol.weight_decay and leak.weights is None  # by weights that are not known
     if name is None or logit_gradients is None or logit_gradients.shape[1] != protocol.classes or decayed:
         return found
-    batch, classes, error = protocol.batch, protocol.classes, _error(leak) / summands(protocol)
+    batch, classes, error = protocol.batch, protocol.classes, entry_error(leak) / summands(protocol)
     if leak.weights is not None and leak.resolution:  # a difference of float32 is known to an ulp of the weights
         scale = protocol.learning_rate * local_steps(leak) * summands(protocol)
         largest = max(float(leak.weights[part].abs().max()) for part in (f"{prefix}weight", f"{prefix}bias"))

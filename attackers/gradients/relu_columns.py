@@ -1,0 +1,232 @@
+"""Tell the examples of a batch apart in the gradient of a linear layer that a ReLU and another linear layer follow.
+
+With D the gradients ``dL/dz`` of the examples, a column each, and X their inputs, a row each, the layer's gradient is
+``G = D X``. Its column space, of basis U, holds ``d_i = U q_i``. A column is what the next layer sends back where the
+unit is on, and zero where it is off:
+
+    d_i = (W2' s_i) * [z_i > 0]        with s_i in the column space of the next layer's gradient, W2' s_i = B r_i
+
+so each row j, a unit, gives an equation that is quadratic in q and r and linear in their products:
+
+    (U_j q) (U_j q - B_j r) = 0
+
+Where there are more units than products, b (b + 1) / 2 + b k with b examples and k columns of B, the solutions of these
+equations are the linear combinations of the examples' own, ``sum_i c_i q_i q_i'``. Two of these matrices have the q_i as
+generalised eigenvectors. So no search is needed: a union of two hyperplanes for each example, fitted as in generalised
+principal component analysis (Vidal, Ma and Sastry 2005, https://arxiv.org/abs/1202.4002), all examples at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+OVERSAMPLED = 8
+"""Columns beyond the batch that the search for the column space takes along, so that its noise shows."""
+
+POWERS = 4
+"""Power iterations of that search; signal and noise are four orders of magnitude apart."""
+
+ABOVE_NOISE = 10
+"""A singular value counts as signal from this many times the largest one of the noise."""
+
+MOST_PRODUCTS = 2**13
+"""Products of unknowns, at most: the float64 matrix of their normal equations takes 512 MiB."""
+
+PENCILS = 8
+"""Pairs of matrices whose eigenvectors are computed; those of the best condition are taken."""
+
+GAP = 30.0
+"""How far the smallest singular value that is not zero stands above the largest that is, where examples are told
+apart."""
+
+ALIKE = 1 - 1e-6
+"""Cosine from which two directions are one."""
+
+INDEPENDENT = 1e-3
+"""Smallest singular value of directions of length 1 that count as independent."""
+
+AT_ONCE = 2**24
+"""Entries of a temporary tensor: 128 MiB of float64."""
+
+
+@dataclass(frozen=True)
+class ColumnSpace:
+    """``[G, g] = U diag(s) V`` of the layer's weight and bias, and the next layer's B."""
+
+    u: Float[Tensor, "units rank"]
+    """Orthonormal basis of the column space."""
+    s: Float[Tensor, "rank"]
+    """Singular values, falling."""
+    v: Float[Tensor, "rank inputs"]
+    """Orthonormal basis of the row space; the last input is the constant 1 of the bias."""
+    noise: float
+    """The largest singular value that is none of the batch's."""
+    back: Float[Tensor, "units next"]
+    """B: what the next layer can send back."""
+
+
+def column_space(matrix: Float[Tensor, "units inputs"], batch: int, draw: torch.Generator) -> tuple[Tensor, ...]:
+    """U, s, V of up to `batch` singular values above the noise, and the noise, by randomised subspace iteration."""
+    width = min(batch + OVERSAMPLED, *matrix.shape)
+    sketch = torch.randn(matrix.shape[1], width, generator=draw, dtype=matrix.dtype).to(matrix.device)
+    basis = matrix @ sketch
+    for _ in range(POWERS):
+        basis = matrix @ (matrix.T @ torch.linalg.qr(basis).Q)
+    basis = torch.linalg.qr(basis).Q
+    u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    least = torch.finfo(matrix.dtype).eps * max(matrix.shape) * s[0]
+    noise = torch.maximum(s[batch], least) if len(s) > batch else least
+    rank = int((s[:batch] > ABOVE_NOISE * noise).sum())
+    return (basis @ u)[:, :rank], s[:rank], v[:rank], noise
+
+
+def told_apart(space: ColumnSpace, draw: torch.Generator) -> Float[Tensor, "rank rank"] | None:
+    """The q_i as columns, of length 1, from the quadratic equations; None where these leave more than the examples."""
+    u, back, rank = space.u, space.back, space.u.shape[1]
+    one, other = torch.triu_indices(rank, rank, device=u.device)
+    if len(one) + rank * back.shape[1] > min(len(u), MOST_PRODUCTS):
+        return None
+    # rows (U_j q)^2 - (U_j q)(B_j r), in the products q_a q_b (a <= b) and q_a r_k
+    equations = torch.cat([u[:, one] * u[:, other], -(u[:, :, None] * back[:, None]).flatten(1)], dim=1)
+    size = equations.norm(dim=0).clamp_min(1e-300)
+    values, null = _smallest(equations / size, rank + 1, draw)
+    if not float(values[rank]) > GAP * float(values[rank - 1]):
+        return None
+    solutions = (null[:, :rank] / size[:, None])[: len(one)].T
+    matrices = u.new_zeros(rank, rank, rank)
+    # q_a q_b of a < b stands for two entries of the symmetric matrix
+    matrices[:, one, other] = solutions / 2
+    matrices = matrices + matrices.transpose(1, 2)
+    return _common_eigenvectors(matrices, draw)
+
+
+def _smallest(matrix: Tensor, many: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The smallest singular values, rising, and their right singular vectors as columns, by inverse iteration."""
+    normal = matrix.T @ matrix
+    size = normal.shape[0]
+    many = min(many, size)
+    # a trace of ridge keeps rounding from making it indefinite; vectors stay as they are
+    shifted = normal + 1e-13 * normal.trace() / size * torch.eye(size, dtype=normal.dtype, device=normal.device)
+    factor = torch.linalg.cholesky(shifted)
+    found = torch.randn(size, min(many + OVERSAMPLED, size), generator=draw, dtype=normal.dtype).to(normal.device)
+    for _ in range(3 * POWERS):
+        found = torch.cholesky_solve(torch.linalg.qr(found).Q, factor)
+    found = torch.linalg.qr(found).Q
+    # singular values from the matrix itself, since the normal equations lose those below 1e-8
+    _, values, mix = torch.linalg.svd(matrix @ found, full_matrices=False)
+    return values.flip(0)[:many], (found @ mix.T).flip(1)[:, :many]
+
+
+def _common_eigenvectors(matrices: Float[Tensor, "rank rank rank"], draw: torch.Generator) -> Tensor | None:
+    """Q of ``A_n = Q diag(c_n) Q'`` for all n, columns of length 1: eigenvectors of ``A B^-1`` for two random sums."""
+    matrices, best, least = matrices.cpu(), None, float("inf")
+    for _ in range(PENCILS):
+        mix = torch.randn(2, len(matrices), generator=draw, dtype=matrices.dtype)
+        a, b = torch.einsum("pn,nij->pij", mix, matrices)
+        try:
+            vectors = torch.linalg.eig(torch.linalg.solve(b, a, left=False)).eigenvectors
+        except RuntimeError:  # a singular sum
+            continue
+        real = torch.nn.functional.normalize(vectors.real, dim=0)
+        condition = float(torch.linalg.cond(real))
+        if condition < least:
+            best, least = real, condition
+    return best
+
+
+def settled(space: ColumnSpace, q: Float[Tensor, "rank found"], steps: int) -> tuple[Tensor, Tensor]:
+    """Each direction after turns of telling which units are on and solving for (q, r); and its misfit.
+
+    A row's equation is ``U_j q = 0`` of a unit that is off and ``U_j q = B_j r`` of one that is on, whichever is
+    nearer; (q, r) is the least right singular vector of these rows. The misfit is the root mean square of what remains,
+    relative to U q: 0 of an example, and large of a mixture of two.
+    """
+    parts = [_settled(space, some, steps) for some in q.split(max(1, AT_ONCE // (space.u.numel() + 1)), dim=1)]
+    return torch.cat([directions for directions, _ in parts], 1), torch.cat([misfit for _, misfit in parts])
+
+
+def _settled(space: ColumnSpace, q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    u, back, rank = space.u, space.back, space.u.shape[1]
+    on = (u @ q).abs() > (u @ q).square().mean(0).sqrt() / 2
+    r = _sent_back(space, q, on)
+    for _ in range(steps):
+        column, sent = u @ q, back @ r
+        before, on = on, column.abs() > (column - sent).abs()
+        if bool((on == before).all()):
+            break
+        # rows [U_j, 0] of units that are off and [U_j, -B_j] of those that are on
+        masks = on.T[:, :, None].to(u)
+        cross, square = -(u.T @ (masks * back)), back.T @ (masks * back)
+        whole = torch.eye(rank, dtype=u.dtype, device=u.device).expand(len(masks), rank, rank)  # U'U
+        normal = torch.cat([torch.cat([whole, cross], 2), torch.cat([cross.transpose(1, 2), square], 2)], 1)
+        least = torch.linalg.eigh(normal).eigenvectors[:, :, 0].T
+        size = least[:rank].norm(dim=0).clamp_min(1e-300)
+        q, r = least[:rank] / size, least[rank:] / size
+    column = u @ q
+    rest = torch.minimum(column.abs(), (column - back @ r).abs())
+    return q, rest.square().sum(0).sqrt() / column.square().sum(0).sqrt()
+
+
+def _sent_back(space: ColumnSpace, q: Tensor, on: Tensor) -> Float[Tensor, "next found"]:
+    """r by least squares, ``B_j r = U_j q`` over the units that are on."""
+    masks = on.T[:, :, None].to(space.u)
+    normal = space.back.T @ (masks * space.back)
+    normal.diagonal(dim1=1, dim2=2).add_(1e-12 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-300)
+    right = torch.einsum("mk,sm,ms->sk", space.back, masks[:, :, 0], space.u @ q)
+    return torch.linalg.solve(normal, right[:, :, None])[:, :, 0].T
+
+
+def sparse_directions(space: ColumnSpace, starts: int, steps: int, draw: torch.Generator) -> Float[Tensor, "rank starts"]:
+    """Directions q with many zeros in U q, by iteratively reweighted least squares from random starts, all as one batch.
+
+    ``w = 1 / ((U q)^2 + e^2)``, q the least eigenvector of ``U' diag(w) U``, e falling by a fifth a step (SPEAR looks for
+    such directions in submatrices: Dimitrov et al. 2024, https://arxiv.org/abs/2403.03945).
+    """
+    u, rank = space.u, space.u.shape[1]
+    alive = u[u.norm(dim=1) > 1e-6 * u.norm(dim=1).max()]  # a unit that is off for all tells nothing
+    starts = max(1, min(starts, AT_ONCE // (alive.numel() + 1)))
+    # a start is orthogonal to as many random rows as a direction can be
+    rows = torch.stack([torch.randperm(len(alive), generator=draw)[: rank - 1] for _ in range(starts)]).to(u.device)
+    q = _least(alive[rows].transpose(1, 2) @ alive[rows])
+    narrow = (alive @ q).abs().quantile(0.3, dim=0)
+    for _ in range(steps):
+        weights = 1 / ((alive @ q).square() + narrow.square() + 1e-300)
+        weights = weights / weights.amax(0)
+        q = _least(alive.T @ (weights.T[:, :, None] * alive))
+        narrow = (narrow * 0.8).clamp_min(1e-9)
+    return q
+
+
+def _least(normal: Float[Tensor, "found rank rank"]) -> Float[Tensor, "rank found"]:
+    return torch.linalg.eigh(normal).eigenvectors[:, :, 0].T
+
+
+def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], steps: int = 6) -> Float[Tensor, "rank found"]:
+    """Each direction by the units that are off alone, reweighted: where the next layer's weights were not quite known,
+    as along several local steps, their zeros are exact still."""
+    u, noise = space.u, space.noise / space.s / len(space.u) ** 0.5
+    for _ in range(steps):
+        column = u @ q
+        near = torch.maximum((q.square() * noise.square()[:, None]).sum(0).sqrt(), column.abs().amax(0) * 1e-7)
+        weights = 1 / (column.square() + 9 * near.square())
+        weights = weights / weights.amax(0)
+        parts = weights.split(max(1, AT_ONCE // u.numel()), dim=1)
+        q = torch.cat([_least(u.T @ (some.T[:, :, None] * u)) for some in parts], 1)
+    return q
+
+
+def independent(q: Float[Tensor, "rank found"], misfit: Float[Tensor, "found"]) -> tuple[Tensor, Tensor]:
+    """Of all directions, those of least misfit that are independent, at most as many as the rank; and their misfit."""
+    chosen: list[int] = []
+    for number in misfit.argsort().tolist():
+        if len(chosen) == len(q):
+            break
+        if chosen and float((q[:, chosen].T @ q[:, number]).abs().max()) > ALIKE:
+            continue
+        if float(torch.linalg.svdvals(q[:, [*chosen, number]])[-1]) > INDEPENDENT:
+            chosen.append(number)
+    return q[:, chosen], misfit[chosen]
