@@ -228,6 +228,8 @@ class Leak:
 
     def repeat(self: _AnyLeak, restarts: int) -> _AnyLeak:
         """Each victim `restarts` times in a row, numbered in `restarts`."""
+        if restarts == 1:
+            return self
         repeated = self._victims(lambda tensor: tensor.repeat_interleave(restarts, dim=0))
         numbers = torch.arange(restarts, device=self.restarts.device).repeat(len(self))
         return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)

@@ -10,10 +10,11 @@ so each row j, a unit, gives an equation that is quadratic in q and r and linear
 
     (U_j q) (U_j q - B_j r) = 0
 
-Where there are more units than products, b (b + 1) / 2 + b k with b examples and k columns of B, the solutions of these
-equations are the linear combinations of the examples' own, ``sum_i c_i q_i q_i'``. Two of these matrices have the q_i as
-generalised eigenvectors. So no search is needed: a union of two hyperplanes for each example, fitted as in generalised
-principal component analysis (Vidal, Ma and Sastry 2005, https://arxiv.org/abs/1202.4002), all examples at once.
+Where there are more units than products, b (b + 1) / 2 + b k with b examples and k columns of B, the solutions of
+these equations are the linear combinations of the examples' own, ``sum_i c_i q_i q_i'``. Two of these matrices have the
+q_i as generalised eigenvectors. So no search is needed: a union of two hyperplanes for each example, fitted as in
+generalised principal component analysis (Vidal, Ma and Sastry 2005, https://arxiv.org/abs/1202.4002), all examples at
+once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ ABOVE_NOISE = 10
 
 MOST_PRODUCTS = 2**13
 """Products of unknowns, at most: the float64 matrix of their normal equations takes 512 MiB."""
+
+MOST = 0.8
+"""Share of the units whose equations an example fulfils; along several local steps it switches some on and off."""
+
+SHARPENINGS = 24
+"""Halvings, at most, from a misfit to the noise."""
 
 PENCILS = 8
 """Pairs of matrices whose eigenvectors are computed; those of the best condition are taken."""
@@ -84,24 +91,36 @@ def column_space(matrix: Float[Tensor, "units inputs"], batch: int, draw: torch.
     return (basis @ u)[:, :rank], s[:rank], v[:rank], noise
 
 
-def told_apart(space: ColumnSpace, draw: torch.Generator) -> Float[Tensor, "rank rank"] | None:
-    """The q_i as columns, of length 1, from the quadratic equations; None where these leave more than the examples."""
+def solutions(space: ColumnSpace, rounds: int, draw: torch.Generator) -> Float[Tensor, "rank rank rank"] | None:
+    """Matrices ``sum_i c_i q_i q_i'`` that solve the quadratic equations; None where these leave more than such sums.
+
+    Args:
+        rounds: how often the equations are solved, each time with less weight on those that hold less well: units that
+            an example switches on in some of the local steps alone are outliers.
+    """
     u, back, rank = space.u, space.back, space.u.shape[1]
     one, other = torch.triu_indices(rank, rank, device=u.device)
     if len(one) + rank * back.shape[1] > min(len(u), MOST_PRODUCTS):
         return None
     # rows (U_j q)^2 - (U_j q)(B_j r), in the products q_a q_b (a <= b) and q_a r_k
     equations = torch.cat([u[:, one] * u[:, other], -(u[:, :, None] * back[:, None]).flatten(1)], dim=1)
-    size = equations.norm(dim=0).clamp_min(1e-300)
-    values, null = _smallest(equations / size, rank + 1, draw)
-    if not float(values[rank]) > GAP * float(values[rank - 1]):
+    equations = equations / (size := equations.norm(dim=0).clamp_min(1e-300))
+    weights = torch.ones_like(equations[:, :1])
+    for _ in range(rounds):
+        values, null = _smallest(weights * equations, rank + 1, draw)
+        weights = _trusted((equations @ null[:, :rank]).norm(dim=1, keepdim=True))
+    if not float(values[rank]) > GAP * float(values[rank - 1]) and rounds == 1:
         return None
-    solutions = (null[:, :rank] / size[:, None])[: len(one)].T
     matrices = u.new_zeros(rank, rank, rank)
     # q_a q_b of a < b stands for two entries of the symmetric matrix
-    matrices[:, one, other] = solutions / 2
-    matrices = matrices + matrices.transpose(1, 2)
-    return _common_eigenvectors(matrices, draw)
+    matrices[:, one, other] = (null[:, :rank] / size[:, None])[: len(one)].T / 2
+    return matrices + matrices.transpose(1, 2)
+
+
+def _trusted(error: Tensor) -> Tensor:
+    """Square roots of the weights ``1 / (1 + (error / scale)^2)``, the scale of a column three times its median."""
+    scale = 3 * error.abs().median(0, keepdim=True).values.clamp_min(1e-300)
+    return (1 + (error / scale).square()).rsqrt()
 
 
 def _smallest(matrix: Tensor, many: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -121,9 +140,10 @@ def _smallest(matrix: Tensor, many: int, draw: torch.Generator) -> tuple[Tensor,
     return values.flip(0)[:many], (found @ mix.T).flip(1)[:, :many]
 
 
-def _common_eigenvectors(matrices: Float[Tensor, "rank rank rank"], draw: torch.Generator) -> Tensor | None:
+def told_apart(matrices: Float[Tensor, "rank rank rank"], draw: torch.Generator) -> Float[Tensor, "rank found"]:
     """Q of ``A_n = Q diag(c_n) Q'`` for all n, columns of length 1: eigenvectors of ``A B^-1`` for two random sums."""
-    matrices, best, least = matrices.cpu(), None, float("inf")
+    where, matrices, least = matrices, matrices.cpu(), float("inf")
+    best = matrices[0, :, :0]
     for _ in range(PENCILS):
         mix = torch.randn(2, len(matrices), generator=draw, dtype=matrices.dtype)
         a, b = torch.einsum("pn,nij->pij", mix, matrices)
@@ -135,17 +155,17 @@ def _common_eigenvectors(matrices: Float[Tensor, "rank rank rank"], draw: torch.
         condition = float(torch.linalg.cond(real))
         if condition < least:
             best, least = real, condition
-    return best
+    return best.to(where)
 
 
 def settled(space: ColumnSpace, q: Float[Tensor, "rank found"], steps: int) -> tuple[Tensor, Tensor]:
     """Each direction after turns of telling which units are on and solving for (q, r); and its misfit.
 
     A row's equation is ``U_j q = 0`` of a unit that is off and ``U_j q = B_j r`` of one that is on, whichever is
-    nearer; (q, r) is the least right singular vector of these rows. The misfit is the root mean square of what remains,
-    relative to U q: 0 of an example, and large of a mixture of two.
+    nearer; (q, r) is the least right singular vector of these rows, weighted so that outliers count little. The misfit
+    is what remains on most of the rows, relative to the root mean square of U q: 0 of an example, large of a mixture.
     """
-    parts = [_settled(space, some, steps) for some in q.split(max(1, AT_ONCE // (space.u.numel() + 1)), dim=1)]
+    parts = [_settled(space, some, steps) for some in _chunks(q, AT_ONCE // space.u.numel())]
     return torch.cat([directions for directions, _ in parts], 1), torch.cat([misfit for _, misfit in parts])
 
 
@@ -153,22 +173,23 @@ def _settled(space: ColumnSpace, q: Tensor, steps: int) -> tuple[Tensor, Tensor]
     u, back, rank = space.u, space.back, space.u.shape[1]
     on = (u @ q).abs() > (u @ q).square().mean(0).sqrt() / 2
     r = _sent_back(space, q, on)
-    for _ in range(steps):
+    for step in range(steps):
         column, sent = u @ q, back @ r
         before, on = on, column.abs() > (column - sent).abs()
-        if bool((on == before).all()):
+        if step > 2 and bool((on == before).all()):
             break
+        weights = _trusted(torch.where(on, column - sent, column)).square()
         # rows [U_j, 0] of units that are off and [U_j, -B_j] of those that are on
-        masks = on.T[:, :, None].to(u)
-        cross, square = -(u.T @ (masks * back)), back.T @ (masks * back)
-        whole = torch.eye(rank, dtype=u.dtype, device=u.device).expand(len(masks), rank, rank)  # U'U
+        every, some = (each.T[:, :, None] for each in (weights, weights * on))
+        whole, cross, square = u.T @ (every * u), -(u.T @ (some * back)), back.T @ (some * back)
         normal = torch.cat([torch.cat([whole, cross], 2), torch.cat([cross.transpose(1, 2), square], 2)], 1)
         least = torch.linalg.eigh(normal).eigenvectors[:, :, 0].T
         size = least[:rank].norm(dim=0).clamp_min(1e-300)
         q, r = least[:rank] / size, least[rank:] / size
     column = u @ q
     rest = torch.minimum(column.abs(), (column - back @ r).abs())
-    return q, rest.square().sum(0).sqrt() / column.square().sum(0).sqrt()
+    most = rest.kthvalue(int(MOST * (len(rest) - 1)) + 1, dim=0).values
+    return q, (most / column.square().mean(0).sqrt()).nan_to_num(torch.inf)
 
 
 def _sent_back(space: ColumnSpace, q: Tensor, on: Tensor) -> Float[Tensor, "next found"]:
@@ -177,14 +198,17 @@ def _sent_back(space: ColumnSpace, q: Tensor, on: Tensor) -> Float[Tensor, "next
     normal = space.back.T @ (masks * space.back)
     normal.diagonal(dim1=1, dim2=2).add_(1e-12 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-300)
     right = torch.einsum("mk,sm,ms->sk", space.back, masks[:, :, 0], space.u @ q)
-    return torch.linalg.solve(normal, right[:, :, None])[:, :, 0].T
+    solved: Tensor = torch.linalg.solve(normal, right[:, :, None])
+    return solved[:, :, 0].T
 
 
-def sparse_directions(space: ColumnSpace, starts: int, steps: int, draw: torch.Generator) -> Float[Tensor, "rank starts"]:
-    """Directions q with many zeros in U q, by iteratively reweighted least squares from random starts, all as one batch.
+def sparse_directions(
+    space: ColumnSpace, starts: int, steps: int, draw: torch.Generator
+) -> Float[Tensor, "rank starts"]:
+    """Directions q with many zeros in U q, by iteratively reweighted least squares from random starts, all at once.
 
-    ``w = 1 / ((U q)^2 + e^2)``, q the least eigenvector of ``U' diag(w) U``, e falling by a fifth a step (SPEAR looks for
-    such directions in submatrices: Dimitrov et al. 2024, https://arxiv.org/abs/2403.03945).
+    ``w = 1 / ((U q)^2 + e^2)``, q the least eigenvector of ``U' diag(w) U``, e falling by a fifth a step (SPEAR looks
+    for such directions in submatrices: Dimitrov et al. 2024, https://arxiv.org/abs/2403.03945).
     """
     u, rank = space.u, space.u.shape[1]
     alive = u[u.norm(dim=1) > 1e-6 * u.norm(dim=1).max()]  # a unit that is off for all tells nothing
@@ -202,26 +226,40 @@ def sparse_directions(space: ColumnSpace, starts: int, steps: int, draw: torch.G
 
 
 def _least(normal: Float[Tensor, "found rank rank"]) -> Float[Tensor, "rank found"]:
-    return torch.linalg.eigh(normal).eigenvectors[:, :, 0].T
+    vectors: Tensor = torch.linalg.eigh(normal).eigenvectors
+    return vectors[:, :, 0].T
 
 
-def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], steps: int = 6) -> Float[Tensor, "rank found"]:
-    """Each direction by the units that are off alone, reweighted: where the next layer's weights were not quite known,
-    as along several local steps, their zeros are exact still."""
+def _chunks(columns: Tensor, most: int) -> list[Tensor]:
+    """The columns, at most so many at once."""
+    return list(torch.split(columns, max(1, most), dim=1))  # type: ignore[no-untyped-call]
+
+
+def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], misfit: Tensor) -> Float[Tensor, "rank found"]:
+    """Each direction by the units that are off alone, reweighted as in `sparse_directions`, from its misfit down to the
+    noise: where the next layer's weights are not quite known, as along several local steps, zeros are exact still.
+    """
     u, noise = space.u, space.noise / space.s / len(space.u) ** 0.5
-    for _ in range(steps):
+    narrow = misfit * (u @ q).square().mean(0).sqrt()
+    for _ in range(SHARPENINGS):
         column = u @ q
-        near = torch.maximum((q.square() * noise.square()[:, None]).sum(0).sqrt(), column.abs().amax(0) * 1e-7)
-        weights = 1 / (column.square() + 9 * near.square())
+        # the standard error of U_j q, or what rounding leaves
+        error = torch.maximum((q.square() * noise.square()[:, None]).sum(0).sqrt(), column.abs().amax(0) * 1e-9)
+        weights = 1 / (column.square() + torch.maximum(narrow, 3 * error).square())
         weights = weights / weights.amax(0)
-        parts = weights.split(max(1, AT_ONCE // u.numel()), dim=1)
+        parts = _chunks(weights, AT_ONCE // u.numel())
         q = torch.cat([_least(u.T @ (some.T[:, :, None] * u)) for some in parts], 1)
+        if bool((narrow < 3 * error).all()):
+            break
+        narrow = narrow / 2
     return q
 
 
 def independent(q: Float[Tensor, "rank found"], misfit: Float[Tensor, "found"]) -> tuple[Tensor, Tensor]:
     """Of all directions, those of least misfit that are independent, at most as many as the rank; and their misfit."""
     chosen: list[int] = []
+    sound = misfit.isfinite() & q.isfinite().all(0)
+    q, misfit = q[:, sound], misfit[sound]
     for number in misfit.argsort().tolist():
         if len(chosen) == len(q):
             break

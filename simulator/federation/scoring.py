@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtap.simulator import scores
-from fedtap.simulator.attack import Attack, reply_parts
+from fedtap.simulator.attack import Attack, CertifiedReconstruction, reply_parts
 from fedtap.simulator.federation.guarantees import promised
 from fedtap.simulator.federation.settings import SECURE, THREATS, Federation, ImageObserved
 from fedtap.simulator.leaks import Leak, float_buffers
@@ -85,6 +85,7 @@ def score_images(setting: Federation, trial: Trial) -> Scored:
             "accuracy": observed.heard.accuracy,
             "drift_norm": observed.heard.drift_norm[client, rnd],
             "objective": _finite(float(objective)),
+            **({"certified": bool(found.certified[victim])} if isinstance(found, CertifiedReconstruction) else {}),
             "error": None,
         }
         for victim, ((client, rnd), score, truth, objective) in enumerate(

@@ -40,6 +40,8 @@ SENTENCES = 8
 UNCONVERGED = 0.1
 """Share of an undefended gradient, left unexplained, above which an attack did not converge."""
 
+CERTIFIED = "share of victims whose images, without a look at the truth, cause the gradient to the wire's precision"
+
 DOTS = "the mark is a blind guess, and what is over 60 dB stands at the end"
 
 CAUTION = "An attack that fails shows that this attack fails here: it does not show that the data are private."
@@ -84,6 +86,7 @@ def image_columns(rows: Group) -> tuple[Column, ...]:
         Column("mse", "mean over victims, whose PSNR is -10 log10(MSE)", "MSE", ".2g", "mean", page=True),
         Column("ssim", "", "SSIM", ".3f", page=True),
         Column("lpips", "", "LPIPS", ".3f", page=True),
+        *[Column("certified", CERTIFIED, over="share")] * any("certified" in row for row in rows),
         Column("label_correct", "share that is right", "label", ".0%", "mean", page=asked),
         Column("unexplained", left, "left", ".0e", page=asked),
         Column("objective", "the attack's own, lower is better", "", ".2g", "rows"),
