@@ -8,6 +8,8 @@ gradient tell what a column is where the ReLU is on, and the columns follow from
 the layer is wide enough; where it is not, sparse columns are sought by iteratively reweighted least squares, and not in
 sampled submatrices; a column counts as an example's if it fits those equations, and not by its sparsity; and a
 certificate says whether the result is right.
+Of a linear layer behind convolutions the same equations would give features and no pixels, so such networks are
+refused. Several local steps are undone as far as they leave a unit on or off throughout.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ class ExactBatch(Attack[CertifiedReconstruction]):
         images = space.v.new_full((batch, pixels), 0.5)
         labels, agreed = torch.zeros(batch, dtype=torch.long, device=leak.device), 0
         if rank:
-            q = self._directions(space, 1 if local_steps(leak) == 1 else ROBUST, draw)
+            q = self._directions(space.alive(), 1 if local_steps(leak) == 1 else ROBUST, draw)
             # [X, 1] up to each row's length = Q^-1 diag(s) V, the length by its last entry
             rows = torch.linalg.pinv(q) @ (space.s[:, None] * space.v)
             inputs = (rows[:, :-1] / rows[:, -1:]).nan_to_num(0.0, 0.0, 0.0)

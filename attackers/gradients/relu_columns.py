@@ -19,6 +19,7 @@ once.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,14 @@ class ColumnSpace:
     """The largest singular value that is none of the batch's."""
     back: Float[Tensor, "units next"]
     """B: what the next layer can send back."""
+
+    def alive(self) -> ColumnSpace:
+        """The same for the units that some example switches on: of the others all equations hold for every q."""
+        size = self.u.norm(dim=1)
+        # a row that is zero has the standard error noise / (s sqrt(units)) in each entry
+        error = self.noise * self.s.reciprocal().norm() / len(self.u) ** 0.5
+        on = size > torch.maximum(10 * error, 1e-6 * size.max())
+        return dataclasses.replace(self, u=self.u[on], back=self.back[on])
 
 
 def column_space(matrix: Float[Tensor, "units inputs"], batch: int, draw: torch.Generator) -> tuple[Tensor, ...]:
@@ -199,7 +208,7 @@ def _sent_back(space: ColumnSpace, q: Tensor, on: Tensor) -> Float[Tensor, "next
     normal.diagonal(dim1=1, dim2=2).add_(1e-12 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-300)
     right = torch.einsum("mk,sm,ms->sk", space.back, masks[:, :, 0], space.u @ q)
     solved: Tensor = torch.linalg.solve(normal, right[:, :, None])
-    return solved[:, :, 0].T
+    return solved[:, :, 0].T.nan_to_num(0.0, 0.0, 0.0)
 
 
 def sparse_directions(
@@ -211,16 +220,15 @@ def sparse_directions(
     for such directions in submatrices: Dimitrov et al. 2024, https://arxiv.org/abs/2403.03945).
     """
     u, rank = space.u, space.u.shape[1]
-    alive = u[u.norm(dim=1) > 1e-6 * u.norm(dim=1).max()]  # a unit that is off for all tells nothing
-    starts = max(1, min(starts, AT_ONCE // (alive.numel() + 1)))
+    starts = max(1, min(starts, AT_ONCE // u.numel()))
     # a start is orthogonal to as many random rows as a direction can be
-    rows = torch.stack([torch.randperm(len(alive), generator=draw)[: rank - 1] for _ in range(starts)]).to(u.device)
-    q = _least(alive[rows].transpose(1, 2) @ alive[rows])
-    narrow = (alive @ q).abs().quantile(0.3, dim=0)
+    rows = torch.stack([torch.randperm(len(u), generator=draw)[: rank - 1] for _ in range(starts)]).to(u.device)
+    q = _least(u[rows].transpose(1, 2) @ u[rows])
+    narrow = (u @ q).abs().quantile(0.3, dim=0)
     for _ in range(steps):
-        weights = 1 / ((alive @ q).square() + narrow.square() + 1e-300)
+        weights = 1 / ((u @ q).square() + narrow.square() + 1e-300)
         weights = weights / weights.amax(0)
-        q = _least(alive.T @ (weights.T[:, :, None] * alive))
+        q = _least(u.T @ (weights.T[:, :, None] * u))
         narrow = (narrow * 0.8).clamp_min(1e-9)
     return q
 

@@ -88,6 +88,17 @@ def test_a_sum_of_clients_is_a_batch() -> None:
     assert found.certified.all()
 
 
+def test_units_that_no_image_switches_on_do_no_harm() -> None:
+    """As in a network that has been trained: these fulfil all equations, of any direction."""
+    images, labels = batches()
+    network = build("mlp(width=320, depth=1)", (3, 8, 8), 10, seed=3)
+    with torch.no_grad():
+        network.get_parameter("1.bias")[::2] -= 10
+    found = ExactBatch()(on_the_wire(leak_of(images, labels, network, "mlp(width=320, depth=1)")))
+    assert worst(found, images, labels) > 60
+    assert found.certified.all()
+
+
 def test_several_local_steps_on_one_batch_are_undone_where_they_switch_few_units() -> None:
     images, labels, leak = leaked(kind="update", steps=3, learning_rate=1e-3)
     found = ExactBatch()(leak)
