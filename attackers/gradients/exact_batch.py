@@ -34,28 +34,28 @@ from fedtap.simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak
 from fedtap.simulator.wire.replay import local_steps, mean_gradient, mean_loss, stateless, targets, undecayed
 from fedtap.simulator.wire.soundness import entry_error, unexplained
 
-AGREES = 1e-4
+_AGREES = 1e-4
 """Error of the recomputed gradient, relative to the leaked one and beyond the wire's own, up to which a result is
 certified. Right results have 1e-6 or less, and results with one wrong image 1e-2 and more."""
 
-BLURRED = 1e-2
+_BLURRED = 1e-2
 """Relative error of the wire and the announced noise from which the comparison decides nothing."""
 
-SEEN = 0.85
+_SEEN = 0.85
 """Share of the units on which an image agrees with its own column, from which it counts as recovered. Two images of a
 data set agree on 75 % at most; along several local steps an image disagrees with itself on some percent."""
 
-PRECISE = 1e-2
+_PRECISE = 1e-2
 """Standard error of a recovered image's pixels, at most, from the wire's noise."""
 
-ROBUST = 10
+_ROBUST = 10
 """Rounds in which the equations of several local steps are solved, with ever less weight on outliers."""
 
-FITS = 0.02
+_FITS = 0.02
 """Misfit up to which a direction is an example's: 1e-6 of one step's, 1e-3 along several steps; that of a mixture of
 two is 0.1 and more."""
 
-WHOLE = 1e-5
+_WHOLE = 1e-5
 """Singular values of the next layer's gradient below this share of the largest one are left out."""
 
 
@@ -96,15 +96,14 @@ class ExactBatch(Attack[CertifiedReconstruction]):
             )
 
     def reconstruct(self, leak: Leak, start: Images) -> CertifiedReconstruction:
-        layer, images, labels, seen = first(leak), [], [], []
+        layer = first(leak)
         following = _next_layer(leak, layer[0])
         exact = _in_double(leak)
+        each = []
         for victim in range(len(leak)):
             draw = generator(str(float(start[victim].flatten()[0])))  # the start is drawn from the seed and the victim
-            found = self._batch(exact[victim], layer, following, draw)
-            for several, one in zip((images, labels, seen), found, strict=True):
-                several.append(one)
-        pixels, classes, recovered = torch.stack(images), torch.stack(labels), torch.stack(seen)
+            each.append(self._batch(exact[victim], layer, following, draw))
+        pixels, classes, recovered = (torch.stack(part) for part in zip(*each, strict=True))
         share, holds = certificate(exact, pixels, classes)
         certified = holds & (recovered == 1)
         return CertifiedReconstruction(
@@ -121,7 +120,7 @@ class ExactBatch(Attack[CertifiedReconstruction]):
         images = space.v.new_full((batch, pixels), 0.5)
         labels, agreed = torch.zeros(batch, dtype=torch.long, device=leak.device), 0
         if rank:
-            q = self._directions(space.alive(), 1 if local_steps(leak) == 1 else ROBUST, draw)
+            q = self._directions(space.alive(), 1 if local_steps(leak) == 1 else _ROBUST, draw)
             # [X, 1] up to each row's length = Q^-1 diag(s) V, the length by its last entry
             rows = torch.linalg.pinv(q) @ (space.s[:, None] * space.v)
             inputs = (rows[:, :-1] / rows[:, -1:]).nan_to_num(0.0, 0.0, 0.0)
@@ -134,8 +133,8 @@ class ExactBatch(Attack[CertifiedReconstruction]):
             # an entry's error e becomes e |Q^-1| in the products of [X, 1] with their length
             entry = space.noise / sum(length**0.5 for length in (len(space.u), pixels))
             error = entry * torch.linalg.pinv(q).norm(dim=1, keepdim=True) / rows[:, -1:].abs() / scale.abs()
-            precise = (error * (1 + inputs.abs())).square().mean(1).sqrt() < PRECISE
-            agreed = int((precise & (_agreement(columns.T, on) >= SEEN)).sum())
+            precise = (error * (1 + inputs.abs())).square().mean(1).sqrt() < _PRECISE
+            agreed = int((precise & (_agreement(columns.T, on) >= _SEEN)).sum())
         return images.reshape(batch, *leak.protocol.shape), labels, images.new_tensor(agreed / batch)
 
     def _directions(self, space: ColumnSpace, rounds: int, draw: torch.Generator) -> Float[Tensor, "rank found"]:
@@ -146,11 +145,11 @@ class ExactBatch(Attack[CertifiedReconstruction]):
             tried = [q[:, :0]] if matrices is None else [relu_columns.told_apart(matrices, draw)]
             if number:
                 tried.append(relu_columns.sparse_directions(space, self.starts, self.steps, draw))
-            near, apart = relu_columns.settled(space, torch.cat(tried, 1), self.turns)
+            near, apart = relu_columns.refitted(space, torch.cat(tried, 1), self.turns)
             near, apart = near[:, apart.isfinite()], apart[apart.isfinite()]
             near = relu_columns.sharpened(space, near, apart)
             q, misfit = relu_columns.independent(torch.cat([q, near], 1), torch.cat([misfit, apart]))
-            if q.shape[1] == len(q) and bool((misfit < FITS).all()):
+            if q.shape[1] == len(q) and bool((misfit < _FITS).all()):
                 break
         return q
 
@@ -164,11 +163,11 @@ def certificate(leak: Leak, images: Images, labels: Labels) -> tuple[Float[Tenso
     gradient = mean_gradient(leak)
     length = torch.stack([tensor.double().flatten(1).square().sum(1) for tensor in gradient.values()]).sum(0)
     entries = sum(tensor[0].numel() for tensor in gradient.values())
-    sharp = entries * entry_error(leak) ** 2 < BLURRED**2 * length
+    sharp = entries * entry_error(leak) ** 2 < _BLURRED**2 * length
     share = unexplained(leak, images, labels)
     if share is None:
         return torch.ones_like(length), torch.zeros_like(sharp)
-    return share.nan_to_num(1.0, 1.0), sharp & (share <= AGREES**2)  # NaN is no agreement
+    return share.nan_to_num(1.0, 1.0), sharp & (share <= _AGREES**2)  # NaN is no agreement
 
 
 def _space(leak: Leak, name: str, following: str, draw: torch.Generator) -> ColumnSpace:
@@ -181,7 +180,7 @@ def _space(leak: Leak, name: str, following: str, draw: torch.Generator) -> Colu
         passed = (leak.protocol.local_steps - 1) / (2 * leak.protocol.local_steps)
         weight = weight + passed * leak.observed[f"{following}.weight"][0]
     left, values, *_ = relu_columns.column_space(sent, leak.protocol.batch, draw)
-    return ColumnSpace(u, s, v, float(noise), weight.T @ left[:, values > WHOLE * values[:1]])
+    return ColumnSpace(u, s, v, float(noise), weight.T @ left[:, values > _WHOLE * values[:1]])
 
 
 def _agreement(columns: Float[Tensor, "images units"], on: Bool[Tensor, "images units"]) -> Float[Tensor, "images"]:
@@ -201,7 +200,8 @@ def _labels(leak: Leak, name: str, images: Float[Tensor, "images pixels"], colum
         def loss(moved: Tensors) -> Tensor:
             return mean_loss(protocol, functional_call(network, {**fixed, **moved}, (image[None],)), target[None])
 
-        return grad(loss)({bias: fixed[bias]})[bias]
+        moved: dict[str, Tensor] = grad(loss)({bias: fixed[bias]})
+        return moved[bias]
 
     number = max(2, protocol.classes)
     every = targets(torch.arange(number, device=columns.device), protocol.classes).to(columns)
@@ -248,7 +248,7 @@ def _next_layer(leak: Leak, name: str) -> str:
         if here != name and fed.shape == z.shape and torch.equal(fed, z.relu()):
             # all that comes back to z goes through this layer and the ReLU
             at_z, at_output = torch.autograd.grad(logits.square().sum(), (z, output))
-            weight = network.get_submodule(here).weight
+            weight = network.get_parameter(f"{here}.weight")
             if weight.requires_grad and torch.allclose(at_z, (at_output @ weight) * (z > 0)):
                 return here
     raise FedtapError(

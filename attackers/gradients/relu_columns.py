@@ -26,38 +26,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-OVERSAMPLED = 8
+_OVERSAMPLED = 8
 """Columns beyond the batch that the search for the column space takes along, so that its noise shows."""
 
-POWERS = 4
+_POWERS = 4
 """Power iterations of that search; signal and noise are four orders of magnitude apart."""
 
-ABOVE_NOISE = 10
+_ABOVE_NOISE = 10
 """A singular value counts as signal from this many times the largest one of the noise."""
 
 MOST_PRODUCTS = 2**13
 """Products of unknowns, at most: the float64 matrix of their normal equations takes 512 MiB."""
 
-MOST = 0.8
+_MOST = 0.8
 """Share of the units whose equations an example fulfils; along several local steps it switches some on and off."""
 
-SHARPENINGS = 24
+_SHARPENINGS = 24
 """Halvings, at most, from a misfit to the noise."""
 
-PENCILS = 8
+_PENCILS = 8
 """Pairs of matrices whose eigenvectors are computed; those of the best condition are taken."""
 
-GAP = 30.0
+_GAP = 30.0
 """How far the smallest singular value that is not zero stands above the largest that is, where examples are told
 apart."""
 
-ALIKE = 1 - 1e-6
+_ALIKE = 1 - 1e-6
 """Cosine from which two directions are one."""
 
 INDEPENDENT = 1e-3
 """Smallest singular value of directions of length 1 that count as independent."""
 
-AT_ONCE = 2**24
+_AT_ONCE = 2**24
 """Entries of a temporary tensor: 128 MiB of float64."""
 
 
@@ -87,16 +87,16 @@ class ColumnSpace:
 
 def column_space(matrix: Float[Tensor, "units inputs"], batch: int, draw: torch.Generator) -> tuple[Tensor, ...]:
     """U, s, V of up to `batch` singular values above the noise, and the noise, by randomised subspace iteration."""
-    width = min(batch + OVERSAMPLED, *matrix.shape)
+    width = min(batch + _OVERSAMPLED, *matrix.shape)
     sketch = torch.randn(matrix.shape[1], width, generator=draw, dtype=matrix.dtype).to(matrix.device)
     basis = matrix @ sketch
-    for _ in range(POWERS):
+    for _ in range(_POWERS):
         basis = matrix @ (matrix.T @ torch.linalg.qr(basis).Q)
     basis = torch.linalg.qr(basis).Q
     u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     least = torch.finfo(matrix.dtype).eps * max(matrix.shape) * s[0]
     noise = torch.maximum(s[batch], least) if len(s) > batch else least
-    rank = int((s[:batch] > ABOVE_NOISE * noise).sum())
+    rank = int((s[:batch] > _ABOVE_NOISE * noise).sum())
     return (basis @ u)[:, :rank], s[:rank], v[:rank], noise
 
 
@@ -118,7 +118,7 @@ def solutions(space: ColumnSpace, rounds: int, draw: torch.Generator) -> Float[T
     for _ in range(rounds):
         values, null = _smallest(weights * equations, rank + 1, draw)
         weights = _trusted((equations @ null[:, :rank]).norm(dim=1, keepdim=True))
-    if not float(values[rank]) > GAP * float(values[rank - 1]) and rounds == 1:
+    if not float(values[rank]) > _GAP * float(values[rank - 1]) and rounds == 1:
         return None
     matrices = u.new_zeros(rank, rank, rank)
     # q_a q_b of a < b stands for two entries of the symmetric matrix
@@ -140,8 +140,8 @@ def _smallest(matrix: Tensor, many: int, draw: torch.Generator) -> tuple[Tensor,
     # a trace of ridge keeps rounding from making it indefinite; vectors stay as they are
     shifted = normal + 1e-13 * normal.trace() / size * torch.eye(size, dtype=normal.dtype, device=normal.device)
     factor = torch.linalg.cholesky(shifted)
-    found = torch.randn(size, min(many + OVERSAMPLED, size), generator=draw, dtype=normal.dtype).to(normal.device)
-    for _ in range(3 * POWERS):
+    found = torch.randn(size, min(many + _OVERSAMPLED, size), generator=draw, dtype=normal.dtype).to(normal.device)
+    for _ in range(3 * _POWERS):
         found = torch.cholesky_solve(torch.linalg.qr(found).Q, factor)
     found = torch.linalg.qr(found).Q
     # singular values from the matrix itself, since the normal equations lose those below 1e-8
@@ -153,7 +153,7 @@ def told_apart(matrices: Float[Tensor, "rank rank rank"], draw: torch.Generator)
     """Q of ``A_n = Q diag(c_n) Q'`` for all n, columns of length 1: eigenvectors of ``A B^-1`` for two random sums."""
     where, matrices, least = matrices, matrices.cpu(), float("inf")
     best = matrices[0, :, :0]
-    for _ in range(PENCILS):
+    for _ in range(_PENCILS):
         mix = torch.randn(2, len(matrices), generator=draw, dtype=matrices.dtype)
         a, b = torch.einsum("pn,nij->pij", mix, matrices)
         try:
@@ -167,18 +167,18 @@ def told_apart(matrices: Float[Tensor, "rank rank rank"], draw: torch.Generator)
     return best.to(where)
 
 
-def settled(space: ColumnSpace, q: Float[Tensor, "rank found"], steps: int) -> tuple[Tensor, Tensor]:
+def refitted(space: ColumnSpace, q: Float[Tensor, "rank found"], steps: int) -> tuple[Tensor, Tensor]:
     """Each direction after turns of telling which units are on and solving for (q, r); and its misfit.
 
     A row's equation is ``U_j q = 0`` of a unit that is off and ``U_j q = B_j r`` of one that is on, whichever is
     nearer; (q, r) is the least right singular vector of these rows, weighted so that outliers count little. The misfit
     is what remains on most of the rows, relative to the root mean square of U q: 0 of an example, large of a mixture.
     """
-    parts = [_settled(space, some, steps) for some in _chunks(q, AT_ONCE // space.u.numel())]
+    parts = [_refitted(space, some, steps) for some in _chunks(q, _AT_ONCE // space.u.numel())]
     return torch.cat([directions for directions, _ in parts], 1), torch.cat([misfit for _, misfit in parts])
 
 
-def _settled(space: ColumnSpace, q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _refitted(space: ColumnSpace, q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     u, back, rank = space.u, space.back, space.u.shape[1]
     on = (u @ q).abs() > (u @ q).square().mean(0).sqrt() / 2
     r = _sent_back(space, q, on)
@@ -197,7 +197,7 @@ def _settled(space: ColumnSpace, q: Tensor, steps: int) -> tuple[Tensor, Tensor]
         q, r = least[:rank] / size, least[rank:] / size
     column = u @ q
     rest = torch.minimum(column.abs(), (column - back @ r).abs())
-    most = rest.kthvalue(int(MOST * (len(rest) - 1)) + 1, dim=0).values
+    most = rest.kthvalue(int(_MOST * (len(rest) - 1)) + 1, dim=0).values
     return q, (most / column.square().mean(0).sqrt()).nan_to_num(torch.inf)
 
 
@@ -220,7 +220,7 @@ def sparse_directions(
     for such directions in submatrices: Dimitrov et al. 2024, https://arxiv.org/abs/2403.03945).
     """
     u, rank = space.u, space.u.shape[1]
-    starts = max(1, min(starts, AT_ONCE // u.numel()))
+    starts = max(1, min(starts, _AT_ONCE // u.numel()))
     # a start is orthogonal to as many random rows as a direction can be
     rows = torch.stack([torch.randperm(len(u), generator=draw)[: rank - 1] for _ in range(starts)]).to(u.device)
     q = _least(u[rows].transpose(1, 2) @ u[rows])
@@ -240,7 +240,7 @@ def _least(normal: Float[Tensor, "found rank rank"]) -> Float[Tensor, "rank foun
 
 def _chunks(columns: Tensor, most: int) -> list[Tensor]:
     """The columns, at most so many at once."""
-    return list(torch.split(columns, max(1, most), dim=1))  # type: ignore[no-untyped-call]
+    return list(torch.split(columns, max(1, most), dim=1))
 
 
 def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], misfit: Tensor) -> Float[Tensor, "rank found"]:
@@ -249,13 +249,13 @@ def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], misfit: Tensor
     """
     u, noise = space.u, space.noise / space.s / len(space.u) ** 0.5
     narrow = misfit * (u @ q).square().mean(0).sqrt()
-    for _ in range(SHARPENINGS):
+    for _ in range(_SHARPENINGS):
         column = u @ q
         # the standard error of U_j q, or what rounding leaves
         error = torch.maximum((q.square() * noise.square()[:, None]).sum(0).sqrt(), column.abs().amax(0) * 1e-9)
         weights = 1 / (column.square() + torch.maximum(narrow, 3 * error).square())
         weights = weights / weights.amax(0)
-        parts = _chunks(weights, AT_ONCE // u.numel())
+        parts = _chunks(weights, _AT_ONCE // u.numel())
         q = torch.cat([_least(u.T @ (some.T[:, :, None] * u)) for some in parts], 1)
         if bool((narrow < 3 * error).all()):
             break
@@ -271,7 +271,7 @@ def independent(q: Float[Tensor, "rank found"], misfit: Float[Tensor, "found"]) 
     for number in misfit.argsort().tolist():
         if len(chosen) == len(q):
             break
-        if chosen and float((q[:, chosen].T @ q[:, number]).abs().max()) > ALIKE:
+        if chosen and float((q[:, chosen].T @ q[:, number]).abs().max()) > _ALIKE:
             continue
         if float(torch.linalg.svdvals(q[:, [*chosen, number]])[-1]) > INDEPENDENT:
             chosen.append(number)

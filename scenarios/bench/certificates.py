@@ -23,12 +23,12 @@ from fedtap.simulator.data.images import open_dataset
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Protocol
 from fedtap.simulator.models.registry import build
 
-MODEL, SHAPE, BATCH, RATE = "mlp(width=256, depth=1)", (3, 16, 16), 8, 0.1
+_MODEL, _SHAPE, _BATCH, _RATE = "mlp(width=256, depth=1)", (3, 16, 16), 8, 0.1
 
-TRIES = 20
+_TRIES = 20
 """Wrong reconstructions of each batch, five of each kind."""
 
-RECOVERED = 30.0
+_RECOVERED = 30.0
 """PSNR in dB below which an image is wrong."""
 
 
@@ -41,25 +41,25 @@ def main(
     side = open_dataset("cifar10", data_root).auxiliary
     missed = false = wrong = 0
     for number in range(many):
-        images, labels = side.batch(torch.arange(number * BATCH, (number + 1) * BATCH) % len(side))
-        strangers, _ = side.batch((torch.arange(BATCH) - (number + 1) * BATCH) % len(side))
+        images, labels = side.batch(torch.arange(number * _BATCH, (number + 1) * _BATCH) % len(side))
+        strangers, _ = side.batch((torch.arange(_BATCH) - (number + 1) * _BATCH) % len(side))
         images, strangers = F.avg_pool2d(images, 2), F.avg_pool2d(strangers, 2)
-        leak = leak_of(images, labels, seed=number)
+        leak = _leak(images, labels, seed=number)
         missed += not bool(ExactBatch()(leak).certified)
         there, named = spoiled(images, labels, strangers, torch.Generator().manual_seed(number))
         errors = (there - images).square().flatten(2).mean(2)
-        bad = (scores.psnr(errors) < RECOVERED).any(1) | (named != labels).any(1)
-        _, holds = certificate(leak.repeat(TRIES), there, named)
+        bad = (scores.psnr(errors) < _RECOVERED).any(1) | (named != labels).any(1)
+        _, holds = certificate(leak.repeat(_TRIES), there, named)
         wrong += int(bad.sum())
         false += int((holds & bad).sum())
     print(f"{many - missed} of {many} true batches certified; {false} of {wrong} wrong reconstructions certified")
 
 
 def spoiled(images: Tensor, labels: Tensor, strangers: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The batch `TRIES` times, each wrong in one image or label."""
-    there, named = images.repeat(TRIES, 1, 1, 1, 1), labels.repeat(TRIES, 1)
-    for number in range(TRIES):
-        one, other = torch.randperm(BATCH, generator=draw)[:2].tolist()
+    """The batch `_TRIES` times, each wrong in one image or label."""
+    there, named = images.repeat(_TRIES, 1, 1, 1, 1), labels.repeat(_TRIES, 1)
+    for number in range(_TRIES):
+        one, other = torch.randperm(_BATCH, generator=draw)[:2].tolist()
         amount = float(torch.rand((), generator=draw))
         if number % 4 == 0:
             size = 10 ** -(0.75 + 0.75 * amount)
@@ -73,23 +73,25 @@ def spoiled(images: Tensor, labels: Tensor, strangers: Tensor, draw: torch.Gener
     return there.clamp(0, 1), named
 
 
-def leak_of(images: Tensor, labels: Tensor, seed: int) -> GradientLeak:
+def _leak(images: Tensor, labels: Tensor, seed: int) -> GradientLeak:
     """What a server reads off the float32 weights of a client after one step."""
-    network = build(MODEL, SHAPE, 10, seed=seed)
+    network = build(_MODEL, _SHAPE, 10, seed=seed)
     weights = {name: weight.detach() for name, weight in network.named_parameters()}
     found = gradients(network, images[None], labels[None])
     one = torch.zeros(1, dtype=torch.long)
     leak = GradientLeak(
-        observed={name: (weights[name] - (weights[name] - RATE * gradient)) / RATE for name, gradient in found.items()},
-        protocol=Protocol(MODEL, SHAPE, 10, BATCH, learning_rate=RATE),
-        network=build(MODEL, SHAPE, 10),
+        observed={
+            name: (weights[name] - (weights[name] - _RATE * gradient)) / _RATE for name, gradient in found.items()
+        },
+        protocol=Protocol(_MODEL, _SHAPE, 10, _BATCH, learning_rate=_RATE),
+        network=build(_MODEL, _SHAPE, 10),
         weights=weights,
         buffers={},
         clients=one,
         rounds=one + 1,
         restarts=one,
     )
-    return dataclasses.replace(leak, resolution=ROUNDING / RATE)
+    return dataclasses.replace(leak, resolution=ROUNDING / _RATE)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_the_equations_have_the_examples_columns_as_their_solutions(model: str) 
     mixed = inverse @ matrices @ inverse.T
     rest = mixed - torch.diag_embed(mixed.diagonal(dim1=1, dim2=2))
     assert float(rest.abs().max()) < 1e-3 * float(mixed.abs().max())
-    found, misfit = relu_columns.settled(space, relu_columns.told_apart(matrices, draw), 20)
+    found, misfit = relu_columns.refitted(space, relu_columns.told_apart(matrices, draw), 20)
     assert float((truth.T @ found).abs().amax(0).min()) > 1 - 1e-9
     assert float(misfit.max()) < 1e-5
 
@@ -218,12 +218,12 @@ def planted(seed: int, rank: int, units: int = 96) -> tuple[relu_columns.ColumnS
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), rank=st.integers(2, 6))
-def test_directions_settle_alone_as_they_do_together(seed: int, rank: int) -> None:
+def test_directions_are_refitted_alone_as_they_are_together(seed: int, rank: int) -> None:
     space, truth = planted(seed, rank)
     near = F.normalize(truth + 0.02 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)), dim=0)
-    together, misfit = relu_columns.settled(space, near, 20)
+    together, misfit = relu_columns.refitted(space, near, 20)
     for number in range(rank):
-        alone, error = relu_columns.settled(space, near[:, [number]], 20)
+        alone, error = relu_columns.refitted(space, near[:, [number]], 20)
         torch.testing.assert_close((alone * together[:, [number]]).sum().abs(), torch.ones(()).double())
         torch.testing.assert_close(error[0], misfit[number], rtol=1e-2, atol=1e-9)
 
