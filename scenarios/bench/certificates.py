@@ -52,7 +52,8 @@ def main(
         _, holds = certificate(leak.repeat(_TRIES), there, named)
         wrong += int(bad.sum())
         false += int((holds & bad).sum())
-    print(f"{many - missed} of {many} true batches certified; {false} of {wrong} wrong reconstructions certified")
+        if (done := number + 1) == many or done % 25 == 0:
+            print(f"certified: {done - missed} of {done} true batches, {false} of {wrong} wrong reconstructions")
 
 
 def spoiled(images: Tensor, labels: Tensor, strangers: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
