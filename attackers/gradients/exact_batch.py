@@ -36,14 +36,14 @@ from fedtap.simulator.wire.soundness import entry_error, unexplained
 
 _AGREES = 1e-4
 """Error of the recomputed gradient, relative to the leaked one and beyond the wire's own, up to which a result is
-certified. Right results have 1e-6 or less, and results with one wrong image 1e-2 and more."""
+certified. One image of six that is blended with a tenth of another leaves over 3e-4."""
 
 _BLURRED = 1e-2
 """Relative error of the wire and the announced noise from which the comparison decides nothing."""
 
 _SEEN = 0.85
-"""Share of the units on which an image agrees with its own column, from which it counts as recovered. Two images of a
-data set agree on 75 % at most; along several local steps an image disagrees with itself on some percent."""
+"""Share of the units on which an image agrees with its own column, from which it counts as recovered. Two images in
+[0, 1] agree on some 75 %; along several local steps an image disagrees with itself on some percent."""
 
 _PRECISE = 1e-2
 """Standard error of a recovered image's pixels, at most, from the wire's noise."""
@@ -52,8 +52,8 @@ _ROBUST = 10
 """Rounds in which the equations of several local steps are solved, with ever less weight on outliers."""
 
 _FITS = 0.02
-"""Misfit up to which a direction is an example's: 1e-6 of one step's, 1e-3 along several steps; that of a mixture of
-two is 0.1 and more."""
+"""Misfit up to which a direction is an example's: 1e-7 of one step's, 1e-4 to 1e-2 along several steps. That of a
+mixture is 0.1 and more after one step; after several it may be as small, and the certificate decides."""
 
 _WHOLE = 1e-5
 """Singular values of the next layer's gradient below this share of the largest one are left out."""
