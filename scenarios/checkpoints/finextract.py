@@ -1,11 +1,11 @@
 """Can the server draw a client's private images from the diffusion model that the client tuned on them?
 
 Expect: in part. It sent the model from which the client began and received the one that came back, so it can guide its
-samples from the one beyond the other (FineXtract): they are two to three times as often nearer to a private image than
-to any other picture as samples of the tuned model alone, with classifier-free guidance or without. Copies that anybody
-would recognise come back from clients that tuned long. Likeness alone proves nothing, since two pictures of one thing
-are alike: read the gap to pictures of the same thing that nobody tuned on. A caption that is not announced stands in
-the weights.
+samples from the one beyond the other (FineXtract): two to four times as many are then nearer to a private image than to
+any other picture of the subject or of others, as of samples of the tuned model alone, with classifier-free guidance or
+without. How many are copies that anybody would recognise depends on how long the client tuned. Likeness alone proves
+nothing, since two pictures of one thing are alike: read the gap to pictures of the same thing that nobody tuned on. A
+caption that is not announced stands in the weights.
 """
 
 from __future__ import annotations
