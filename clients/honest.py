@@ -33,8 +33,9 @@ def train_on_images(message: Message, context: Context, private: PrivateData) ->
     if private.conduct(client, rnd) == "silent":  # it takes part, and sends the weights that it was sent
         return weights_reply(message, net, len(images), client, drift_norm)
     here = before
-    if scenario.local_samples and private.victim(client, rnd) is not None:
-        here = drifted(before, private)
+    victim = private.victim(client, rnd)
+    if scenario.local_samples and victim is not None:
+        here = drifted(before, private, private.drift(victim))
         net.load_state_dict(here, strict=False)
         drift_norm = _distance(here, before)
     batch = min(scenario.batch_in(rnd), len(images))

@@ -108,16 +108,21 @@ UNSHARED_RATE, UNSHARED_BATCH = 0.01, 32
 """Learning rate and batch of the training that a victim does by itself; GIT's, https://arxiv.org/abs/2505.20026."""
 
 
-def drifted(before: dict[str, Tensor], private: PrivateData) -> dict[str, Tensor]:
-    """The weights after a victim's own, unshared training from these; remembered, since it is the same for all."""
-    key = (digest(before), private.scenario, private.dataset.name)
+def drifted(before: dict[str, Tensor], private: PrivateData, drift: int = 0) -> dict[str, Tensor]:
+    """The weights after a victim's own, unshared training from these; remembered, since many victims share it.
+
+    Args:
+        drift: number of the training.
+    """
+    key = (digest(before), private.scenario, private.dataset.name, drift)
     if key not in _DRIFTED:
         scenario, dataset = private.scenario, private.dataset
         net = network(scenario.architecture, dataset.shape, len(dataset.classes))
         net.load_state_dict(before, strict=False)
-        images, labels = private.unshared()
-        draw = generator(scenario.seed, "unshared")
-        with seeded(scenario.seed, "unshared"):
+        images, labels = private.unshared(drift)
+        names = ("unshared", drift) if drift else ("unshared",)
+        draw = generator(scenario.seed, *names)
+        with seeded(scenario.seed, *names):
             for _ in range(scenario.local_epochs):
                 shuffled = torch.randperm(len(images), generator=draw)
                 steps = -(-len(shuffled) // UNSHARED_BATCH)

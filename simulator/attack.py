@@ -353,7 +353,7 @@ class Learner(Attack):
     module's parameters and buffers, so that it can be saved without code.
     """
 
-    leaks = (GradientLeak,)
+    leaks: ClassVar[tuple[type[Leak], ...]] = (GradientLeak,)
     needs_weights = False
 
     @property

@@ -23,6 +23,7 @@ from fedtap.attackers.gradients.matching import check_matching
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import Product, fitted, residual
+from fedtap.attackers.parts.priors import shrinkage
 from fedtap.attackers.parts.teaching import HELD_OUT_EVERY
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
@@ -110,8 +111,7 @@ class FusedGIT(Learner):
 class LearnedPrior(nn.Module):
     """The trained attack's module, and its errors on held-out auxiliary pairs.
 
-    Their covariance is shrunk towards a multiple of the identity by the oracle approximating estimator, which suits few
-    samples of a Gaussian (Chen, Wiesel, Eldar and Hero 2010, https://arxiv.org/abs/0907.4698).
+    Their covariance is shrunk towards a multiple of the identity, which suits few samples.
     """
 
     errors: Float[Tensor, "pairs pixels"]
@@ -131,10 +131,7 @@ class LearnedPrior(nn.Module):
         n, p = errors.shape
         gram = errors @ errors.T / n
         trace, square = gram.diagonal().sum(), gram.square().sum()
-        # rho of their equation 23: ((1 - 2/p) tr S^2 + tr^2 S) / ((n + 1 - 2/p) (tr S^2 - tr^2 S / p))
-        share = (
-            ((1 - 2 / p) * square + trace**2) / ((n + 1 - 2 / p) * (square - trace**2 / p)).clamp_min(1e-300)
-        ).clamp(0, 1)
+        share = shrinkage(trace, square, n, p)
         c = (share * trace / p).clamp_min(1e-12)
         factor = ((1 - share) / n).sqrt() * errors
         inner = torch.linalg.cholesky(factor @ factor.T + c * torch.eye(n, dtype=errors.dtype, device=errors.device))

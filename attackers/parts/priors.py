@@ -39,6 +39,23 @@ def isotropic_variation(images: Images) -> PerElement:
     return torch.stack([_norms(difference) for difference in differences]).sum(0)
 
 
+def shrinkage(trace: Tensor, square: Tensor, samples: int, size: int) -> Tensor:
+    """How far, 0 to 1, a covariance S of few samples is best shrunk towards ``tr(S) / size`` times the identity.
+
+    The oracle approximating estimator for a Gaussian: Chen, Wiesel, Eldar and Hero 2010,
+    https://arxiv.org/abs/0907.4698, equation 23.
+
+    Args:
+        trace: tr S.
+        square: tr S^2.
+        size: rows of S.
+    """
+    n, p = samples, size
+    # rho = ((1 - 2/p) tr S^2 + tr^2 S) / ((n + 1 - 2/p) (tr S^2 - tr^2 S / p))
+    apart = ((n + 1 - 2 / p) * (square - trace**2 / p)).clamp_min(1e-300)
+    return (((1 - 2 / p) * square + trace**2) / apart).clamp(0, 1)
+
+
 def length(images: Images) -> PerElement:
     """Sum over an element's images of their l2 norms."""
     return _norms(images)

@@ -91,6 +91,11 @@ class PrivateData:
                 f"A victim cannot train on {scenario.local_samples} images of its own, since the training side of "
                 f"{scenario.dataset} has {len(self.dataset.train)}: lower --local-samples."
             )
+        if scenario.drifts > scenario.victims:
+            raise FedtapError(
+                f"{scenario.drifts} drifts are more than there are victims, {scenario.victims}, each of which has one: "
+                "lower --drifts, or raise --victims."
+            )
         if (
             scenario.summed > 1
             and scenario.defence != "none"
@@ -127,9 +132,16 @@ class PrivateData:
         beside = rnd > self.scenario.rounds and 0 < client < self.clients
         return self.scenario.others if beside else "honest"
 
-    def unshared(self) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
-        """What a victim trains on before it shares a gradient: the same for all, as if they were one client."""
-        return self.dataset.train.batch(slice(self.scenario.local_samples))
+    def drift(self, victim: int) -> int:
+        """Number of the training, below `drifts`, that this victim has behind it before it shares a gradient."""
+        return victim * self.scenario.drifts // self.scenario.victims
+
+    def unshared(self, drift: int = 0) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
+        """What the victims of this drift train on before they share a gradient, as if they were one client."""
+        if not drift:
+            return self.dataset.train.batch(slice(self.scenario.local_samples))
+        order = torch.randperm(len(self.dataset.train), generator=generator(self.scenario.seed, "drift", drift))
+        return self.dataset.train.batch(order[: self.scenario.local_samples])
 
     def names(self) -> list[tuple[int, int]]:
         """(client, its first round) of each victim, in order; of a sum, its first client."""

@@ -1,0 +1,329 @@
+"""Drift GIT: the image together with the drifted weights at which a victim computed its gradient.
+
+A victim that has trained by itself shares a gradient at weights that nobody else knows, the drift of Chen and Liu 2025
+(GIT), https://arxiv.org/abs/2505.20026; the joint estimate is ours. With g(x, w) the gradient that image x causes at
+weights w and G the leaked one,
+
+    |(g(x, w) - G) / s|^2 + |z_x|^2 + |z_w|^2 + |z_f|^2,  x = m + L z_x,  w = broadcast + mean + F z_f + a u z_w
+
+is lowered by Gauss-Newton steps with a line search, as s falls from the gradient's own size to a hundredth of it. m and
+L L' are the mean and the covariance of public images, F the spread of auxiliary trainings on them, if there are any,
+and u the size of each tensor's entries. The drift's scale a is estimated from the leak: of all a the one of the largest
+evidence, by the fixed point of MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+
+from fedtap.attackers.gradients.gauss_newton import VICTIMS_AT_ONCE
+from fedtap.attackers.gradients.matching import MATCHED, check_matching
+from fedtap.attackers.parts.checks import check_fields
+from fedtap.attackers.parts.labels import recovered
+from fedtap.attackers.parts.newton import conjugate_gradients, standard_errors
+from fedtap.attackers.parts.priors import shrinkage
+from fedtap.attackers.parts.teaching import check_room
+from fedtap.simulator.attack import Images, Labels, Learner, Reconstruction, generator
+from fedtap.simulator.auxiliary import Auxiliary, Provenance
+from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.leaks import Leak, Tensors
+from fedtap.simulator.progress import progress
+from fedtap.simulator.wire.replay import client_reply, mean_gradient, mean_loss, stateless, targets, trained
+
+Unknown = Float[Tensor, "elements unknowns"]
+PerElement = Float[Tensor, "elements"]
+
+LEVELS = (0.3, 0.1, 0.03, 0.01)
+"""s at each level, as a share of the gradient's root mean square."""
+
+LENGTHS = (1.0, 0.5, 0.2, 0.05)
+"""Lengths of a Gauss-Newton step among which the line search chooses."""
+
+FIRST_SCALE, LEAST_SCALE = 0.1, 1e-2
+"""The drift's scale a at the first level, as a share of each tensor's root mean square; its least later value, as a
+share of the first."""
+
+BATCH, SNAPSHOTS = 32, 8
+"""Images in a step of an auxiliary training, and how often its weights are kept on the way."""
+
+
+@dataclass(frozen=True)
+class DriftGIT(Learner):
+    """Maximum a posteriori of images and drifted weights, with a prior of public images; broadcast weights known."""
+
+    leaks = MATCHED
+    needs_weights = True
+
+    steps: int = 3
+    """Gauss-Newton steps at each of the four levels of s."""
+    inner: int = 30
+    """Iterations of conjugate gradients in each step, at most."""
+    trainings: int = 0
+    """Auxiliary trainings from the broadcast weights on public images, for the drift's mean and spread; 0 for none."""
+    epochs: int = 20
+    """Epochs of an auxiliary training."""
+    learning_rate: float = 0.01
+    """Learning rate of an auxiliary training."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1, inner=1, epochs=1, learning_rate=1e-9)
+        if self.trainings == 1:
+            raise FedtapError(
+                "trainings of DriftGIT is 1, and the spread of a single training is unknown: give 0, or 2 and more."
+            )
+
+    def accepts(self, leak: Leak) -> None:
+        """Networks that torch.func can differentiate twice and whose last layer shows the labels."""
+        super().accepts(leak)
+        check_matching(self, leak)
+
+    def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
+        pixels = math.prod(about.protocol.shape)
+        check_room(pixels, 3 * pixels)  # the covariance in float64, and its root
+        weights = sum(dict(network.named_parameters())[name].numel() for name in trained(network))
+        return PublicPrior(pixels, weights, self.trainings * SNAPSHOTS)
+
+    def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
+        """Mean and covariance of the public images, and of the weights along trainings on them."""
+        assert isinstance(inverter, PublicPrior)
+        images, labels = [], []
+        for pairs in auxiliary:
+            images.append(pairs.images.flatten(0, 1))
+            labels.append(pairs.labels.flatten())
+            weights, buffers = pairs.leak.weights, pairs.leak.buffers
+        inverter.see(torch.cat(images))
+        if not self.trainings:
+            return
+        if weights is None:
+            raise FedtapError(
+                f"{self.name} trains from the broadcast weights, and the {auxiliary.about.protocol.threat_model} does "
+                "not know them: use --threat-model curious_server, or trainings=0."
+            )
+        start, seen = {**weights, **buffers}, (torch.cat(images), torch.cat(labels))
+        numbers = progress(range(self.trainings), "trainings")
+        inverter.follow(torch.stack([self._training(auxiliary, start, *seen, seed, number) for number in numbers]))
+
+    def _training(
+        self, auxiliary: Auxiliary, start: Tensors, images: Tensor, labels: Tensor, seed: int, number: int
+    ) -> Float[Tensor, "snapshots weights"]:
+        """The drift along a training on as many images as there are, drawn with replacement.
+
+        So drawn, trainings stray from each other as those on independent datasets do (Efron 1979,
+        https://doi.org/10.1214/aos/1176344552).
+        """
+        protocol, draw = auxiliary.about.protocol, generator(seed, "auxiliary training", number)
+        network = copy.deepcopy(stateless(auxiliary.network, protocol.batchnorm)).to_empty(device=images.device)
+        network.load_state_dict(start, strict=False)
+        moving, kept = [dict(network.named_parameters())[name] for name in trained(network)], []
+        begun = torch.cat([weight.detach().flatten() for weight in moving])
+        sgd = torch.optim.SGD(moving, self.learning_rate)
+        drawn = torch.randint(len(images), (len(images),), generator=draw)
+        orders = [drawn[torch.randperm(len(drawn), generator=draw)] for _ in range(self.epochs)]
+        batches = [some for order in orders for some in torch.split(order, BATCH)]
+        stops = {round(len(batches) * (stop + 1) / SNAPSHOTS) for stop in range(SNAPSHOTS)}
+        for step, some in enumerate(batches, 1):
+            sgd.zero_grad()
+            mean_loss(protocol, network(images[some]), targets(labels[some], protocol.classes)).backward()  # type: ignore[no-untyped-call]
+            sgd.step()
+            if step in stops:
+                kept.append(torch.cat([weight.detach().flatten() for weight in moving]) - begun)
+        kept += kept[-1:] * (SNAPSHOTS - len(kept))  # of fewer steps than snapshots
+        return torch.stack(kept)
+
+    def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
+        assert isinstance(inverter, PublicPrior)
+        labels, found = recovered(leak), []
+        for some in torch.arange(len(leak)).split(VICTIMS_AT_ONCE):  # type: ignore[no-untyped-call]
+            joint = Joint.of(leak[some], labels[some], inverter)
+            found.append(joint.fitted(self.steps, self.inner))
+        images, objective = (torch.cat(parts).to(start.dtype) for parts in zip(*found, strict=True))
+        return Reconstruction(images.reshape(start.shape), labels, objective)
+
+
+class PublicPrior(nn.Module):
+    """Gaussians: of public images, and of the drift of weights along trainings on them."""
+
+    mean: Float[Tensor, "pixels"]
+    root: Float[Tensor, "pixels pixels"]
+    """L of the covariance ``L L'``, lower triangular."""
+    drift: Float[Tensor, "weights"]
+    """Mean of the drift, over trainings and the way."""
+    spread: Float[Tensor, "snapshots weights"]
+    """F', whose rows are the snapshots' distances from that mean, over the root of their number."""
+    strayed: Float[Tensor, "weights"]
+    """Distance of a training from the mean of all at the same step, root mean square over steps and trainings."""
+
+    def __init__(self, pixels: int, weights: int, snapshots: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("root", torch.zeros(pixels, pixels))
+        self.register_buffer("drift", torch.zeros(weights))
+        self.register_buffer("spread", torch.zeros(snapshots, weights))
+        self.register_buffer("strayed", torch.zeros(weights))
+
+    def see(self, images: Float[Tensor, "images channel height width"]) -> None:
+        """Take mean and covariance of these images, the covariance shrunk towards a multiple of the identity."""
+        rows = images.flatten(1)
+        n, p = rows.shape
+        self.mean.copy_(rows.mean(0))
+        covariance = torch.zeros_like(self.root, dtype=torch.float64)
+        for some in torch.split(rows - self.mean, 4096):
+            covariance += some.T @ some / n
+        trace, square = covariance.diagonal().sum(), covariance.square().sum()
+        share = shrinkage(trace, square, n, p)
+        covariance *= 1 - share
+        # a grey level of 255 is the least doubt that is left, where all images are the same
+        covariance.diagonal().add_((share * trace / p).clamp_min(255.0**-2))
+        self.root.copy_(torch.linalg.cholesky(covariance))
+
+    def follow(self, ways: Float[Tensor, "trainings snapshots weights"]) -> None:
+        """Take mean and spread of the drift along these trainings."""
+        many = len(ways)
+        self.drift.copy_(ways.mean((0, 1)))
+        self.spread.copy_((ways.flatten(0, 1) - self.drift) / math.sqrt(many * ways.shape[1]))
+        # the unbiased variance of n trainings: the mean square about their own mean, times n / (n - 1)
+        self.strayed.copy_((ways.var(0).mean(0)).sqrt())
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The estimate of images and weights of some victims; an element's unknowns are a row z, ``[z_x, z_f, z_w]``."""
+
+    prior: PublicPrior
+    """Of images, and of drift."""
+    leaked: Float[Tensor, "elements entries"]
+    """G."""
+    errors: Float[Tensor, "elements entries"]
+    """Standard errors of the leaked entries."""
+    respond: Callable[[Tensor, Tensor], Float[Tensor, "elements entries"]]
+    """(images `elements pixels`, weights `elements weights`) -> g(x, w)."""
+    broadcast: Float[Tensor, "#elements weights"]
+    """The weights that the victims were sent."""
+    unit: Float[Tensor, "#elements weights"]
+    """u: how large the drift of each weight is, up to the factor a."""
+    first: float
+    """a at the first level."""
+    batch: int
+    """Images of an element."""
+
+    @staticmethod
+    def of(leak: Leak, labels: Labels, prior: PublicPrior) -> Joint:
+        """The problem that these victims' leaks pose."""
+        gradient, weights, errors = mean_gradient(leak), leak.weights or {}, standard_errors(leak)
+        names, target = list(gradient), targets(labels, leak.protocol.classes).to(leak.device)
+        shape, reply = (leak.protocol.batch, *leak.protocol.shape), client_reply(leak)
+        shapes = {name: weights[name].shape[1:] if leak.stacked else weights[name].shape for name in names}
+        sizes = [shapes[name].numel() for name in names]
+        fixed = {name: weight for name, weight in weights.items() if name not in gradient}
+
+        def element(frozen: Tensors, buffers: Tensors, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+            moved = {name: part.reshape(shapes[name]) for name, part in zip(names, torch.split(w, sizes), strict=True)}
+            found = reply({**frozen, **moved}, buffers, x.reshape(shape), target)
+            return torch.cat([found[name].flatten() for name in names])
+
+        shared = 0 if leak.stacked else None
+        every = vmap(element, in_dims=(shared, shared, 0, 0, 0))
+        rows = [weights[name].reshape(-1, size) for name, size in zip(names, sizes, strict=True)]
+        broadcast = torch.cat(rows, dim=1)
+        if len(prior.spread):
+            unit, first = prior.strayed[None], 1.0
+        else:
+            # a tensor that begins at zero drifts as the others do
+            whole = broadcast.square().mean(1, keepdim=True).sqrt()
+            sized = [row.square().mean(1, keepdim=True).sqrt().expand_as(row) for row in rows]
+            unit, first = torch.cat([torch.where(size > 0, size, whole) for size in sized], dim=1), FIRST_SCALE
+        return Joint(
+            prior,
+            torch.cat([gradient[name].flatten(1) for name in names], dim=1),
+            torch.cat([errors[name][:, None].expand(-1, size) for name, size in zip(names, sizes, strict=True)], dim=1),
+            lambda x, w: every(fixed, leak.buffers, x, w, target),
+            broadcast,
+            unit,
+            first,
+            leak.protocol.batch,
+        )
+
+    def images(self, z: Unknown) -> Float[Tensor, "elements pixels"]:
+        """``m + L z_x`` of each image of the batch."""
+        pixels = len(self.prior.mean)
+        rows = z[:, : self.batch * pixels].reshape(-1, pixels)
+        return (self.prior.mean + rows @ self.prior.root.T).reshape(len(z), -1)
+
+    def weights(self, z: Unknown, scale: PerElement) -> Float[Tensor, "elements weights"]:
+        """``broadcast + mean + F z_f + a u z_w``."""
+        snapshots, weights = self.prior.spread.shape
+        along, freely = z[:, -weights - snapshots : -weights], z[:, -weights:]
+        return self.broadcast + self.prior.drift + along @ self.prior.spread + scale[:, None] * self.unit * freely
+
+    def residual(self, scale: PerElement, level: float) -> Callable[[Unknown], Float[Tensor, "elements entries"]]:
+        """``(g(x, w) - G) / s`` as a function of z."""
+        size = self.leaked.square().mean(1, keepdim=True)
+        # s^2 = (level |G|)^2 / n + the variance of what was sent
+        s = (level**2 * size + self.errors.square()).sqrt().to(self.leaked.dtype)
+        return lambda z: (self.respond(self.images(z), self.weights(z, scale)) - self.leaked) / s
+
+    def fitted(self, steps: int, inner: int) -> tuple[Float[Tensor, "elements pixels"], PerElement]:
+        """The images at which the objective is lowest, and the objective there."""
+        snapshots, weights = self.prior.spread.shape
+        elements, unknowns = len(self.leaked), self.batch * len(self.prior.mean) + snapshots + weights
+        z = self.leaked.new_zeros(elements, unknowns)
+        scale = self.leaked.new_full((elements,), self.first)
+        for level in LEVELS:
+            residual = self.residual(scale, level)
+            for _ in progress(steps, f"steps at s = {level}"):
+                z, objective = stepped(residual, z, inner)
+            if level == LEVELS[-1]:
+                break
+            # MacKay: a^2 = a^2 |z_w|^2 / gamma
+            known = determined(residual, z, inner)[:, -weights:].sum(1).clamp_min(1.0)
+            better = (scale * z[:, -weights:].norm(dim=1) / known.sqrt()).clamp_min(LEAST_SCALE * self.first)
+            z = torch.cat([z[:, :-weights], z[:, -weights:] * (scale / better)[:, None]], dim=1)
+            scale = better
+        return self.images(z), objective
+
+
+def linear(
+    residual: Callable[[Unknown], Tensor], z: Unknown
+) -> tuple[Tensor, Callable[[Tensor], Unknown], Callable[[Unknown], Unknown]]:
+    """The residual r at z, ``u -> J'u``, and ``v -> (J'J + 1) v``; the 1 is the prior's precision."""
+    r, back = vjp(residual, z)[:2]
+    # J v is the derivative of J'u by u, in the direction v: no second forward pass is needed
+    ahead = vjp(lambda u: back(u)[0], r)[1]
+    return r, lambda u: back(u)[0], lambda v: back(ahead(v)[0])[0] + v
+
+
+def stepped(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> tuple[Unknown, PerElement]:
+    """A Gauss-Newton step from z, of the length in `LENGTHS` that leads lowest, or none; and the objective there."""
+
+    def cost(z: Unknown) -> PerElement:
+        return residual(z).square().sum(1) + z.square().sum(1)
+
+    r, back, curved = linear(residual, z)
+    # (J'J + 1) d = -(J'r + z)
+    d = conjugate_gradients(curved, -(back(r) + z), inner)
+    best, lowest = z, r.square().sum(1) + z.square().sum(1)
+    for length in LENGTHS:
+        there = z + length * d
+        value = cost(there)
+        lower = value < lowest
+        best, lowest = torch.where(lower[:, None], there, best), torch.where(lower, value, lowest)
+    return best, lowest
+
+
+def determined(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> Unknown:
+    """How far the leak and not the prior determines each unknown, 0 to 1: an estimate whose sums are unbiased.
+
+    It is the diagonal of ``1 - H^-1`` with ``H = J'J + 1``, by a random vector v of signs: ``1 - v (H^-1 v)``
+    (Hutchinson 1990, https://doi.org/10.1080/03610919008812866).
+    """
+    signs = torch.randint(2, z.shape[1:], generator=generator("signs", z.shape[1])).to(z) * 2 - 1
+    v = signs.expand_as(z)
+    return 1 - v * conjugate_gradients(linear(residual, z)[2], v, inner)
