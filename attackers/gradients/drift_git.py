@@ -282,12 +282,22 @@ class Joint:
                 z, objective = stepped(residual, z, inner)
             if level == LEVELS[-1]:
                 break
-            # MacKay: a^2 = a^2 |z_w|^2 / gamma
-            known = determined(residual, z, inner)[:, -weights:].sum(1).clamp_min(1.0)
-            better = (scale * z[:, -weights:].norm(dim=1) / known.sqrt()).clamp_min(LEAST_SCALE * self.first)
-            z = torch.cat([z[:, :-weights], z[:, -weights:] * (scale / better)[:, None]], dim=1)
-            scale = better
+            z, scale = self.rescaled(z, scale, residual, inner)
         return self.images(z), objective
+
+    def rescaled(
+        self, z: Unknown, scale: PerElement, residual: Callable[[Unknown], Tensor], inner: int
+    ) -> tuple[Unknown, PerElement]:
+        """The drift's scale of the largest evidence about z, and z in its units, so that the weights are the same.
+
+        MacKay's fixed point: ``a^2 = |w - broadcast - mean - F z_f|^2 / gamma`` in units of u, where gamma is the
+        number of those directions of w that the leak determines.
+        """
+        weights = self.prior.spread.shape[1]
+        kept, freely = z[:, :-weights], z[:, -weights:]
+        gamma = determined(residual, z, inner)[:, -weights:].sum(1).clamp_min(1.0)
+        better = (scale * freely.norm(dim=1) / gamma.sqrt()).clamp_min(LEAST_SCALE * self.first)
+        return torch.cat([kept, freely * (scale / better)[:, None]], dim=1), better
 
 
 def linear(

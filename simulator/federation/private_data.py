@@ -91,10 +91,10 @@ class PrivateData:
                 f"A victim cannot train on {scenario.local_samples} images of its own, since the training side of "
                 f"{scenario.dataset} has {len(self.dataset.train)}: lower --local-samples."
             )
-        if scenario.drifts > scenario.victims:
+        if scenario.local_trainings > scenario.victims:
             raise FedtapError(
-                f"{scenario.drifts} drifts are more than there are victims, {scenario.victims}, each of which has one: "
-                "lower --drifts, or raise --victims."
+                f"{scenario.local_trainings} local trainings are more than there are victims, {scenario.victims}, "
+                "each of which has one: lower --local-trainings, or raise --victims."
             )
         if (
             scenario.summed > 1
@@ -133,8 +133,8 @@ class PrivateData:
         return self.scenario.others if beside else "honest"
 
     def drift(self, victim: int) -> int:
-        """Number of the training, below `drifts`, that this victim has behind it before it shares a gradient."""
-        return victim * self.scenario.drifts // self.scenario.victims
+        """Which of the `local_trainings` this victim has behind it, from 0."""
+        return victim * self.scenario.local_trainings // self.scenario.victims
 
     def unshared(self, drift: int = 0) -> tuple[Float[Tensor, "images channel height width"], Int[Tensor, "images"]]:
         """What the victims of this drift train on before they share a gradient, as if they were one client."""

@@ -126,9 +126,9 @@ class Federation(Scenario):
         int, Option("images of its own that a victim trains on before it shares a gradient", 0, group="federation")
     ] = 0
     local_epochs: Annotated[int, Option("times that it trains on all of them", 1, group="federation")] = 1
-    drifts: Annotated[
+    local_trainings: Annotated[
         int,
-        Option("of how many such trainings each victim has one; 1: all have the same", 1, group="federation"),
+        Option("such trainings, on other images each, among the victims; 1: all have the same", 1, group="federation"),
     ] = 1
     threat_model: Annotated[Threat, Option("who observes", group="attack")] = "curious_server"
     defence: Annotated[
