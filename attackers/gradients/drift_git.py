@@ -62,8 +62,8 @@ class DriftGIT(Learner):
     leaks = MATCHED
     needs_weights = True
 
-    steps: int = 3
-    """Gauss-Newton steps at each of the four levels of s."""
+    steps: int = 12
+    """Gauss-Newton steps in all, as many at each of the four levels of s."""
     inner: int = 30
     """Iterations of conjugate gradients in each step, at most."""
     trainings: int = 0
@@ -74,7 +74,7 @@ class DriftGIT(Learner):
     """Learning rate of an auxiliary training."""
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=1, inner=1, epochs=1, learning_rate=1e-9)
+        check_fields(self, steps=len(LEVELS), inner=1, epochs=1, learning_rate=1e-9)
         if self.trainings == 1:
             raise FedtapError(
                 "trainings of DriftGIT is 1, and the spread of a single training is unknown: give 0, or 2 and more."
@@ -96,38 +96,39 @@ class DriftGIT(Learner):
         assert isinstance(inverter, PublicPrior)
         images, labels = [], []
         for pairs in auxiliary:
+            leak = pairs.leak
             images.append(pairs.images.flatten(0, 1))
             labels.append(pairs.labels.flatten())
-            weights, buffers = pairs.leak.weights, pairs.leak.buffers
         inverter.see(torch.cat(images))
         if not self.trainings:
             return
-        if weights is None:
+        if leak.weights is None:
             raise FedtapError(
-                f"{self.name} trains from the broadcast weights, and the {auxiliary.about.protocol.threat_model} does "
-                "not know them: use --threat-model curious_server, or trainings=0."
+                f"{self.name} trains from the broadcast weights, and the {leak.protocol.threat_model} does not know "
+                "them: use --threat-model curious_server, or trainings=0."
             )
-        start, seen = {**weights, **buffers}, (torch.cat(images), torch.cat(labels))
-        numbers = progress(range(self.trainings), "trainings")
-        inverter.follow(torch.stack([self._training(auxiliary, start, *seen, seed, number) for number in numbers]))
+        seen, numbers = (torch.cat(images), torch.cat(labels)), progress(range(self.trainings), "trainings")
+        inverter.follow(
+            torch.stack([self.training(leak, *seen, generator(seed, "drift", number)) for number in numbers])
+        )
 
-    def _training(
-        self, auxiliary: Auxiliary, start: Tensors, images: Tensor, labels: Tensor, seed: int, number: int
+    def training(
+        self, leak: Leak, images: Tensor, labels: Tensor, draw: torch.Generator
     ) -> Float[Tensor, "snapshots weights"]:
-        """The drift along a training on as many images as there are, drawn with replacement.
+        """The drift from a leak's weights along a training on as many images as there are, drawn with replacement.
 
         So drawn, trainings stray from each other as those on independent datasets do (Efron 1979,
         https://doi.org/10.1214/aos/1176344552).
         """
-        protocol, draw = auxiliary.about.protocol, generator(seed, "auxiliary training", number)
-        network = copy.deepcopy(stateless(auxiliary.network, protocol.batchnorm)).to_empty(device=images.device)
-        network.load_state_dict(start, strict=False)
-        moving, kept = [dict(network.named_parameters())[name] for name in trained(network)], []
+        protocol, kept = leak.protocol, list[Tensor]()
+        network = copy.deepcopy(stateless(leak.network, protocol.batchnorm)).to_empty(device=images.device)
+        network.load_state_dict({**(leak.weights or {}), **leak.buffers}, strict=False)
+        moving = [dict(network.named_parameters())[name] for name in trained(network)]
         begun = torch.cat([weight.detach().flatten() for weight in moving])
         sgd = torch.optim.SGD(moving, self.learning_rate)
         drawn = torch.randint(len(images), (len(images),), generator=draw)
-        orders = [drawn[torch.randperm(len(drawn), generator=draw)] for _ in range(self.epochs)]
-        batches = [some for order in orders for some in torch.split(order, BATCH)]
+        epochs = [drawn[torch.randperm(len(drawn), generator=draw)] for _ in range(self.epochs)]
+        batches = [some for epoch in epochs for some in torch.split(epoch, BATCH)]
         stops = {round(len(batches) * (stop + 1) / SNAPSHOTS) for stop in range(SNAPSHOTS)}
         for step, some in enumerate(batches, 1):
             sgd.zero_grad()
@@ -278,7 +279,7 @@ class Joint:
         scale = self.leaked.new_full((elements,), self.first)
         for level in LEVELS:
             residual = self.residual(scale, level)
-            for _ in progress(steps, f"steps at s = {level}"):
+            for _ in progress(steps // len(LEVELS), f"steps at s = {level}"):
                 z, objective = stepped(residual, z, inner)
             if level == LEVELS[-1]:
                 break

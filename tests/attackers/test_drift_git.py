@@ -56,7 +56,7 @@ def error(attack: Attack, images: Tensor, leak: Leak) -> float:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Learned:
     auxiliary = auxiliary_for(leak_at(broadcast())[1], tmp_path_factory.mktemp("pairs"), 160, network=broadcast())
-    return DriftGIT(steps=2, inner=10).fit(auxiliary)
+    return DriftGIT(steps=8, inner=10).fit(auxiliary)
 
 
 def curved_residual(elements: int = 2, unknowns: int = 6, entries: int = 9) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def test_at_drifted_weights_it_beats_who_believes_the_broadcast_ones(trained: Le
 def test_trainings_are_learned_from_and_need_the_weights(tmp_path: Path) -> None:
     images, leak = leak_at(drifted(0.02))
     auxiliary = auxiliary_for(leak, tmp_path, 48, network=broadcast())
-    learned = DriftGIT(steps=1, inner=2, trainings=2, epochs=2, learning_rate=0.1).fit(auxiliary)
+    learned = DriftGIT(steps=4, inner=2, trainings=2, epochs=2, learning_rate=0.1).fit(auxiliary)
     prior = learned.inverter
     assert isinstance(prior, PublicPrior)
     assert prior.spread.shape == (16, sum(parameter.numel() for parameter in broadcast().parameters()))
@@ -179,7 +179,7 @@ def test_what_it_cannot_use_is_refused() -> None:
     with pytest.raises(FedtapError, match="spread of a single training"):
         DriftGIT(trainings=1)
     with pytest.raises(FedtapError, match="steps of DriftGIT"):
-        DriftGIT(steps=0)
+        DriftGIT(steps=3)
     _, leak = leak_at(broadcast())
     with pytest.raises(FedtapError, match="does not know them"):
         DriftGIT().accepts(dataclasses.replace(leak, weights=None))

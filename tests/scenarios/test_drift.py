@@ -52,6 +52,28 @@ def test_a_victim_shares_the_gradient_of_where_it_drifted_to() -> None:
     assert heard.drift_norm[client, rnd] == pytest.approx(float(drift_norm), rel=1e-3)
 
 
+def test_victims_may_have_drifts_of_their_own() -> None:
+    scenario = dataclasses.replace(BASE, local_samples=40, local_trainings=2)
+    grid, private = federation(scenario)
+    assert [private.drift(victim) for victim in range(scenario.victims)] == sorted(
+        private.drift(victim) for victim in range(scenario.victims)
+    )
+    assert {private.drift(victim) for victim in range(scenario.victims)} == {0, 1}
+    one, other = (private.unshared(drift)[0] for drift in (0, 1))
+    assert one.shape == other.shape
+    assert not torch.equal(one, other)
+    assert torch.equal(other, private.unshared(1)[0])
+    norms = play(scenario, grid, private).drift_norm
+    assert len(set(norms.values())) == 2
+    same = dataclasses.replace(scenario, local_trainings=1)
+    grid, private = federation(same)
+    alone = play(same, grid, private).drift_norm
+    assert len(set(alone.values())) == 1
+    assert set(alone.values()) < set(norms.values()), "the first drift is what it was"
+    with pytest.raises(FedtapError, match="lower --local-trainings"):
+        federation(dataclasses.replace(scenario, local_trainings=scenario.victims + 1))
+
+
 def test_no_drift_is_no_change() -> None:
     grid, private = federation(BASE)
     heard = play(BASE, grid, private)
