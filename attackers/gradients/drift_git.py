@@ -8,8 +8,8 @@ weights w and G the leaked one,
 
 is lowered by Gauss-Newton steps with a line search, as s falls from the gradient's own size to a hundredth of it. m and
 L L' are the mean and the covariance of public images, F the spread of auxiliary trainings on them, if there are any,
-and u the size of each tensor's entries. The drift's scale a is estimated from the leak: of all a the one of the largest
-evidence, by the fixed point of MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415.
+and u the root mean square of each broadcast tensor. The drift's scale a is estimated from the leak as the one of the
+largest evidence, by the fixed point of MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ LEVELS = (0.3, 0.1, 0.03, 0.01)
 LENGTHS = (1.0, 0.5, 0.2, 0.05)
 """Lengths of a Gauss-Newton step among which the line search chooses."""
 
-FIRST_SCALE, LEAST_SCALE = 0.1, 1e-2
-"""The drift's scale a at the first level, as a share of each tensor's root mean square; its least later value, as a
-share of the first."""
+FIRST_SCALE, LEAST_SCALE = 0.1, 1e-3
+"""The drift's scale a at the first level, and its least value later, as a share of each tensor's root mean square. The
+first is larger than most drifts: from too small a scale the steps find no way to the true weights."""
 
 BATCH, SNAPSHOTS = 32, 8
 """Images in a step of an auxiliary training, and how often its weights are kept on the way."""
@@ -75,10 +75,6 @@ class DriftGIT(Learner):
 
     def __post_init__(self) -> None:
         check_fields(self, steps=len(LEVELS), inner=1, epochs=1, learning_rate=1e-9)
-        if self.trainings == 1:
-            raise FedtapError(
-                "trainings of DriftGIT is 1, and the spread of a single training is unknown: give 0, or 2 and more."
-            )
 
     def accepts(self, leak: Leak) -> None:
         """Networks that torch.func can differentiate twice and whose last layer shows the labels."""
@@ -159,8 +155,6 @@ class PublicPrior(nn.Module):
     """Mean of the drift, over trainings and the way."""
     spread: Float[Tensor, "snapshots weights"]
     """F', whose rows are the snapshots' distances from that mean, over the root of their number."""
-    strayed: Float[Tensor, "weights"]
-    """Distance of a training from the mean of all at the same step, root mean square over steps and trainings."""
 
     def __init__(self, pixels: int, weights: int, snapshots: int) -> None:
         super().__init__()
@@ -168,7 +162,6 @@ class PublicPrior(nn.Module):
         self.register_buffer("root", torch.zeros(pixels, pixels))
         self.register_buffer("drift", torch.zeros(weights))
         self.register_buffer("spread", torch.zeros(snapshots, weights))
-        self.register_buffer("strayed", torch.zeros(weights))
 
     def see(self, images: Float[Tensor, "images channel height width"]) -> None:
         """Take mean and covariance of these images, the covariance shrunk towards a multiple of the identity."""
@@ -187,11 +180,9 @@ class PublicPrior(nn.Module):
 
     def follow(self, ways: Float[Tensor, "trainings snapshots weights"]) -> None:
         """Take mean and spread of the drift along these trainings."""
-        many = len(ways)
-        self.drift.copy_(ways.mean((0, 1)))
-        self.spread.copy_((ways.flatten(0, 1) - self.drift) / math.sqrt(many * ways.shape[1]))
-        # the unbiased variance of n trainings: the mean square about their own mean, times n / (n - 1)
-        self.strayed.copy_((ways.var(0).mean(0)).sqrt())
+        rows = ways.flatten(0, 1)
+        self.drift.copy_(rows.mean(0))
+        self.spread.copy_((rows - self.drift) / math.sqrt(len(rows)))
 
 
 @dataclass(frozen=True)
@@ -209,9 +200,7 @@ class Joint:
     broadcast: Float[Tensor, "#elements weights"]
     """The weights that the victims were sent."""
     unit: Float[Tensor, "#elements weights"]
-    """u: how large the drift of each weight is, up to the factor a."""
-    first: float
-    """a at the first level."""
+    """u: root mean square of the broadcast weights in the tensor of each."""
     batch: int
     """Images of an element."""
 
@@ -234,13 +223,10 @@ class Joint:
         every = vmap(element, in_dims=(shared, shared, 0, 0, 0))
         rows = [weights[name].reshape(-1, size) for name, size in zip(names, sizes, strict=True)]
         broadcast = torch.cat(rows, dim=1)
-        if len(prior.spread):
-            unit, first = prior.strayed[None], 1.0
-        else:
-            # a tensor that begins at zero drifts as the others do
-            whole = broadcast.square().mean(1, keepdim=True).sqrt()
-            sized = [row.square().mean(1, keepdim=True).sqrt().expand_as(row) for row in rows]
-            unit, first = torch.cat([torch.where(size > 0, size, whole) for size in sized], dim=1), FIRST_SCALE
+        # a tensor that begins at zero drifts as the others do
+        whole = broadcast.square().mean(1, keepdim=True).sqrt()
+        sizes_of = [row.square().mean(1, keepdim=True).sqrt().expand_as(row) for row in rows]
+        unit = torch.cat([torch.where(size > 0, size, whole) for size in sizes_of], dim=1)
         return Joint(
             prior,
             torch.cat([gradient[name].flatten(1) for name in names], dim=1),
@@ -248,7 +234,6 @@ class Joint:
             lambda x, w: every(fixed, leak.buffers, x, w, target),
             broadcast,
             unit,
-            first,
             leak.protocol.batch,
         )
 
@@ -276,7 +261,7 @@ class Joint:
         snapshots, weights = self.prior.spread.shape
         elements, unknowns = len(self.leaked), self.batch * len(self.prior.mean) + snapshots + weights
         z = self.leaked.new_zeros(elements, unknowns)
-        scale = self.leaked.new_full((elements,), self.first)
+        scale = self.leaked.new_full((elements,), FIRST_SCALE)
         for level in LEVELS:
             residual = self.residual(scale, level)
             for _ in progress(steps // len(LEVELS), f"steps at s = {level}"):
@@ -297,7 +282,7 @@ class Joint:
         weights = self.prior.spread.shape[1]
         kept, freely = z[:, :-weights], z[:, -weights:]
         gamma = determined(residual, z, inner)[:, -weights:].sum(1).clamp_min(1.0)
-        better = (scale * freely.norm(dim=1) / gamma.sqrt()).clamp_min(LEAST_SCALE * self.first)
+        better = (scale * freely.norm(dim=1) / gamma.sqrt()).clamp_min(LEAST_SCALE)
         return torch.cat([kept, freely * (scale / better)[:, None]], dim=1), better
 
 

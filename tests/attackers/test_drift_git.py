@@ -106,7 +106,7 @@ def test_the_drifts_scale_is_found_from_the_leak_alone() -> None:
     leaked = (true[:, None] * torch.randn(2, 300, generator=draw, dtype=torch.float64)) @ mixing.T
     prior = PublicPrior(1, 300, 0).double()
     zeros, ones = torch.zeros(1, 300, dtype=torch.float64), torch.ones(1, 300, dtype=torch.float64)
-    joint = Joint(prior, leaked, torch.zeros_like(leaked), lambda x, w: w @ mixing.T, zeros, ones, 0.1, 1)
+    joint = Joint(prior, leaked, torch.zeros_like(leaked), lambda x, w: w @ mixing.T, zeros, ones, 1)
     z, scale = torch.zeros(2, 301, dtype=torch.float64), torch.full((2,), 0.1, dtype=torch.float64)
     for _ in range(4):
         residual = joint.residual(scale, 0.01)
@@ -116,7 +116,7 @@ def test_the_drifts_scale_is_found_from_the_leak_alone() -> None:
         torch.testing.assert_close(joint.weights(z, scale), before)
     torch.testing.assert_close(scale, true, rtol=0.15, atol=0)
     _, scale = joint.rescaled(torch.zeros_like(z), scale, residual, 10)
-    assert torch.equal(scale, torch.full_like(scale, LEAST_SCALE * 0.1))
+    assert torch.equal(scale, torch.full_like(scale, LEAST_SCALE))
 
 
 def test_the_prior_is_the_public_images_mean_and_shrunk_covariance() -> None:
@@ -141,7 +141,6 @@ def test_auxiliary_trainings_give_the_drifts_mean_and_spread() -> None:
     rows = ways.flatten(0, 1)
     torch.testing.assert_close(prior.drift, rows.mean(0))
     torch.testing.assert_close(prior.spread.T @ prior.spread, torch.cov(rows.T, correction=0))
-    torch.testing.assert_close(prior.strayed.square(), ways.var(0).mean(0))
 
 
 def test_without_drift_it_is_as_good_as_who_believes_the_weights(trained: Learned) -> None:
@@ -167,7 +166,6 @@ def test_trainings_are_learned_from_and_need_the_weights(tmp_path: Path) -> None
     assert isinstance(prior, PublicPrior)
     assert prior.spread.shape == (16, sum(parameter.numel() for parameter in broadcast().parameters()))
     assert float(prior.drift.norm()) > 0
-    assert float(prior.strayed.min()) > 0
     assert learned(leak).images.shape == images.shape
     with pytest.raises(FedtapError, match="trains from the broadcast weights"):
         DriftGIT(trainings=2).fit(
@@ -176,8 +174,8 @@ def test_trainings_are_learned_from_and_need_the_weights(tmp_path: Path) -> None
 
 
 def test_what_it_cannot_use_is_refused() -> None:
-    with pytest.raises(FedtapError, match="spread of a single training"):
-        DriftGIT(trainings=1)
+    with pytest.raises(FedtapError, match="trainings of DriftGIT"):
+        DriftGIT(trainings=-1)
     with pytest.raises(FedtapError, match="steps of DriftGIT"):
         DriftGIT(steps=3)
     _, leak = leak_at(broadcast())
