@@ -114,8 +114,11 @@ def drifted(before: dict[str, Tensor], private: PrivateData, drift: int = 0) -> 
     Args:
         drift: number of the training.
     """
-    key = (digest(before), private.scenario, private.dataset.name, drift)
-    if key not in _DRIFTED:
+    where = (digest(before), private.scenario, private.dataset.name)
+    if _DRIFTED.keys() != {where}:  # another federation's, or another round's
+        _DRIFTED.clear()
+    kept = _DRIFTED.setdefault(where, {})
+    if drift not in kept:
         scenario, dataset = private.scenario, private.dataset
         net = network(scenario.architecture, dataset.shape, len(dataset.classes))
         net.load_state_dict(before, strict=False)
@@ -127,12 +130,12 @@ def drifted(before: dict[str, Tensor], private: PrivateData, drift: int = 0) -> 
                 shuffled = torch.randperm(len(images), generator=draw)
                 steps = -(-len(shuffled) // UNSHARED_BATCH)
                 sgd(net, images[shuffled], labels[shuffled], steps, UNSHARED_BATCH, UNSHARED_RATE)
-        _DRIFTED.clear()
-        _DRIFTED[key] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
-    return _DRIFTED[key]
+        kept[drift] = {name: tensor.detach().clone() for name, tensor in tensors_of(carried(net)).items()}
+    return kept[drift]
 
 
-_DRIFTED: dict[object, dict[str, Tensor]] = {}
+_DRIFTED: dict[object, dict[int, dict[str, Tensor]]] = {}
+"""Federation and weights -> training -> weights after it: clients reply in any order."""
 
 
 def weights_reply(

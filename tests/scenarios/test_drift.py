@@ -18,6 +18,7 @@ from fedtap.clients.training import UNSHARED_BATCH, UNSHARED_RATE, sgd
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.rounds import auxiliary, play
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.records import tensors_of
@@ -52,7 +53,7 @@ def test_a_victim_shares_the_gradient_of_where_it_drifted_to() -> None:
     assert heard.drift_norm[client, rnd] == pytest.approx(float(drift_norm), rel=1e-3)
 
 
-def test_victims_may_have_drifts_of_their_own() -> None:
+def test_victims_may_have_drifts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     scenario = dataclasses.replace(BASE, local_samples=40, local_trainings=2)
     grid, private = federation(scenario)
     assert [private.drift(victim) for victim in range(scenario.victims)] == sorted(
@@ -63,8 +64,12 @@ def test_victims_may_have_drifts_of_their_own() -> None:
     assert one.shape == other.shape
     assert not torch.equal(one, other)
     assert torch.equal(other, private.unshared(1)[0])
+    trained: list[int] = []
+    unshared = PrivateData.unshared
+    monkeypatch.setattr(PrivateData, "unshared", lambda self, drift=0: trained.append(drift) or unshared(self, drift))
     norms = play(scenario, grid, private).drift_norm
     assert len(set(norms.values())) == 2
+    assert sorted(trained) == [0, 1], "each training is done once, in whatever order clients reply"
     same = dataclasses.replace(scenario, local_trainings=1)
     grid, private = federation(same)
     alone = play(same, grid, private).drift_norm
