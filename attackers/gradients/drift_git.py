@@ -29,7 +29,7 @@ from fedtap.attackers.gradients.matching import MATCHED, check_matching
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import conjugate_gradients, standard_errors
-from fedtap.attackers.parts.priors import shrinkage
+from fedtap.attackers.parts.priors import PerElement, shrinkage
 from fedtap.attackers.parts.teaching import check_room
 from fedtap.simulator.attack import Images, Labels, Learner, Reconstruction, generator
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
@@ -39,9 +39,8 @@ from fedtap.simulator.progress import progress
 from fedtap.simulator.wire.replay import client_reply, mean_gradient, mean_loss, stateless, targets, trained
 
 Unknown = Float[Tensor, "elements unknowns"]
-PerElement = Float[Tensor, "elements"]
 
-LEVELS = (0.3, 0.1, 0.03, 0.01)
+RESIDUAL_LEVELS = (0.3, 0.1, 0.03, 0.01)
 """s at each level, as a share of the gradient's root mean square."""
 
 LENGTHS = (1.0, 0.5, 0.2, 0.05)
@@ -51,7 +50,7 @@ FIRST_SCALE, LEAST_SCALE = 0.1, 1e-3
 """The drift's scale a at the first level, and its least value later, as a share of each tensor's root mean square. The
 first is larger than most drifts: from too small a scale the steps find no way to the true weights."""
 
-BATCH, SNAPSHOTS = 32, 8
+TRAINING_BATCH, SNAPSHOTS = 32, 8
 """Images in a step of an auxiliary training, and how often its weights are kept on the way."""
 
 
@@ -74,7 +73,7 @@ class DriftGIT(Learner):
     """Learning rate of an auxiliary training."""
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=len(LEVELS), inner=1, epochs=1, learning_rate=1e-9)
+        check_fields(self, steps=len(RESIDUAL_LEVELS), inner=1, epochs=1, learning_rate=1e-9)
 
     def accepts(self, leak: Leak) -> None:
         """Networks that torch.func can differentiate twice and whose last layer shows the labels."""
@@ -124,7 +123,7 @@ class DriftGIT(Learner):
         sgd = torch.optim.SGD(moving, self.learning_rate)
         drawn = torch.randint(len(images), (len(images),), generator=draw)
         epochs = [drawn[torch.randperm(len(drawn), generator=draw)] for _ in range(self.epochs)]
-        batches = [some for epoch in epochs for some in torch.split(epoch, BATCH)]
+        batches = [some for epoch in epochs for some in torch.split(epoch, TRAINING_BATCH)]
         stops = {round(len(batches) * (stop + 1) / SNAPSHOTS) for stop in range(SNAPSHOTS)}
         for step, some in enumerate(batches, 1):
             sgd.zero_grad()
@@ -262,11 +261,11 @@ class Joint:
         elements, unknowns = len(self.leaked), self.batch * len(self.prior.mean) + snapshots + weights
         z = self.leaked.new_zeros(elements, unknowns)
         scale = self.leaked.new_full((elements,), FIRST_SCALE)
-        for level in LEVELS:
+        for level in RESIDUAL_LEVELS:
             residual = self.residual(scale, level)
-            for _ in progress(steps // len(LEVELS), f"steps at s = {level}"):
+            for _ in progress(steps // len(RESIDUAL_LEVELS), f"steps at s = {level}"):
                 z, objective = stepped(residual, z, inner)
-            if level == LEVELS[-1]:
+            if level == RESIDUAL_LEVELS[-1]:
                 break
             z, scale = self.rescaled(z, scale, residual, inner)
         return self.images(z), objective
