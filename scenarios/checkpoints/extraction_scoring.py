@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedtap.scenarios.checkpoints.extraction_report import beside
-from fedtap.scenarios.checkpoints.subjects import pretraining_images
+from fedtap.scenarios.checkpoints.subjects import Subjects, pretraining_images
 from fedtap.simulator.attack import generator
 from fedtap.simulator.extraction import Extraction
 from fedtap.simulator.files import is_file, read_tensors, write_atomically
@@ -44,7 +44,7 @@ def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
     found = trial.reconstruction
     assert isinstance(found, Extraction)
     subjects, encode = setting.subjects(trial.session.data_root), encoder(setting.encoder)
-    others = encode(subjects.others)
+    others = _encoded_others(subjects, encode)
     before = _pretraining(trial.session.data_root, setting.pretraining, found.images.shape[-1], encode)
     rows: list[Row] = []
     pictures: dict[object, Picture] = {}
@@ -106,6 +106,12 @@ def highest(images: Encodings, among: Encodings) -> Float[Tensor, "images"]:
 def identified_share(samples: Encodings, private: Encodings, rest: Encodings) -> float:
     """The share of samples that are nearer to a private image than to any of the rest."""
     return float((highest(samples, private) > highest(samples, rest) + ROUNDED_AWAY).double().mean())
+
+
+@lru_cache(maxsize=2)
+def _encoded_others(subjects: Subjects, encode: Encoder) -> Encodings:
+    with all_threads():  # hundreds of images take a minute, and every attack of a run is held against the same
+        return encode(subjects.others)
 
 
 @lru_cache(maxsize=2)
