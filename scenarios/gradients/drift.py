@@ -3,8 +3,8 @@
 Expect: no, if it was trained at one draw of the weights: a few steps of SGD take it below the blind guess, because what
 it learned leans on small differences that any drift drowns. Practice along trainings of the compromised client's
 own (--auxiliary-trainings 12) still sees after thousands of steps, less sharply. A server that trains its attack anew,
-or that knows the weights, loses nothing to global rounds. One that knows the broadcast weights alone estimates the
-victim's together with the image (--attack drift_git), and sees more than any of them.
+or that knows the weights, loses nothing to global rounds. A server that knows the broadcast weights alone estimates the
+victim's together with the image (--attack drift_git), and sees more than an attack that was trained before the drift.
 """
 
 from __future__ import annotations
