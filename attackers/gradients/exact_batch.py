@@ -122,7 +122,8 @@ class ExactBatch(Attack[CertifiedReconstruction]):
         if rank:
             q = self._directions(space.alive(), 1 if local_steps(leak) == 1 else _ROBUST, draw)
             # [X, 1] up to each row's length = Q^-1 diag(s) V, the length by its last entry
-            rows = torch.linalg.pinv(q) @ (space.s[:, None] * space.v)
+            inverse = torch.linalg.pinv(q)
+            rows = inverse @ (space.s[:, None] * space.v)
             inputs = (rows[:, :-1] / rows[:, -1:]).nan_to_num(0.0, 0.0, 0.0)
             columns = (space.u @ q) * rows[:, -1]
             seen = ((inputs - shift) / scale).clamp(0, 1)
@@ -132,7 +133,7 @@ class ExactBatch(Attack[CertifiedReconstruction]):
             on = (scale * seen + shift) @ weight.T + bias > 0
             # an entry's error e becomes e |Q^-1| in the products of [X, 1] with their length
             entry = space.noise / sum(length**0.5 for length in (len(space.u), pixels))
-            error = entry * torch.linalg.pinv(q).norm(dim=1, keepdim=True) / rows[:, -1:].abs() / scale.abs()
+            error = entry * inverse.norm(dim=1, keepdim=True) / rows[:, -1:].abs() / scale.abs()
             precise = (error * (1 + inputs.abs())).square().mean(1).sqrt() < _PRECISE
             agreed = int((precise & (_agreement(columns.T, on) >= _SEEN)).sum())
         return images.reshape(batch, *leak.protocol.shape), labels, images.new_tensor(agreed / batch)

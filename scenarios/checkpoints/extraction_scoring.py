@@ -44,7 +44,7 @@ def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
     found = trial.reconstruction
     assert isinstance(found, Extraction)
     subjects, encode = setting.subjects(trial.session.data_root), encoder(setting.encoder)
-    others = _encoded_others(subjects, encode)
+    private_of, held_out_of, others = _encoded(subjects, encode)
     before = _pretraining(trial.session.data_root, setting.pretraining, found.images.shape[-1], encode)
     rows: list[Row] = []
     pictures: dict[object, Picture] = {}
@@ -54,7 +54,7 @@ def extraction_scored(setting: Extracting, trial: Trial) -> Scored:
         private = torch.cat([subjects.private[client] for client in clients])
         held_out = torch.cat([subjects.held_out[client] for client in clients])
         named = dict.fromkeys(subjects.named[client] for client in clients)
-        ours, away = encode(private), encode(held_out)
+        ours, away = (torch.cat([of[client] for client in clients]) for of in (private_of, held_out_of))
         extracted, samples = encode(found.images[place]), encode(found.samples[place].float() / 255)
         blind = others[torch.randperm(len(others), generator=generator(setting.seed, "blind"))[: len(private)]]
         row: Row = {"client": victim, "round": number, "private_set": ", ".join(named)} | found.columns(place)
@@ -109,9 +109,14 @@ def identified_share(samples: Encodings, private: Encodings, rest: Encodings) ->
 
 
 @lru_cache(maxsize=2)
-def _encoded_others(subjects: Subjects, encode: Encoder) -> Encodings:
+def _encoded(subjects: Subjects, encode: Encoder) -> tuple[dict[int, Encodings], dict[int, Encodings], Encodings]:
+    """Each client's private images and held-out ones, and the others."""
     with all_threads():  # hundreds of images take a minute, and every attack of a run is held against the same
-        return encode(subjects.others)
+        private, held_out = (
+            {client: encode(images) for client, images in side.items()}
+            for side in (subjects.private, subjects.held_out)
+        )
+        return private, held_out, encode(subjects.others)
 
 
 @lru_cache(maxsize=2)
