@@ -129,7 +129,7 @@ class Extracting(Attacked):
         float, Option("similarity from which on a private image counts as extracted; 0: the encoder's", 0.0, 1.0)
     ] = 0.0
     attack: str = (
-        "direct_sampling(samples=5,steps=20),guided_sampling(samples=5,steps=20),finextract(samples=5,steps=20)"
+        "finextract(samples=4,steps=20),guided_sampling(samples=4,steps=20),direct_sampling(samples=4,steps=20)"
     )
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ def _sentence(rows: Group) -> str:
     rest = [some for some in attacks if some is not best]
     if rest:
         others = ", ".join(f"{some[0]['attack']} {_mean(some, 'identified'):.0%}" for some in rest)
-        said += f" Of the samples of the other attacks are nearest to a private image: {others}."
+        said += f" Of the other attacks' samples, this share is nearer to a private image than to any other: {others}."
     return said
 
 

@@ -65,7 +65,7 @@ class DiffusionTraining:
             FedtapError: the network is none that DP-SGD can train.
         """
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(trained, lr=self.learning_rate)
+        optimiser = torch.optim.AdamW(trained, lr=self.learning_rate, fused=True)
         net.train()
         with all_threads():
             for some in progress(self.batches(len(images), draw), "fine-tuning"):
