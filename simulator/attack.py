@@ -32,7 +32,7 @@ from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
-from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak
+from fedtap.simulator.leaks import CONVENTIONS, GradientLeak, Leak, Tensors
 from fedtap.simulator.registry import ATTACK_GROUP, called
 
 TRAINED_FORMAT = 2
@@ -89,6 +89,9 @@ class Reconstruction(Reconstructed):
     """For each victim, the attack whose reconstruction was chosen, as it is written; empty where there is but one."""
     candidates: tuple[Images, ...] = ()
     """All reconstructions among which the attack chose; empty where it had no choice. The scorer finds the best."""
+    weights: Tensors | None = None
+    """The weights, with a victims axis, at which the attack estimates that the victims computed their gradients; None
+    for those that the leak tells."""
 
     def columns(self, victim: int) -> dict[str, Any]:
         """Column `labels`: class numbers."""

@@ -234,6 +234,11 @@ class Leak:
         numbers = torch.arange(restarts, device=self.restarts.device).repeat(len(self))
         return dataclasses.replace(repeated, restarts=repeated.restarts * restarts + numbers)
 
+    def at(self: _AnyLeak, weights: Tensors) -> _AnyLeak:
+        """This leak as if its victims had started from these weights, which have a victims axis."""
+        buffers = self.buffers if self.stacked else _each(self.buffers, lambda t: t.expand(len(self), *t.shape))
+        return dataclasses.replace(self, weights=weights, buffers=buffers, stacked=True)
+
     def to(self: _AnyLeak, device: torch.device | str) -> _AnyLeak:
         """This leak on another device; `clients`, `rounds` and `restarts` stay on the CPU."""
         return dataclasses.replace(

@@ -295,9 +295,13 @@ def is_failure(row: Row) -> bool:
 
 
 def unexplained_of(leak: Leak, found: Reconstructed) -> list[float | None]:
-    """Of each victim, the share of its gradient that a reconstruction leaves unexplained; None where it is not
-    known."""
-    shares = unexplained(leak, found.images, found.labels) if isinstance(found, Reconstruction) else None
+    """Of each victim, the share of its gradient that a reconstruction leaves unexplained, at the weights that it
+    estimates, if it does; None where the share is not known."""
+    if not isinstance(found, Reconstruction):
+        return [None] * len(leak)
+    if found.weights is not None:
+        leak = leak.at(found.weights)
+    shares = unexplained(leak, found.images, found.labels)
     return [None] * len(leak) if shares is None else [finite(share) for share in shares.tolist()]
 
 

@@ -140,8 +140,8 @@ class DriftGIT(Learner):
         for some in torch.arange(len(leak)).split(VICTIMS_AT_ONCE):  # type: ignore[no-untyped-call]
             joint = Joint.of(leak[some], labels[some], inverter)
             found.append(joint.fitted(self.steps, self.inner))
-        images, objective = (torch.cat(parts).to(start.dtype) for parts in zip(*found, strict=True))
-        return Reconstruction(images.reshape(start.shape), labels, objective)
+        images, rows, objective = (torch.cat(parts).to(start.dtype) for parts in zip(*found, strict=True))
+        return Reconstruction(images.reshape(start.shape), labels, objective, weights=unpacked(rows, leak))
 
 
 class PublicPrior(nn.Module):
@@ -255,8 +255,10 @@ class Joint:
         s = (level**2 * size + self.errors.square()).sqrt().to(self.leaked.dtype)
         return lambda z: (self.respond(self.images(z), self.weights(z, scale)) - self.leaked) / s
 
-    def fitted(self, steps: int, inner: int) -> tuple[Float[Tensor, "elements pixels"], PerElement]:
-        """The images at which the objective is lowest, and the objective there."""
+    def fitted(
+        self, steps: int, inner: int
+    ) -> tuple[Float[Tensor, "elements pixels"], Float[Tensor, "elements weights"], PerElement]:
+        """The images and weights at which the objective is lowest, and the objective there."""
         snapshots, weights = self.prior.spread.shape
         elements, unknowns = len(self.leaked), self.batch * len(self.prior.mean) + snapshots + weights
         z = self.leaked.new_zeros(elements, unknowns)
@@ -268,7 +270,7 @@ class Joint:
             if level == RESIDUAL_LEVELS[-1]:
                 break
             z, scale = self.rescaled(z, scale, residual, inner)
-        return self.images(z), objective
+        return self.images(z), self.weights(z, scale), objective
 
     def rescaled(
         self, z: Unknown, scale: PerElement, residual: Callable[[Unknown], Tensor], inner: int
@@ -283,6 +285,14 @@ class Joint:
         gamma = determined(residual, z, inner)[:, -weights:].sum(1).clamp_min(1.0)
         better = (scale * freely.norm(dim=1) / gamma.sqrt()).clamp_min(LEAST_SCALE)
         return torch.cat([kept, freely * (scale / better)[:, None]], dim=1), better
+
+
+def unpacked(rows: Float[Tensor, "victims weights"], leak: Leak) -> dict[str, Tensor]:
+    """The weights in these rows by name, beside those that victims do not train."""
+    known, names = leak.weights or {}, list(mean_gradient(leak))
+    each = {name: tensor if leak.stacked else tensor.expand(len(leak), *tensor.shape) for name, tensor in known.items()}
+    parts = torch.split(rows, [each[name][0].numel() for name in names], dim=1)
+    return {**each, **{name: part.reshape(each[name].shape) for name, part in zip(names, parts, strict=True)}}
 
 
 def linear(

@@ -17,6 +17,7 @@ from fedtap.attackers.parts.priors import shrinkage
 from fedtap.simulator.attack import Attack, Learned
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
+from fedtap.simulator.run import unexplained_of
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
 
@@ -156,6 +157,21 @@ def test_at_drifted_weights_it_beats_who_believes_the_broadcast_ones(trained: Le
     blind = float((images - trained.inverter.mean.reshape(3, 8, 8)).square().mean())  # type: ignore[operator]
     assert error(trained, images, leak) < 0.3 * min(error(IDLG(steps=40), images, leak), blind)
     assert error(trained, images, leak_at(network, seed=9, kind=kind, steps=steps)[1]) > 0.9 * blind
+
+
+def test_the_gradient_is_explained_at_the_weights_that_it_returns(trained: Learned) -> None:
+    network = drifted(0.1)
+    _, leak = leak_at(network)
+    found, known, true = trained(leak), broadcast().state_dict(), network.state_dict()
+    assert found.weights is not None
+    for name, weights in found.weights.items():
+        apart = (weights - true[name]).flatten(1).norm(dim=1)
+        assert float(apart.max()) < float((known[name] - true[name]).norm())
+    here, there = unexplained_of(leak, found), unexplained_of(leak, dataclasses.replace(found, weights=None))
+    for explained, believed in zip(here, there, strict=True):
+        assert explained is not None
+        assert believed is not None
+        assert explained < 0.3 * believed
 
 
 def test_trainings_are_learned_from_and_need_the_weights(tmp_path: Path) -> None:
