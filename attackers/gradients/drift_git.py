@@ -6,10 +6,10 @@ weights w and G the leaked one,
 
     |(g(x, w) - G) / s|^2 + |z_x|^2 + |z_w|^2 + |z_f|^2,  x = m + L z_x,  w = broadcast + mean + F z_f + a u z_w
 
-is lowered by Gauss-Newton steps with a line search, as s falls from the gradient's own size to a hundredth of it. m and
-L L' are the mean and the covariance of public images, F the spread of auxiliary trainings on them, if there are any,
-and u the root mean square of each broadcast tensor. The drift's scale a is estimated from the leak as the one of the
-largest evidence, by the fixed point of MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415.
+is lowered by Gauss-Newton steps with a line search, as s falls from 0.3 to 0.003 of the gradient's root mean square. m
+and L L' are the mean and the covariance of public images, F the spread of auxiliary trainings on them, if there are
+any, and u the root mean square of each broadcast tensor. The drift's scale a is estimated from the leak as the one of
+the largest evidence, by the fixed point of MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fedtap.simulator.wire.replay import client_reply, mean_gradient, mean_loss,
 
 Unknown = Float[Tensor, "elements unknowns"]
 
-RESIDUAL_LEVELS = (0.3, 0.1, 0.03, 0.01)
+RESIDUAL_LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003)
 """s at each level, as a share of the gradient's root mean square."""
 
 LENGTHS = (1.0, 0.5, 0.2, 0.05)
@@ -61,9 +61,9 @@ class DriftGIT(Learner):
     leaks = MATCHED
     needs_weights = True
 
-    steps: int = 12
-    """Gauss-Newton steps in all, as many at each of the four levels of s."""
-    inner: int = 30
+    steps: int = 15
+    """Gauss-Newton steps in all, as many at each of the five levels of s."""
+    inner: int = 60
     """Iterations of conjugate gradients in each step, at most."""
     trainings: int = 0
     """Auxiliary trainings from the broadcast weights on public images, for the drift's mean and spread; 0 for none."""
