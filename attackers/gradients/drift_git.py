@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from fedtap.attackers.gradients.gauss_newton import VICTIMS_AT_ONCE
 from fedtap.attackers.gradients.matching import MATCHED, check_matching
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
-from fedtap.attackers.parts.newton import conjugate_gradients, standard_errors
-from fedtap.attackers.parts.priors import PerElement, shrinkage
+from fedtap.attackers.parts.newton import Unknown, conjugate_gradients, linear, standard_errors, stepped
+from fedtap.attackers.parts.priors import PerElement, PublicImages
 from fedtap.attackers.parts.teaching import check_room
 from fedtap.simulator.attack import Images, Labels, Learner, Reconstruction, generator
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
@@ -38,13 +38,8 @@ from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.progress import progress
 from fedtap.simulator.wire.replay import client_reply, mean_gradient, mean_loss, stateless, targets, trained
 
-Unknown = Float[Tensor, "elements unknowns"]
-
 RESIDUAL_LEVELS = (0.3, 0.1, 0.03, 0.01, 0.003)
 """s at each level, as a share of the gradient's root mean square."""
-
-LENGTHS = (1.0, 0.5, 0.2, 0.05)
-"""Lengths of a Gauss-Newton step among which the line search chooses."""
 
 FIRST_SCALE, LEAST_SCALE = 0.1, 1e-3
 """The drift's scale a at the first level, and its least value later, as a share of each tensor's root mean square. The
@@ -144,38 +139,18 @@ class DriftGIT(Learner):
         return Reconstruction(images.reshape(start.shape), labels, objective, weights=unpacked(rows, leak))
 
 
-class PublicPrior(nn.Module):
+class PublicPrior(PublicImages):
     """Gaussians: of public images, and of the drift of weights along trainings on them."""
 
-    mean: Float[Tensor, "pixels"]
-    root: Float[Tensor, "pixels pixels"]
-    """L of the covariance ``L L'``, lower triangular."""
     drift: Float[Tensor, "weights"]
     """Mean of the drift, over trainings and the way."""
     spread: Float[Tensor, "snapshots weights"]
     """F', whose rows are the snapshots' distances from that mean, over the root of their number."""
 
     def __init__(self, pixels: int, weights: int, snapshots: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(pixels))
-        self.register_buffer("root", torch.zeros(pixels, pixels))
+        super().__init__(pixels)
         self.register_buffer("drift", torch.zeros(weights))
         self.register_buffer("spread", torch.zeros(snapshots, weights))
-
-    def see(self, images: Float[Tensor, "images channel height width"]) -> None:
-        """Take mean and covariance of these images, the covariance shrunk towards a multiple of the identity."""
-        rows = images.flatten(1)
-        n, p = rows.shape
-        self.mean.copy_(rows.mean(0))
-        covariance = torch.zeros_like(self.root, dtype=torch.float64)
-        for some in torch.split(rows - self.mean, 4096):
-            covariance += some.T @ some / n
-        trace, square = covariance.diagonal().sum(), covariance.square().sum()
-        share = shrinkage(trace, square, n, p)
-        covariance *= 1 - share
-        # a grey level of 255 is the least doubt that is left, where all images are the same
-        covariance.diagonal().add_((share * trace / p).clamp_min(255.0**-2))
-        self.root.copy_(torch.linalg.cholesky(covariance))
 
     def follow(self, ways: Float[Tensor, "trainings snapshots weights"]) -> None:
         """Take mean and spread of the drift along these trainings."""
@@ -239,8 +214,7 @@ class Joint:
     def images(self, z: Unknown) -> Float[Tensor, "elements pixels"]:
         """``m + L z_x`` of each image of the batch."""
         pixels = len(self.prior.mean)
-        rows = z[:, : self.batch * pixels].reshape(-1, pixels)
-        return (self.prior.mean + rows @ self.prior.root.T).reshape(len(z), -1)
+        return self.prior.images(z[:, : self.batch * pixels].reshape(-1, pixels)).reshape(len(z), -1)
 
     def weights(self, z: Unknown, scale: PerElement) -> Float[Tensor, "elements weights"]:
         """``broadcast + mean + F z_f + a u z_w``."""
@@ -293,34 +267,6 @@ def unpacked(rows: Float[Tensor, "victims weights"], leak: Leak) -> dict[str, Te
     each = {name: tensor if leak.stacked else tensor.expand(len(leak), *tensor.shape) for name, tensor in known.items()}
     parts = torch.split(rows, [each[name][0].numel() for name in names], dim=1)
     return {**each, **{name: part.reshape(each[name].shape) for name, part in zip(names, parts, strict=True)}}
-
-
-def linear(
-    residual: Callable[[Unknown], Tensor], z: Unknown
-) -> tuple[Tensor, Callable[[Tensor], Unknown], Callable[[Unknown], Unknown]]:
-    """The residual r at z, ``u -> J'u``, and ``v -> (J'J + 1) v``; the 1 is the prior's precision."""
-    r, back = vjp(residual, z)[:2]
-    # J v is the derivative of J'u by u, in the direction v: no second forward pass is needed
-    ahead = vjp(lambda u: back(u)[0], r)[1]
-    return r, lambda u: back(u)[0], lambda v: back(ahead(v)[0])[0] + v
-
-
-def stepped(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> tuple[Unknown, PerElement]:
-    """A Gauss-Newton step from z, of the length in `LENGTHS` that leads lowest, or none; and the objective there."""
-
-    def cost(z: Unknown) -> PerElement:
-        return residual(z).square().sum(1) + z.square().sum(1)
-
-    r, back, curved = linear(residual, z)
-    # (J'J + 1) d = -(J'r + z)
-    d = conjugate_gradients(curved, -(back(r) + z), inner)
-    best, lowest = z, r.square().sum(1) + z.square().sum(1)
-    for length in LENGTHS:
-        there = z + length * d
-        value = cost(there)
-        lower = value < lowest
-        best, lowest = torch.where(lower[:, None], there, best), torch.where(lower, value, lowest)
-    return best, lowest
 
 
 def determined(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> Unknown:

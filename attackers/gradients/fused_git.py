@@ -2,9 +2,10 @@
 
 After Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026, whose exact and learned recursions stand apart; their
 combination is ours. The trained attack's reconstruction is the mean of a Gaussian prior, and its errors on held-out
-auxiliary pairs are the prior's covariance; the gradient is the likelihood, each entry weighed by its noise. The image
-of highest posterior density is found by Gauss-Newton steps from the trained attack's reconstruction and, where the
-network can be inverted layer by layer, from Exact-GIT's.
+auxiliary pairs are the prior's covariance; the gradient is the likelihood, each entry weighed by its noise. A noisy
+gradient is split in two whose noises are independent, one for the prior and one for the likelihood, so that nothing is
+counted twice. The image of highest posterior density is found by Gauss-Newton steps from the trained attack's
+reconstruction and, where the network can be inverted layer by layer, from Exact-GIT's.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.exact_git import ExactGIT
 from fedtap.attackers.gradients.gauss_newton import VICTIMS_AT_ONCE
 from fedtap.attackers.gradients.matching import check_matching
+from fedtap.attackers.gradients.split import FirstParts, split
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import Product, fitted, residual
 from fedtap.attackers.parts.priors import shrinkage
 from fedtap.attackers.parts.teaching import HELD_OUT_EVERY
-from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
+from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction, generator
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
@@ -43,9 +45,16 @@ class FusedGIT(Learner):
     """Gauss-Newton steps from each start."""
     inner: int = 100
     """Iterations of conjugate gradients in each step, at most."""
+    share: float = 0.1
+    """Share of a noisy gradient's precision that the prior sees, above 0 and below 1; the likelihood has the rest."""
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1)
+        if not 0 < self.share < 1:
+            raise FedtapError(
+                f"share of FusedGIT is {self.share:g}, and prior and likelihood both need a part of the gradient: give "
+                "a number between 0 and 1."
+            )
         if not isinstance(self.prior, Learner):
             raise FedtapError(
                 f"prior of FusedGIT is {self.prior.written()}, which is not trained, and the prior comes "
@@ -70,6 +79,7 @@ class FusedGIT(Learner):
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         """Train the prior's attack, and keep its errors on the last pairs, which are held out of training."""
         assert isinstance(inverter, LearnedPrior)
+        auxiliary = FirstParts.of(auxiliary, self.share)
         learned = self.prior.fit(auxiliary, seed)
         inverter.guess.load_state_dict(learned.learned()[0].inverter.state_dict())
         kept = len(auxiliary) - len(inverter.errors)
@@ -84,7 +94,9 @@ class FusedGIT(Learner):
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, LearnedPrior)
         assert isinstance(self.prior, Learner)
-        prior_mean = self.prior.invert(inverter.guess, leak, start).images.clamp(0, 1)
+        victims = zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True)
+        first, second = split(leak, self.share, [generator("thinning", *victim) for victim in victims])
+        prior_mean = self.prior.invert(inverter.guess, first, start).images.clamp(0, 1)
         starts = [prior_mean]
         try:
             ExactGIT().accepts(leak)
@@ -93,7 +105,7 @@ class FusedGIT(Learner):
             pass  # the network cannot be inverted layer by layer
         labels, precision, found = recovered(leak), inverter.precision(), []
         for some in torch.arange(len(leak)).split(VICTIMS_AT_ONCE):  # type: ignore[no-untyped-call]
-            residuals = residual(leak[some], labels[some])
+            residuals = residual(second[some], labels[some])
             mean = prior_mean[some].flatten(1).double()
             tries = [
                 fitted(residuals, begun[some].flatten(1).double(), mean, precision, self.steps, self.inner)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedtap.attackers.parts.gradients import Match, check_match, squared_distance
 from fedtap.simulator.attack import Images
@@ -21,7 +22,12 @@ from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Protocol, UpdateLeak
 from fedtap.simulator.models.registry import logits_layer
-from fedtap.simulator.wire.replay import local_steps, loss_gradient, summands, trained
+from fedtap.simulator.wire.replay import local_steps, loss_gradient, stateless, summands, trained
+
+Embedding = Float[Tensor, "features"]
+
+_EMBEDDED_AT_ONCE = 512
+"""Images in one pass of `mean_embedding`, which bounds its memory."""
 
 ALIKE = 30
 """Power iterations that separate the rank-one gradient of one image from noise."""
@@ -30,13 +36,16 @@ SETTLE = 100
 """Fixed-point iterations between labels and the drift of the logits that they cause in an update."""
 
 
-def recovered(leak: Leak) -> Int[Tensor, "victims batch"]:
+def recovered(leak: Leak, embedding: Embedding | None = None) -> Int[Tensor, "victims batch"]:
     """The labels of each victim's batch, in rising order: exact for one image, an estimate for several.
 
     ``logit gradient = mean softmax - share of the batch``, so the counts are the difference, rounded to sum to the
     batch.
+
+    Args:
+        embedding: as in `logit_gradients`.
     """
-    gradients, protocol = logit_gradients(leak), leak.protocol
+    gradients, protocol = logit_gradients(leak, embedding), leak.protocol
     if protocol.classes == 1:
         ones = (
             (protocol.batch * (mean_softmax(leak) - gradients)).round()
@@ -115,15 +124,22 @@ def last_linear(leak: Leak) -> tuple[str, nn.Linear]:
     return name, layer
 
 
-def logit_gradients(leak: Leak) -> Float[Tensor, "victims classes"]:
+def logit_gradients(leak: Leak, embedding: Embedding | None = None) -> Float[Tensor, "victims classes"]:
     """Gradient of the loss with respect to the logits, ``mean(p - onehot)``.
 
     That is the gradient of the bias; under announced noise, the estimate of `_denoised` from it and the weight's.
     Without a trained bias, the rows of the weight's gradient give it along the embedding up to the embedding's length,
     which is set so that the largest entry, of a class that is not in the batch, is 1 / classes.
+
+    Args:
+        embedding: the last layer's mean input over public images (`mean_embedding`); with it, `_matched` takes the
+            place of all these.
     """
     name, _ = last_linear(leak)
     gradient, prefix = loss_gradient(leak), f"{name}." if name else ""
+    if embedding is not None and f"{prefix}weight" in gradient:
+        matched = _matched(gradient.get(f"{prefix}bias"), gradient[f"{prefix}weight"], embedding)
+        return matched * _factor(leak.protocol)
     if f"{prefix}bias" in gradient:
         noise = sigma(leak.protocol) / local_steps(leak) / summands(leak.protocol)  # in units of one mean loss
         gradients, rows = gradient[f"{prefix}bias"], gradient.get(f"{prefix}weight")
@@ -136,6 +152,33 @@ def logit_gradients(leak: Leak) -> Float[Tensor, "victims classes"]:
     against = rows[torch.arange(len(rows), device=rows.device), steepest]
     gradients = -torch.einsum("vcf,vf->vc", rows, against)
     return gradients / (gradients.shape[1] * gradients.amax(dim=1, keepdim=True)).clamp_min(1e-30)
+
+
+def mean_embedding(leak: Leak, images: Float[Tensor, "images channel height width"]) -> Embedding:
+    """The mean input of the layer that yields the logits, over these images, at a leak's known weights."""
+    name, _ = last_linear(leak)
+    network, seen = stateless(leak.network, leak.protocol.batchnorm), list[Tensor]()
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].sum(0)))
+    try:
+        with torch.no_grad():
+            for some in torch.split(images, _EMBEDDED_AT_ONCE):
+                functional_call(network, {**(leak.weights or {}), **leak.buffers}, (some,))
+    finally:
+        hook.remove()
+    return torch.stack(seen).sum(0) / len(images)
+
+
+def _matched(
+    bias: Float[Tensor, "victims classes"] | None, rows: Float[Tensor, "victims classes features"], embedding: Embedding
+) -> Float[Tensor, "victims classes"]:
+    """``d = mean(p - onehot)`` by the matched filter: ``[G, g] [h, 1] / |[h, 1]|^2``, with h the mean public embedding.
+
+    An image's embedding is mostly the mean one where units are never below 0. The noise of an entry of d is that of
+    an entry of the gradient over ``|[h, 1]|``, the least that a linear estimate can have (North 1943, reprinted in
+    https://doi.org/10.1109/PROC.1963.2383).
+    """
+    along, square = rows @ embedding, embedding.square().sum()
+    return along / square if bias is None else (along + bias) / (square + 1)
 
 
 def _denoised(

@@ -17,17 +17,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from fedtap.attackers.parts.priors import PerElement
 from fedtap.simulator.attack import Labels
 from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.wire.replay import client_reply, mean_gradient, targets
 
 FlatImages = Float[Tensor, "elements pixels"]
+Unknown = Float[Tensor, "elements unknowns"]
 Product = Callable[[FlatImages], FlatImages]
 """A symmetric matrix for each element, in products with a row."""
 
 _FALL, _RISE = 0.2, 8.0
 """Factor of the damping after a step that is kept, and after one that is not."""
+
+LENGTHS = (1.0, 0.5, 0.2, 0.05)
+"""Lengths of a Gauss-Newton step among which the line search chooses."""
 
 CG_TOLERANCE = 1e-4
 """Conjugate gradients end where the residual's norm has fallen to this share of its first value."""
@@ -43,11 +48,13 @@ def standard_errors(leak: Leak) -> dict[str, Float[Tensor, "elements"]]:
     }
 
 
-def residual(leak: Leak, labels: Labels) -> Callable[[FlatImages], Float[Tensor, "elements entries"]]:
-    """``(g(x) - G) / s`` of each element, in float64, as a function of its pixels."""
+def residual(
+    leak: Leak, labels: Labels, dtype: torch.dtype = torch.float64
+) -> Callable[[FlatImages], Float[Tensor, "elements entries"]]:
+    """``(g(x) - G) / s`` of each element, as a function of its pixels, which are of this dtype."""
     respond, leaked, errors = client_reply(leak), mean_gradient(leak), standard_errors(leak)
     shape = (leak.protocol.batch, *leak.protocol.shape)
-    target = targets(labels, leak.protocol.classes).double()
+    target = targets(labels, leak.protocol.classes).to(dtype)
 
     def element(
         weights: Tensors, buffers: Tensors, leaked: Tensors, errors: Tensors, x: Tensor, target: Tensor
@@ -55,13 +62,14 @@ def residual(leak: Leak, labels: Labels) -> Callable[[FlatImages], Float[Tensor,
         found = respond(weights, buffers, x.reshape(shape), target)
         return torch.cat([((found[name] - leaked[name]) / errors[name]).flatten() for name in found])
 
-    def doubled(tensors: Tensors) -> dict[str, Tensor]:
-        return {name: tensor.double() for name, tensor in tensors.items()}
+    def cast(tensors: Tensors) -> dict[str, Tensor]:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     shared = 0 if leak.stacked else None
     every = vmap(element, in_dims=(shared, shared, 0, 0, 0, 0))
-    weights, buffers, gradients = doubled(leak.weights or {}), doubled(leak.buffers), doubled(leaked)
-    return lambda x: every(weights, buffers, gradients, errors, x, target)
+    weights, buffers, gradients = cast(leak.weights or {}), cast(leak.buffers), cast(leaked)
+    in_units = cast(errors)
+    return lambda x: every(weights, buffers, gradients, in_units, x, target)
 
 
 def fitted(
@@ -108,6 +116,34 @@ def fitted(
         # Levenberg: less damping after a step that lowers the cost, more after one that does not
         damping = torch.where(kept, damping * _FALL, damping * _RISE)
     return x, value
+
+
+def linear(
+    residual: Callable[[Unknown], Tensor], z: Unknown
+) -> tuple[Tensor, Callable[[Tensor], Unknown], Callable[[Unknown], Unknown]]:
+    """The residual r at z, ``u -> J'u``, and ``v -> (J'J + 1) v``; the 1 is the prior's precision."""
+    r, back = vjp(residual, z)[:2]
+    # J v is the derivative of J'u by u, in the direction v: no second forward pass is needed
+    ahead = vjp(lambda u: back(u)[0], r)[1]
+    return r, lambda u: back(u)[0], lambda v: back(ahead(v)[0])[0] + v
+
+
+def stepped(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> tuple[Unknown, PerElement]:
+    """A Gauss-Newton step from z, of the length in `LENGTHS` that leads lowest, or none; and the objective there."""
+
+    def cost(z: Unknown) -> PerElement:
+        return residual(z).square().sum(1) + z.square().sum(1)
+
+    r, back, curved = linear(residual, z)
+    # (J'J + 1) d = -(J'r + z)
+    d = conjugate_gradients(curved, -(back(r) + z), inner)
+    best, lowest = z, r.square().sum(1) + z.square().sum(1)
+    for length in LENGTHS:
+        there = z + length * d
+        value = cost(there)
+        lower = value < lowest
+        best, lowest = torch.where(lower[:, None], there, best), torch.where(lower, value, lowest)
+    return best, lowest
 
 
 def conjugate_gradients(product: Product, right: FlatImages, steps: int) -> FlatImages:

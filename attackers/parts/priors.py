@@ -1,4 +1,4 @@
-"""Image priors: penalties on candidate images, one value for each batch element."""
+"""Image priors: penalties on candidate images, one value for each batch element, and a Gaussian of public images."""
 
 from __future__ import annotations
 
@@ -54,6 +54,38 @@ def shrinkage(trace: Tensor, square: Tensor, samples: int, size: int) -> Tensor:
     # rho = ((1 - 2/p) tr S^2 + tr^2 S) / ((n + 1 - 2/p) (tr S^2 - tr^2 S / p))
     apart = ((n + 1 - 2 / p) * (square - trace**2 / p)).clamp_min(1e-300)
     return (((1 - 2 / p) * square + trace**2) / apart).clamp(0, 1)
+
+
+class PublicImages(nn.Module):
+    """A Gaussian of public images, by its mean and a root of its covariance."""
+
+    mean: Float[Tensor, "pixels"]
+    root: Float[Tensor, "pixels pixels"]
+    """L of the covariance ``L L'``, lower triangular."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("root", torch.zeros(pixels, pixels))
+
+    def see(self, images: Float[Tensor, "images channel height width"]) -> None:
+        """Take mean and covariance of these images, the covariance shrunk towards a multiple of the identity."""
+        rows = images.flatten(1)
+        n, p = rows.shape
+        self.mean.copy_(rows.mean(0))
+        covariance = torch.zeros_like(self.root, dtype=torch.float64)
+        for some in torch.split(rows - self.mean, 4096):
+            covariance += some.T @ some / n
+        trace, square = covariance.diagonal().sum(), covariance.square().sum()
+        share = shrinkage(trace, square, n, p)
+        covariance *= 1 - share
+        # a grey level of 255 is the least doubt that is left, where all images are the same
+        covariance.diagonal().add_((share * trace / p).clamp_min(255.0**-2))
+        self.root.copy_(torch.linalg.cholesky(covariance))
+
+    def images(self, z: Float[Tensor, "images pixels"]) -> Float[Tensor, "images pixels"]:
+        """``m + L z``: images of this Gaussian where z is white."""
+        return self.mean + z @ self.root.T
 
 
 def length(images: Images) -> PerElement:

@@ -42,6 +42,11 @@ UNCONVERGED = 0.1
 
 CERTIFIED = "share of victims whose images, without a look at the truth, cause the gradient to the wire's precision"
 
+GENIE = (
+    "the MSE that one expects who knows the weights, the label, the gradient's derivative at the true image and no "
+    "more than mean and covariance of public images"
+)
+
 DOTS = "the mark is a blind guess, and what is over 60 dB stands at the end"
 
 CAUTION = "An attack that fails shows that this attack fails here: it does not show that the data are private."
@@ -84,6 +89,7 @@ def image_columns(rows: Group) -> tuple[Column, ...]:
         Column("bound_renyi", "another bound: 2201.04845", "Rényi", ".3f", page=attacked),
         Column("expected", "what the optimal attacker expects of these canaries", "best", ".3f", page=attacked),
         Column("mse", "mean over victims, whose PSNR is -10 log10(MSE)", "MSE", ".2g", "mean", page=True),
+        *[Column("genie_mse", GENIE, "genie MSE", ".2g", "mean", page=True)] * any("genie_mse" in row for row in rows),
         Column("ssim", "", "SSIM", ".3f", page=True),
         Column("lpips", "", "LPIPS", ".3f", page=True),
         *[Column("certified", CERTIFIED, over="share")] * any("certified" in row for row in rows),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtap.attackers.gradients.drift_git import LEAST_SCALE, DriftGIT, Joint, PublicPrior, determined, linear, stepped
+from fedtap.attackers.gradients.drift_git import LEAST_SCALE, DriftGIT, Joint, PublicPrior, determined
 from fedtap.attackers.gradients.gauss_newton import GaussNewton
 from fedtap.attackers.gradients.idlg import IDLG
+from fedtap.attackers.parts.newton import linear, stepped
 from fedtap.attackers.parts.priors import shrinkage
 from fedtap.simulator.attack import Attack, Learned
 from fedtap.simulator.errors import FedtapError

@@ -116,7 +116,7 @@ def test_without_noise_it_is_exact_and_under_much_it_is_what_was_learned(tmp_pat
     assert psnr(auxiliary_at(fused, leak, tmp_path), images) > min(exact - 0.2, 90)
     drowned = announcing(noisy(leak, 1e3), 1e3)
     learned = Ridge().fit(auxiliary_for(drowned, tmp_path, 120, network=drawn(sigmoid_net).float()))(drowned).images
-    torch.testing.assert_close(auxiliary_at(fused, drowned, tmp_path), learned.clamp(0, 1), rtol=0, atol=2e-2)
+    torch.testing.assert_close(auxiliary_at(fused, drowned, tmp_path), learned.clamp(0, 1), rtol=0, atol=5e-2)
 
 
 def test_between_the_two_it_is_better_than_both(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtap.simulator.auxiliary import Auxiliary, Pairs, Provenance, digest, digest_of, gradients
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.leaks import KINDS, GradientLeak, Leak, Protocol, float_buffers
 from fedtap.simulator.models.registry import build
 
@@ -82,7 +83,7 @@ def leak_of(
 def auxiliary_for(
     leak: Leak, folder: Path, pairs: int = 40, seed: int = 100, network: nn.Module | None = None
 ) -> Auxiliary:
-    """Pairs at the leak's weights, of other pictures than `pictures` makes by default.
+    """Pairs at the leak's weights, of other pictures than `pictures` makes by default, under noise that is announced.
 
     Args:
         network: the leak's own on the CPU, where it is none of fedtap's.
@@ -96,11 +97,14 @@ def auxiliary_for(
     )
 
     def chunks() -> Iterator[Pairs]:
+        draw = torch.Generator().manual_seed(seed)
         for some, named in zip(images.split(16), labels.split(16), strict=True):
             count = torch.arange(len(some))
-            heard = GradientLeak(
-                gradients(network, some, named), protocol, leak.network, leak.weights, leak.buffers, count, count, count
-            )
+            sent = {
+                name: tensor + sigma(protocol) * torch.randn(tensor.shape, generator=draw)
+                for name, tensor in gradients(network, some, named).items()
+            }
+            heard = GradientLeak(sent, protocol, leak.network, leak.weights, leak.buffers, count, count, count)
             yield Pairs(heard, some, named)
 
     return Auxiliary.record(folder / digest_of(about), about, leak.network, chunks())

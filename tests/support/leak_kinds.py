@@ -13,6 +13,7 @@ from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.copy_detection import BASELINE, encoder, similarity
 from fedtap.simulator.models.registry import build
 from tests.attackers import test_attention, test_dager, test_posterior, test_stationary
+from tests.attackers.test_exact_git import announcing, noisy
 from tests.support import diffusion
 from tests.support.attack_leaks import leak_of, pictures
 from tests.support.checkpoint_leaks import leak_on, precision
@@ -37,9 +38,11 @@ class OtherLeak(Leak):
     kind = "other"
 
 
-def of_images(seed: int, kind: str, model: str) -> Example:
+def of_images(seed: int, kind: str, model: str, sigma: float = 0.0) -> Example:
     images, labels = pictures(2, 1, seed=seed)
     leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=1234), model, kind=kind, steps=2)
+    if sigma:
+        leak = announcing(noisy(leak, sigma), sigma)
     grey = float((images - images.mean()).square().mean())
     return Example(
         leak, lambda found: float((found.images - images).square().mean()), grey, "linear" if model == "mlp" else ""
@@ -120,7 +123,11 @@ MODELS = (SMALL, "mlp", "convnet", "vit", "resnet20", "lenet")
 Maker = Callable[[int], Example]
 
 MAKERS: Mapping[str, Sequence[Maker]] = {
-    "gradient": (*(functools.partial(of_images, kind="gradient", model=model) for model in MODELS), of_texts),
+    "gradient": (
+        *(functools.partial(of_images, kind="gradient", model=model) for model in MODELS),
+        functools.partial(of_images, kind="gradient", model=SMALL, sigma=0.01),
+        of_texts,
+    ),
     "update": tuple(functools.partial(of_images, kind="update", model=model) for model in MODELS),
     "attention": (of_attention,),
     "posterior": (of_a_posterior,),
