@@ -407,15 +407,16 @@ class Learner(Attack):
             RuntimeError: they are not those of this attack's module.
         """
         with torch.device("meta"):  # sizes are compared before any memory is taken
-            wanted = self.inverter(about, network).state_dict()
-        for name in wanted | tensors:
+            bare = self.inverter(about, network)
+        wanted, later = bare.state_dict(), _later(bare) - tensors.keys()
+        for name in (wanted | tensors).keys() - later:
             ours, theirs = wanted.get(name), tensors.get(name)
             if ours is None or theirs is None:
                 raise RuntimeError(f"{name} is not in both")
             if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not bool(theirs.isfinite().all()):
                 raise RuntimeError(f"{name} is of another type or size, or not finite")
         inverter = self.inverter(about, network)
-        inverter.load_state_dict(tensors)
+        inverter.load_state_dict({name: inverter.state_dict()[name] for name in later} | tensors)
         return Learned(self, about, inverter.eval().requires_grad_(False))
 
     def reconstruct(self, leak: Leak, start: Images) -> Reconstruction:
@@ -423,6 +424,12 @@ class Learner(Attack):
             f"{self.name} is not trained, and without auxiliary pairs it cannot reconstruct: run it in a scenario, "
             "where the compromised client gives it pairs, or name a trained one, --trained-attack PATH."
         )
+
+
+def _later(inverter: nn.Module) -> set[str]:
+    """Names of the buffers that files of earlier versions lack; an untrained module's value says what held there."""
+    found = {where: getattr(module, "later", ()) for where, module in inverter.named_modules()}
+    return {f"{where}.{name}".removeprefix(".") for where, names in found.items() for name in names}
 
 
 @lru_cache(maxsize=4)

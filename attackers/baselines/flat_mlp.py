@@ -29,7 +29,8 @@ class FlatMLP(CoarseGIT):
         shape = about.protocol.shape
         sizes = (self.width, self.hidden, self.hints)
         return TrainedGenerator(
-            FlatGenerator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS)
+            FlatGenerator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS),
+            about.protocol.classes,
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from fedtap.attackers.parts.checks import check_fields
@@ -64,36 +65,46 @@ class CoarseGIT(Learner):
         shape = about.protocol.shape
         sizes = (self.width, self.hidden, self.hints)
         return TrainedGenerator(
-            Generator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS)
+            Generator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS),
+            about.protocol.classes,
         )
 
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
         assert isinstance(inverter, TrainedGenerator)
-        read, images = compact(inverter.generator, auxiliary)
+        read, images, labels = compact(inverter.generator, auxiliary)
+        inverter.met.zero_()[labels] = True
         how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
-        met = None
+        recorded = None
         if auxiliary.about.auxiliary_trainings >= FEWEST_TRAININGS:
             parts = trainings(len(auxiliary), auxiliary.about.auxiliary_trainings)
             # number of the training in which each pair was recorded
-            met = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(images.device)
-        inverter.error.copy_(fit(inverter.generator, read, images, met, rate=self.rate, **how))
+            recorded = torch.repeat_interleave(torch.tensor([len(part) for part in parts])).to(images.device)
+        inverter.error.copy_(fit(inverter.generator, read, images, recorded, rate=self.rate, **how))
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, TrainedGenerator)
         parts = torch.arange(len(leak)).split(self.batch)  # type: ignore[no-untyped-call]
-        images = torch.cat([inverter.generator(leak[some].observed) for some in parts])
-        return as_reconstruction(images, recovered(leak), inverter.error, leak)
+        images, labels = torch.cat([inverter.generator(leak[some].observed) for some in parts]), recovered(leak)
+        # the stages read each gradient by its label, and say anything of a label that they never met
+        for some in (~inverter.met[labels[:, 0]]).nonzero().flatten().split(self.batch):  # type: ignore[no-untyped-call]
+            images[some] = inverter.generator.regressed(leak[some].observed)
+        return as_reconstruction(images, labels, inverter.error, leak)
 
 
 class TrainedGenerator(nn.Module):
-    """A generator, and its mean squared error on the pairs that were held out."""
+    """A generator, its mean squared error on the pairs that were held out, and which labels the pairs have."""
+
+    later = ("met",)
+    """Buffers that files of fedtap 0.2.0 lack: there, the stages were trusted with every label."""
 
     error: Tensor
+    met: Bool[Tensor, " classes"]
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, classes: int) -> None:
         super().__init__()
         self.generator = generator
         self.register_buffer("error", torch.tensor(0.0))
+        self.register_buffer("met", torch.ones(max(2, classes), dtype=torch.bool))  # one logit has two labels
 
 
 def one_image(attack: Attack, batch: int) -> None:
@@ -109,12 +120,13 @@ def one_image(attack: Attack, batch: int) -> None:
         )
 
 
-def compact(generator: Generator, auxiliary: Auxiliary) -> tuple[dict[str, Tensor], Tensor]:
-    """All pairs as the generator reads them, and the images behind them, `pairs channel height width`."""
-    read, images = [], []
+def compact(generator: Generator, auxiliary: Auxiliary) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """All pairs as the generator reads them, the images behind them, `pairs channel height width`, and labels."""
+    read, images, labels = [], [], []
     for pairs in progress(auxiliary, "reading pairs"):
         read.append(generator.read(pairs.leak.observed))
         images.append(pairs.images[:, 0])
+        labels.append(pairs.labels[:, 0])
         if len(read) == 1:
             check_room(len(auxiliary), sum(t[0].numel() for t in read[0].values()) + images[0][0].numel())
-    return {name: torch.cat([part[name] for part in read]) for name in read[0]}, torch.cat(images)
+    return {name: torch.cat([part[name] for part in read]) for name in read[0]}, torch.cat(images), torch.cat(labels)

@@ -348,6 +348,12 @@ class Generator(nn.Module):
         """The images, in [0, 1]."""
         return self.images(self.read(gradients))[0].clamp(0, 1)
 
+    def regressed(self, gradients: Gradients) -> Float[Tensor, "victims channels height width"]:
+        """The ridge regressions' images alone, in [0, 1]: of the stages' inputs they lack those that tell the label."""
+        known, length, direction = self._closed_form(self.read(gradients))
+        start, _ = self.start(*self._standardised(known, length, direction), None)
+        return start.reshape(-1, *self.shape).clamp(0, 1)
+
     def read(self, gradients: Gradients) -> dict[str, Tensor]:
         """What the stages look at: rows in closed form in the place of their layers' gradients, which are larger."""
         rows = {leaf.weight for leaf in self.rows}

@@ -25,16 +25,17 @@ def auxiliary_pairs(setting: Federation, session: Session, observed: ImageObserv
     images, labels = dataset.auxiliary.batch(torch.arange(wanted * batch) % len(dataset.auxiliary))
     mirrored = torch.arange(len(images)) >= len(dataset.auxiliary)
     images[mirrored] = images[mirrored].flip(3)
-    if part.auxiliary_labels == "random":  # of all classes, also of those whose images the adversary lacks
-        draw = generator(part.seed, "practice labels")
-        labels = torch.randint(len(dataset.classes), labels.shape, generator=draw)
+    if part.auxiliary_labels == "random":
+        # of all classes, also of those whose images the adversary lacks; one draw for all seeds, so that fewer pairs
+        # have the labels of the first of more, and a folder of pairs serves every seed
+        labels = torch.randint(len(dataset.classes), labels.shape, generator=generator("auxiliary labels"))
     protocol = dataclasses.replace(part.protocol(dataset), local_steps=1)
     known = {
         **tensors_of(heard.auxiliary_weights(part.auxiliary_at)),
         "examples": dataset.auxiliary.images,
         "classes": dataset.auxiliary.labels,
     }
-    plain = not part.auxiliary_trainings and part.auxiliary_labels == "own"
+    plain = not part.auxiliary_trainings
     if part.defence != "none" or not plain:  # then what is drawn depends on the seed
         known["seed"] = torch.tensor(part.seed)
     about = Provenance(

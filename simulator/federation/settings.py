@@ -155,8 +155,9 @@ class Federation(Scenario):
         Half, Option("classes of the auxiliary images, or a half of them", group="auxiliary")
     ] = "all"
     auxiliary_labels: Annotated[
-        Literal["own", "random"], Option("what the adversary calls its auxiliary images", group="auxiliary")
-    ] = "own"
+        Literal["own", "random"],
+        Option("labels of the auxiliary images: random ones of all classes, or their own", group="auxiliary"),
+    ] = "random"
     auxiliary_trainings: Annotated[
         int, Option("trainings of the compromised client, to take pairs along; 0: none", 0, group="auxiliary")
     ] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 from fedtap.attackers.baselines.flat_mlp import FlatGenerator, FlatMLP
 from fedtap.attackers.baselines.training_mean import TrainingMean
 from fedtap.attackers.gradients.coarse_git import CoarseGIT, compact
+from fedtap.attackers.gradients.fused_git import FusedGIT
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
+from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.simulator.attack import _learned
-from fedtap.simulator.auxiliary import Auxiliary, gradients
+from fedtap.simulator.auxiliary import Auxiliary, Pairs, gradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.models.registry import BUILDERS, Normalise, build
@@ -128,6 +131,51 @@ def test_it_sees_far_more_than_the_mean_and_never_less_than_its_closed_form(tmp_
     assert error(stranger, truth) > 1.5 * blind
 
 
+def named(auxiliary: Auxiliary, folder: Path, classes: int) -> Auxiliary:
+    """Pairs of the same images, called by the first `classes` labels alone."""
+    about = dataclasses.replace(auxiliary.about, digest=f"first {classes} classes")
+    network = build("lenet", SHAPE, 10, seed=1234)
+
+    def renamed() -> Iterator[Pairs]:
+        for pairs in auxiliary:
+            labels = pairs.labels % classes
+            leak = dataclasses.replace(pairs.leak, observed=gradients(network, pairs.images, labels))
+            yield Pairs(leak, pairs.images, labels)
+
+    return Auxiliary.record(folder / "renamed", about, auxiliary.network, renamed())
+
+
+def test_victims_of_a_label_never_met_get_the_ridge_regression(tmp_path: Path) -> None:
+    truth, leak = pictures(32, 1)[0], heard(victims=32)
+    every = auxiliary_for(leak, tmp_path, 400)
+    some = CoarseGIT(width=8, epochs=6, batch=40).fit(named(every, tmp_path, 5))
+    strange = recovered(leak)[:, 0] >= 5
+    assert 0 < int(strange.sum()) < 32
+    safe = some(leak).images
+    some.inverter.met[:] = True  # negative control: stages that are trusted with labels that they never met
+    rash = some(leak).images
+    assert torch.equal(safe[~strange], rash[~strange])
+    assert error(rash[strange], truth[strange]) > 1.2 * error(safe[strange], truth[strange])
+    # the regression itself hardly minds how its pairs are called
+    assert error(safe[strange], truth[strange]) < 1.5 * error(CoarseGIT(epochs=0).fit(every)(leak).images, truth)
+
+
+def test_files_without_the_labels_met_are_read_as_they_were_made(tmp_path: Path) -> None:
+    leak = heard()
+    for attack, prefix in ((SMALL, ""), (FusedGIT(prior=SMALL), "guess.")):
+        made = attack.fit(auxiliary_for(leak, tmp_path, 60))
+        tensors = {name: tensor for name, tensor in made.inverter.state_dict().items() if name != f"{prefix}met"}
+        assert len(tensors) == len(made.inverter.state_dict()) - 1
+        old = attack.restored(made.about, leak.network, tensors)
+        assert bool(old.inverter.get_buffer(f"{prefix}met").all())
+        assert {*old.inverter.state_dict()} == {*made.inverter.state_dict()}
+        with pytest.raises(RuntimeError, match="error"):  # no other may be missing
+            attack.restored(made.about, leak.network, {n: t for n, t in tensors.items() if n != f"{prefix}error"})
+
+
+SMALL = CoarseGIT(width=4, hidden=4, hints=4, epochs=1, batch=16)
+
+
 def test_learning_depends_on_the_seed_alone(tmp_path: Path) -> None:
     auxiliary, leak = auxiliary_for(heard(), tmp_path, 60), heard()
     attack = CoarseGIT(width=4, epochs=1, batch=16)
@@ -143,7 +191,7 @@ def test_the_stages_learn_what_no_regression_starts_them_with(tmp_path: Path) ->
     found = stages(build("lenet", SHAPE, 10), SHAPE)
     torch.manual_seed(0)
     generator = Generator(found, SHAPE, 16)
-    read, images = compact(generator, auxiliary)
+    read, images, _ = compact(generator, auxiliary)
     generator.fit_statistics(read, images)
     generator.ridge.zero_()
     adam, losses = torch.optim.Adam(generator.parameters(), 4e-3), []

@@ -241,7 +241,7 @@ def test_a_run_practises_once_and_keeps_what_it_learned(tmp_path: Path, monkeypa
         {"defence": "noise(0.1)"},
         {"model": "lenet"},
         {"auxiliary_trainings": 2},
-        {"auxiliary_labels": "random"},
+        {"auxiliary_labels": "own"},
     ):
         play(tmp_path / "four", auxiliary=shared, **change)
         assert len(sorted((tmp_path / "pairs").iterdir())) == len(made) + 1, change
@@ -329,6 +329,17 @@ def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path
     half = auxiliary.about.protocol.classes // 2
     assert max(found["own"]) < half
     assert found["random"] == set(range(2 * half))
+
+
+def test_random_labels_are_one_draw_for_every_number_of_pairs_and_seed(tmp_path: Path) -> None:
+    found = []
+    for name, change in (("few", {"pairs": 15}), ("many", {"pairs": 20}), ("seed", {"pairs": 20, "seed": 3})):
+        play(tmp_path / name, auxiliary=str(tmp_path / "pairs" / name), **change)
+        (folder,) = (tmp_path / "pairs" / name).iterdir()
+        found.append((folder.name, torch.cat([pairs.labels for pairs in Auxiliary.saved(folder, build) or ()])))
+    assert len({folder for folder, _ in found}) == 1, "so that one folder serves all"
+    assert torch.equal(found[0][1], found[1][1][:15])
+    assert torch.equal(found[1][1], found[2][1])
 
 
 def test_about_says_what_it_is() -> None:
