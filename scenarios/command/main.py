@@ -1,5 +1,5 @@
-"""The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap list`, and `fedtap
-pretrain diffusion`.
+"""The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap tune NAME --try
+FIELD=VALUES`, `fedtap list`, and `fedtap pretrain diffusion`.
 
 Nothing here imports torch before a run begins, so that help and lists are there at once.
 """
@@ -49,15 +49,15 @@ Out = Annotated[
     Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME, or the next free runs/NAME-2, -3, ….")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
-COMMANDS = ("run", "attack", "pretrain", "list")
+COMMANDS = ("run", "attack", "tune", "pretrain", "list")
 SAYS = "This option and those below say what the client did, in place of the leak's JSON."
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap list, fedtap
-    pretrain diffusion."""
+    """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap tune ATTACK, fedtap
+    list, fedtap pretrain diffusion."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
@@ -90,8 +90,44 @@ def run_command(
         _own_code(name)
         _explain(name)
         return
-    options = pairs(context.args)
-    _own_code(*code_in(name, shlex.join(context.args)))
+    _played(name, context.args, out, data_root, device, resume, overwrite)
+
+
+@cli.command("tune", context_settings=EXTRA)
+def tune_command(
+    context: typer.Context,
+    attack: Annotated[str, typer.Argument(help="The attack to tune, with settings that are not tried if need be.")],
+    tries: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="FIELD=VALUE,VALUE…: values of one of its fields. Again for another field."),
+    ] = None,
+    out: Out = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Try every combination of values of an attack's fields on public images alone. What victims stand for here are
+    public images that were held out. All other options are those of `fedtap run tuning --help`."""
+    from fedtap.scenarios.command.grid import attack_grid
+
+    if attack.startswith("-"):
+        raise FedtapError(f"The attack comes before the options, and {attack} is one: fedtap tune NAME {attack} VALUE.")
+    if "attack" in pairs(context.args):
+        raise FedtapError("The attack to tune is named first, so --attack would be another: leave it out.")
+    from fedtap.attackers import code_named
+
+    _own_code(*(name for text in (attack, *(tries or ())) for name in code_named(text)))
+    attacks = ",".join(attack_grid(attack, tries or ()))
+    _played("tuning", [*context.args, "--attack", attacks], out, data_root, device, resume, overwrite)
+
+
+def _played(
+    name: str, words: list[str], out: Path | None, data_root: Path, device: str, resume: bool, overwrite: bool
+) -> None:
+    """Play a scenario with these options in this process, and say what came of it."""
+    options = pairs(words)
+    _own_code(*code_in(name, shlex.join(words)))
     settings = plan(name, options)
     _prepared()
     from fedtap.clients.app import client_app
@@ -105,7 +141,7 @@ def run_command(
     where = place(
         described_run(settings, used), out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite
     )
-    config: UserConfig = {"scenario": name, "options": shlex.join(context.args), "data-root": str(data_root)}
+    config: UserConfig = {"scenario": name, "options": shlex.join(words), "data-root": str(data_root)}
 
     def grid(setting: Scenario) -> LocalGrid:
         return LocalGrid(client_app(plan_of), setting.nodes, config)

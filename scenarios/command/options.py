@@ -114,6 +114,11 @@ def _words(text: str, option: Option) -> list[str]:
     """The values between the commas; a comma inside brackets is part of a value, and so is one in a file's name."""
     if option.single or (option.file and exists(Path(text))):
         return [text]
+    return between_commas(text)
+
+
+def between_commas(text: str) -> list[str]:
+    """The words between the commas that stand outside brackets."""
     words, depth = [""], 0
     for letter in text:
         depth = max(0, depth + (letter in "([") - (letter in ")]"))
