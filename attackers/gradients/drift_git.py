@@ -92,6 +92,11 @@ class DriftGIT(Learner):
         inverter.see(torch.cat(images))
         if not self.trainings:
             return
+        if auxiliary.about.labels != "own":
+            raise FedtapError(
+                f"{self.name} trains on the auxiliary images as a victim does on its own, and these have "
+                f"{auxiliary.about.labels} labels: use --auxiliary-labels own, or trainings=0."
+            )
         if leak.weights is None:
             raise FedtapError(
                 f"{self.name} trains from the broadcast weights, and the {leak.protocol.threat_model} does not know "

@@ -83,7 +83,8 @@ def public_alone(dataset: Dataset) -> Dataset:
     for label in range(len(dataset.classes)):
         of_class = (public.labels == label).nonzero().flatten()
         fifth = len(of_class) // 5
-        parts.append(of_class.split([len(of_class) - 2 * fifth, fifth, fifth]))
+        sizes = [len(of_class) - 2 * fifth, fifth, fifth]
+        parts.append(of_class.split(sizes))  # type: ignore[no-untyped-call]
     # sorted, so that each side is in the dataset's own order
     sides = [torch.cat(some).sort().values for some in zip(*parts, strict=True)]
     if not len(sides[-1]):

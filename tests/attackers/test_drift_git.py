@@ -188,6 +188,9 @@ def test_trainings_are_learned_from_and_need_the_weights(tmp_path: Path) -> None
         DriftGIT(trainings=2).fit(
             auxiliary_for(dataclasses.replace(leak, weights=None), tmp_path / "unknown", 16, network=broadcast())
         )
+    named = dataclasses.replace(auxiliary, about=dataclasses.replace(auxiliary.about, labels="random"))
+    with pytest.raises(FedtapError, match="these have random labels: use --auxiliary-labels own"):
+        DriftGIT(trainings=2).fit(named)
 
 
 def test_what_it_cannot_use_is_refused() -> None:
