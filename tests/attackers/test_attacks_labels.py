@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.parts import labels as labels_module
-from fedtap.attackers.parts.labels import last_linear, logit_gradients, paired, recovered
+from fedtap.attackers.parts.labels import last_linear, logit_gradients, mean_softmax, paired, recovered
 from fedtap.simulator.defences.soteria import Soteria
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
@@ -60,17 +61,87 @@ def test_batches_with_repeats() -> None:
     assert share_right(recovered(dataclasses.replace(leak, weights=None)), labels) >= 0.7
 
 
-@pytest.mark.parametrize(("batch", "steps", "learning_rate"), [(8, 3, 0.01), (8, 5, 0.05), (4, 5, 0.1)])
+def test_a_batch_of_hundreds_is_read_off_an_untrained_network() -> None:
+    images, labels = pictures(2, 512)
+    labels[1] %= 3
+    assert share_right(recovered(leak_of(images, labels, NETWORK, "lenet")), labels) >= 0.96
+
+
+# Several local steps.
+
+
+@pytest.mark.parametrize(
+    ("victims", "batch", "steps", "learning_rate", "least"), [(12, 4, 2, 0.1, 0.85), (3, 16, 10, 0.05, 0.95)]
+)
 def test_local_steps_are_allowed_for(
-    batch: int, steps: int, learning_rate: float, monkeypatch: pytest.MonkeyPatch
+    victims: int, batch: int, steps: int, learning_rate: float, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, labels = pictures(24, batch)
+    images, labels = pictures(victims, batch)
     leak = leak_of(images, labels, NETWORK, "lenet", kind="update", steps=steps, learning_rate=learning_rate)
     allowed = share_right(recovered(leak), labels)
-    assert allowed >= 0.85
-    monkeypatch.setattr(labels_module, "SETTLE", 0)
-    if learning_rate > 0.01:
+    assert allowed >= least
+    others = {name: weight.detach() for name, weight in build("lenet", (3, 16, 16), 10, seed=9).named_parameters()}
+    assert share_right(recovered(dataclasses.replace(leak, weights=others)), labels) < 0.5
+    if steps > 2:  # along a straight line from the broadcast weights to the client's
+        monkeypatch.setattr(labels_module, "SETTLE", 0)
         assert share_right(recovered(leak), labels) < allowed - 0.1
+
+
+@pytest.mark.parametrize("how", [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True, "weight_decay": 0.01}])
+def test_stand_ins_that_are_the_images_give_the_outputs_of_the_clients_own_training(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one class, so that the shares are each image's own label."""
+    images, labels = pictures(1, 6)
+    labels[:] = 3
+    client = build("lenet", (3, 16, 16), 10, seed=1234)
+    sgd = torch.optim.SGD(client.parameters(), 0.05, **how)
+    outputs, biases = [], []
+    for _ in range(4):
+        sgd.zero_grad()
+        logits = client(images[0])
+        nn.functional.cross_entropy(logits, labels[0]).backward()
+        outputs.append(logits.detach().softmax(1).mean(0))
+        biases.append(client.get_parameter("fc.bias").grad.clone())  # type: ignore[union-attr]
+        sgd.step()
+    leak = leak_of(images, labels, NETWORK, "lenet", kind="update", steps=4)
+    leak = dataclasses.replace(
+        leak,
+        observed={name: (after.detach() - leak.weights[name])[None] for name, after in client.named_parameters()},  # type: ignore[index]
+        protocol=dataclasses.replace(leak.protocol, **how),
+    )
+    monkeypatch.setattr(labels_module, "_stand_ins", lambda leak: images[0])
+    # what a step's gradient adds to the update, by hand: g of step s lives on as m^(t - s) in the steps t after it
+    momentum, decay = how.get("momentum", 0.0), how.get("weight_decay", 0.0)
+    weights = []
+    for step in range(4):
+        here, velocity = 0.0, 0.0
+        for now in range(4):
+            slope = float(now == step) + decay * here
+            velocity = momentum * velocity + slope
+            here -= 0.05 * (slope + momentum * velocity if how.get("nesterov") else velocity)
+        weights.append(here)
+    shares = torch.tensor(weights) / sum(weights)
+    torch.testing.assert_close(logit_gradients(leak)[0], shares @ torch.stack(biases), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(mean_softmax(leak)[0], shares @ torch.stack(outputs), rtol=1e-3, atol=1e-5)
+    assert torch.equal(recovered(leak), labels)
+
+
+@given(
+    owed=st.lists(st.lists(st.floats(-1, 2), min_size=3, max_size=3), min_size=1, max_size=4), batch=st.integers(1, 40)
+)
+@settings(max_examples=50, deadline=None)
+def test_counts_are_whole_and_sum_to_the_batch(owed: list[list[float]], batch: int) -> None:
+    shares = torch.tensor(owed, dtype=torch.float64)
+    counts = labels_module._counts(shares, batch)
+    assert bool((counts >= 0).all())
+    assert counts.sum(1).tolist() == [batch] * len(owed)
+    assert torch.equal(labels_module._counts(counts / batch + 0.4 / batch / len(owed[0]), batch), counts)
+    proper = shares.clamp_min(0) + 1e-3
+    proper = proper / proper.sum(1, keepdim=True)
+    assert bool(((labels_module._counts(proper, batch) - batch * proper).abs() < 1).all())
+    single = labels_module._counts(shares[:, :1], batch)
+    assert bool(((single >= 0) & (single <= batch)).all())
 
 
 def test_a_last_layer_without_bias_still_tells() -> None:
