@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedtap.attackers.gradients.coarse_git import FEWEST_TRAININGS, CoarseGIT, TrainedGenerator, one_image
+from fedtap.attackers.gradients.coarse_git import FEWEST_TRAININGS, CoarseGIT, TrainedGenerator
 from fedtap.attackers.parts.generator import Generator, Gradients, LabelResiduals, Map, Stage, stages
 from fedtap.simulator.auxiliary import Provenance
 
@@ -25,22 +25,26 @@ class FlatMLP(CoarseGIT):
     """Highest learning rate of Adam, in one cycle."""
 
     def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
-        one_image(self, about.protocol.batch)
-        shape = about.protocol.shape
-        sizes = (self.width, self.hidden, self.hints)
-        return TrainedGenerator(
-            FlatGenerator(stages(network, shape), shape, *sizes, drifted=about.auxiliary_trainings >= FEWEST_TRAININGS),
-            about.protocol.classes,
-        )
+        shape, batch = about.protocol.shape, about.protocol.batch
+        sizes, drifted = (self.width, self.hidden, self.hints), about.auxiliary_trainings >= FEWEST_TRAININGS
+        generator = FlatGenerator(stages(network, shape), shape, *sizes, drifted=drifted, batch=batch)
+        return TrainedGenerator(generator, about.protocol.classes)
 
 
 class FlatGenerator(Generator):
     """A generator whose stages gave their parameters to one hidden layer."""
 
     def __init__(
-        self, found: tuple[Stage, ...], shape: Map, width: int, hidden: int, hints: int, drifted: bool = False
+        self,
+        found: tuple[Stage, ...],
+        shape: Map,
+        width: int,
+        hidden: int,
+        hints: int,
+        drifted: bool = False,
+        batch: int = 1,
     ) -> None:
-        super().__init__(found, shape, width, hidden, hints, drifted)
+        super().__init__(found, shape, width, hidden, hints, drifted, batch)
         budget = sum(parameter.numel() for parameter in self.parameters())
         rooms = [room for room in self.modules() if isinstance(room, LabelResiduals)]
         first = self.bootstrap[0]
@@ -60,7 +64,7 @@ class FlatGenerator(Generator):
     ) -> tuple[Tensor, Tensor]:
         known, length, direction = self._closed_form(gradients)
         features, clues = self._standardised(known, length, direction)
-        start, shares = self.start(features, clues, starts)
+        start, shares = self.start(gradients, features, clues, starts)
         news = [each for room in self.stages for each in room(gradients, clues, length)]
         image = start + self.bootstrap(torch.cat([features, clues, *news], 1))
         image, start = (rows.reshape(-1, *self.shape) for rows in (image, start))

@@ -26,7 +26,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import Product, fitted, residual
 from fedtap.attackers.parts.priors import shrinkage
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction, generator
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.errors import FedtapError
@@ -88,7 +88,8 @@ class FusedGIT(Learner):
             fresh = pairs[torch.arange(min(max(0, kept - seen), len(pairs)), len(pairs))]
             if len(fresh):
                 found = learned.reconstruct(fresh.leak, fresh.images).images.clamp(0, 1)
-                inverter.errors[row : row + len(fresh)] = (fresh.images - found).flatten(1)
+                truth = ordered(fresh.images.flatten(2), found.flatten(2))
+                inverter.errors[row : row + len(fresh)] = (truth - found.flatten(2)).flatten(1)
             seen, row = seen + len(pairs), row + len(fresh)
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedtap.attackers.gradients.coarse_git import one_image
 from fedtap.attackers.gradients.denoiser import ImageDenoiser
 from fedtap.attackers.gradients.matching import check_matching
 from fedtap.attackers.parts.checks import check_fields
@@ -46,7 +45,7 @@ SOLVED_TOGETHER = 64
 
 @dataclass(frozen=True)
 class NoiseGIT(Learner):
-    """PosteriorMean mean of one image under announced noise, by way of its most probable value; weights known."""
+    """Posterior mean of one image under announced noise, by way of its most probable value; weights known."""
 
     needs_weights = True
 
@@ -74,7 +73,11 @@ class NoiseGIT(Learner):
     def accepts(self, leak: Leak) -> None:
         """One image a victim, under announced noise and no other change of the gradient, at known weights."""
         super().accepts(leak)
-        one_image(self, leak.protocol.batch)
+        if leak.protocol.batch != 1:
+            raise FedtapError(
+                f"{self.name} reads the gradient of one image, and this one is the mean over {leak.protocol.batch}: "
+                "use --batch 1, or coarse_git, which learns batches too."
+            )
         check_matching(self, leak)
         if not sigma(leak.protocol):
             raise FedtapError(

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY
+from fedtap.attackers.parts.patches import Patches
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
 from fedtap.simulator.attack import generator as seeded
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.progress import progress
@@ -182,6 +183,12 @@ class Stage:
     """Shape of one image's output."""
 
     @property
+    def parameters(self) -> list[str]:
+        """Names of all its parameters."""
+        read = [name for leaf in self.leaves for name in (leaf.weight, leaf.bias) if name is not None]
+        return read + [name for name, _ in self.others]
+
+    @property
     def spread(self) -> tuple[Leaf, ...]:
         """The leaves whose input has places."""
         return tuple(leaf for leaf in self.leaves if not leaf.is_row)
@@ -277,7 +284,7 @@ def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
 
 
 class Generator(nn.Module):
-    """From the gradient of one image each to the images.
+    """From gradients to images, one each.
 
     Args:
         stages: the network's, from input to output.
@@ -287,6 +294,7 @@ class Generator(nn.Module):
         hints: units through which a stage reads all its gradients directly.
         drifted: whether it must cope with weights that differ: then it has a ridge regression of each strength, and a
             perceptron that weighs them by what this gradient looks like.
+        batch: images behind a gradient; it is then read once for each of them, see `batch_rows`.
     """
 
     mean: Tensor
@@ -304,9 +312,11 @@ class Generator(nn.Module):
         hidden: int = 64,
         hints: int = 32,
         drifted: bool = False,
+        batch: int = 1,
     ) -> None:
         super().__init__()
-        self.shape, self.drifted = shape, drifted
+        self.shape, self.drifted, self.batch = shape, drifted, batch
+        self.patches = nn.ModuleList(_patches(stages[0], shape) if batch == 1 else [])
         body = [stage for stage in reversed(stages) if stage.spread]
         self.rows = [leaf for stage in reversed(stages) for leaf in stage.leaves if leaf.is_row]
         features, pixels = sum(leaf.known for leaf in self.rows), math.prod(shape)
@@ -337,7 +347,7 @@ class Generator(nn.Module):
             self.state = (2 * first.known, 1, 1) if rest or not copies else (copies * channels, height, side)
         state, above = self.state, 0
         for stage in body:
-            self.stages.append(_Reader(stage, clues, state, above, shape, width, hints))
+            self.stages.append(_Reader(stage, clues, state, above, shape, width, hints, batch))
             state, above = (width, *_grid(as_map(stage.input))), as_map(stage.spread[0].input)[0]
         if body:
             self.fold = max(1, shape[1] // state[1])
@@ -349,9 +359,13 @@ class Generator(nn.Module):
         return self.images(self.read(gradients))[0].clamp(0, 1)
 
     def regressed(self, gradients: Gradients) -> Float[Tensor, "victims channels height width"]:
-        """The ridge regressions' images alone, in [0, 1]: of the stages' inputs they lack those that tell the label."""
-        known, length, direction = self._closed_form(self.read(gradients))
-        start, _ = self.start(*self._standardised(known, length, direction), None)
+        """The ridge regressions' images alone, in [0, 1]: of the stages' inputs they lack those that tell the label.
+
+        Args:
+            gradients: as `read` returns them.
+        """
+        known, length, direction = self._closed_form(gradients)
+        start, _ = self.start(gradients, *self._standardised(known, length, direction), None)
         return start.reshape(-1, *self.shape).clamp(0, 1)
 
     def read(self, gradients: Gradients) -> dict[str, Tensor]:
@@ -374,7 +388,7 @@ class Generator(nn.Module):
         """
         known, length, direction = self._closed_form(gradients)
         features, clues = self._standardised(known, length, direction)
-        start, shares = self.start(features, clues, starts)
+        start, shares = self.start(gradients, features, clues, starts)
         image = (start + self.bootstrap(torch.cat([features, clues], 1))).reshape(-1, *self.shape)
         surprise = image.new_zeros(())
         if self.stages:
@@ -386,14 +400,22 @@ class Generator(nn.Module):
             image = image + F.interpolate(F.pixel_shuffle(self.last(state), self.fold), self.shape[1:])
         return self.trusted(image, start.reshape(image.shape), shares), surprise
 
-    def start(self, features: Tensor, clues: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mixture of the ridge regressions' images, `victims pixels`, and each one's share, `victims regressions`."""
+    def start(
+        self, gradients: Gradients, features: Tensor, clues: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mixture of the ridge regressions' images, `victims pixels`, and each one's share, `victims regressions`.
+
+        Where patches can be read in closed form, the mixture is what they are solved near to.
+        """
         if starts is None:
             starts = torch.stack([features @ one for one in self.ridge], 1) + self.offset
-        if not self.drifted:
-            return starts[:, 0], starts.new_ones(len(starts), 1)
-        shares = self.weigh(torch.cat([features, clues], 1)).softmax(1)
-        return torch.einsum("nr,nrp->np", shares, starts), shares
+        start, shares = starts[:, 0], starts.new_ones(len(starts), 1)
+        if self.drifted:
+            shares = self.weigh(torch.cat([features, clues], 1)).softmax(1)
+            start = torch.einsum("nr,nrp->np", shares, starts)
+        for patches in self.patches:
+            start = patches(gradients, start)
+        return start, shares
 
     def trusted(self, image: Tensor, start: Tensor, shares: Tensor) -> Tensor:
         """Between the start and the image: the start plus `trust` times the stages' correction."""
@@ -430,7 +452,11 @@ class Generator(nn.Module):
         self.ridge.copy_(ridge)
         for stage in self.stages:
             stage.fit_statistics(gradients, clues, length)  # type: ignore[operator]
-        return others + self.offset
+        starts = others + self.offset
+        for patches in self.patches:
+            some = {name: tensor[:TRIED] for name, tensor in gradients.items()}
+            patches.fit(some, pixels[:TRIED], starts[:TRIED].mean(1))  # type: ignore[operator]
+        return starts
 
     def _ridge_error(self, gradients: Gradients, pixels: Tensor, edge: float) -> float:
         """Mean squared error of a ridge regression, across folds, on some of the pairs and pixels."""
@@ -460,9 +486,11 @@ class Generator(nn.Module):
 class _Reader(nn.Module):
     """One stage: from the running estimate of its output, and its gradients, to that of its input."""
 
-    def __init__(self, stage: Stage, clues: int, state: Map, above: int, image: Map, width: int, hints: int) -> None:
+    def __init__(
+        self, stage: Stage, clues: int, state: Map, above: int, image: Map, width: int, hints: int, batch: int
+    ) -> None:
         super().__init__()
-        self.stage, self.grid = stage, _grid(as_map(stage.input))
+        self.stage, self.grid, self.batch = stage, _grid(as_map(stage.input)), batch
         shapes = [(leaf.weight, leaf.shape) for leaf in stage.spread] + list(stage.others)
         self.newsroom = LabelResiduals(shapes, clues)
         first = stage.spread[0]
@@ -514,15 +542,25 @@ class _Reader(nn.Module):
             shown = residuals[which].reshape(-1, *leaf.shape)
             if self.sees_image:
                 leaked = gradients[leaf.weight] / (length[:, :, None, None, None] * self.newsroom.of(leaf.weight).size)
-                shown = leaked - leaf.gradient(error, self.scale * image.detach() + self.shift)
+                shown = leaked - self.explained(leaf, error, image.detach(), length)
                 if truth is not None:
-                    surprise = F.mse_loss(leaf.gradient(error, self.scale * truth + self.shift), leaked)
+                    surprise = F.mse_loss(self.explained(leaf, error, truth, length), leaked)
             parts.append(self.norms[which](_resample(leaf.adjoint(error, shown), self.grid)))
             errors.append(error)
         hinted = torch.relu(self.hear(torch.cat(residuals, 1))) * self.turn(clues)
         parts.append(self.tell(hinted).reshape(-1, HINTED, *self.grid))
         mixed = self.mix(torch.cat(parts, 1))
         return mixed + self.sharpen(mixed), self.stage.spread[0].back(errors[0], self.weight), surprise
+
+    def explained(self, leaf: Leaf, error: Tensor, image: Tensor, length: Tensor) -> Tensor:
+        """The layer's gradient, over the length of the last error signal, as these images would cause it."""
+        found: Tensor = leaf.gradient(error, self.scale * image + self.shift)
+        if self.batch == 1:
+            return found
+        # the loss is a mean over the batch, so a gradient is the mean of its images'
+        unit = length[:, :, None, None, None]
+        mean = (unit * found).reshape(-1, self.batch, *leaf.shape).mean(1)
+        return mean.repeat_interleave(self.batch, 0) / unit
 
     def fit_statistics(self, gradients: Gradients, clues: Tensor, length: Tensor) -> None:
         """Fit the part of each gradient that the label explains, and the size of the rest."""
@@ -599,44 +637,63 @@ def fit(
     """Fit on pairs: the statistics in closed form, then Adam under one cycle of rates on the mean squared error.
 
     The last pairs are held out, one in HELD_OUT_EVERY: the stages are used only where they beat the ridge regression
-    there, and at drifted weights their correction is scaled to the least error there.
+    there, and at drifted weights their correction is scaled to the least error there. The images of a batch are
+    compared in the order that lies closest to the predicted ones.
 
     Args:
-        gradients: as `Generator.read` returns them.
+        gradients: as `Generator.read` returns them, with an entry for each image of a batch, pair by pair.
+        images: pair by pair; those of a batch in the order of its entries.
         trainings: of pairs at drifted weights, the number of the training in which each was recorded, in rising order;
             the last training is held out whole, since a victim meets weights of another training.
 
     Returns:
         The mean squared error on the pairs that were held out.
     """
-    kept, folds = len(images) - max(1, len(images) // HELD_OUT_EVERY), None
+    together = generator.batch
+    pairs = len(images) // together
+    kept, folds = pairs - max(1, pairs // HELD_OUT_EVERY), torch.arange(pairs, device=images.device) % FOLDS
     if trainings is not None:
         kept, folds = int((trainings < trainings[-1]).sum()), trainings % FOLDS
+    folds = folds.repeat_interleave(together)  # a batch's images share their gradient, and so their fold
 
     def rows(which: Tensor | slice) -> dict[str, Tensor]:
         return {name: tensor[which] for name, tensor in gradients.items()}
 
-    starts = generator.fit_statistics(rows(slice(kept)), images[:kept], folds if folds is None else folds[:kept])
+    def entries(some: Tensor) -> Tensor:
+        """Those of these pairs' images."""
+        return (some[:, None] * together + torch.arange(together)).flatten()
+
+    def closest(truth: Tensor, predicted: Tensor) -> Tensor:
+        """The true images of each batch in the order that lies closest to the predicted ones."""
+        pixels = math.prod(generator.shape)
+        return ordered(truth.reshape(-1, together, pixels), predicted.reshape(-1, together, pixels)).reshape(
+            truth.shape
+        )
+
+    mine = slice(kept * together)
+    starts = generator.fit_statistics(rows(mine), images[mine], folds[mine])
     adam = torch.optim.Adam(generator.parameters(), rate)
     steps, draw = max(1, kept // batch), seeded(seed, "minibatches")
     total = max(11, epochs * steps)  # with 10 the cycle's rise has no length, and torch divides by it
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=total, pct_start=0.1)
     generator.train()
     for _ in progress(epochs, "learning"):
-        for some in torch.randperm(kept, generator=draw)[: steps * batch].chunk(steps):
+        for chosen in torch.randperm(kept, generator=draw)[: steps * batch].chunk(steps):
+            some = entries(chosen)
             predicted, surprise = generator.images(rows(some), starts[some], images[some])
-            loss = F.mse_loss(predicted, images[some]) + SURPRISE * surprise
+            loss = F.mse_loss(predicted, closest(images[some], predicted)) + SURPRISE * surprise
             adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
             cycle.step()
     generator.eval()
-    held = [(rows(some), images[some]) for some in torch.arange(kept, len(images)).split(batch)]  # type: ignore[no-untyped-call]
+    left = torch.arange(kept, pairs).split(batch)  # type: ignore[no-untyped-call]
+    held = [(rows(some), images[some]) for some in map(entries, left)]
 
     def held_out_error(trust: Tensor) -> Tensor:
         generator.trust.copy_(trust)
         predicted = torch.cat([generator.images(given)[0].clamp(0, 1) for given, _ in held])
-        return F.mse_loss(predicted, images[kept:])
+        return F.mse_loss(predicted, closest(images[kept * together :], predicted))
 
     with torch.no_grad():
         tried = [torch.zeros_like(generator.trust), torch.ones_like(generator.trust)]
@@ -655,7 +712,7 @@ def _trust(generator: Generator, held: Sequence[tuple[Gradients, Tensor]]) -> Fl
     generator.trust.fill_(1.0)
     for gradients, truth in held:
         known, length, direction = generator._closed_form(gradients)
-        start, shares = generator.start(*generator._standardised(known, length, direction), None)
+        start, shares = generator.start(gradients, *generator._standardised(known, length, direction), None)
         step, wanted = generator.images(gradients)[0].flatten(1) - start, truth.flatten(1) - start
         # least squares of wanted = sum_r t_r share_r step in t
         normal += torch.einsum("na,nb,n->ab", shares, shares, step.square().sum(1))
@@ -704,6 +761,21 @@ def _ridge(
         for which, strength in enumerate(strengths):
             others[fold == k, which] = (given[fold == k] @ solved(strength, k)).to(wanted.dtype)
     return torch.stack([solved(strength) for strength in strengths]).to(features.dtype), others
+
+
+def _patches(first: Stage, shape: Map) -> list[Patches]:
+    """The closed form of the first stage, where that embeds patches of the image and adds positions."""
+    leaf, kernel = first.leaves[0], first.leaves[0].shape[2:]
+    plain = leaf.padding == (0, 0) and leaf.dilation == (1, 1) and leaf.groups == 1
+    if leaf.input != shape or leaf.stride != kernel or not plain or len(leaf.output) != 3:
+        return []
+    channels, height, width = leaf.output
+    if height * kernel[0] != shape[1] or width * kernel[1] != shape[2]:
+        return []
+    tokens = (1, height * width, channels)
+    return [
+        Patches(leaf.weight, name, (kernel[0], kernel[1]), shape) for name, found in first.others if found == tokens
+    ][:1]
 
 
 def _grid(shape: Map) -> tuple[int, int]:

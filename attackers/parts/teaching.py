@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -29,15 +29,18 @@ class FlatGradient(nn.Module):
     """A gradient as one row of numbers; a longer one than `most` is hashed to that many (feature hashing, with signs).
 
     Its parameters are laid in a row in the network's own order.
+
+    Args:
+        names: of the parameters to read; all where none are given.
     """
 
     where: Tensor
     sign: Tensor
 
-    def __init__(self, network: nn.Module, most: int) -> None:
+    def __init__(self, network: nn.Module, most: int, names: Collection[str] = ()) -> None:
         super().__init__()
-        self.names = [name for name, _ in network.named_parameters()]
-        size = sum(parameter.numel() for parameter in network.parameters())
+        read = {name: each.numel() for name, each in network.named_parameters() if not names or name in names}
+        self.names, size = list(read), sum(read.values())
         self.length = min(size, most)
         draw = generator("feature hashing", size, most)
         hashed = size > most

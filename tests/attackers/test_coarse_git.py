@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,15 @@ from fedtap.attackers.baselines.flat_mlp import FlatGenerator, FlatMLP
 from fedtap.attackers.baselines.training_mean import TrainingMean
 from fedtap.attackers.gradients.coarse_git import CoarseGIT, compact
 from fedtap.attackers.gradients.fused_git import FusedGIT
+from fedtap.attackers.gradients.lti import LTI
+from fedtap.attackers.gradients.module_chain import ModuleChain
+from fedtap.attackers.parts.batch_rows import image_rows
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
 from fedtap.attackers.parts.labels import recovered
+from fedtap.attackers.parts.patches import Patches
+from fedtap.attackers.parts.teaching import ordered, teach
 from fedtap.attackers.wrappers.saved import Saved
-from fedtap.simulator.attack import _learned
+from fedtap.simulator.attack import Learner, _learned
 from fedtap.simulator.auxiliary import Auxiliary, Pairs, gradients
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, Tensors
@@ -270,9 +276,7 @@ def test_a_network_that_cannot_be_read_is_refused_before_auxiliary() -> None:
         CoarseGIT().accepts(dataclasses.replace(leak, network=same))
 
 
-def test_batches_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedtapError, match="the mean over 2"):
-        CoarseGIT().accepts(heard(batch=2))
+def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FedtapError, match=r"at least 40 auxiliary pairs.*and has 20"):
         CoarseGIT().fit(auxiliary_for(heard(), tmp_path, 20))
 
@@ -334,3 +338,121 @@ def test_a_fold_is_answered_by_the_others() -> None:
                 torch.testing.assert_close(matrices[which], plain)
             else:
                 torch.testing.assert_close(others[folds == k, which], given[folds == k] @ plain)
+
+
+def test_the_published_chain_has_a_module_a_stage_and_reads_all_gradients() -> None:
+    network = build("lenet", SHAPE, 10).to("meta")
+    found = stages(network, SHAPE)
+    chain = ModuleChain(found, network, 2, 5)
+    assert [flat.names for flat in chain.flat] == [
+        [f"{layer}.weight", f"{layer}.bias"] for layer in ("fc", "conv3", "conv2", "conv1")
+    ]
+    outputs = [module[-1].out_features for module in (chain.bootstrap, *chain.modules_back)]
+    assert outputs == [2 * math.prod(shape) for shape in ((10,), *(stage.input for stage in reversed(found)))]
+    for stage, module, length in zip(reversed(found), chain.modules_back, chain.lengths, strict=True):
+        assert module[0].in_features == length + 2 * math.prod(stage.output)
+
+
+def test_the_published_chain_learns_and_of_shuffled_pairs_nothing() -> None:
+    draw = torch.Generator().manual_seed(0)
+    network = build("lenet", SHAPE, 10, seed=1234)
+    # images of two numbers each, which few pairs suffice to learn
+    images = torch.sigmoid(torch.randn(300, 2, generator=draw) @ torch.randn(2, 768, generator=draw))
+    found = gradients(network, images.reshape(300, 1, *SHAPE), torch.zeros(300, 1, dtype=torch.long))
+    blind = error(images[:280].mean(0), images[280:])
+
+    def held_out_error(truth: Tensor) -> float:
+        torch.manual_seed(0)
+        chain = ModuleChain(stages(network, SHAPE), network, 1, 32)
+        seen = chain.read(found)
+        chain.fit_statistics(seen)
+        adam = torch.optim.Adam(chain.parameters(), 1e-3)
+        constant = torch.optim.lr_scheduler.ConstantLR(adam, 1.0)
+        return float(teach(chain, seen, truth[:, None], adam, constant, epochs=8, batch=30, seed=0))
+
+    assert held_out_error(images) < 0.5 * blind
+    assert held_out_error(images.roll(1, 0)) > 0.95 * blind
+
+
+def shuffled(auxiliary: Auxiliary, folder: Path) -> Auxiliary:
+    """The same gradients, each beside the images of another pair."""
+    about = dataclasses.replace(auxiliary.about, digest="shuffled")
+    chunks = (Pairs(pairs.leak, pairs.images.roll(1, 0), pairs.labels.roll(1, 0)) for pairs in auxiliary)
+    return Auxiliary.record(folder / "shuffled", about, auxiliary.network, chunks)
+
+
+def set_error(guess: Tensor, truth: Tensor) -> float:
+    """Mean squared error of batches, each in the order that lies closest to the truth."""
+    return error(guess.flatten(2), ordered(truth.flatten(2), guess.flatten(2)))
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_batches_come_back_image_by_image_and_of_shuffled_pairs_nothing(batch: int, tmp_path: Path) -> None:
+    leak, (images, _) = heard(victims=16, batch=batch), pictures(16, batch)
+    auxiliary = auxiliary_for(leak, tmp_path, 400 // batch)
+    found = CoarseGIT(width=4, epochs=1, batch=20).fit(auxiliary)(leak)
+    blind = set_error(images.mean((0, 1)).expand_as(images), images)
+    assert set_error(found.images, images) < 0.7 * blind
+    assert found.images.shape == images.shape
+    assert set_error(CoarseGIT(epochs=0).fit(shuffled(auxiliary, tmp_path))(leak).images, images) > blind
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+@pytest.mark.parametrize("attack", [LTI(width=8, epochs=1), CoarseGIT(published=True, units=8, epochs=1)])
+def test_perceptrons_give_a_batch_of_images(attack: Learner, batch: int, tmp_path: Path) -> None:
+    leak = heard(batch=batch)
+    made = attack.fit(auxiliary_for(leak, tmp_path, 40))
+    found = made(leak)
+    assert found.images.shape == (4, batch, *SHAPE)
+    made.save(tmp_path / "made.safetensors")
+    assert torch.equal(Saved(str(tmp_path / "made.safetensors"))(leak).images, found.images)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(0, 10**6))
+def test_the_assignment_is_the_best_of_all_permutations(batch: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    truth, predicted = (torch.rand(3, batch, 4, generator=draw) for _ in range(2))
+    for some, guess, found in zip(truth, predicted, ordered(truth, predicted), strict=True):
+        losses = [F.mse_loss(guess, some[list(order)]) for order in itertools.permutations(range(batch))]
+        torch.testing.assert_close(F.mse_loss(guess, found), torch.stack(losses).min())
+        torch.testing.assert_close(found.sort(0).values, some.sort(0).values)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.integers(0, 10**6))
+def test_rows_of_a_batch_are_exact_where_its_images_have_one_softmax(batch: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    classes, features = 10, 7
+    labels = torch.randint(classes, (2, batch), generator=draw).sort(1).values
+    softmax = torch.rand(2, classes, generator=draw).add(0.1)
+    softmax = softmax / softmax.sum(1, keepdim=True)
+    inputs = torch.rand(2, batch, features, generator=draw)
+    signals = softmax[:, None] - F.one_hot(labels, classes)
+    gradient = torch.einsum("vbc,vbf->vcf", signals, inputs) / batch
+    errors, rows = image_rows(signals.mean(1), gradient, labels)
+    torch.testing.assert_close(errors, signals, rtol=1e-4, atol=1e-5)
+    named = F.one_hot(labels, classes).float()
+    alike = named @ named.mT  # images of one class have the mean of their inputs
+    torch.testing.assert_close(rows, alike @ inputs / alike.sum(2, keepdim=True), rtol=1e-2, atol=1e-3)
+
+
+def test_patches_of_a_transformer_are_exact_without_its_weights(tmp_path: Path) -> None:
+    leak, (images, _) = heard("vit"), pictures(4, 1)
+    auxiliary = auxiliary_for(leak, tmp_path, 60)
+    made = CoarseGIT(epochs=0).fit(auxiliary)
+    found = made(dataclasses.replace(leak, weights=None, buffers={})).images
+    assert error(found, images) < 1e-6
+    # gradients of the positions that are another image's explain nothing
+    other = heard("vit", seed=3).observed["position"]
+    mixed = dataclasses.replace(leak, observed={**leak.observed, "position": other})
+    assert error(made(mixed).images, images) > 0.5 * error(images.mean(0, keepdim=True), images)
+
+
+def test_patches_are_left_alone_where_positions_are_no_error_signals() -> None:
+    draw = torch.Generator().manual_seed(0)
+    gradients = {"e": torch.randn(30, 6, 3, 4, 4, generator=draw), "p": torch.randn(30, 1, 16, 6, generator=draw)}
+    images, starts = torch.rand(30, 768, generator=draw), torch.full((30, 768), 0.5)
+    patches = Patches("e", "p", (4, 4), SHAPE)
+    patches.fit(gradients, images, starts)
+    assert torch.equal(patches(gradients, starts), starts)

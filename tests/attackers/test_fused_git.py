@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedtap.attackers.baselines.ridge import Ridge
 from fedtap.attackers.baselines.training_mean import TrainingMean
-from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.exact_git import ExactGIT
 from fedtap.attackers.gradients.fused_git import FusedGIT, LearnedPrior
 from fedtap.attackers.gradients.gauss_newton import GaussNewton
@@ -136,9 +135,6 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
     _, leak = leaked()
     with pytest.raises(FedtapError, match="at least 40 auxiliary pairs"):
         auxiliary_at(FusedGIT(Ridge()), leak, tmp_path, pairs=20)
-    two = leak_of(*pictures(1, 2, size=8), drawn(sigmoid_net).float(), "mine", meta=sigmoid_net)
-    with pytest.raises(FedtapError, match="coarse_git reads the gradient of one image"):
-        FusedGIT(CoarseGIT()).accepts(two)
     with pytest.raises(FedtapError, match="does not know them"):
         FusedGIT().accepts(dataclasses.replace(leak, weights=None, buffers={}))
 
