@@ -157,11 +157,12 @@ def test_victims_of_a_label_never_met_get_the_ridge_regression(tmp_path: Path) -
     some = CoarseGIT(width=8, epochs=6, batch=40).fit(named(every, tmp_path, 5))
     strange = recovered(leak)[:, 0] >= 5
     assert 0 < int(strange.sum()) < 32
+    some.inverter.generator.trust[:] = 1  # also where so few pairs do not earn the stages any trust
     safe = some(leak).images
     some.inverter.met[:] = True  # negative control: stages that are trusted with labels that they never met
     rash = some(leak).images
     assert torch.equal(safe[~strange], rash[~strange])
-    assert error(rash[strange], truth[strange]) > 1.2 * error(safe[strange], truth[strange])
+    assert error(rash[strange], truth[strange]) > 3 * error(safe[strange], truth[strange])
     # the regression itself hardly minds how its pairs are called
     assert error(safe[strange], truth[strange]) < 1.5 * error(CoarseGIT(epochs=0).fit(every)(leak).images, truth)
 
