@@ -1,16 +1,18 @@
-"""Fused GIT: a trained attack's reconstruction as the prior of the exact one.
+"""Fused GIT: a trained attack's reconstruction as the prior of the exact one, or as its start.
 
 After Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026, whose exact and learned recursions stand apart; their
-combination is ours. The trained attack's reconstruction is the mean of a Gaussian prior, and its errors on held-out
-auxiliary pairs are the prior's covariance; the gradient is the likelihood, each entry weighed by its noise. A noisy
-gradient is split in two whose noises are independent, one for the prior and one for the likelihood, so that nothing is
-counted twice. The image of highest posterior density is found by Gauss-Newton steps from the trained attack's
-reconstruction and, where the network can be inverted layer by layer, from Exact-GIT's.
+combination is ours. The gradient is the likelihood, each entry weighed by its error. Without noise, the trained
+attack's reconstruction is the mean of a Gaussian prior, and its errors on held-out auxiliary pairs the covariance.
+Under announced noise that reconstruction owes its errors to the same noise as the gradient, which would be counted
+twice: there the prior is the Gaussian of the public images, which owes nothing to the leak. The image of highest
+posterior density is found by Gauss-Newton steps from the trained attack's reconstruction and, where the network can be
+inverted layer by layer, from Exact-GIT's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,16 +23,20 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.exact_git import ExactGIT
 from fedtap.attackers.gradients.gauss_newton import VICTIMS_AT_ONCE
 from fedtap.attackers.gradients.matching import check_matching
-from fedtap.attackers.gradients.split import FirstParts, split
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
-from fedtap.attackers.parts.newton import Product, fitted, residual
-from fedtap.attackers.parts.priors import shrinkage
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
-from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction, generator
+from fedtap.attackers.parts.newton import FlatImages, Product, fitted, residual
+from fedtap.attackers.parts.priors import PublicImages, shrinkage
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, check_room, ordered
+from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
+from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
+
+Residuals = Callable[[FlatImages], Float[Tensor, "elements entries"]]
+Finder = Callable[[Residuals, FlatImages, FlatImages, int, int], tuple[FlatImages, Tensor]]
+"""(residuals, start, learned mean, steps, inner) -> the most probable images and the objective there, in float64."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,14 @@ class FusedGIT(Learner):
     needs_weights = True
 
     prior: Attack = field(default_factory=CoarseGIT)
-    """The trained attack whose reconstruction is the prior's mean."""
+    """The trained attack whose reconstruction is the prior's mean without noise, and a start of the steps."""
     steps: int = 10
     """Gauss-Newton steps from each start."""
     inner: int = 100
     """Iterations of conjugate gradients in each step, at most."""
-    share: float = 0.1
-    """Share of a noisy gradient's precision that the prior sees, above 0 and below 1; the likelihood has the rest."""
 
     def __post_init__(self) -> None:
         check_fields(self, steps=1, inner=1)
-        if not 0 < self.share < 1:
-            raise FedtapError(
-                f"share of FusedGIT is {self.share:g}, and prior and likelihood both need a part of the gradient: give "
-                "a number between 0 and 1."
-            )
         if not isinstance(self.prior, Learner):
             raise FedtapError(
                 f"prior of FusedGIT is {self.prior.written()}, which is not trained, and the prior comes "
@@ -77,11 +76,14 @@ class FusedGIT(Learner):
         return LearnedPrior(about, self.prior.inverter(about, network))
 
     def learn(self, inverter: nn.Module, auxiliary: Auxiliary, seed: int) -> None:
-        """Train the prior's attack, and keep its errors on the last pairs, which are held out of training."""
+        """Train the prior's attack, and keep its errors on the last pairs, which are held out of training; under noise
+        mean and covariance of all images instead."""
         assert isinstance(inverter, LearnedPrior)
-        auxiliary = FirstParts.of(auxiliary, self.share)
         learned = self.prior.fit(auxiliary, seed)
         inverter.guess.load_state_dict(learned.learned()[0].inverter.state_dict())
+        if inverter.public is not None:
+            inverter.public.see(torch.cat([pairs.images.flatten(0, 1) for pairs in auxiliary]))
+            return
         kept = len(auxiliary) - len(inverter.errors)
         seen, row = 0, 0
         for pairs in auxiliary:
@@ -95,23 +97,18 @@ class FusedGIT(Learner):
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, LearnedPrior)
         assert isinstance(self.prior, Learner)
-        victims = zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True)
-        first, second = split(leak, self.share, [generator("thinning", *victim) for victim in victims])
-        prior_mean = self.prior.invert(inverter.guess, first, start).images.clamp(0, 1)
+        prior_mean = self.prior.invert(inverter.guess, leak, start).images.clamp(0, 1)
         starts = [prior_mean]
         try:
             ExactGIT().accepts(leak)
             starts.append(ExactGIT().reconstruct(leak, start).images)
         except FedtapError:
             pass  # the network cannot be inverted layer by layer
-        labels, precision, found = recovered(leak), inverter.precision(), []
+        labels, find, found = recovered(leak), inverter.finder(), []
         for some in torch.arange(len(leak)).split(VICTIMS_AT_ONCE):  # type: ignore[no-untyped-call]
-            residuals = residual(second[some], labels[some])
+            residuals = residual(leak[some], labels[some])
             mean = prior_mean[some].flatten(1).double()
-            tries = [
-                fitted(residuals, begun[some].flatten(1).double(), mean, precision, self.steps, self.inner)
-                for begun in starts
-            ]
+            tries = [find(residuals, begun[some].flatten(1).double(), mean, self.steps, self.inner) for begun in starts]
             images, objective = (torch.stack(parts) for parts in zip(*tries, strict=True))
             # of both starts, the one that ends at the higher posterior density
             best = objective.argmin(0)
@@ -122,18 +119,45 @@ class FusedGIT(Learner):
 
 
 class LearnedPrior(nn.Module):
-    """The trained attack's module, and its errors on held-out auxiliary pairs.
+    """The trained attack's module, and its errors on held-out auxiliary pairs or, under noise, the public images.
 
-    Their covariance is shrunk towards a multiple of the identity, which suits few samples.
+    The errors' covariance is shrunk towards a multiple of the identity, which suits few samples.
     """
 
     errors: Float[Tensor, "pairs pixels"]
+    public: PublicImages | None
 
     def __init__(self, about: Provenance, trained: nn.Module) -> None:
         super().__init__()
         self.guess = trained  # saved files hold its tensors under this name
-        pixels = about.protocol.batch * math.prod(about.protocol.shape)
-        self.register_buffer("errors", torch.zeros(max(1, about.pairs // HELD_OUT_EVERY), pixels))
+        pixels, noisy = math.prod(about.protocol.shape), sigma(about.protocol) > 0
+        kept = 0 if noisy else max(1, about.pairs // HELD_OUT_EVERY)
+        self.register_buffer("errors", torch.zeros(kept, about.protocol.batch * pixels))
+        if noisy:
+            check_room(pixels, 3 * pixels)  # the covariance in float64, and its root
+        self.public = PublicImages(pixels) if noisy else None
+
+    def finder(self) -> Finder:
+        """What finds the most probable images under this prior."""
+        if self.public is None:
+            precision = self.precision()
+            return lambda residuals, start, mean, steps, inner: fitted(residuals, start, mean, precision, steps, inner)
+        centre, root = self.public.mean.double(), self.public.root.double()
+
+        def images(z: FlatImages) -> FlatImages:
+            # x = m + L z of each image of a batch
+            return (centre + z.reshape(-1, len(centre)) @ root.T).reshape(len(z), -1)
+
+        def find(
+            residuals: Residuals, start: FlatImages, mean: FlatImages, steps: int, inner: int
+        ) -> tuple[FlatImages, Tensor]:
+            rows = (start.reshape(-1, len(centre)) - centre).T
+            z = torch.linalg.solve_triangular(root, rows, upper=False).T.reshape(len(start), -1)
+            # in z the prior is N(0, 1), and conjugate gradients need fewer steps than in pixels
+            z, objective = fitted(lambda z: residuals(images(z)), z, torch.zeros_like(z), lambda v: v, steps, inner)
+            return images(z), objective
+
+        return find
 
     def precision(self) -> Product:
         """Product with the inverse of ``C = (1 - share) E^T E / n + share tr(E^T E / n) / p I``, by Woodbury's rule:

@@ -14,6 +14,7 @@ images of auxiliary pairs, whose gradients carry noise of their own of the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from fedtap.attackers.gradients.denoiser import ImageDenoiser
 from fedtap.attackers.gradients.matching import check_matching
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import logit_gradients, mean_embedding, recovered
-from fedtap.attackers.parts.newton import FlatImages, residual, stepped
+from fedtap.attackers.parts.newton import FlatImages, Unknown, residual, stepped
 from fedtap.attackers.parts.priors import PerElement, PublicImages
 from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, as_reconstruction, check_room, teach
 from fedtap.simulator.attack import Images, Labels, Learner, Reconstruction, reply_parts
@@ -39,6 +40,13 @@ from fedtap.simulator.progress import progress
 UNSEEN_FOLDS = 4
 """Parts of the public images, each of which the prior of its own leaks has not seen."""
 
+FORCING = 0.3
+"""Share of its first norm to which conjugate gradients bring the residual of a step: an inexact Newton method
+(Dembo, Eisenstat and Steihaug 1982, https://doi.org/10.1137/0719025) spends no more on a step than it is worth."""
+
+FALL = 0.003
+"""Steps end where they lower the objective by less than this share of it."""
+
 SOLVED_TOGETHER = 64
 """Images solved together; more take no less time each (measured on a CPU)."""
 
@@ -49,10 +57,12 @@ class NoiseGIT(Learner):
 
     needs_weights = True
 
-    steps: int = 3
-    """Gauss-Newton steps to the most probable image."""
-    inner: int = 8
+    steps: int = 8
+    """Gauss-Newton steps to the most probable image, at most; fewer are enough under much noise."""
+    inner: int = 60
     """Iterations of conjugate gradients in each step, at most."""
+    solved: int = 4000
+    """Auxiliary pairs, at most, whose most probable images the denoiser is taught on; the prior is of all images."""
     width: int = 32
     """Channels of the denoiser at half the image's resolution."""
     epochs: int = 20
@@ -63,7 +73,7 @@ class NoiseGIT(Learner):
     """Highest learning rate of Adam, in one cycle."""
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=1, inner=1, width=1, batch=2, rate=1e-9)
+        check_fields(self, steps=1, inner=1, solved=self.least, width=1, batch=2, rate=1e-9)
 
     @property
     def least(self) -> int:
@@ -111,22 +121,24 @@ class NoiseGIT(Learner):
         leak = next(iter(auxiliary)).leak
         self.accepts(leak)
         inverter.embedding.copy_(mean_embedding(leak, images))
+        taught = images[: self.solved]
         fold = torch.arange(len(images), device=images.device) % UNSEEN_FOLDS
         priors = [PublicImages(images[0].numel()).to(images.device) for _ in range(UNSEEN_FOLDS)]
         for number, prior in enumerate(priors):
             prior.see(images[fold != number])
-        rows = images.new_empty(len(images), images[0].numel() + 1)
+        rows = images.new_empty(len(taught), images[0].numel() + 1)
         first = 0
-        for pairs in progress(auxiliary, "most probable images"):
+        for pairs in progress(auxiliary.first(self.solved), "most probable images"):
             here = torch.arange(first, first + len(pairs), device=images.device)
             for number, prior in enumerate(priors):
                 mine = fold[here] == number
-                rows[here[mine]] = self.read(inverter, pairs.leak[mine], prior)[0]
+                if mine.any():
+                    rows[here[mine]] = self.read(inverter, pairs.leak[mine], prior)[0]
             first += len(pairs)
         adam = torch.optim.Adam(inverter.denoiser.parameters(), self.rate)
         steps = max(1, self.epochs * math.ceil(len(rows) / self.batch))
         cycle = torch.optim.lr_scheduler.OneCycleLR(adam, self.rate, total_steps=steps)
-        truth = images.flatten(1)[:, None]
+        truth = taught.flatten(1)[:, None]
         how = {"epochs": self.epochs, "batch": self.batch, "seed": seed}
         inverter.error.copy_(teach(inverter.denoiser, rows, truth, adam, cycle, **how))
 
@@ -178,9 +190,22 @@ def most_probable(
     found = []
     for some in torch.arange(len(leak)).split(SOLVED_TOGETHER):  # type: ignore[no-untyped-call]
         residuals = residual(leak[some], labels[some], prior.mean.dtype)
-        z = prior.mean.new_zeros(len(some), len(prior.mean))
-        for _ in range(steps):
-            z, objective = stepped(lambda z, r=residuals: r(prior.images(z)), z, inner)  # type: ignore[misc]
-        found.append((prior.images(z), objective))
+        found.append(_solved(lambda z, r=residuals: r(prior.images(z)), len(some), prior, steps, inner))  # type: ignore[misc]
     images, objectives = (torch.cat(parts) for parts in zip(*found, strict=True))
     return images, objectives
+
+
+def _solved(
+    residuals: Callable[[Unknown], Tensor], elements: int, prior: PublicImages, steps: int, inner: int
+) -> tuple[FlatImages, PerElement]:
+    """Gauss-Newton steps from the prior's mean until each element's objective has stopped falling."""
+    z = prior.mean.new_zeros(elements, len(prior.mean))
+    objective, going = z.new_full((elements,), torch.inf), torch.ones(elements, dtype=torch.bool, device=z.device)
+    for _ in range(steps):
+        there, lower = stepped(residuals, z, inner, FORCING)
+        fell = objective - lower > FALL * lower
+        z, objective = torch.where(going[:, None], there, z), torch.where(going, lower, objective)
+        going &= fell
+        if not going.any():
+            break
+    return prior.images(z), objective

@@ -35,7 +35,7 @@ LENGTHS = (1.0, 0.5, 0.2, 0.05)
 """Lengths of a Gauss-Newton step among which the line search chooses."""
 
 CG_TOLERANCE = 1e-4
-"""Conjugate gradients end where the residual's norm has fallen to this share of its first value."""
+"""Conjugate gradients end where the residual's norm has fallen to this share of its first value, unless told."""
 
 
 def standard_errors(leak: Leak) -> dict[str, Float[Tensor, "elements"]]:
@@ -128,7 +128,9 @@ def linear(
     return r, lambda u: back(u)[0], lambda v: back(ahead(v)[0])[0] + v
 
 
-def stepped(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> tuple[Unknown, PerElement]:
+def stepped(
+    residual: Callable[[Unknown], Tensor], z: Unknown, inner: int, tolerance: float = CG_TOLERANCE
+) -> tuple[Unknown, PerElement]:
     """A Gauss-Newton step from z, of the length in `LENGTHS` that leads lowest, or none; and the objective there."""
 
     def cost(z: Unknown) -> PerElement:
@@ -136,7 +138,7 @@ def stepped(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> tu
 
     r, back, curved = linear(residual, z)
     # (J'J + 1) d = -(J'r + z)
-    d = conjugate_gradients(curved, -(back(r) + z), inner)
+    d = conjugate_gradients(curved, -(back(r) + z), inner, tolerance)
     best, lowest = z, r.square().sum(1) + z.square().sum(1)
     for length in LENGTHS:
         there = z + length * d
@@ -146,11 +148,16 @@ def stepped(residual: Callable[[Unknown], Tensor], z: Unknown, inner: int) -> tu
     return best, lowest
 
 
-def conjugate_gradients(product: Product, right: FlatImages, steps: int) -> FlatImages:
-    """x of ``product(x) = right`` for each element, begun at 0 (Hestenes and Stiefel 1952)."""
+def conjugate_gradients(product: Product, right: FlatImages, steps: int, tolerance: float = CG_TOLERANCE) -> FlatImages:
+    """x of ``product(x) = right`` for each element, begun at 0 (Hestenes and Stiefel 1952).
+
+    Args:
+        steps: iterations, at most.
+        tolerance: share of its first norm at which the residual is small enough.
+    """
     x, r = torch.zeros_like(right), right
     p, power = r, r.square().sum(1)
-    least = CG_TOLERANCE**2 * power
+    least = tolerance**2 * power
     for _ in range(steps):
         going = power > least
         if not going.any():

@@ -36,8 +36,8 @@ GENIE_AT_ONCE = 32
 """Victims whose linear systems are solved together."""
 
 
-FROM_SIGMA = 1e-3
-"""Noise from which `noise_git` is among the attacks: under less, the exact ones are better."""
+FROM_SIGMA = 1e-2
+"""Noise from which `noise_git` is among the attacks: under less, its steps take long, and `fused_git` is there."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from fedtap.attackers.gradients.denoiser import ImageDenoiser
 from fedtap.attackers.gradients.noise_git import NoiseGIT, PosteriorMean, most_probable
-from fedtap.attackers.gradients.split import FirstParts, split
 from fedtap.attackers.parts.labels import logit_gradients, mean_embedding, recovered
 from fedtap.attackers.parts.newton import residual
 from fedtap.attackers.parts.priors import PublicImages
@@ -22,7 +20,6 @@ from fedtap.attackers.parts.teaching import teach
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.scenarios.gradients import noise
 from fedtap.simulator.attack import Learned
-from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.models.registry import build
@@ -183,47 +180,6 @@ def test_a_denoiser_that_has_not_learned_changes_nothing(channels: int, high: in
     rows = torch.rand(2, pixels + 1)
     found = ImageDenoiser((channels, high, wide), 1, 2)(rows)
     torch.testing.assert_close(found, rows[:, None, :pixels])
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.floats(0.05, 0.95), st.floats(1e-4, 10))
-def test_two_parts_of_a_leak_are_independent_and_add_up_to_it(share: float, size: float) -> None:
-    images, labels = pictures(1, 1, size=8)
-    clear = leak_of(images, labels, drawn(sigmoid_net).float(), "mine", meta=sigmoid_net)
-    leak = announcing(noisy(clear, size), size)
-    first, second = split(leak, share, [torch.Generator().manual_seed(1)])
-    noises = []
-    for part, precision in ((first, share), (second, 1 - share)):
-        assert sigma(part.protocol) == pytest.approx(size / math.sqrt(precision))
-        whole = torch.cat([(part.observed[name] - clear.observed[name]).flatten() for name in clear.observed])
-        assert float(whole.std()) == pytest.approx(size / math.sqrt(precision), rel=0.1)
-        noises.append(whole)
-    assert abs(float(torch.corrcoef(torch.stack(noises))[0, 1])) < 0.1
-    for name, tensor in leak.observed.items():
-        both = share * first.observed[name] + (1 - share) * second.observed[name]
-        torch.testing.assert_close(both, tensor, rtol=1e-4, atol=1e-4 * size)
-
-
-def test_without_noise_there_is_nothing_to_split(tmp_path: Path) -> None:
-    leak = leak_of(*pictures(2, 1, size=8), drawn(sigmoid_net).float(), "mine", meta=sigmoid_net)
-    assert all(part is leak for part in split(leak, 0.5, []))
-    auxiliary = auxiliary_for(leak, tmp_path, network=drawn(sigmoid_net).float())
-    assert FirstParts.of(auxiliary, 0.5) is auxiliary
-
-
-def test_pairs_are_split_the_same_way_each_time_and_each_with_noise_of_its_own(tmp_path: Path) -> None:
-    leak = leaked(1)[2]
-    auxiliary = auxiliary_for(leak, tmp_path, network=drawn(sigmoid_net).float())
-    parts = FirstParts.of(auxiliary, 0.5)
-    assert len(parts) == len(auxiliary)
-    one, two = ([pairs.leak for pairs in parts] for _ in range(2))
-    added = []
-    for here, again, whole in zip(one, two, auxiliary, strict=True):
-        for name, tensor in here.observed.items():
-            assert torch.equal(tensor, again.observed[name])
-        assert sigma(here.protocol) == pytest.approx(SIGMA * math.sqrt(2))
-        added.append((here.observed["0.weight"] - whole.leak.observed["0.weight"]).flatten(1))
-    assert len(torch.cat(added).unique(dim=0)) == len(auxiliary)
 
 
 def test_what_it_cannot_use_is_refused(tmp_path: Path) -> None:
