@@ -409,7 +409,7 @@ class Learner(Attack):
         with torch.device("meta"):  # sizes are compared before any memory is taken
             bare = self.inverter(about, network)
         wanted, later = bare.state_dict(), _later(bare) - tensors.keys()
-        for name in (wanted | tensors).keys() - later:
+        for name in [name for name in wanted | tensors if name not in later]:
             ours, theirs = wanted.get(name), tensors.get(name)
             if ours is None or theirs is None:
                 raise RuntimeError(f"{name} is not in both")

@@ -110,7 +110,7 @@ class CoarseGIT(Learner):
             read = read_each_image(generator, leak[some])
             found, met = generator.images(read)[0].clamp(0, 1), inverter.met[labels[some].flatten()]
             if not bool(met.all()):
-                # the stages read each gradient by its label, and say anything of a label that they never met
+                # what the stages make of a gradient depends on its label, and of one that they never met it is no image
                 found[~met] = generator.regressed({name: tensor[~met] for name, tensor in read.items()})
             images.append(found)
         return as_reconstruction(torch.cat(images), labels, inverter.error, leak)
