@@ -20,11 +20,11 @@ from fedtap.attackers.parts.generator import ERROR, KNOWN, Generator
 from fedtap.attackers.parts.labels import logit_gradients, recovered
 from fedtap.simulator.leaks import GradientLeak
 
-SOFTENED = 1e-2
+_SOFTENED = 1e-2
 """Added to a class's mean softmax, by which its equations are divided: the softmax of an image strays from the batch's
 mean in proportion to it."""
 
-RIDGE = 1e-6
+_RIDGE = 1e-6
 """Ridge of the least squares, as a share of the mean diagonal: with all classes present one direction is free."""
 
 
@@ -63,10 +63,10 @@ def image_rows(
     errors = softmax[:, None, :] - named
     # G_c = sum_k A_ck h_k over the classes k, A_ck = share_k (p'_c - [c = k]); absent classes have zero columns
     mixing = share[:, None, :] * (softmax[:, :, None] - torch.eye(classes).to(error))
-    weight = 1 / (softmax + SOFTENED)[:, :, None]
+    weight = 1 / (softmax + _SOFTENED)[:, :, None]
     given, wanted = (weight * mixing).double(), (weight * gradient).double()
     normal = given.mT @ given
     unit = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-24)
-    rows = torch.linalg.solve(normal + RIDGE * unit * torch.eye(classes).to(normal), given.mT @ wanted)
+    rows = torch.linalg.solve(normal + _RIDGE * unit * torch.eye(classes).to(normal), given.mT @ wanted)
     inputs = torch.einsum("vbc,vcf->vbf", named.double(), rows)
     return errors, inputs.to(gradient)

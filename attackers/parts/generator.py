@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fedtap.attackers.parts.channel_means import ChannelMeans
 from fedtap.attackers.parts.patches import Patches
 from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
 from fedtap.simulator.attack import generator as seeded
@@ -58,6 +59,9 @@ STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0)
 
 DRIFTED_STRENGTHS = (1e-6, 1e-3, 1e-1, 1.0)
 """Ridges of the regressions for pairs at drifted weights, in units of a feature's variance."""
+
+NORMED = 6
+"""Convolutions before a norm, at the end of the network, whose mean inputs the image is regressed on."""
 
 INVERSES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda a, edge: torch.logit(a, edge),
@@ -92,6 +96,8 @@ class Leaf:
     """Distance of a convolution's taps, rows and columns."""
     groups: int = 1
     """Groups of a convolution's channels."""
+    norm: str | None = None
+    """Name of the bias of the norm that a convolution's output goes into; None where there is none that is trained."""
 
     @property
     def is_row(self) -> bool:
@@ -231,6 +237,12 @@ def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
     with torch.no_grad(), _Activations() as activations:
         network(torch.zeros(1, *shape, device="meta"))
 
+    norms = {
+        id(given): module.bias
+        for module, (given, _) in calls.items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+    }
+
     def leaf(module: nn.Module) -> Leaf | None:
         if not isinstance(module, nn.Linear | nn.Conv2d) or module not in calls or not module.weight.requires_grad:
             return None
@@ -240,6 +252,7 @@ def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
         if not usual or (convolution and (module.padding_mode != "zeros" or isinstance(module.padding, str))):
             raise _refused(called[id(module)], module, "is not one whose gradient can be read")
         geometry = ("stride", "padding", "dilation", "groups") if convolution else ()
+        norm = norms.get(id(made))
         return Leaf(
             names[id(module.weight)],
             names[id(module.bias)] if module.bias is not None and module.bias.requires_grad else None,
@@ -248,6 +261,7 @@ def stages(network: nn.Module, shape: Map) -> tuple[Stage, ...]:
             tuple(made.shape[1:]),
             activations.kinds.get(id(given), ""),
             **{name: getattr(module, name) for name in geometry},
+            norm=names.get(id(norm)) if convolution else None,
         )
 
     found: list[Stage] = []
@@ -321,6 +335,8 @@ class Generator(nn.Module):
         self.rows = [leaf for stage in reversed(stages) for leaf in stage.leaves if leaf.is_row]
         features, pixels = sum(leaf.known for leaf in self.rows), math.prod(shape)
         clues = self.rows[0].output[0] + 1
+        normed = [] if drifted or batch > 1 else _normed(stages)
+        self.means = nn.ModuleList([ChannelMeans(normed, features, pixels)] if normed else [])
         self.register_buffer("mean", torch.zeros(features + 1))
         self.register_buffer("deviation", torch.ones(features + 1))
         self.register_buffer("offset", torch.zeros(pixels))
@@ -409,6 +425,8 @@ class Generator(nn.Module):
         """
         if starts is None:
             starts = torch.stack([features @ one for one in self.ridge], 1) + self.offset
+            for means in self.means:
+                starts = means(gradients, features, starts[:, 0])[:, None]
         start, shares = starts[:, 0], starts.new_ones(len(starts), 1)
         if self.drifted:
             shares = self.weigh(torch.cat([features, clues], 1)).softmax(1)
@@ -453,6 +471,8 @@ class Generator(nn.Module):
         for stage in self.stages:
             stage.fit_statistics(gradients, clues, length)  # type: ignore[operator]
         starts = others + self.offset
+        for means in self.means:
+            starts = means.fit(gradients, features, pixels, folds, starts[:, 0])[:, None]  # type: ignore[operator]
         for patches in self.patches:
             some = {name: tensor[:TRIED] for name, tensor in gradients.items()}
             patches.fit(some, pixels[:TRIED], starts[:TRIED].mean(1))  # type: ignore[operator]
@@ -761,6 +781,12 @@ def _ridge(
         for which, strength in enumerate(strengths):
             others[fold == k, which] = (given[fold == k] @ solved(strength, k)).to(wanted.dtype)
     return torch.stack([solved(strength) for strength in strengths]).to(features.dtype), others
+
+
+def _normed(stages: Sequence[Stage]) -> list[tuple[str, str, Sizes]]:
+    """The last convolutions before a norm: names of their weights and of the norms' biases, and the weights' shapes."""
+    leaves = [leaf for stage in stages for leaf in stage.leaves]
+    return [(leaf.weight, leaf.norm, leaf.shape) for leaf in leaves if leaf.norm is not None][-NORMED:]
 
 
 def _patches(first: Stage, shape: Map) -> list[Patches]:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+_RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 """Candidates for the pull towards the estimate, in units of the error signals' mean square."""
 
 
@@ -81,7 +81,7 @@ class Patches(nn.Module):
             found = torch.linalg.solve(normal, given.T @ gradient[..., mine].flatten())
             self.scale[channel], self.shift[channel] = found
         tried = {torch.inf: F.mse_loss(starts, images)}
-        for ridge in RIDGES if bool((self.scale.abs() > 1e-6).all()) else ():
+        for ridge in _RIDGES if bool((self.scale.abs() > 1e-6).all()) else ():
             self.ridge.fill_(ridge)
             tried[ridge] = F.mse_loss(self(gradients, starts).clamp(0, 1), images)
         self.ridge.fill_(min(tried, key=lambda ridge: float(tried[ridge].nan_to_num(torch.inf))))

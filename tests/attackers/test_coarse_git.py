@@ -22,6 +22,7 @@ from fedtap.attackers.gradients.fused_git import FusedGIT
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.gradients.module_chain import ModuleChain
 from fedtap.attackers.parts.batch_rows import image_rows
+from fedtap.attackers.parts.channel_means import ChannelMeans
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.patches import Patches
@@ -457,3 +458,41 @@ def test_patches_are_left_alone_where_positions_are_no_error_signals() -> None:
     patches = Patches("e", "p", (4, 4), SHAPE)
     patches.fit(gradients, images, starts)
     assert torch.equal(patches(gradients, starts), starts)
+
+
+def channel_means(images: Tensor) -> tuple[ChannelMeans, Tensors, Tensor]:
+    """Of a convolution before a norm, whose weighted means tell the images, with error signals of any sign and size."""
+    draw = torch.Generator().manual_seed(1)
+    beta = torch.randn(len(images), 6, generator=draw) * torch.rand(len(images), 1, generator=draw)
+    told = images @ torch.randn(12, 6 * 18, generator=draw)
+    found = {"conv": (beta[:, :, None] * told.unflatten(1, (6, 18))).unflatten(2, (2, 3, 3)), "norm": beta}
+    means = ChannelMeans([("conv", "norm", (6, 2, 3, 3))], 3, 12)
+    return means, found, torch.zeros(len(images), 3)
+
+
+def test_channel_means_see_images_whatever_the_error_signals_are() -> None:
+    images = torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
+    means, found, features = channel_means(images)
+    folds, grey = torch.arange(200) % 5, images.mean(0).expand_as(images)
+    without = means.fit(found, features, images, folds, grey)
+    assert error(without, images) < 0.5 * error(grey, images)
+    assert error(means(found, features, grey), images) <= error(without, images)
+    flipped = {name: tensor * -3.0 for name, tensor in found.items()}
+    torch.testing.assert_close(means.read(flipped, features), means.read(found, features))
+
+
+def test_channel_means_are_left_alone_where_they_tell_nothing() -> None:
+    images = torch.rand(100, 12, generator=torch.Generator().manual_seed(0))
+    means, found, features = channel_means(images)
+    others, grey = images.roll(1, 0), images.mean(0).expand_as(images)
+    assert means.fit(found, features, others, torch.arange(100) % 5, grey) is grey
+    assert means(found, features, grey) is grey
+
+
+def test_the_norm_after_a_convolution_is_found() -> None:
+    leaves = [leaf for stage in stages(build("resnet20", SHAPE, 10), SHAPE) for leaf in stage.leaves]
+    norms = {leaf.weight: leaf.norm for leaf in leaves}
+    assert norms["conv1.weight"] == "bn1.bias"
+    assert norms["layer3.2.conv2.weight"] == "layer3.2.bn2.bias"
+    assert norms["linear.weight"] is None
+    assert all(leaf.norm is None for stage in stages(build("lenet", SHAPE, 10), SHAPE) for leaf in stage.leaves)
