@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedtap.attackers.parts.channel_means import ChannelMeans
-from fedtap.attackers.parts.patches import Patches
+from fedtap.attackers.parts.patches import PatchSolution
 from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
 from fedtap.simulator.attack import generator as seeded
 from fedtap.simulator.errors import FedtapError
@@ -789,7 +789,7 @@ def _normed(stages: Sequence[Stage]) -> list[tuple[str, str, Sizes]]:
     return [(leaf.weight, leaf.norm, leaf.shape) for leaf in leaves if leaf.norm is not None][-NORMED:]
 
 
-def _patches(first: Stage, shape: Map) -> list[Patches]:
+def _patches(first: Stage, shape: Map) -> list[PatchSolution]:
     """The closed form of the first stage, where that embeds patches of the image and adds positions."""
     leaf, kernel = first.leaves[0], first.leaves[0].shape[2:]
     plain = leaf.padding == (0, 0) and leaf.dilation == (1, 1) and leaf.groups == 1
@@ -800,7 +800,9 @@ def _patches(first: Stage, shape: Map) -> list[Patches]:
         return []
     tokens = (1, height * width, channels)
     return [
-        Patches(leaf.weight, name, (kernel[0], kernel[1]), shape) for name, found in first.others if found == tokens
+        PatchSolution(leaf.weight, name, (kernel[0], kernel[1]), shape)
+        for name, found in first.others
+        if found == tokens
     ][:1]
 
 

@@ -24,7 +24,7 @@ _RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 """Candidates for the pull towards the estimate, in units of the error signals' mean square."""
 
 
-class Patches(nn.Module):
+class PatchSolution(nn.Module):
     """Replaces an estimate of the images by the one that explains the embedding's gradient, where that is closer.
 
     Args:

@@ -25,7 +25,7 @@ from fedtap.attackers.parts.batch_rows import image_rows
 from fedtap.attackers.parts.channel_means import ChannelMeans
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
 from fedtap.attackers.parts.labels import recovered
-from fedtap.attackers.parts.patches import Patches
+from fedtap.attackers.parts.patches import PatchSolution
 from fedtap.attackers.parts.teaching import ordered, teach
 from fedtap.attackers.wrappers.saved import Saved
 from fedtap.simulator.attack import Learner, _learned
@@ -455,7 +455,7 @@ def test_patches_are_left_alone_where_positions_are_no_error_signals() -> None:
     draw = torch.Generator().manual_seed(0)
     gradients = {"e": torch.randn(30, 6, 3, 4, 4, generator=draw), "p": torch.randn(30, 1, 16, 6, generator=draw)}
     images, starts = torch.rand(30, 768, generator=draw), torch.full((30, 768), 0.5)
-    patches = Patches("e", "p", (4, 4), SHAPE)
+    patches = PatchSolution("e", "p", (4, 4), SHAPE)
     patches.fit(gradients, images, starts)
     assert torch.equal(patches(gradients, starts), starts)
 
