@@ -9,12 +9,14 @@ the layer is wide enough; where it is not, sparse columns are sought by iterativ
 sampled submatrices; a column counts as an example's if it fits those equations, and not by its sparsity; and a
 certificate says whether the result is right.
 Of a linear layer behind convolutions the same equations would give features and no pixels, so such networks are
-refused. Several local steps are undone as far as they leave a unit on or off throughout.
+refused. After several local steps a unit that an example leaves off throughout still has no gradient of it, and the
+sparsest directions are taken until the certificate holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +33,15 @@ from fedtap.attackers.parts.labels import last_linear
 from fedtap.simulator.attack import Attack, CertifiedReconstruction, Images, Labels, generator
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak, Tensors, UpdateLeak
-from fedtap.simulator.wire.replay import local_steps, mean_gradient, mean_loss, stateless, targets, undecayed
+from fedtap.simulator.wire.replay import (
+    local_steps,
+    mean_gradient,
+    mean_loss,
+    stateless,
+    targets,
+    undecayed,
+    weights_along,
+)
 from fedtap.simulator.wire.soundness import entry_error, unexplained
 
 _AGREES = 1e-4
@@ -54,6 +64,9 @@ _ROBUST = 10
 _FITS = 0.02
 """Misfit up to which a direction is an example's: 1e-7 of one step's, 1e-4 to 1e-2 along several steps. That of a
 mixture is 0.1 and more after one step; after several it may be as small, and the certificate decides."""
+
+_SHARPENED_FROM = 0.05
+"""Misfit from which a direction is sharpened after several local steps, where its own says little."""
 
 _WHOLE = 1e-5
 """Singular values of the next layer's gradient below this share of the largest one are left out."""
@@ -114,45 +127,75 @@ class ExactBatch(Attack[CertifiedReconstruction]):
         self, leak: Leak, layer: FirstLayer, following: str, draw: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [0, 1], their labels, and the share of the images that is recovered, of a stack of one victim."""
-        name, scale, shift = layer
-        space = _space(leak, name, following, draw)
-        batch, rank, pixels = leak.protocol.batch, len(space.s), len(scale)
-        images = space.v.new_full((batch, pixels), 0.5)
-        labels, agreed = torch.zeros(batch, dtype=torch.long, device=leak.device), 0
-        if rank:
-            q = self._directions(space.alive(), 1 if local_steps(leak) == 1 else _ROBUST, draw)
-            # [X, 1] up to each row's length = Q^-1 diag(s) V, the length by its last entry
-            inverse = torch.linalg.pinv(q)
-            rows = inverse @ (space.s[:, None] * space.v)
-            inputs = (rows[:, :-1] / rows[:, -1:]).nan_to_num(0.0, 0.0, 0.0)
-            columns = (space.u @ q) * rows[:, -1]
-            seen = ((inputs - shift) / scale).clamp(0, 1)
-            images[: len(seen)] = seen
-            labels[: len(seen)] = _labels(leak, name, images[: len(seen)], columns)
-            weight, bias = (_of_victim(leak, f"{name}.{part}") for part in ("weight", "bias"))
-            on = (scale * seen + shift) @ weight.T + bias > 0
-            # an entry's error e becomes e |Q^-1| in the products of [X, 1] with their length
-            entry = space.noise / sum(length**0.5 for length in (len(space.u), pixels))
-            error = entry * inverse.norm(dim=1, keepdim=True) / rows[:, -1:].abs() / scale.abs()
-            precise = (error * (1 + inputs.abs())).square().mean(1).sqrt() < _PRECISE
-            agreed = int((precise & (_agreement(columns.T, on) >= _SEEN)).sum())
-        return images.reshape(batch, *leak.protocol.shape), labels, images.new_tensor(agreed / batch)
+        space = _space(leak, layer[0], following, draw)
+        batch, pixels = leak.protocol.batch, len(layer[1])
+        images = space.v.new_full((batch, pixels), 0.5).reshape(batch, *leak.protocol.shape)
+        labels, recovered = torch.zeros(batch, dtype=torch.long, device=leak.device), images.new_tensor(0.0)
+        if len(space.s):
+            for q, fits in self._directions(space.alive(), local_steps(leak), draw):
+                images, labels, recovered = _read(leak, layer, space, q)
+                if fits or (bool(recovered == 1) and bool(certificate(leak, images[None], labels[None])[1])):
+                    break
+        return images, labels, recovered
 
-    def _directions(self, space: ColumnSpace, rounds: int, draw: torch.Generator) -> Float[Tensor, "rank found"]:
-        """A direction for each example as columns, and of those that are not found the ones of the least misfit."""
+    def _directions(
+        self, space: ColumnSpace, local_steps: int, draw: torch.Generator
+    ) -> Iterator[tuple[Float[Tensor, "rank found"], bool]]:
+        """A direction for each example as columns, and of those that are not found the best, better each round; and
+        whether all fit the equations.
+
+        Along several local steps the next layer's weights move and some units switch, so that mixtures may fit as well
+        as examples do; but a unit that is off throughout is exactly zero, and examples have the most such units.
+        """
         q, misfit = space.u.new_zeros(len(space.s), 0), space.u.new_zeros(0)
-        matrices = relu_columns.solutions(space, rounds, draw)
+        matrices = relu_columns.solutions(space, 1 if local_steps == 1 else _ROBUST, draw)
         for number in range(1 + self.rounds):
-            tried = [q[:, :0]] if matrices is None else [relu_columns.told_apart(matrices, draw)]
-            if number:
+            tried = [q[:, :0] if matrices is None else relu_columns.told_apart(matrices, draw)]
+            if number or local_steps > 1:
                 tried.append(relu_columns.sparse_directions(space, self.starts, self.steps, draw))
             near, apart = relu_columns.refitted(space, torch.cat(tried, 1), self.turns)
             near, apart = near[:, apart.isfinite()], apart[apart.isfinite()]
+            if local_steps > 1:
+                near = torch.cat([near, *tried], 1)
+                apart = torch.full_like(near[0], _SHARPENED_FROM)
             near = relu_columns.sharpened(space, near, apart)
+            if local_steps > 1:
+                apart = relu_columns.not_zero(space, near)
             q, misfit = relu_columns.independent(torch.cat([q, near], 1), torch.cat([misfit, apart]))
-            if q.shape[1] == len(q) and bool((misfit < _FITS).all()):
-                break
-        return q
+            yield q, local_steps == 1 and q.shape[1] == len(q) and bool((misfit < _FITS).all())
+
+
+def _read(leak: Leak, layer: FirstLayer, space: ColumnSpace, q: Float[Tensor, "rank found"]) -> tuple[Tensor, ...]:
+    """Images in [0, 1], their labels, and the share of the images that is recovered, of a stack of one victim."""
+    name, scale, shift = layer
+    batch, pixels = leak.protocol.batch, len(scale)
+    images = space.v.new_full((batch, pixels), 0.5)
+    labels = torch.zeros(batch, dtype=torch.long, device=leak.device)
+    # [X, 1] up to each row's length = Q^-1 diag(s) V, the length by its last entry
+    inverse = torch.linalg.pinv(q)
+    rows = inverse @ (space.s[:, None] * space.v)
+    inputs = (rows[:, :-1] / rows[:, -1:]).nan_to_num(0.0, 0.0, 0.0)
+    columns = (space.u @ q) * rows[:, -1]
+    seen = ((inputs - shift) / scale).clamp(0, 1)
+    images[: len(seen)] = seen
+    labels[: len(seen)] = _labels(leak, name, images[: len(seen)], columns)
+    images = images.reshape(batch, *leak.protocol.shape)
+    on = _switched_on(leak, layer, images, labels)[: len(seen)]
+    # an entry's error e becomes e |Q^-1| in the products of [X, 1] with their length
+    entry = space.noise / sum(length**0.5 for length in (len(space.u), pixels))
+    error = entry * inverse.norm(dim=1, keepdim=True) / rows[:, -1:].abs() / scale.abs()
+    precise = (error * (1 + inputs.abs())).square().mean(1).sqrt() < _PRECISE
+    agreed = int((precise & (_agreement(columns.T, on) >= _SEEN)).sum())
+    return images, labels, images.new_tensor(agreed / batch)
+
+
+def _switched_on(leak: Leak, layer: FirstLayer, images: Tensor, labels: Tensor) -> Bool[Tensor, "images units"]:
+    """Which units each image switches on in some of the local steps on all of these images."""
+    name, scale, shift = layer
+    inputs, target = scale * images.flatten(1) + shift, targets(labels, leak.protocol.classes).to(images)
+    path = weights_along(leak, images, target)[:-1]
+    on = [inputs @ here[f"{name}.weight"].T + here[f"{name}.bias"] > 0 for here in path]
+    return torch.stack(on).any(0)
 
 
 def certificate(leak: Leak, images: Images, labels: Labels) -> tuple[Float[Tensor, "victims"], Bool[Tensor, "victims"]]:

@@ -247,12 +247,11 @@ def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], misfit: Tensor
     """Each direction by the units that are off alone, reweighted as in `sparse_directions`, from its misfit down to the
     noise: where the next layer's weights are not quite known, as along several local steps, zeros are exact still.
     """
-    u, noise = space.u, space.noise / space.s / len(space.u) ** 0.5
+    u = space.u
     narrow = misfit * (u @ q).square().mean(0).sqrt()
     for _ in range(_SHARPENINGS):
         column = u @ q
-        # the standard error of U_j q, or what rounding leaves
-        error = torch.maximum((q.square() * noise.square()[:, None]).sum(0).sqrt(), column.abs().amax(0) * 1e-9)
+        error = _error(space, q)
         weights = 1 / (column.square() + torch.maximum(narrow, 3 * error).square())
         weights = weights / weights.amax(0)
         parts = _chunks(weights, _AT_ONCE // u.numel())
@@ -261,6 +260,18 @@ def sharpened(space: ColumnSpace, q: Float[Tensor, "rank found"], misfit: Tensor
             break
         narrow = narrow / 2
     return q
+
+
+def _error(space: ColumnSpace, q: Float[Tensor, "rank found"]) -> Float[Tensor, "found"]:
+    """The standard error of U_j q, or what rounding leaves."""
+    noise = space.noise / space.s / len(space.u) ** 0.5
+    spread = (q.square() * noise.square()[:, None]).sum(0).sqrt()
+    return torch.maximum(spread, (space.u @ q).abs().amax(0) * 1e-9)
+
+
+def not_zero(space: ColumnSpace, q: Float[Tensor, "rank found"]) -> Float[Tensor, "found"]:
+    """Share of the units where U q is not zero to five standard errors; NaN of a direction that is not finite."""
+    return torch.where(q.isfinite().all(0), ((space.u @ q).abs() > 5 * _error(space, q)).to(q).mean(0), torch.nan)
 
 
 def independent(q: Float[Tensor, "rank found"], misfit: Float[Tensor, "found"]) -> tuple[Tensor, Tensor]:

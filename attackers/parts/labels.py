@@ -17,22 +17,22 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
 
 from fedtap.attackers.parts.gradients import Match, check_match, squared_distance
 from fedtap.simulator.attack import Images
 from fedtap.simulator.defences.chained import sigma
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.leaks import Leak, Protocol, Tensors
+from fedtap.simulator.leaks import Leak, Protocol
 from fedtap.simulator.models.registry import logits_layer
 from fedtap.simulator.wire.replay import (
     descended,
     local_steps,
     loss_gradient,
-    mean_loss,
     stateless,
     summands,
     trained,
+    weights_along,
 )
 
 Embedding = Float[Tensor, "features"]
@@ -260,45 +260,29 @@ def _trained_on(leak: Leak, gradients: Float[Tensor, "1 classes"]) -> Float[Tens
     training comes closest to the leaked gradient of the logits.
     """
     protocol, steps, images = leak.protocol, local_steps(leak), _stand_ins(leak)
-    network, respond, times = stateless(leak.network, protocol.batchnorm), _OUTPUT[protocol.loss], summands(protocol)
+    network, respond = stateless(leak.network, protocol.batchnorm), _OUTPUT[protocol.loss]
     known = {**(leak.weights or {}), **leak.buffers}
     fixed = {name: tensor[0] for name, tensor in known.items()} if leak.stacked else known
     start = {name: fixed[name] for name in trained(leak.network)}
-    update = {name: leak.observed[name][0] for name in start}
     weighing = _weights_of_steps(protocol, steps).to(gradients)
 
-    def logits(weights: Tensors) -> Tensor:
-        output: Tensor = functional_call(network, {**fixed, **weights}, (images,))
-        return output
+    def output_along(path: list[dict[str, Tensor]]) -> Tensor:
+        outputs = []
+        for step, here in enumerate(path[:-1]):
+            corrected = {
+                name: tensor + step / steps * (start[name] + leak.observed[name][0] - path[-1][name])
+                for name, tensor in here.items()
+            }
+            with torch.no_grad():
+                logits = functional_call(network, {**fixed, **corrected}, (images,))
+            outputs.append(respond(logits).mean(0))
+        return (weighing @ torch.stack(outputs))[None]
 
-    def output_along(path: list[dict[str, Tensor]], lacking: Tensors) -> Tensor:
-        corrected = (
-            {name: tensor + step / steps * lacking[name] for name, tensor in here.items()}
-            for step, here in enumerate(path)
-        )
-        with torch.no_grad():
-            outputs = torch.stack([respond(logits(weights)).mean(0) for weights in corrected])
-        return (weighing @ outputs)[None]
-
-    def trained_with(shares: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        path: list[dict[str, Tensor]] = []
-        target = shares.expand(len(images), -1)
-
-        def slope(here: dict[str, Tensor]) -> dict[str, Tensor]:
-            path.append(here)
-            each: dict[str, Tensor] = grad(lambda there: times * mean_loss(protocol, logits(there), target))(here)
-            return each
-
-        # mean gradient = (start - end) / (learning rate x steps)
-        moved = descended(protocol, steps, start, slope)
-        scale = protocol.learning_rate * steps
-        return path, {name: update[name] + scale * tensor for name, tensor in moved.items()}
-
-    shares = output_along([start] * steps, update) - gradients  # share of the batch = p - dL/dz
+    shares = output_along([start] * (steps + 1)) - gradients  # share of the batch = p - dL/dz
     best, least = shares, float("inf")
     for _ in range(SETTLE):
         whole = _counts(shares, protocol.batch).to(shares) / protocol.batch
-        found = output_along(*trained_with(whole)) - gradients
+        found = output_along(weights_along(leak, images, whole.expand(len(images), -1))) - gradients
         if (apart := float((found - whole).norm())) < least:
             best, least = whole, apart
         shares = (shares + found) / 2

@@ -151,6 +151,31 @@ def client_reply(leak: Leak) -> Reply:
     return respond
 
 
+def weights_along(leak: Leak, images: Tensor, target: Tensor) -> list[dict[str, Tensor]]:
+    """Trained weights before each local step of SGD on these images, and after the last, of a stack of one victim.
+
+    Args:
+        target: `images classes`; each any distribution over the classes.
+    """
+    protocol, steps = leak.protocol, local_steps(leak)
+    network, times = stateless(leak.network, protocol.batchnorm), summands(protocol)
+    known = {**(leak.weights or {}), **leak.buffers}
+    fixed = {name: tensor[0] for name, tensor in known.items()} if leak.stacked else known
+    path: list[dict[str, Tensor]] = []
+
+    def loss(moving: Tensors) -> Tensor:
+        return times * mean_loss(protocol, functional_call(network, {**fixed, **moving}, (images,)), target)
+
+    def recorded(here: dict[str, Tensor]) -> dict[str, Tensor]:
+        path.append(here)
+        gradients: dict[str, Tensor] = grad(loss)(here)
+        return gradients
+
+    start = {name: fixed[name] for name in trained(leak.network)}
+    moved, scale = descended(protocol, steps, start, recorded), protocol.learning_rate * steps
+    return [*path, {name: tensor - scale * moved[name] for name, tensor in start.items()}]
+
+
 class BatchStatistics(nn.Module):
     """BatchNorm by the batch's own mean and variance, as in training, written out: it keeps no statistics."""
 

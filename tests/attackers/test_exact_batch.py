@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtap.attackers.gradients import relu_columns
-from fedtap.attackers.gradients.exact_batch import ExactBatch, _in_double, _next_layer, _space, certificate
+from fedtap.attackers.gradients.exact_batch import (
+    ExactBatch,
+    _in_double,
+    _next_layer,
+    _space,
+    _switched_on,
+    certificate,
+)
+from fedtap.attackers.gradients.linear import first
 from fedtap.simulator import scores
 from fedtap.simulator.attack import CertifiedReconstruction
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak, stack
 from fedtap.simulator.models.registry import build
+from fedtap.simulator.wire.replay import targets, weights_along
 from tests.support.attack_leaks import leak_of, pictures
 
 ONE_LAYER = "mlp(width=160, depth=1)"
@@ -99,11 +108,31 @@ def test_units_that_no_image_switches_on_do_no_harm() -> None:
     assert found.certified.all()
 
 
-def test_several_local_steps_on_one_batch_are_undone_where_they_switch_few_units() -> None:
-    images, labels, leak = leaked(kind="update", steps=3, learning_rate=1e-3)
+@pytest.mark.parametrize(("steps", "learning_rate"), [(3, 1e-3), (5, 0.05)])
+def test_several_local_steps_on_one_batch_are_undone(steps: int, learning_rate: float) -> None:
+    images, labels, leak = leaked(kind="update", steps=steps, learning_rate=learning_rate)
     found = ExactBatch()(leak)
     assert worst(found, images, labels) > 40
     assert found.certified.all()
+    others = {name: tensor.detach() for name, tensor in build(ONE_LAYER, (3, 8, 8), 10, seed=9).named_parameters()}
+    assert not ExactBatch(rounds=1)(dataclasses.replace(leak, weights=others)).certified.any()
+
+
+def test_units_that_several_steps_switch_on_are_those_of_the_clients_own_training() -> None:
+    images, labels, leak = leaked(kind="update", steps=4, learning_rate=0.1)
+    client = build(ONE_LAYER, (3, 8, 8), 10, seed=3)
+    sgd = torch.optim.SGD(client.parameters(), 0.1)
+    on = torch.zeros(BATCH, 160, dtype=torch.bool)
+    for _ in range(4):
+        on |= client[1](client[0](images[0])) > 0  # type: ignore[index]
+        sgd.zero_grad()
+        F.cross_entropy(client(images[0]), labels[0]).backward()
+        sgd.step()
+    exact = _in_double(leak)
+    assert float((_switched_on(exact, first(exact), images[0].double(), labels[0]) == on).double().mean()) > 0.999
+    path = weights_along(leak, images[0], targets(labels[0], 10))
+    for name, weight in client.named_parameters():
+        torch.testing.assert_close(path[-1][name], weight.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_victims_with_weights_of_their_own_fare_as_they_do_alone() -> None:
@@ -236,6 +265,17 @@ def test_planted_columns_are_told_apart(seed: int, rank: int) -> None:
     assert matrices is not None
     found = relu_columns.told_apart(matrices, torch.Generator().manual_seed(seed))
     assert float((truth.T @ found).abs().amax(1).min()) > 1 - 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), rank=st.integers(2, 6))
+def test_an_example_is_zero_where_it_is_off_and_a_mixture_almost_nowhere(seed: int, rank: int) -> None:
+    space, truth = planted(seed, rank)
+    off = torch.cat([((space.u @ q).abs() < 1e-12).double().mean()[None] for q in truth.T])
+    torch.testing.assert_close(relu_columns.not_zero(space, truth), 1 - off)
+    mixture = truth.sum(1, keepdim=True)
+    assert float(relu_columns.not_zero(space, mixture)) > float(relu_columns.not_zero(space, truth).max())
+    assert bool(relu_columns.not_zero(space, mixture * torch.nan).isnan().all())
 
 
 @settings(max_examples=20, deadline=None)
