@@ -36,7 +36,7 @@ GENIE_AT_ONCE = 32
 """Victims whose linear systems are solved together."""
 
 
-FROM_SIGMA = 1e-2
+FROM_SIGMA = 0.03
 """Noise from which `noise_git` is among the attacks: under less, its steps take long, and `fused_git` is there."""
 
 
@@ -103,12 +103,15 @@ class Noise(ImageScenario):
 
 
 def genie_mse(leak: Leak, images: Tensor, labels: Tensor, prior: PublicImages) -> Tensor:
-    """Mean squared error that a genie expects, one value a victim: a bound for scoring, which uses the truth.
+    """Mean squared error that a genie expects, one value a victim: for scoring alone, since it uses the truth.
 
     The genie knows the weights, the labels, and J, the derivative of the gradient in units of its noise at the true
     image; its prior is the Gaussian of public images, with covariance ``C = L L'``. It then sees a linear problem,
     whose posterior covariance is ``L (L' J' J L + 1)^-1 L'``. The trace over the number of pixels is the mean of
     ``v' L (L' J' J L + 1)^-1 L' v`` over random signs v (Hutchinson 1990, https://doi.org/10.1080/03610919008812866).
+
+    It is an expectation over images of that Gaussian: who knows more of images than mean and covariance may stay below,
+    and images unlike the public ones lie above.
 
     Args:
         images: the true ones, `victims batch channel height width`.
