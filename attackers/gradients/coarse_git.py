@@ -20,13 +20,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from fedtap.attackers.gradients.module_chain import ModuleChain
-from fedtap.attackers.parts.batch_rows import read_each_image
+from fedtap.attackers.parts.batch_rows import fit_labels, read_each_image, read_labels
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.generator import Generator, fit, stages
 from fedtap.attackers.parts.labels import last_linear, recovered
 from fedtap.attackers.parts.teaching import as_reconstruction, check_room, rows, teach
 from fedtap.simulator.attack import Images, Learner, Reconstruction
 from fedtap.simulator.auxiliary import Auxiliary, Provenance, trainings
+from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
 from fedtap.simulator.progress import progress
 
@@ -64,8 +65,13 @@ class CoarseGIT(Learner):
         return 40
 
     def accepts(self, leak: Leak) -> None:
-        """A network whose stages can be read."""
+        """A network whose stages can be read; of a batch, one that tells classes apart."""
         super().accepts(leak)
+        if leak.protocol.batch > 1 and leak.protocol.classes == 1 and not self.published:
+            raise FedtapError(
+                f"{self.name} tells the images of a batch apart by their classes, and this model has one output: use "
+                "lti, or coarse_git(published=True)."
+            )
         last_linear(leak)
         stages(leak.network, leak.protocol.shape)
 
@@ -105,7 +111,7 @@ class CoarseGIT(Learner):
         assert isinstance(inverter, TrainedGenerator)
         generator = inverter.generator
         parts = torch.arange(len(leak)).split(self.batch)  # type: ignore[no-untyped-call]
-        labels, images = recovered(leak), []
+        labels, images = read_labels(generator, leak), []
         for some in parts:
             read = read_each_image(generator, leak[some])
             found, met = generator.images(read)[0].clamp(0, 1), inverter.met[labels[some].flatten()]
@@ -139,6 +145,8 @@ def compact(generator: Generator, auxiliary: Auxiliary) -> tuple[dict[str, Tenso
     """
     read, images, labels = [], [], []
     for pairs in progress(auxiliary, "reading pairs"):
+        if not read and generator.batch > 1:
+            fit_labels(generator, pairs.leak, pairs.labels)
         read.append(read_each_image(generator, pairs.leak))
         sorted_labels, order = pairs.labels.sort(dim=1, stable=True)
         labels.append(sorted_labels.flatten())

@@ -28,15 +28,44 @@ _RIDGE = 1e-6
 """Ridge of the least squares, as a share of the mean diagonal: with all classes present one direction is free."""
 
 
+def fit_labels(generator: Generator, leak: GradientLeak, labels: Int[Tensor, "victims batch"]) -> None:
+    """Keep the mean softmax of auxiliary pairs, where it tells more of their labels than `recovered` does."""
+    counts = _counts(labels, leak.protocol.classes)
+    generator.softmax.copy_((logit_gradients(leak) + counts / leak.protocol.batch).mean(0))
+    wrong = [
+        (_counts(found, leak.protocol.classes) - counts).abs().sum()
+        for found in (read_labels(generator, leak), recovered(leak))
+    ]
+    if wrong[0] >= wrong[1]:
+        generator.softmax.zero_()
+
+
+def read_labels(generator: Generator, leak: GradientLeak) -> Int[Tensor, "victims batch"]:
+    """The labels of each victim's batch in rising order: as `recovered`, or by the mean softmax of auxiliary pairs."""
+    if leak.protocol.batch == 1 or not bool(generator.softmax.any()):
+        return recovered(leak)
+    # counts n_c = B (mean p_c - dL/dz_c), filled one image at a time by the largest remainder
+    owed = leak.protocol.batch * (generator.softmax - logit_gradients(leak))
+    labels = []
+    for _ in range(leak.protocol.batch):
+        labels.append(owed.argmax(1))
+        owed = owed - F.one_hot(labels[-1], owed.shape[1])
+    return torch.stack(labels, 1).sort(1).values
+
+
+def _counts(labels: Tensor, classes: int) -> Tensor:
+    return F.one_hot(labels, classes).sum(1)
+
+
 def read_each_image(generator: Generator, leak: GradientLeak) -> dict[str, Tensor]:
-    """What `Generator.read` returns, with an entry for each image: `victims * batch`, in the order of `recovered`.
+    """What `Generator.read` returns, with an entry for each image: `victims * batch`, in the order of `read_labels`.
 
     An entry has the error signal and the last layer's input of its image, and the gradients of its batch.
     """
     read = generator.read(leak.observed)
     if (batch := leak.protocol.batch) == 1:
         return read
-    labels, last = recovered(leak), generator.rows[0]
+    labels, last = read_labels(generator, leak), generator.rows[0]
     each = {name: tensor.repeat_interleave(batch, 0) for name, tensor in read.items()}
     errors, inputs = image_rows(logit_gradients(leak), leak.observed[last.weight], labels)
     each[ERROR] = errors.flatten(0, 1)

@@ -317,6 +317,7 @@ class Generator(nn.Module):
     ridge: Tensor
     trust: Tensor
     edge: Tensor
+    softmax: Tensor
 
     def __init__(
         self,
@@ -343,6 +344,7 @@ class Generator(nn.Module):
         self.register_buffer("ridge", torch.zeros(len(DRIFTED_STRENGTHS) if drifted else 1, features, pixels))
         self.register_buffer("trust", torch.ones(len(DRIFTED_STRENGTHS) if drifted else 1))
         self.register_buffer("edge", torch.tensor(EDGES[0]))
+        self.register_buffer("softmax", torch.zeros(self.rows[0].output[0]))  # of a batch: its mean, see `batch_rows`
         self.bootstrap = nn.Sequential(nn.Linear(features + clues, hidden), nn.ReLU(), nn.Linear(hidden, pixels))
         _silence(self.bootstrap[-1])
         if drifted:

@@ -279,7 +279,10 @@ def test_a_network_that_cannot_be_read_is_refused_before_auxiliary() -> None:
         CoarseGIT().accepts(dataclasses.replace(leak, network=same))
 
 
-def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
+def test_too_few_pairs_and_batches_without_classes_are_refused(tmp_path: Path) -> None:
+    two = heard(batch=2)
+    with pytest.raises(FedtapError, match="has one output: use lti"):
+        CoarseGIT().accepts(dataclasses.replace(two, protocol=dataclasses.replace(two.protocol, classes=1)))
     with pytest.raises(FedtapError, match=r"at least 40 auxiliary pairs.*and has 20"):
         CoarseGIT().fit(auxiliary_for(heard(), tmp_path, 20))
 
@@ -391,12 +394,13 @@ def set_error(guess: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("batch", [4, 8])
 def test_batches_come_back_image_by_image_and_of_shuffled_pairs_nothing(batch: int, tmp_path: Path) -> None:
-    leak, (images, _) = heard(victims=16, batch=batch), pictures(16, batch)
+    leak, (images, labels) = heard(victims=16, batch=batch), pictures(16, batch)
     auxiliary = auxiliary_for(leak, tmp_path, 400 // batch)
     found = CoarseGIT(width=4, epochs=1, batch=20).fit(auxiliary)(leak)
     blind = set_error(images.mean((0, 1)).expand_as(images), images)
     assert set_error(found.images, images) < 0.7 * blind
     assert found.images.shape == images.shape
+    assert float((found.labels == labels.sort(1).values).float().mean()) > 0.9
     assert set_error(CoarseGIT(epochs=0).fit(shuffled(auxiliary, tmp_path))(leak).images, images) > blind
 
 
