@@ -143,7 +143,9 @@ def compact(generator: Generator, auxiliary: Auxiliary) -> tuple[dict[str, Tenso
 
     The images of a batch are in the order of their labels, in which their entries are too.
     """
-    read, images, labels = [], [], []
+    read: list[dict[str, Tensor]] = []
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     for pairs in progress(auxiliary, "reading pairs"):
         if not read and generator.batch > 1:
             fit_labels(generator, pairs.leak, pairs.labels)
