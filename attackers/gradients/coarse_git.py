@@ -4,7 +4,7 @@ Chen and Liu 2025 (GIT), https://arxiv.org/abs/2505.20026. We found no public co
 neither widths nor optimiser nor epochs. Departs from the paper as `fedtap.attackers.parts.generator` says: inputs of
 linear layers are read in closed form, the image starts from a ridge regression on them, and a stage is a few
 convolutions that read the gradient through an estimate of the layer's error signal. With `published` it has none of
-these: `fedtap.attackers.gradients.module_chain` says what is then inferred.
+these: `fedtap.attackers.parts.module_chain` says what is then inferred.
 
 Of a batch, each image is read by itself, from the last layer's input that its label tells of it
 (`fedtap.attackers.parts.batch_rows`), and training compares images by assignment.
@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from fedtap.attackers.gradients.module_chain import ModuleChain
 from fedtap.attackers.parts.batch_rows import fit_labels, read_each_image, read_labels
 from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.generator import Generator, fit, stages
 from fedtap.attackers.parts.labels import last_linear, recovered
+from fedtap.attackers.parts.module_chain import ModuleChain
 from fedtap.attackers.parts.teaching import as_reconstruction, check_room, rows, teach
 from fedtap.simulator.attack import Images, Learner, Reconstruction
 from fedtap.simulator.auxiliary import Auxiliary, Provenance, trainings

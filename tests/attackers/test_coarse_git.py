@@ -20,11 +20,11 @@ from fedtap.attackers.baselines.training_mean import TrainingMean
 from fedtap.attackers.gradients.coarse_git import CoarseGIT, compact
 from fedtap.attackers.gradients.fused_git import FusedGIT
 from fedtap.attackers.gradients.lti import LTI
-from fedtap.attackers.gradients.module_chain import ModuleChain
 from fedtap.attackers.parts.batch_rows import image_rows
 from fedtap.attackers.parts.channel_means import ChannelMeans
 from fedtap.attackers.parts.generator import Generator, Leaf, _ridge, stages
 from fedtap.attackers.parts.labels import recovered
+from fedtap.attackers.parts.module_chain import ModuleChain
 from fedtap.attackers.parts.patches import PatchSolution
 from fedtap.attackers.parts.teaching import ordered, teach
 from fedtap.attackers.wrappers.saved import Saved
