@@ -79,8 +79,12 @@ def columns_of(pictures: Sequence[Picture]) -> list[str]:
     return original + attacks + [_BLIND] * any(picture.blind is not None for picture in pictures)
 
 
-def gallery(pictures: Sequence[Picture]) -> str:
-    """Each victim's pictures side by side, as an element of the page; empty where there are none."""
+def gallery(pictures: Sequence[Picture], blind: str = "public images") -> str:
+    """Each victim's pictures side by side, as an element of the page; empty where there are none.
+
+    Args:
+        blind: what the blind guess is made from.
+    """
     if not pictures:
         return ""
     columns = columns_of(pictures)
@@ -96,7 +100,7 @@ def gallery(pictures: Sequence[Picture]) -> str:
         body += "</tr>"
     said = (
         "<p class='pale'>Below each reconstruction stands what it shows, and its PSNR (of a batch: that of its mean "
-        "squared error). The blind guess is made without any leak, from public images.</p>"
+        f"squared error). The blind guess is made without any leak, from {escape(blind)}.</p>"
     ) * any(picture.original is not None for picture in pictures)
     return (
         "<h2>Pictures</h2><div class='scroll' style='max-height: none'>"

@@ -45,7 +45,7 @@ def leak(
     Raises:
         FedtapError: the model does not take such an input, or the gradients are not those of its parameters.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     name = name or type(model).__name__
     logits = _logits(model, shape, name)
     if classes not in (None, logits):
@@ -69,14 +69,14 @@ def leak(
     return found
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model that torch.compile, data parallelism or Opacus wrap."""
     if hasattr(model, "_orig_mod"):
-        return _unwrapped(model._orig_mod)  # type: ignore[arg-type]
+        return unwrapped(model._orig_mod)  # type: ignore[arg-type]
     if isinstance(model, nn.DataParallel | DistributedDataParallel):
-        return _unwrapped(model.module)
+        return unwrapped(model.module)
     if type(model).__module__.startswith("opacus."):
-        return _unwrapped(model._module)  # type: ignore[arg-type]
+        return unwrapped(model._module)  # type: ignore[arg-type]
     return model
 
 

@@ -66,9 +66,9 @@ def recorder(folder: Path, protocol: Protocol, network: nn.Module, weighted_by_k
             if kind != MessageType.TRAIN:
                 return
             rounds[node] += 1
-            rnd = _round(message.content) or rounds[node]
+            rnd = round_of(message.content) or rounds[node]
             before, sent = (
-                _by_name(weights_in(content, what), network)
+                by_name(weights_in(content, what), network)
                 for content, what in ((message.content, "message"), (reply.content, "reply"))
             )
             after = _as_weights(before, sent, network, client)
@@ -89,7 +89,7 @@ def _warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=3)
 
 
-def _round(message: RecordDict) -> int:
+def round_of(message: RecordDict) -> int:
     """The server's own number of this round, from 1; 0 where the message names none."""
     for config in message.config_records.values():
         number = config.get("server-round")
@@ -98,7 +98,7 @@ def _round(message: RecordDict) -> int:
     return 0
 
 
-def _by_name(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def by_name(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Under the network's names: Flower calls the arrays of a list 0, 1, 2 ..., in the order of `state_dict`."""
     if list(tensors) != [str(number) for number in range(len(tensors))]:
         return tensors

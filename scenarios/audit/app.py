@@ -1,0 +1,133 @@
+"""A user's Flower app, as Flower itself reads it: its name, its components and its run config.
+
+No file of it is changed. The app's modules are imported, so this is for a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.config import get_fused_config_from_dir, get_project_config, parse_config_args
+from flwr.supercore.object_ref import load_app
+
+from fedtap.simulator.data.vision import torchvision
+from fedtap.simulator.errors import FedtapError, short
+
+
+@dataclass(frozen=True)
+class FlowerApp:
+    """What is played: the two components of an app, written for Flower's Message API or for its legacy one."""
+
+    name: str
+    """The project's name."""
+    version: str
+    """The project's version."""
+    client: ClientApp
+    """The component that each node runs."""
+    server: Callable[..., Any]
+    """The component that the server runs: `server(grid=..., context=...)`."""
+    digest: str
+    """Of the folder's Python files and its pyproject.toml."""
+    run_config: UserConfig
+    """The app's own configuration, with what `--set` replaced."""
+
+
+class _Unloadable(Exception):
+    """What Flower raises where a component is not of the form module:attribute."""
+
+
+def flower_app(path: Path, overrides: Sequence[str] = ()) -> FlowerApp:
+    """Load the app in the folder `path`.
+
+    Args:
+        path: a folder with a pyproject.toml that names the components.
+        overrides: `key=value`, as `flwr run --run-config` takes them.
+
+    Raises:
+        FedtapError: it is no Flower app, names no components, lacks such a key, or raises as it is imported.
+    """
+    try:
+        project = get_project_config(path)
+    except (OSError, ValueError) as error:  # a syntax error in TOML is a ValueError
+        raise FedtapError(
+            f"{short(path)} is no Flower app ({short(error, 120)}): name the folder whose pyproject.toml has "
+            "[tool.flwr.app.components], as `flwr new` makes it."
+        ) from error
+    components = project["tool"]["flwr"]["app"]["components"]
+    if missing := [name for name in ("serverapp", "clientapp") if not isinstance(components.get(name), str)]:
+        raise FedtapError(
+            f"The app in {short(path)} names no {missing[0]}, so there is no federation to play: name it under "
+            "[tool.flwr.app.components] as module:attribute."
+        )
+    run_config = _config(path, overrides)
+    client, server = (_component(path, components[name]) for name in ("clientapp", "serverapp"))
+    about = project["project"]
+    return FlowerApp(str(about["name"]), str(about["version"]), client, server, _digest(path), run_config)
+
+
+def _digest(path: Path) -> str:
+    """Of names and bytes of the files that make the app."""
+    known = hashlib.blake2b(digest_size=8)
+    for file in sorted([path / "pyproject.toml", *path.rglob("*.py")]):
+        known.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes() + b"\0")
+    return known.hexdigest()
+
+
+def _config(path: Path, overrides: Sequence[str]) -> UserConfig:
+    """The app's run config.
+
+    Raises:
+        FedtapError: an override cannot be read, or the app has no such key.
+    """
+    try:
+        changed: Mapping[str, Any] = parse_config_args([_quoted(one) for one in overrides]) if overrides else {}
+        return get_fused_config_from_dir(path, dict(changed))
+    except Exception as error:  # of click, tomli or Flower itself
+        raise FedtapError(
+            f"--set {short(' '.join(overrides))} cannot be used ({short(error, 120)}): write key=value with a key of "
+            "[tool.flwr.app.config]."
+        ) from error
+
+
+def _quoted(override: str) -> str:
+    """`key=value` with quotes around a value that is neither a number nor true or false."""
+    key, sign, value = override.partition("=")
+    plain = value in ("true", "false") or value[:1] in "\"'" or _number(value)
+    return override if plain or not sign else f'{key}="{value}"'
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _component(path: Path, named: str) -> Any:
+    """The object that `module:attribute` names in the app's folder.
+
+    Raises:
+        FedtapError: importing it raises, or there is no such attribute.
+    """
+    try:
+        try:
+            return load_app(named, _Unloadable, path)
+        except RuntimeError as error:
+            if "torchvision::nms" not in str(error):
+                raise
+            torchvision()  # a build for CUDA beside a torch for CPUs, with which the app's transforms work all the same
+            return load_app(named, _Unloadable, path)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's module may raise anything, and may call sys.exit
+        raise FedtapError(
+            f"{short(named)} of the app cannot be imported ({type(error).__name__}: {short(error, 140)}): see that "
+            "`flwr run` plays the app in this environment first."
+        ) from error
