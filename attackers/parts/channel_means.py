@@ -51,7 +51,7 @@ class ChannelMeans(nn.Module):
 
     slope: Tensor
     offset: Tensor
-    sign: Tensor
+    signs: Tensor
     where: Tensor
     used: Tensor
 
@@ -65,7 +65,7 @@ class ChannelMeans(nn.Module):
         draw, total = generator("channel means"), sum(channels * entries for channels, entries in sizes)
         where, sign = (torch.randint(high, (total,), generator=draw, device="cpu") for high in (self.length, 2))
         self.register_buffer("where", where, persistent=False)
-        self.register_buffer("sign", sign * 2.0 - 1, persistent=False)
+        self.register_buffer("signs", sign * 2.0 - 1, persistent=False)
         self.register_buffer("slope", torch.zeros(self.length + features, pixels))
         self.register_buffer("offset", torch.zeros(pixels))
         self.register_buffer("used", torch.tensor(0.0))
@@ -84,7 +84,7 @@ class ChannelMeans(nn.Module):
                 rest = self._rest(row, share, number) / self.get_buffer(f"size{number}")
                 parts.append((rest.clamp(-_OUTLIER, _OUTLIER) * share.abs()[:, :, None]).flatten(1))
             means = torch.cat(parts, 1) / len(parts) ** 0.5
-            hashed = means.new_zeros(len(means), self.length).index_add_(1, self.where, means * self.sign)
+            hashed = means.new_zeros(len(means), self.length).index_add_(1, self.where, means * self.signs)
             rows.append(torch.cat([hashed / self._entries, features[some] / features.shape[1] ** 0.5], 1))
         return torch.cat(rows)
 

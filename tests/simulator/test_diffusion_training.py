@@ -118,7 +118,7 @@ def test_a_step_is_on_the_mean_squared_error_of_the_batch(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.optim, "AdamW", optimiser)
     net, plain = fresh(), fresh()
     how(net, around(), images, told(), generator(7))
-    assert settings == [{"lr": 0.1}]
+    assert settings == [{"lr": 0.1, "fused": True}]
     draw = generator(7)
     for some in how.batches(4, draw):
         clean = 2 * images[some] - 1
