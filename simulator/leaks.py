@@ -239,6 +239,12 @@ class Leak:
         buffers = self.buffers if self.stacked else _each(self.buffers, lambda t: t.expand(len(self), *t.shape))
         return dataclasses.replace(self, weights=weights, buffers=buffers, stacked=True)
 
+    def broadcast(self, victim: int) -> dict[str, Tensor]:
+        """Parameters and buffers that the server sent to a victim, by name."""
+        assert self.weights is not None
+        held = {**self.weights, **self.buffers}
+        return {name: tensor[victim] if self.stacked else tensor for name, tensor in held.items()}
+
     def to(self: _AnyLeak, device: torch.device | str) -> _AnyLeak:
         """This leak on another device; `clients`, `rounds` and `restarts` stay on the CPU."""
         return dataclasses.replace(
@@ -412,12 +418,6 @@ class CheckpointLeak(Leak):
         from fedtap.simulator.models.adapters import Lora, adapter_shapes
 
         return adapter_shapes(self.network, Lora.parse(self.protocol.adapter))
-
-    def broadcast(self, victim: int) -> dict[str, Tensor]:
-        """Parameters and buffers that the server sent to a victim, by name."""
-        assert self.weights is not None
-        held = {**self.weights, **self.buffers}
-        return {name: tensor[victim] if self.stacked else tensor for name, tensor in held.items()}
 
     def tuned(self, victim: int) -> dict[str, Tensor]:
         """Those of the model that came back; an adapter is added to the weights that it stands beside."""

@@ -30,7 +30,6 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import Unknown, conjugate_gradients, linear, standard_errors, stepped
 from fedtap.attackers.parts.priors import PerElement, PublicImages
-from fedtap.attackers.parts.teaching import check_room
 from fedtap.simulator.attack import Images, Labels, Learner, Reconstruction, generator
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.errors import FedtapError
@@ -77,7 +76,6 @@ class DriftGIT(Learner):
 
     def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         pixels = math.prod(about.protocol.shape)
-        check_room(pixels, 3 * pixels)  # the covariance in float64, and its root
         weights = sum(dict(network.named_parameters())[name].numel() for name in trained(network))
         return PublicPrior(pixels, weights, self.trainings * SNAPSHOTS)
 
@@ -219,7 +217,7 @@ class Joint:
     def images(self, z: Unknown) -> Float[Tensor, "elements pixels"]:
         """``m + L z_x`` of each image of the batch."""
         pixels = len(self.prior.mean)
-        return self.prior.images(z[:, : self.batch * pixels].reshape(-1, pixels)).reshape(len(z), -1)
+        return self.prior.images(z[:, : self.batch * pixels])
 
     def weights(self, z: Unknown, scale: PerElement) -> Float[Tensor, "elements weights"]:
         """``broadcast + mean + F z_f + a u z_w``."""

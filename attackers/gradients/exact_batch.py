@@ -218,7 +218,7 @@ def _space(leak: Leak, name: str, following: str, draw: torch.Generator) -> Colu
     gradient = undecayed(leak)
     matrix = torch.cat([gradient[f"{name}.weight"][0], gradient[f"{name}.bias"][0][:, None]], dim=1)
     u, s, v, noise = relu_columns.column_space(matrix, leak.protocol.batch, draw)
-    weight, sent = _of_victim(leak, f"{following}.weight"), gradient[f"{following}.weight"][0]
+    weight, sent = leak.broadcast(0)[f"{following}.weight"], gradient[f"{following}.weight"][0]
     if isinstance(leak, UpdateLeak):
         # the mean of W + (t / T) update over the steps t = 0 .. T - 1, at which the gradients are taken
         passed = (leak.protocol.local_steps - 1) / (2 * leak.protocol.local_steps)
@@ -236,8 +236,7 @@ def _agreement(columns: Float[Tensor, "images units"], on: Bool[Tensor, "images 
 def _labels(leak: Leak, name: str, images: Float[Tensor, "images pixels"], columns: Tensor) -> Tensor:
     """The class for which each image would send back what is most parallel to its column of ``dL/dz``."""
     protocol, network = leak.protocol, stateless(leak.network, "eval")
-    fixed = {held: _of_victim(leak, held) for held in (leak.weights or {})}
-    fixed |= {held: leak.buffers[held][0] if leak.stacked else leak.buffers[held] for held in leak.buffers}
+    fixed = leak.broadcast(0)
     bias = f"{name}.bias"
 
     def sent_back(image: Tensor, target: Tensor) -> Tensor:
@@ -260,12 +259,6 @@ def _in_double(leak: Leak) -> Leak:
 
     weights = doubled(leak.weights or {})
     return dataclasses.replace(leak, observed=doubled(leak.observed), weights=weights, buffers=doubled(leak.buffers))
-
-
-def _of_victim(leak: Leak, name: str) -> Tensor:
-    """A parameter's value, of a stack of one victim."""
-    assert leak.weights is not None
-    return leak.weights[name][0] if leak.stacked else leak.weights[name]
 
 
 def _next_layer(leak: Leak, name: str) -> str:

@@ -11,6 +11,7 @@ inverted layer by layer, from Exact-GIT's.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.newton import FlatImages, Product, fitted, residual
 from fedtap.attackers.parts.priors import PublicImages, shrinkage
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, check_room, ordered
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
 from fedtap.simulator.attack import Attack, Images, Learner, Reconstruction
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.defences.chained import sigma
@@ -133,8 +134,6 @@ class LearnedPrior(nn.Module):
         pixels, noisy = math.prod(about.protocol.shape), sigma(about.protocol) > 0
         kept = 0 if noisy else max(1, about.pairs // HELD_OUT_EVERY)
         self.register_buffer("errors", torch.zeros(kept, about.protocol.batch * pixels))
-        if noisy:
-            check_room(pixels, 3 * pixels)  # the covariance in float64, and its root
         self.public = PublicImages(pixels) if noisy else None
 
     def finder(self) -> Finder:
@@ -142,20 +141,18 @@ class LearnedPrior(nn.Module):
         if self.public is None:
             precision = self.precision()
             return lambda residuals, start, mean, steps, inner: fitted(residuals, start, mean, precision, steps, inner)
-        centre, root = self.public.mean.double(), self.public.root.double()
-
-        def images(z: FlatImages) -> FlatImages:
-            # x = m + L z of each image of a batch
-            return (centre + z.reshape(-1, len(centre)) @ root.T).reshape(len(z), -1)
+        public = copy.deepcopy(self.public).double()
 
         def find(
             residuals: Residuals, start: FlatImages, mean: FlatImages, steps: int, inner: int
         ) -> tuple[FlatImages, Tensor]:
-            rows = (start.reshape(-1, len(centre)) - centre).T
-            z = torch.linalg.solve_triangular(root, rows, upper=False).T.reshape(len(start), -1)
+            rows = (start.reshape(-1, len(public.mean)) - public.mean).T
+            z = torch.linalg.solve_triangular(public.root, rows, upper=False).T.reshape(start.shape)
             # in z the prior is N(0, 1), and conjugate gradients need fewer steps than in pixels
-            z, objective = fitted(lambda z: residuals(images(z)), z, torch.zeros_like(z), lambda v: v, steps, inner)
-            return images(z), objective
+            z, objective = fitted(
+                lambda z: residuals(public.images(z)), z, torch.zeros_like(z), lambda v: v, steps, inner
+            )
+            return public.images(z), objective
 
         return find
 

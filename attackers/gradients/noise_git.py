@@ -27,7 +27,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.labels import logit_gradients, mean_embedding, recovered
 from fedtap.attackers.parts.newton import FlatImages, Unknown, residual, stepped
 from fedtap.attackers.parts.priors import PerElement, PublicImages
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, as_reconstruction, check_room, teach
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, as_reconstruction, teach
 from fedtap.simulator.attack import Images, Labels, Learner, Reconstruction, reply_parts
 from fedtap.simulator.auxiliary import Auxiliary, Provenance
 from fedtap.simulator.defences.chained import sigma
@@ -103,8 +103,6 @@ class NoiseGIT(Learner):
 
     def inverter(self, about: Provenance, network: nn.Module) -> nn.Module:
         shape = about.protocol.shape
-        pixels = math.prod(shape)
-        check_room(pixels, 3 * pixels)  # the covariance in float64, and its root
         name = logits_layer(network, shape)
         layer = network.get_submodule(name) if name is not None else None
         return PosteriorMean(shape, layer.in_features if isinstance(layer, nn.Linear) else 0, self.width)

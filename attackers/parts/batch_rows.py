@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedtap.attackers.parts.generator import ERROR, KNOWN, Generator
-from fedtap.attackers.parts.labels import logit_gradients, recovered
+from fedtap.attackers.parts.labels import logit_gradients, recovered, rounded_labels
 from fedtap.simulator.leaks import GradientLeak
 
 _SOFTENED = 1e-2
@@ -44,13 +44,7 @@ def read_labels(generator: Generator, leak: GradientLeak) -> Int[Tensor, "victim
     """The labels of each victim's batch in rising order: as `recovered`, or by the mean softmax of auxiliary pairs."""
     if leak.protocol.batch == 1 or not bool(generator.softmax.any()):
         return recovered(leak)
-    # counts n_c = B (mean p_c - dL/dz_c), filled one image at a time by the largest remainder
-    owed = leak.protocol.batch * (generator.softmax - logit_gradients(leak))
-    labels = []
-    for _ in range(leak.protocol.batch):
-        labels.append(owed.argmax(1))
-        owed = owed - F.one_hot(labels[-1], owed.shape[1])
-    return torch.stack(labels, 1).sort(1).values
+    return rounded_labels(generator.softmax - logit_gradients(leak), leak.protocol.batch)
 
 
 def _counts(labels: Tensor, classes: int) -> Tensor:

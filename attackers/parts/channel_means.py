@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedtap.attackers.parts.teaching import FeatureHashing
 from fedtap.simulator.attack import generator
 
 _LONGEST = 16384
@@ -51,8 +52,6 @@ class ChannelMeans(nn.Module):
 
     slope: Tensor
     offset: Tensor
-    signs: Tensor
-    where: Tensor
     used: Tensor
 
     def __init__(self, layers: Sequence[tuple[str, str, tuple[int, ...]]], features: int, pixels: int) -> None:
@@ -63,9 +62,7 @@ class ChannelMeans(nn.Module):
             self.register_buffer(f"mean{number}", torch.zeros(channels, entries))
             self.register_buffer(f"size{number}", torch.ones(channels, entries))
         draw, total = generator("channel means"), sum(channels * entries for channels, entries in sizes)
-        where, sign = (torch.randint(high, (total,), generator=draw, device="cpu") for high in (self.length, 2))
-        self.register_buffer("where", where, persistent=False)
-        self.register_buffer("signs", sign * 2.0 - 1, persistent=False)
+        self.hashing = FeatureHashing(total, self.length, draw)
         self.register_buffer("slope", torch.zeros(self.length + features, pixels))
         self.register_buffer("offset", torch.zeros(pixels))
         self.register_buffer("used", torch.tensor(0.0))
@@ -84,8 +81,7 @@ class ChannelMeans(nn.Module):
                 rest = self._rest(row, share, number) / self.get_buffer(f"size{number}")
                 parts.append((rest.clamp(-_OUTLIER, _OUTLIER) * share.abs()[:, :, None]).flatten(1))
             means = torch.cat(parts, 1) / len(parts) ** 0.5
-            hashed = means.new_zeros(len(means), self.length).index_add_(1, self.where, means * self.signs)
-            rows.append(torch.cat([hashed / self._entries, features[some] / features.shape[1] ** 0.5], 1))
+            rows.append(torch.cat([self.hashing(means) / self._entries, features[some] / features.shape[1] ** 0.5], 1))
         return torch.cat(rows)
 
     @property

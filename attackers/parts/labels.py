@@ -63,9 +63,14 @@ def recovered(leak: Leak, embedding: Embedding | None = None) -> Int[Tensor, "vi
     if protocol.batch == 1 and protocol.loss != "mse":
         return gradients.argmin(dim=1, keepdim=True) if protocol.classes > 1 else (gradients < 0).long()
     # counts n_c = B (mean p_c - dL/dz_c)
-    counts = _counts(mean_softmax(leak) - gradients, protocol.batch)
-    if protocol.classes == 1:
-        counts = torch.cat([protocol.batch - counts, counts], dim=1)
+    return rounded_labels(mean_softmax(leak) - gradients, protocol.batch)
+
+
+def rounded_labels(shares: Float[Tensor, "victims classes"], batch: int) -> Int[Tensor, "victims batch"]:
+    """The labels of each victim's batch, in rising order, from about what share each class has of it."""
+    counts = _counts(shares, batch)
+    if counts.shape[1] == 1:
+        counts = torch.cat([batch - counts, counts], dim=1)
     classes = torch.arange(counts.shape[1], device=counts.device)
     return torch.stack([classes.repeat_interleave(each) for each in counts])
 
@@ -261,8 +266,7 @@ def _trained_on(leak: Leak, gradients: Float[Tensor, "1 classes"]) -> Float[Tens
     """
     protocol, steps, images = leak.protocol, local_steps(leak), _stand_ins(leak)
     network, respond = stateless(leak.network, protocol.batchnorm), _OUTPUT[protocol.loss]
-    known = {**(leak.weights or {}), **leak.buffers}
-    fixed = {name: tensor[0] for name, tensor in known.items()} if leak.stacked else known
+    fixed = leak.broadcast(0)
     start = {name: fixed[name] for name in trained(leak.network)}
     weighing = _weights_of_steps(protocol, steps).to(gradients)
 

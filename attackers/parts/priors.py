@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedtap.attackers.parts.teaching import free_memory
 from fedtap.simulator.attack import Images
+from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Tensors
 from fedtap.simulator.wire.replay import BatchStatistics, stateless
 
@@ -57,7 +59,11 @@ def shrinkage(trace: Tensor, square: Tensor, samples: int, size: int) -> Tensor:
 
 
 class PublicImages(nn.Module):
-    """A Gaussian of public images, by its mean and a root of its covariance."""
+    """A Gaussian of public images, by its mean and a root of its covariance.
+
+    Raises:
+        FedtapError: memory does not hold the covariance.
+    """
 
     mean: Float[Tensor, "pixels"]
     root: Float[Tensor, "pixels pixels"]
@@ -65,6 +71,12 @@ class PublicImages(nn.Module):
 
     def __init__(self, pixels: int) -> None:
         super().__init__()
+        # the covariance in float64, its factor and the root
+        if (needed := 24 * pixels**2) > (free := free_memory()):
+            raise FedtapError(
+                f"The covariance of images of {pixels:,} numbers takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+                "are free: use smaller images, --size."
+            )
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("root", torch.zeros(pixels, pixels))
 
@@ -83,9 +95,9 @@ class PublicImages(nn.Module):
         covariance.diagonal().add_((share * trace / p).clamp_min(255.0**-2))
         self.root.copy_(torch.linalg.cholesky(covariance))
 
-    def images(self, z: Float[Tensor, "images pixels"]) -> Float[Tensor, "images pixels"]:
-        """``m + L z``: images of this Gaussian where z is white."""
-        return self.mean + z @ self.root.T
+    def images(self, z: Float[Tensor, "elements numbers"]) -> Float[Tensor, "elements numbers"]:
+        """``m + L z`` of each image of an element's batch: images of this Gaussian where z is white."""
+        return (self.mean + z.reshape(-1, len(self.mean)) @ self.root.T).reshape(z.shape)
 
 
 def length(images: Images) -> PerElement:

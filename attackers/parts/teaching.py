@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -25,8 +26,31 @@ HELD_OUT_EVERY = 20
 FeatureRows = Float[Tensor, "pairs numbers"]
 
 
+class FeatureHashing(nn.Module):
+    """Adds each number of a row to one of `most` numbers, with a sign, both drawn at random.
+
+    Weinberger et al. 2009, https://arxiv.org/abs/0902.2206.
+
+    Args:
+        size: numbers of a row.
+    """
+
+    where: Tensor
+    signs: Tensor
+
+    def __init__(self, size: int, most: int, draw: torch.Generator) -> None:
+        super().__init__()
+        self.most = most
+        where, signs = (torch.randint(high, (size,), generator=draw, device="cpu") for high in (most, 2))
+        self.register_buffer("where", where, persistent=False)
+        self.register_buffer("signs", signs * 2.0 - 1, persistent=False)
+
+    def forward(self, rows: Float[Tensor, "pairs entries"]) -> FeatureRows:
+        return rows.new_zeros(len(rows), self.most).index_add_(1, self.where, rows * self.signs)
+
+
 class FlatGradient(nn.Module):
-    """A gradient as one row of numbers; a longer one than `most` is hashed to that many (feature hashing, with signs).
+    """A gradient as one row of numbers; a longer one than `most` is hashed to that many (`FeatureHashing`).
 
     Its parameters are laid in a row in the network's own order.
 
@@ -34,28 +58,17 @@ class FlatGradient(nn.Module):
         names: of the parameters to read; all where none are given.
     """
 
-    where: Tensor
-    sign: Tensor
-
     def __init__(self, network: nn.Module, most: int, names: Collection[str] = ()) -> None:
         super().__init__()
         read = {name: each.numel() for name, each in network.named_parameters() if not names or name in names}
         self.names, size = list(read), sum(read.values())
         self.length = min(size, most)
         draw = generator("feature hashing", size, most)
-        hashed = size > most
-        many = (size if hashed else 0,)
-        where, sign = (torch.randint(high, many, generator=draw, device="cpu") for high in (most, 2))
-        self.register_buffer("where", where, persistent=False)
-        self.register_buffer("sign", sign * 2.0 - 1, persistent=False)
+        self.hashing = FeatureHashing(size, most, draw) if size > most else nn.Identity()
 
     def forward(self, gradient: Tensors) -> FeatureRows:
-        whole = torch.cat([gradient[name].flatten(1) for name in self.names], dim=1)
-        if not len(self.where):
-            return whole
-        row = whole.new_zeros(len(whole), self.length)
-        # feature hashing: each entry is added to one of `most` numbers, with a random sign
-        return row.index_add_(1, self.where, whole * self.sign)
+        found: Tensor = self.hashing(torch.cat([gradient[name].flatten(1) for name in self.names], dim=1))
+        return found
 
 
 def rows(
@@ -76,6 +89,13 @@ def rows(
     return torch.cat(seen), torch.cat(images)
 
 
+def free_memory() -> float:
+    """Bytes of memory that are free; infinite where this system does not say."""
+    if not MEMORY.is_file():
+        return math.inf
+    return next(1024 * int(line.split()[1]) for line in MEMORY.read_text().splitlines() if "MemAvailable" in line)
+
+
 def check_room(pairs: int, numbers: int) -> None:
     """Refuse sizes of which memory does not hold two copies: one in chunks, and one as a whole.
 
@@ -85,11 +105,8 @@ def check_room(pairs: int, numbers: int) -> None:
     Raises:
         FedtapError: with how many pairs would fit.
     """
-    if not MEMORY.is_file():
-        return  # this system does not say
-    free = next(1024 * int(line.split()[1]) for line in MEMORY.read_text().splitlines() if "MemAvailable" in line)
     # two copies of 4 bytes for each number
-    if (needed := 8 * pairs * numbers) > free:
+    if (needed := 8 * pairs * numbers) > (free := free_memory()):
         raise FedtapError(
             f"{pairs:,} pairs of {numbers:,} numbers each take {needed / 1e9:.1f} GB to learn from, and "
             f"{free / 1e9:.1f} GB are free: use at most --pairs {int(pairs * free / needed):,}, "

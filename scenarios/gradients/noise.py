@@ -46,8 +46,8 @@ class NoisyObserved(ImageObserved):
 
     @cached_property
     def genie(self) -> Sequence[float | None]:
-        """`genie_mse` of each victim; None where the weights are not known, no noise is announced or the network
-        cannot be differentiated twice."""
+        """`genie_mse` of each victim; None where the weights are not known, no noise is announced, the network cannot
+        be differentiated twice or memory does not hold the covariance of public images."""
         import torch
 
         from fedtap.attackers.parts.gradients import check_match
@@ -56,12 +56,12 @@ class NoisyObserved(ImageObserved):
 
         if self.leak is None or self.leak.weights is None or not sigma(self.leak.protocol):
             return [None] * len(self.names)
+        public, (images, labels) = self.private.dataset.auxiliary, map(torch.stack, zip(*self.truths, strict=True))
         try:
             check_match(self.leak)
+            prior = PublicImages(images[0, 0].numel())
         except FedtapError:
             return [None] * len(self.names)
-        public, (images, labels) = self.private.dataset.auxiliary, map(torch.stack, zip(*self.truths, strict=True))
-        prior = PublicImages(images[0, 0].numel())
         prior.see(public.batch(torch.arange(len(public)))[0])
         return genie_mse(self.leak, images, labels, prior).tolist()
 

@@ -158,9 +158,7 @@ def weights_along(leak: Leak, images: Tensor, target: Tensor) -> list[dict[str, 
         target: `images classes`; each any distribution over the classes.
     """
     protocol, steps = leak.protocol, local_steps(leak)
-    network, times = stateless(leak.network, protocol.batchnorm), summands(protocol)
-    known = {**(leak.weights or {}), **leak.buffers}
-    fixed = {name: tensor[0] for name, tensor in known.items()} if leak.stacked else known
+    network, times, fixed = stateless(leak.network, protocol.batchnorm), summands(protocol), leak.broadcast(0)
     path: list[dict[str, Tensor]] = []
 
     def loss(moving: Tensors) -> Tensor:

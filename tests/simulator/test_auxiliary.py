@@ -18,6 +18,7 @@ from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.lti import LTI
 from fedtap.attackers.parts import teaching
+from fedtap.attackers.parts.priors import PublicImages
 from fedtap.attackers.parts.teaching import FlatGradient, check_room, ordered, teach
 from fedtap.attackers.wrappers.refine import Refine
 from fedtap.attackers.wrappers.saved import Saved
@@ -153,6 +154,8 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(
     check_room(100, 5000)
     with pytest.raises(FedtapError, match=r"200 pairs of 5,000 numbers.*at most --pairs"):
         check_room(200, 5000)
+    with pytest.raises(FedtapError, match=r"images of 1,000 numbers takes 0\.0 GB.*smaller images, --size"):
+        PublicImages(1000)
     with pytest.raises(FedtapError, match=r"use at most --pairs"):
         CoarseGIT(epochs=0).fit(auxiliary_for(heard(), tmp_path, 80))
 
