@@ -29,7 +29,7 @@ def compute_auxiliary(message: Message, private: PrivateData) -> Message:
     rounded as victims' replies are.
     """
     dataset, rate = private.dataset, private.scenario.learning_rate
-    net = network(private.scenario.architecture, dataset.shape, len(dataset.classes))
+    net = network(private.scenario.architecture, dataset.shape, len(dataset.classes), private.scenario.batchnorm)
     received = receive(net, message.content.array_records["arrays"])
     before = {name: received[name] for name, _ in net.named_parameters()}
     examples = tensors_of(message.content.array_records["examples"])

@@ -27,7 +27,7 @@ def train_on_images(message: Message, context: Context, private: PrivateData) ->
     rnd = int(config["server-round"])  # type: ignore[arg-type]
     images, labels = private(client, rnd)
     defences = parse(scenario.defence)
-    net = network(scenario.architecture, dataset.shape, len(dataset.classes))
+    net = network(scenario.architecture, dataset.shape, len(dataset.classes), scenario.batchnorm)
     before = receive(net, message.content.array_records["arrays"])
     drift_norm = 0.0 if scenario.local_samples else None
     if private.conduct(client, rnd) == "silent":  # it takes part, and sends the weights that it was sent

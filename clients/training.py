@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest
-from fedtap.simulator.defences.layers import inserted, training_loss
+from fedtap.simulator.defences.layers import in_training, inserted, training_loss
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models.registry import Shape, build
@@ -20,9 +20,13 @@ from fedtap.simulator.wire.records import tensors_of
 
 
 @lru_cache(maxsize=4)
-def network(model: str, shape: Shape, classes: int) -> nn.Module:
-    """A network to fill with weights, kept between rounds: building one costs as much as a training step."""
-    net = build(model, shape, classes, seed=0)
+def network(model: str, shape: Shape, classes: int, batchnorm: str = "train") -> nn.Module:
+    """A network in training mode to fill with weights, kept between rounds: building one costs as much as a step.
+
+    Args:
+        batchnorm: `train`, or `eval` for BatchNorm by the running statistics.
+    """
+    net = in_training(build(model, shape, classes, seed=0), batchnorm)
     for layer in inserted(net):
         layer.draws = True
     return net
@@ -94,8 +98,8 @@ def sgd(
         labels: `images`.
         backward: what leaves a gradient behind; the loss that it returns is sent to nobody.
         before: steps already taken, after which it goes on.
+        net: in training mode, but for BatchNorm where that is frozen.
     """
-    net.train()
     optimiser = torch.optim.SGD(net.parameters(), lr=learning_rate)
     for step in range(before, before + steps):
         at = step * batch % len(images)
@@ -120,7 +124,7 @@ def drifted(before: dict[str, Tensor], private: PrivateData, drift: int = 0) -> 
     kept = _DRIFTED.setdefault(where, {})
     if drift not in kept:
         scenario, dataset = private.scenario, private.dataset
-        net = network(scenario.architecture, dataset.shape, len(dataset.classes))
+        net = network(scenario.architecture, dataset.shape, len(dataset.classes), scenario.batchnorm)
         net.load_state_dict(before, strict=False)
         images, labels = private.unshared(drift)
         names = ("unshared", drift) if drift else ("unshared",)

@@ -6,7 +6,6 @@ a set need not fit into memory.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -18,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedtap.simulator.defences.layers import training_loss
+from fedtap.simulator.defences.layers import functional_batchnorm, training_loss
 from fedtap.simulator.errors import DamagedError, FedtapError, short
 from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Protocol, Tensors, protocol_of, sound
@@ -287,9 +286,13 @@ def gradients(
 ) -> dict[str, Float[Tensor, "pairs *parameter"]]:
     """The gradient of each pair's loss, as a client's training step computes it, for all pairs at once.
 
-    BatchNorm uses the batch's own statistics, and keeps none of them. A frozen parameter's gradient is zero.
+    BatchNorm in training mode uses the batch's own statistics and keeps none of them; in eval mode, the running ones. A
+    frozen parameter's gradient is zero.
+
+    Args:
+        network: in training mode, but for BatchNorm where that is frozen.
     """
-    stateless = replace_all_batch_norm_modules_(copy.deepcopy(network).train())
+    stateless = functional_batchnorm(network)
 
     def loss(trained: dict[str, Tensor], some: Tensor, named: Tensor) -> Tensor:
         return training_loss(stateless, some, named, lambda images: functional_call(stateless, trained, (images,)))

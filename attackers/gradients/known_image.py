@@ -16,6 +16,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.simulator.attack import Attack, Images, Reconstruction
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.defences.clip import Clip
+from fedtap.simulator.defences.layers import in_training
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import GradientLeak, Leak
@@ -46,6 +47,7 @@ class KnownImage(Attack):
         images = torch.full((classes, 1, *shape), self.value, device=leak.device)
         network = copy.deepcopy(leak.network).to_empty(device=leak.device)
         network.load_state_dict({**(leak.weights or {}), **leak.buffers})
+        in_training(network, leak.protocol.batchnorm)
         found = gradients(network, images, torch.arange(classes, device=leak.device)[:, None])
         names = sorted(found)
         candidates = torch.cat([found[name].flatten(1) for name in names], dim=1)

@@ -33,7 +33,7 @@ from fedtap.simulator.defences.defence import (
     StepDefence,
     Trace,
 )
-from fedtap.simulator.defences.layers import training_loss
+from fedtap.simulator.defences.layers import batchnorms, training_loss
 from fedtap.simulator.defences.source import Source, gaussian
 from fedtap.simulator.defences.stacks import along
 from fedtap.simulator.errors import FedtapError, short
@@ -174,7 +174,7 @@ class DPSGD(StepDefence):
         from opacus.grad_sample import GradSampleModule  # takes a second to import
         from opacus.validators import ModuleValidator
 
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        if batchnorms(network):
             raise FedtapError(
                 "dp_sgd clips each example's own gradient, and there is none in this model, since BatchNorm mixes the "
                 f"examples of a batch: {HOW_TO_FIX}."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import replace_all_batch_norm_modules_
 from torch.nn import functional as F
 
 
@@ -30,6 +32,29 @@ class Inserted(nn.Module, ABC):
 def inserted(network: nn.Module) -> list[Inserted]:
     """The network's."""
     return [module for module in network.modules() if isinstance(module, Inserted)]
+
+
+def batchnorms(network: nn.Module) -> list[nn.Module]:
+    """The network's layers of BatchNorm."""
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def in_training(network: nn.Module, batchnorm: str) -> nn.Module:
+    """The network itself, in training mode.
+
+    Args:
+        batchnorm: `train`, or `eval` for BatchNorm by its running statistics, which then stay as they are.
+    """
+    network.train()
+    for layer in batchnorms(network):
+        layer.train(batchnorm == "train")
+    return network
+
+
+def functional_batchnorm(network: nn.Module) -> nn.Module:
+    """A copy whose BatchNorm, where it is in training mode, keeps no statistics, as `torch.func.vmap` needs it."""
+    copied = copy.deepcopy(network)
+    return replace_all_batch_norm_modules_(copied) if any(one.training for one in batchnorms(copied)) else copied
 
 
 def training_loss(

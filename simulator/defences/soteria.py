@@ -7,7 +7,6 @@ Departs from the authors' code in two ways, which the class says.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Annotated
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, replace_all_batch_norm_modules_, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 
 from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.defences.accountant import Gaussian
@@ -30,7 +29,7 @@ from fedtap.simulator.defences.defence import (
     StepDefence,
     Trace,
 )
-from fedtap.simulator.defences.layers import training_loss
+from fedtap.simulator.defences.layers import functional_batchnorm, training_loss
 from fedtap.simulator.defences.source import Source
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Tensors
@@ -131,7 +130,7 @@ def effects(
     network: nn.Module, images: Float[Tensor, "exchanges batch channel height width"]
 ) -> Float[Tensor, "exchanges features"]:
     """``sum over the batch of |r_i| / |dr_i/dx|`` of each feature that is fed to the layer that yields the logits."""
-    stateless = replace_all_batch_norm_modules_(copy.deepcopy(network).train())
+    stateless = functional_batchnorm(network)
     layer = stateless.get_submodule(str(logits_layer(network, tuple(images.shape[2:]))))
     weights = {name: weight.detach() for name, weight in stateless.named_parameters()}
 

@@ -20,6 +20,7 @@ from fedtap.simulator.auxiliary import Pairs, chunk_size, gradients, trainings
 from fedtap.simulator.data.images import Side
 from fedtap.simulator.defences.chained import check_model
 from fedtap.simulator.defences.defence import HOW_TO_FIX, ServerDefence
+from fedtap.simulator.defences.layers import in_training
 from fedtap.simulator.defences.notation import averaged, described
 from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.federation.private_data import PrivateData
@@ -122,7 +123,7 @@ def play(
     skeleton = build(scenario.architecture, dataset.shape, len(dataset.classes))
     net = build(scenario.architecture, dataset.shape, len(dataset.classes), seed=scenario.weights_seed)
     check_model(scenario.defence, net, dataset.shape)
-    if scenario.summed > 1:
+    if scenario.summed > 1 and scenario.batchnorm == "train":
         check_summed(net)
     if scenario.weights:
         with_weights(net, Path(scenario.weights))
@@ -247,7 +248,7 @@ def check_summed(network: nn.Module) -> None:
     if name := next(iter(float_buffers(network)), None):
         raise FedtapError(
             f"Each client's BatchNorm ({name.rpartition('.')[0]}) normalises its own images alone, so a sum of clients "
-            f"is not the gradient of one batch, which attacks look for: {HOW_TO_FIX}."
+            f"is not the gradient of one batch, which attacks look for: use --batchnorm eval, or {HOW_TO_FIX}."
         )
 
 
@@ -350,7 +351,7 @@ def auxiliary(
         some, named = images[which], labels[which]
         if scenario.auxiliary_source == "server":
             network = build(scenario.architecture, private.dataset.shape, len(private.dataset.classes), seed=0)
-            network.load_state_dict(arrays, strict=False)
+            in_training(network, scenario.batchnorm).load_state_dict(arrays, strict=False)
             found = gradients(network, some, named)
             sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
         else:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtap.simulator import scores
 from fedtap.simulator.attack import Attack, CertifiedReconstruction, reply_parts
+from fedtap.simulator.defences.layers import batchnorms
 from fedtap.simulator.federation.guarantees import promised
 from fedtap.simulator.federation.settings import SECURE, THREATS, Federation, ImageObserved
 from fedtap.simulator.leaks import Leak, float_buffers
@@ -171,6 +172,6 @@ def threat(setting: Federation, leak: Leak | None) -> list[str]:
         "shown a label or a pixel.",
         "Beside the honest clients, one client is compromised: the adversary reads its channel and can feed it.",
     ]
-    if leak is not None and any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in leak.network.modules()):
+    if leak is not None and leak.protocol.batchnorm == "train" and batchnorms(leak.network):
         said.append(BATCHNORM)
     return said

@@ -99,6 +99,10 @@ class Federation(Scenario):
     model: Annotated[
         str, Option("mlp, lenet, convnet, resnet20, vit, or module:function of your own", group="model")
     ] = "lenet"
+    batchnorm: Annotated[
+        Literal["train", "eval"],
+        Option("clients' BatchNorm: by the batch's own statistics, or by the running ones", group="model"),
+    ] = "train"
     weights: WeightsFile = ""
     weights_seed: WeightsSeed = 1234
     victims: Annotated[int, Option("how many clients' replies are attacked", 1, group="federation")] = 8
@@ -244,6 +248,7 @@ class Federation(Scenario):
             defence=self.defence,
             threat_model=self.threat_model,
             summed=self.summed,
+            batchnorm=self.batchnorm,
         )
 
     def batch_in(self, rnd: int) -> int:

@@ -316,6 +316,28 @@ def test_pairs_are_rounded_as_victims_are(change: dict[str, object], monkeypatch
             assert (off_grid <= 2**-23 * change.abs() + 1e-12).all(), name
 
 
+@pytest.mark.parametrize("source", ["server", "compromised_client"])
+def test_frozen_batchnorm_is_the_victims_and_the_pairs(source: str) -> None:
+    """Under `batchnorm=eval` an image's gradient does not depend on its batch, and running statistics stay."""
+    part = dataclasses.replace(
+        BASE, model="resnet20", batchnorm="eval", batch=2, auxiliary_source=source, threat_model="curious_server"
+    )
+    private = private_data(part, Path("data"), 2)
+    grid = LocalGrid(client_app(lambda config: (part,)), 3)
+    heard = play_rounds(part, grid, private)
+    net = build("resnet20", private.dataset.shape, len(private.dataset.classes), seed=part.weights_seed).eval()
+    images, labels = private.behind(*private.names()[0])
+    wanted = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()))
+    (pairs,) = hear_pairs(grid, part, private, heard, images[None], labels[None])
+    leaks = [heard.leaks[private.names()[0]], pairs.leak]
+    for leak in leaks:
+        assert leak.protocol.batchnorm == "eval"
+        for (name, _), gradient in zip(net.named_parameters(), wanted, strict=True):
+            assert torch.allclose(leak.observed[name][0], gradient, atol=1e-5 * float(gradient.norm()) + 1e-6), name
+        for name, tensor in leak.buffers.items():
+            assert torch.equal(tensor, net.get_buffer(name)), name
+
+
 def test_random_labels_are_of_all_classes_whatever_the_images_are(tmp_path: Path) -> None:
     found = {}
     for labels in ("own", "random"):

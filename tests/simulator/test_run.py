@@ -162,6 +162,14 @@ def test_batchnorm_is_explained(tmp_path: Path) -> None:
     assert "BatchNorm in training mode" in (tmp_path / "report.html").read_text()
 
 
+def test_frozen_batchnorm_of_a_sum_is_one_gradient(tmp_path: Path) -> None:
+    """Where each client normalises by the running statistics, a mean of gradients is that of all images together."""
+    frozen = dataclasses.replace(BASE, model="resnet20", batchnorm="eval", attack="idlg(steps=1)", victims=1)
+    (row,) = play(dataclasses.replace(frozen, threat_model="secure_aggregation", clients=2), tmp_path)
+    assert row["error"] is None
+    assert "BatchNorm in training mode" not in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_cpu_and_cuda_agree(tmp_path: Path) -> None:
     leaks = play(dataclasses.replace(BASE, attack="linear,idlg(steps=20)"), tmp_path / "cpu")
