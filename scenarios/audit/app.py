@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import UserConfig
-from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.config import get_fused_config_from_dir, get_project_config, parse_config_args
 from flwr.supercore.object_ref import load_app
 
@@ -28,14 +28,23 @@ class FlowerApp:
     """The project's name."""
     version: str
     """The project's version."""
-    client: ClientApp
-    """The component that each node runs."""
+    client: ClientAppCallable
+    """The component that each node runs, a ClientApp."""
     server: Callable[..., Any]
     """The component that the server runs: `server(grid=..., context=...)`."""
     digest: str
     """Of the folder's Python files and its pyproject.toml."""
     run_config: UserConfig
     """The app's own configuration, with what `--set` replaced."""
+
+
+def reconfigured(app: FlowerApp, path: Path, overrides: Sequence[str], client: ClientAppCallable) -> FlowerApp:
+    """The app with another run config and another client, and nothing imported again.
+
+    Raises:
+        FedtapError: it has no such key.
+    """
+    return replace(app, run_config=_config(path, overrides), client=client)
 
 
 class _Unloadable(Exception):

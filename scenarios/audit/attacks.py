@@ -188,6 +188,7 @@ def attackable(exchange: AuditedExchange, ranges: Ranges) -> Attackable:
         low=low if len(low) > 1 else low[0],
         high=high if len(high) > 1 else high[0],
         batchnorm=_batchnorm(training.start),
+        defence=exchange.defence or _noise(exchange),
         **_terms(training.steps),
         **_loss(calls),
     )
@@ -205,6 +206,12 @@ def attackable(exchange: AuditedExchange, ranges: Ranges) -> Attackable:
         else f"each of the {len(training.steps)} steps is taken to be on all {len(images)} inputs, and it was on some"
     )
     return Attackable(leak, ranges[shape].pixels(images), labels, assumed)
+
+
+def _noise(exchange: AuditedExchange) -> str:
+    """The noise that was measured, as a defence is written."""
+    rate = float(exchange.training.steps[0].groups[0]["lr"])
+    return f"noise({exchange.noise / rate!r})" if exchange.noise else "none"
 
 
 def _as_images(inputs: Tensor) -> Tensor:
@@ -302,9 +309,14 @@ def _loss(calls: Sequence[LossCall]) -> dict[str, Any]:
 
 
 def suitable(leak: Leak) -> tuple[list[Attack[Any]], list[str]]:
-    """Those of _PANEL that can be used on this leak, and why the others cannot."""
+    """Those of _PANEL that can be used on this leak, and why the others cannot. Where it is defended, those that are
+    adaptive come first: of noise nobody knows what share is unexplained, and then the first attack counts."""
     attacks, refusals = [], []
-    for name in _PANEL:
+    names = list(_PANEL)
+    if leak.protocol.defence != "none":
+        names = [f"{name}(adaptive=True)" for name in _ITERATIVE if name in _PANEL]
+        names += [name for name in _PANEL if name not in _ITERATIVE]
+    for name in names:
         (attack,) = parse(name)
         try:
             attack.accepts(leak)
@@ -317,7 +329,7 @@ def suitable(leak: Leak) -> tuple[list[Attack[Any]], list[str]]:
 def attacked(
     target: Attackable, attacks: Sequence[Attack[Any]], blind: Tensor | None, seed: int, until: float
 ) -> Iterator[dict[str, Any]]:
-    """A row of audit.json for each attack, with `found`, its reconstruction, for the page.
+    """A row of audit.json for each attack until one is certified, with `found`, its reconstruction, for the page.
 
     Args:
         attacks: which are tried.
@@ -350,6 +362,8 @@ def attacked(
             row["error"] = str(error)
         row["seconds"] = round(time.monotonic() - began, 2)
         yield {key: finite(value) if key != "found" else value for key, value in row.items()}
+        if row.get("certified"):  # nothing is left to find
+            return
 
 
 _SCORES = ("psnr", "ssim", "lpips", "levels", "label_correct")

@@ -15,14 +15,25 @@ from typing import Any
 import torch
 from flwr.app import Message
 
-from fedtap.scenarios.audit.app import FlowerApp, flower_app
+from fedtap.scenarios.audit.app import FlowerApp, flower_app, reconfigured
 from fedtap.scenarios.audit.attacks import Ranges, attackable, attacked, best_explained, note_inputs, suitable
+from fedtap.scenarios.audit.changes import (
+    EPSILONS,
+    Change,
+    ReportedMetrics,
+    changed_client,
+    changes_of,
+    hidden,
+    metric_told,
+    summed,
+)
 from fedtap.scenarios.audit.observe import ROOM, LocalTraining
 from fedtap.scenarios.audit.play import play_app
+from fedtap.scenarios.audit.privacy import planned_rounds, privacy_of
 from fedtap.scenarios.audit.report import audit_page, junit, risk_of
 from fedtap.scenarios.audit.single import single_steps
 from fedtap.scenarios.audit.stand_in import standing_in
-from fedtap.scenarios.audit.verdict import NOT_UNDERSTOOD, RAW, AuditedExchange, judged
+from fedtap.scenarios.audit.verdict import NOISED, NOT_UNDERSTOOD, RAW, AuditedExchange, judged
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.report.pictures import Picture
@@ -42,8 +53,12 @@ _ATTACKED = 2
 _SINGLE = 4
 """Inputs on each of which a single step is attacked, at most."""
 
-_AS_IT_IS = 0.5
-"""Share of the time for attacks that goes to the app as it is, before the single steps."""
+_AS_IT_IS, _ALONE_UNTIL = 0.45, 0.7
+"""Shares of the time for attacks after which those on the app as it is end, and those on single steps; changes have the
+rest."""
+
+_SHORT = {epsilon: f"clip and noise, ε = {epsilon:g}" for epsilon in EPSILONS}
+"""ε of a change -> how a picture names it."""
 
 _EVERY = 1.0
 """Seconds between two writings while the app is played."""
@@ -109,6 +124,10 @@ class Audit:
     """As audit.json has them."""
     single: list[dict[str, Any]] = field(default_factory=list)
     """Attacks on single steps on single inputs, one dict an input."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What would change it, one dict a change."""
+    privacy: dict[str, Any] | None = None
+    """What the first noise that was seen is worth."""
     not_tested: list[str] = field(default_factory=list)
     """What was not tried, and why."""
     error: str | None = None
@@ -120,6 +139,9 @@ class Audit:
     failures: Counter[str] = field(default_factory=Counter)
     """Sentence of an error that clients replied with -> how often."""
     _seen: list[AuditedExchange] = field(default_factory=list)
+    _metrics: ReportedMetrics = field(default_factory=ReportedMetrics)
+    _round: list[AuditedExchange] = field(default_factory=list)
+    _alone: list[AuditedExchange] = field(default_factory=list)
     _shapes: list[tuple[int, ...] | None] = field(default_factory=list)
     _places: list[int] = field(default_factory=list)
     _ranges: Ranges = field(default_factory=dict)
@@ -143,7 +165,8 @@ class Audit:
             self.write()
             now = time.monotonic()
             self._attack(now + _AS_IT_IS * (end - now))
-            self._attack_single(end)
+            self._attack_single(now + _ALONE_UNTIL * (end - now))
+            self._measure_changes(end)
             if ended is not None:
                 raise ended
         except FedtapError as error:
@@ -179,6 +202,7 @@ class Audit:
         if reply.has_error():
             self.failures[short(reply.error.reason, 200)] += 1
             return
+        self._metrics.note(message, reply, rnd)
         client = message.metadata.dst_node_id - SERVER_NODE - 1
         try:
             exchange = judged(message, reply, training, client, rnd)
@@ -189,6 +213,10 @@ class Audit:
             reason = f"fedtap could not judge the exchange ({type(error).__name__}: {short(error, 120)})."
             exchange, shape = AuditedExchange(client, rnd, NOT_UNDERSTOOD, reason), None
         self._shapes.append(shape)
+        if exchange.verdict == NOISED and self.privacy is None:
+            assert self.app is not None
+            rounds = planned_rounds(self.app.run_config, self.settings.rounds)
+            self.privacy = privacy_of(training, exchange.noise, rounds)
         self.exchanges.append(exchange.told() | {"input_range": None, "attacks": []})
         kept = sum(one.training.size for one in self._seen)
         if exchange.attackable and (not kept or kept + exchange.training.size <= ROOM):
@@ -234,6 +262,8 @@ class Audit:
         order = sorted(range(len(self._seen)), key=lambda place: inputs(self._seen[place]))
         if len(order) > _ATTACKED:
             self.not_tested.append(f"{len(order) - _ATTACKED} further exchanges like those that were attacked")
+        first = min((one.round for one in self._seen), default=0)
+        self._round = [one for one in self._seen if one.round == first]
         order = order[:_ATTACKED]
         self._seen = [self._seen[place] for place in order]
         self._places = [self._places[place] for place in order]
@@ -260,6 +290,7 @@ class Audit:
         except Exception as error:  # the app's model may raise whatever it likes
             self.not_tested.append(f"a single step on a single input: {short(error, 300)}")
             return
+        self._alone = alone
         for number, one in enumerate(alone):
             now = time.monotonic()
             told: dict[str, Any] = {"client": one.client, "round": one.round, "input": number, "attacks": []}
@@ -268,6 +299,70 @@ class Audit:
             if told["attacks"]:
                 self.single.append(told)
             self.write()
+
+    def _measure_changes(self, until: float) -> None:
+        """Attack what other ways to run the app would send, and play it with them to see what they cost."""
+        if not self._seen or self._seen[0].hindrance or self.app is None:
+            return
+        exchange = self._seen[0]
+        best = best_explained(self.exchanges[self._places[0]]["attacks"])
+        came_back = best is not None and set(best["levels"]) != {LEVELS[0]}
+        exposed = exchange if came_back or not self._alone else self._alone[0]
+        rounds = planned_rounds(self.app.run_config, self.settings.rounds)
+        tried, untried = changes_of(self.app, exchange, rounds)
+        self.not_tested += untried
+        of_sum = {"change": f"secure aggregation: the server reads the mean of {len(self._round)} clients"}
+        try:
+            self._attack_change(of_sum, summed(self._round), until, len(tried) + 1)
+            self.changes.append(of_sum)
+        except FedtapError as error:
+            self.not_tested.append(str(error))
+        for number, change in enumerate(tried):
+            now = time.monotonic()
+            end = now + (until - now) / (len(tried) - number)
+            told: dict[str, Any] = {"change": change.told, "epsilon": change.epsilon, "attacks": []}
+            self.changes.append(told)
+            try:
+                if change.defence:
+                    told["single"] = exposed is not exchange
+                    self._attack_change(told, hidden(exposed, change, self.settings.seed), end, 2)
+                self._play_changed(change, told, exchange, end)
+            except FedtapError as error:
+                told["error"] = str(error)
+            self.write()
+
+    def _attack_change(self, told: dict[str, Any], exchange: AuditedExchange, until: float, parts: int) -> None:
+        """Attack an exchange as a change makes it, within the first of so many parts of the time that is left."""
+        now = time.monotonic()
+        told |= {"client": exchange.client, "round": exchange.round, "attacks": []}
+        title = f"client {exchange.client}, {_SHORT.get(told.get('epsilon'), told['change'].partition(':')[0])}"
+        self._attack_one(exchange, told, now + (until - now) / parts, title)
+
+    def _play_changed(self, change: Change, told: dict[str, Any], like: AuditedExchange, until: float) -> None:
+        """Play the app with the change: what its clients report then, and, of a changed run config, attack it.
+
+        Raises:
+            FedtapError: the app does not play with it.
+        """
+        assert self.app is not None
+        overrides = (*self.settings.overrides, *change.overrides)
+        client = changed_client(self.app, change, like, self.settings.seed)
+        app = reconfigured(self.app, self.settings.path, overrides, client)
+        metrics, found = ReportedMetrics(), list[AuditedExchange]()
+
+        def seen(message: Message, reply: Message, training: LocalTraining, rnd: int) -> None:
+            metrics.note(message, reply, rnd)
+            if change.overrides and not found and not reply.has_error():
+                one = judged(message, reply, training, message.metadata.dst_node_id - SERVER_NODE - 1, rnd)
+                if one is not None and one.attackable:
+                    note_inputs(self._ranges, one)
+                    found.append(one)
+
+        with standing_in(self.settings.data, self.settings.nodes):
+            play_app(app, self.settings.nodes, self.settings.rounds, until, seen)
+        told |= metric_told(self._metrics, metrics)
+        if found:
+            self._attack_change(told, found[0], until, 1)
 
     def _attack_one(self, exchange: AuditedExchange, told: dict[str, Any], until: float, title: str) -> None:
         try:
@@ -317,6 +412,8 @@ class Audit:
             "risk": risk_of(self.exchanges, app.name if app else self.settings.path.name),
             "exchanges": self.exchanges,
             "single_steps": self.single,
+            "changes": self.changes,
+            "privacy": self.privacy,
             "not_tested": [*self.not_tested, *NEVER_TRIED],
             "seed": self.settings.seed,
             "minutes": self.settings.minutes,

@@ -8,6 +8,9 @@ another process of the client's, is not seen.
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -105,6 +108,18 @@ class LocalStep:
     """Forward passes since the step before."""
 
 
+@dataclass(frozen=True)
+class SeenDPSGD:
+    """What Opacus's optimiser says of itself."""
+
+    noise_multiplier: float
+    """Standard deviation of the noise on the sum of clipped gradients, over `max_grad_norm`."""
+    max_grad_norm: float
+    """L2 norm to which each example's gradient is clipped."""
+    sample_rate: float | None
+    """Probability with which an example is in a batch, as the accountant is told; None where none is attached."""
+
+
 @dataclass
 class LocalTraining:
     """What one client was seen to do while it answered one message."""
@@ -117,6 +132,8 @@ class LocalTraining:
     """The optimiser's steps."""
     whole: bool = True
     """Whether all batches are kept."""
+    dp_sgd: SeenDPSGD | None = None
+    """The mechanism of Opacus's optimiser, where the client trains with it."""
 
     @property
     def size(self) -> int:
@@ -245,8 +262,22 @@ class Observer(TorchFunctionMode):
         ]
         gradients = [one.grad for group in optimiser.param_groups for one in group["params"] if one.grad is not None]
         norm = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
+        if not self._now.steps and self._now.wrapper.startswith("opacus."):
+            self._now.dp_sgd = _dp_sgd(optimiser)
         self._now.steps.append(LocalStep(type(optimiser), groups, norm, self._open))
         self._open = []
+
+
+def _dp_sgd(optimiser: torch.optim.Optimizer) -> SeenDPSGD | None:
+    """What wraps this optimiser, if it is Opacus's: the wrapper itself calls no hook of torch."""
+    for one in gc.get_objects():
+        opacus = type(one).__module__.startswith("opacus.")
+        if opacus and getattr(one, "original_optimizer", None) is optimiser:
+            norms = one.max_grad_norm if isinstance(one.max_grad_norm, list) else [one.max_grad_norm]
+            hook = getattr(one, "step_hook", None)
+            rate = inspect.getclosurevars(hook).nonlocals.get("sample_rate") if inspect.isfunction(hook) else None
+            return SeenDPSGD(float(one.noise_multiplier), math.hypot(*norms), rate and float(rate))
+    return None
 
 
 def _copied(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from html import escape
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +20,9 @@ from fedtap.simulator.wire.soundness import EXPLAINED
 
 COMES_BACK = (*LEVELS[1:], RAW)
 """Levels of a risk at which a build fails."""
+
+_VALID = 183
+"""Days after which an audit is out of date, if nothing has changed before."""
 
 NOTHING_KNOWN = "not known"
 """Level of a risk that was not measured."""
@@ -67,6 +71,34 @@ _ATTACKS = (
     Column("error", over="rows"),
 )
 
+
+_CHANGES = (
+    Column("change", over="rows"),
+    Column("ε", "of all planned rounds, for a client", over="rows"),
+    Column("attacked", "what the change was measured on", over="rows"),
+    *_ATTACKS[2:3],
+    *_ATTACKS[4:9],
+    Column("metric", "that clients report of their evaluation, a mean over them, of one run each", over="rows"),
+    Column("as it is", over="rows", form=".4g"),
+    Column("changed", over="rows", form=".4g"),
+    Column("error", over="rows"),
+)
+
+_CAPABILITIES = (
+    ("reads what each client sends", True),
+    ("knows the weights that it sent", True),
+    ("knows model, loss, optimiser, steps, batch and input range", True),
+    ("has public data of the same kind", False),
+    ("sends other weights or another model than the app does (malicious server)", False),
+    ("puts several rounds together", False),
+    ("colludes with clients, or runs some", False),
+    ("sees sums of clients alone (secure aggregation)", None),
+)
+"""What an attacker may be able to do, and whether it was here; None where it is tried as a change."""
+
+_CAPABILITY = (Column("capability of the attacker", over="rows"), Column("tested", over="rows"))
+
+_PRIVACY = (Column("of the noise", over="rows"), Column("is", over="rows"))
 
 _ALONE = (Column("input", over="rows"), *_ATTACKS[2:])
 
@@ -160,8 +192,20 @@ def audit_page(document: Mapping[str, Any], pictures: Sequence[Picture] = ()) ->
     if alone := document["single_steps"]:
         rows_alone = [_attack_row(one, row) | {"input": one["input"]} for one in alone for row in one["attacks"]]
         charts["What would change it"] = f"<p>{escape(_of_single(alone))}</p>{listing(*single(rows_alone, _ALONE))}"
-    if pictures:
+    if changes := document["changes"]:
+        rows_changed = sorted(map(_change_row, changes), key=_by_risk)
+        table = listing(*single([row for _, row in rows_changed], _CHANGES))
+        told = f"<p>{escape(_of_changes(document))}</p>{table}"
+        charts["What would change it"] = charts.get("What would change it", "") + told
+    if pictures and charts:
         charts[list(charts)[-1]] += gallery(pictures, _BLIND_GUESS)
+    if privacy := document["privacy"]:
+        charts["Differential privacy"] = listing(*single(_privacy_rows(privacy), _PRIVACY))
+    able = [
+        {"capability of the attacker": name, "tested": {True: "yes", False: "no", None: "as a change"}[tested]}
+        for name, tested in _CAPABILITIES
+    ]
+    charts["What the attacker can do"] = listing(*single(able, _CAPABILITY))
     charts["What was not tried"] = f"<ul>{''.join(f'<li>{escape(one)}</li>' for one in document['not_tested'])}</ul>"
     charts["Crosswalk"] = listing(*single(_crosswalk(document), _CROSSWALK))
     return html(
@@ -179,7 +223,8 @@ def audit_page(document: Mapping[str, Any], pictures: Sequence[Picture] = ()) ->
                 "minutes": document["minutes"],
                 "files": f"{app['files']} (BLAKE2b of the app's Python files and pyproject.toml)",
                 "to repeat it": document["repeat"],
-                "expires": "when the app, its data, fedtap, Flower or torch change, and as attacks get better",
+                "expires": f"{_expires(document['started'])}, as attacks get better; before that when the app, its "
+                "data, fedtap, Flower or torch change",
             },
             environment=document["versions"] | {"device": document["device"], "started": document["started"]},
             finished=document["finished"],
@@ -193,16 +238,83 @@ def audit_page(document: Mapping[str, Any], pictures: Sequence[Picture] = ()) ->
     )
 
 
+def _change_row(one: Mapping[str, Any]) -> tuple[tuple[float, float], dict[str, Any]]:
+    """What a change is sorted by, the share that comes back and what the metric loses, and its row."""
+    best = best_explained(one["attacks"])
+    shown = {column.name for column in _CHANGES}
+    row = {key: value for key, value in (_attack_row(one, best) if best else {}).items() if key in shown}
+    before, after = one.get("metric_as_it_is"), one.get("metric_changed")
+    row |= {"change": one["change"], "ε": one.get("epsilon"), "metric": one.get("metric"), "error": one.get("error")}
+    row |= {"as it is": before, "changed": after}
+    row["attacked"] = "one step on one input" if one.get("single") else f"client {one.get('client')}"
+    share = sum(level != LEVELS[0] for level in best["levels"]) / len(best["levels"]) if best else 1.0
+    lost = 0.0 if before is None or after is None else (after - before if "loss" in one["metric"] else before - after)
+    return (share, lost), row
+
+
+def _by_risk(one: tuple[tuple[float, float], Mapping[str, Any]]) -> tuple[float, float]:
+    return one[0]
+
+
+def _of_changes(document: Mapping[str, Any]) -> str:
+    """What the changes are measured on, and in what order they stand."""
+    alone = [row for one in document["single_steps"] if (row := best_explained(one["attacks"]))]
+    back = document["risk"]["level"] in COMES_BACK or any(set(row["levels"]) != {LEVELS[0]} for row in alone)
+    first = (
+        "Changes, those first after which least comes back, and of these those that cost least of the metric. "
+        if back
+        else "Nothing comes back of the app as it is, so no change can be seen to take risk away; its cost is seen. "
+    )
+    return first + (
+        "Noise and sums are computed from what was seen and attacked by attackers who know of them; the metric is that "
+        "of the app played again. In production the noise is a client mod, `fedtap.clients.mod.mod_of`."
+    )
+
+
+def _privacy_rows(privacy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """ε and what it is about, one line each."""
+
+    def number(value: float | None) -> str:
+        return "∞" if value is None else f"{value:.4g}"
+
+    told = {"mechanism": privacy["mechanism"]}
+    if "announced" in privacy:
+        told["as announced"] = privacy["announced"]
+    if "note" in privacy:
+        return [{"of the noise": key, "is": value} for key, value in (told | {"ε": privacy["note"]}).items()]
+    told |= {
+        "ε of one round": number(privacy["epsilon_of_one_round"]),
+        f"ε of {privacy['rounds']} rounds": number(privacy["epsilon"]),
+    }
+    if "epsilon_sampled" in privacy:
+        told["if batches are Poisson samples"] = (
+            f"{number(privacy['epsilon_sampled'])}, each example being in a batch with probability "
+            f"{privacy['sample_rate']:.3g}"
+        )
+    told |= {"δ": f"{privacy['delta']:g}", "unit": privacy["unit"], "adjacency": privacy["adjacency"]}
+    return [
+        {"of the noise": key, "is": value} for key, value in (told | {"not covered": privacy["not_covered"]}).items()
+    ]
+
+
+def _expires(started: str) -> str:
+    """A date half a year on."""
+    return f"{datetime.fromisoformat(started) + timedelta(days=_VALID):%Y-%m-%d}"
+
+
 def _crosswalk(document: Mapping[str, Any]) -> list[dict[str, str]]:
     """What texts on privacy ask for that an audit may bear on, and what this one did of it."""
     attacked = document["risk"]["attacked"]
     opinion, untested = "EDPB Opinion 28/2024, paragraph 55", "not tested"
-    noised = any(one["verdict"] == NOISED for one in document["exchanges"])
+    privacy = document["privacy"]
+    epsilon = (
+        untested if privacy is None or privacy["epsilon"] is None else f"ε = {privacy['epsilon']:.3g}, stated here"
+    )
     told = [
         (opinion, "tests against reconstruction", f"{attacked} inputs attacked, in what clients send while they train"),
         (opinion, "tests against attribute and membership inference, exfiltration, regurgitation", untested),
         (opinion, "tests against inversion of the trained model", untested),
-        ("NIST SP 800-226", "ε, δ and the unit of privacy", f"noise was seen, ε {untested}" if noised else untested),
+        ("NIST SP 800-226", "ε, δ and the unit of privacy", epsilon),
         ("OWASP AISVS (draft), C11.3", "simulated membership inference", untested),
         ("OWASP AISVS (draft), C11.4", "resistance to inversion by queries to the model", untested),
     ]

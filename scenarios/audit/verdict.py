@@ -63,13 +63,18 @@ class AuditedExchange:
     """Weights that it sent back."""
     replay_error: float | None = None
     """Relative error of the update that the replay makes; None where there is no replay."""
+    noise: float = 0.0
+    """Standard deviation of what each weight of the reply is apart from the replay, where that is noise; 0 if none."""
+    defence: str = ""
+    """The defence that an attack is told of, in units of (before - after) / learning rate; empty for `noise` alone."""
     hindrance: str = ""
     """Why no attack is told enough of a gradient or an update to be tried; empty where one may be."""
 
     @property
     def attackable(self) -> bool:
         """Whether it was understood and attacks may be tried."""
-        return self.verdict in (GRADIENT, UPDATE) and not self.hindrance
+        known = self.verdict in (GRADIENT, UPDATE) or (self.verdict == NOISED and self.noise > 0)
+        return known and not self.hindrance
 
     def told(self) -> dict[str, Any]:
         """As audit.json has it, without input range and attacks."""
@@ -175,7 +180,7 @@ def _compared(found: AuditedExchange, again: Tensors, changed: str) -> AuditedEx
     found = replace(found, verdict=GRADIENT if one else UPDATE, replay_error=error)
     if _private(training):
         reason = f"{_private(training)}The reply is apart from the same training without that by {error:.2g} of itself."
-        return replace(found, verdict=NOISED, reason=reason)
+        return replace(found, verdict=NOISED, reason=reason, noise=_rms(update - mine))
     if error <= max(REPLAYED, rounding):
         kept = [name for name, _ in training.start.named_parameters() if name not in after]
         more = f" On the way {changed}." if changed else ""
@@ -195,7 +200,7 @@ def _compared(found: AuditedExchange, again: Tensors, changed: str) -> AuditedEx
             f"The reply holds what looks like Gaussian noise of standard deviation {deviation:.2g} in every weight, "
             f"{float(rest.norm() / mine.norm()):.2g} times as long as the trained update."
         )
-        return replace(found, verdict=NOISED, reason=reason)
+        return replace(found, verdict=NOISED, reason=reason, noise=deviation)
     reason = (
         f"The reply is not what the training that was seen makes, but apart from it by {error:.2g} of itself: it was "
         "changed afterwards, or part of the training was not seen."
@@ -288,6 +293,10 @@ def _gaussian(rest: Tensor, sizes: list[int]) -> float | None:
         return None
     excess = float(((every - every.mean()) / whole).pow(4).mean()) - 3
     return whole if abs(excess) <= _TAILS else None
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if len(values) else 0.0
 
 
 def _unchanged(before: Tensors, after: Tensors) -> bool:

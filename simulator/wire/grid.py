@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict, UserConfig
-from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # Flower offers no public way to be a server in one's own process
@@ -31,7 +31,7 @@ class LocalGrid(Grid):
     instant = True
     """All replies that there will be are there once messages are pushed."""
 
-    def __init__(self, app: ClientApp, nodes: int, run_config: UserConfig | None = None) -> None:
+    def __init__(self, app: ClientAppCallable, nodes: int, run_config: UserConfig | None = None) -> None:
         self._app = app
         self._run = Run.create_empty(run_id=1)
         self._answers = Unpulled()
