@@ -81,6 +81,8 @@ class Protocol:
     """Factor of the weights that are added to the gradient before momentum, as in torch.optim."""
     batchnorm: str = "train"
     """`train`, by the batch's own statistics, or `eval`, by the running ones."""
+    step_batch: int = 0
+    """Examples in each local step, where the steps take those of `batch` in turn; 0 where each step is on all."""
     adapter: str = ""
     """What clients train and send in the place of all weights, such as `lora(rank=8, alpha=16)`; empty for none."""
     prompt: str = ""
@@ -98,7 +100,18 @@ class Protocol:
         return Protocol(**{**document, **lists})
 
 
-CONVENTIONS = ("low", "high", "loss", "reduction", "optimiser", "momentum", "nesterov", "weight_decay", "batchnorm")
+CONVENTIONS = (
+    "low",
+    "high",
+    "loss",
+    "reduction",
+    "optimiser",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "batchnorm",
+    "step_batch",
+)
 """Terms of the protocol that say how a client turns images into a gradient, and a gradient into an update."""
 
 
@@ -732,6 +745,10 @@ def _sound(protocol: Protocol, resolution: float) -> None:
         raise ValueError("weight_decay is a number from 0")
     if type(protocol.nesterov) is not bool or (protocol.nesterov and not protocol.momentum):
         raise ValueError("nesterov is true or false, and true only beside momentum")
+    if type(protocol.step_batch) is not int or not 0 <= protocol.step_batch <= protocol.batch:
+        raise ValueError("step_batch is a whole number from 0, and batch at most")
+    if protocol.step_batch and protocol.reduction == "sum":
+        raise ValueError("step_batch goes with a loss that is a mean: give reduction mean")
     if protocol.optimiser == "adam" and protocol.momentum:
         raise ValueError("momentum is sgd's, and adam has its own: leave it 0")
 

@@ -39,6 +39,7 @@ from fedtap.simulator.wire.replay import (
     mean_loss,
     stateless,
     targets,
+    turns,
     undecayed,
     weights_along,
 )
@@ -101,6 +102,11 @@ class ExactBatch(Attack[CertifiedReconstruction]):
         name, scale, _ = first(leak, self.name)
         last_linear(leak)
         _next_layer(leak, name)
+        if turns(leak.protocol) > 1 < leak.protocol.local_steps:
+            raise FedtapError(
+                "exact_batch undoes local steps on the whole batch, and these are on parts of it in turn: "
+                "use inverting_gradients or idlg."
+            )
         units, batch = leak.network.get_parameter(f"{name}.weight").shape[0], leak.protocol.batch
         if batch > min(units - 1, len(scale)):
             raise FedtapError(

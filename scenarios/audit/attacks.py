@@ -176,7 +176,7 @@ def attackable(exchange: AuditedExchange, ranges: Ranges) -> Attackable:
     logits = _logits(network, inputs[0][:2])
     calls = [batch.losses[0] for batch in batches]
     targets = [_labels(call, logits, len(one)) for call, one in zip(calls, inputs, strict=True)]
-    images, labels, together = _once([_as_images(one) for one in inputs], targets)
+    images, labels, step_batch, assumed = _once([_as_images(one) for one in inputs], targets)
     shape = tuple(images.shape[1:])
     low, high = ranges[shape].ends()
     protocol = Protocol(
@@ -188,6 +188,7 @@ def attackable(exchange: AuditedExchange, ranges: Ranges) -> Attackable:
         low=low if len(low) > 1 else low[0],
         high=high if len(high) > 1 else high[0],
         batchnorm=_batchnorm(training.start),
+        step_batch=step_batch,
         defence=exchange.defence or _noise(exchange),
         **_terms(training.steps),
         **_loss(calls),
@@ -200,11 +201,6 @@ def attackable(exchange: AuditedExchange, ranges: Ranges) -> Attackable:
     model = nn.Sequential(nn.Flatten(), network) if wrapped else network
     leak = leak_of_exchange(before, after, protocol, on_meta(model), exchange.client, exchange.round, len(images))
     leak.check()
-    assumed = (
-        ""
-        if together
-        else f"each of the {len(training.steps)} steps is taken to be on all {len(images)} inputs, and it was on some"
-    )
     return Attackable(leak, ranges[shape].pixels(images), labels, assumed)
 
 
@@ -250,18 +246,27 @@ def _labels(call: LossCall, logits: int, count: int) -> Tensor:
     raise FedtapError("its targets are no labels of one class each, and attacks here find labels")
 
 
-def _once(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
-    """Each input that was seen once, with its label, and whether every step was on all of them."""
+def _once(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor, int, str]:
+    """Each input that was seen once, with its label; how many are in a step, 0 where each is on all of them; and what
+    is assumed of the steps that was otherwise."""
     every, labels = torch.cat(list(inputs)), torch.cat(list(targets))
     _, inverse = torch.unique(every.flatten(1), dim=0, return_inverse=True)
     firsts = [int((inverse == number).nonzero()[0]) for number in inverse.unique()]
     kinds, at = inverse.unique(), 0
-    together = True
+    visits = []
     for one in inputs:
-        here = inverse[at : at + len(one)]
-        together &= len(here) == len(kinds) and torch.equal(here.sort().values, kinds)
+        visits.append(inverse[at : at + len(one)].sort().values)
         at += len(one)
-    return every[firsts], labels[firsts], together
+    images, names = every[firsts], labels[firsts]
+    if all(torch.equal(here, kinds) for here in visits):  # every step on all of them
+        return images, names, 0, ""
+    most = max(map(len, visits))
+    epoch = visits[: -(-len(kinds) // most)]
+    if len(visits) % len(epoch) or not torch.equal(torch.cat(epoch).sort().values, kinds):
+        told = f"each of the {len(inputs)} steps is taken to be on all {len(kinds)} inputs, and it was on some"
+        return images, names, 0, told
+    told = "" if len(visits) == len(epoch) else "each epoch is taken to go through the same batches, in the same order"
+    return images, names, most, told
 
 
 def _batchnorm(model: nn.Module) -> str:

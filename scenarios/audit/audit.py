@@ -57,7 +57,7 @@ _AS_IT_IS, _ALONE_UNTIL = 0.45, 0.7
 """Shares of the time for attacks after which those on the app as it is end, and those on single steps; changes have the
 rest."""
 
-_SHORT = {epsilon: f"clip and noise, ε = {epsilon:g}" for epsilon in EPSILONS}
+_SHORT: dict[Any, str] = {epsilon: f"clip and noise, ε = {epsilon:g}" for epsilon in EPSILONS}
 """ε of a change -> how a picture names it."""
 
 _EVERY = 1.0

@@ -6,6 +6,7 @@ It serves to measure how much of a leak a reconstruction explains, and as the in
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,11 @@ def trained(network: nn.Module) -> list[str]:
 def local_steps(leak: Leak) -> int:
     """Local steps behind what was sent; 1 for a gradient."""
     return leak.protocol.local_steps if isinstance(leak, UpdateLeak) else 1
+
+
+def turns(protocol: Protocol) -> int:
+    """Batches that the local steps take in turn; 1 where each step is on all examples."""
+    return -(-protocol.batch // protocol.step_batch) if protocol.step_batch else 1
 
 
 def exchange_of(leak: Leak, softness: float = Exchange.softness) -> Exchange:
@@ -137,16 +143,25 @@ def client_reply(leak: Leak) -> Reply:
     """The function from images to one victim's reply, in units of `mean_gradient`; for Adam, before the signs."""
     protocol, steps = leak.protocol, local_steps(leak)
     network, names, times = stateless(leak.network, protocol.batchnorm), trained(leak.network), summands(protocol)
+    batches = turns(protocol)
 
     def respond(weights: Tensors, buffers: Tensors, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        fixed = {**weights, **buffers}
+        fixed, turn = {**weights, **buffers}, itertools.cycle(range(batches))
 
-        def loss(moving: Tensors) -> Tensor:
-            value = mean_loss(protocol, functional_call(network, {**fixed, **moving}, (images,)), target)
-            return value if times == 1 else times * value
+        def gradients(here: Tensors) -> dict[str, Tensor]:
+            # nobody knows which example was in which batch, and they are unknown: every so many-th is in one, so that
+            # labels in rising order are dealt to all batches alike
+            own = slice(next(turn), None, batches)
+
+            def loss(moving: Tensors) -> Tensor:
+                value = mean_loss(protocol, functional_call(network, {**fixed, **moving}, (images[own],)), target[own])
+                return value if times == 1 else times * value
+
+            found: dict[str, Tensor] = grad(loss)(here)
+            return found
 
         start = {name: weights[name] for name in names}
-        return descended(protocol, steps, start, grad(loss))
+        return descended(protocol, steps, start, gradients)
 
     return respond
 

@@ -73,6 +73,8 @@ OTHERS: list[dict[str, Any]] = [
     NORMED,
     {**NORMED, "batch": 3, **STEPS},
     {"model": "tests:normed", "batch": 3},
+    {"batch": 4, "step_batch": 2, "momentum": 0.9, **STEPS},
+    {"batch": 5, "step_batch": 2, "weight_decay": 0.01, **STEPS},
 ]
 
 
@@ -223,6 +225,7 @@ def test_a_leak_without_conventions_has_fedtaps_own(tmp_path: Path) -> None:
         ("weight_decay", -1, "weight_decay is a number from 0"),
         ("nesterov", True, "true only beside momentum"),
         ("batchnorm", "frozen", "train or eval"),
+        ("step_batch", 2, "step_batch is a whole number from 0, and batch at most"),
     ],
 )
 def test_a_convention_that_is_none_is_refused(tmp_path: Path, name: str, value: object, sentence: str) -> None:

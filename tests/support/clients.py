@@ -36,9 +36,11 @@ def trained(network: nn.Module, images: Tensor, labels: Tensor, protocol: Protoc
         else torch.optim.SGD(client.parameters(), momentum=protocol.momentum, nesterov=protocol.nesterov, **options)
     )
     low, high = (torch.tensor(end).reshape(-1, 1, 1) for end in (protocol.low, protocol.high))
-    for _ in range(protocol.local_steps):
+    batches = -(-protocol.batch // protocol.step_batch) if protocol.step_batch else 1
+    for step in range(protocol.local_steps):
         optimiser.zero_grad()
-        loss_of(protocol, client(low + (high - low) * images), labels).backward()
+        own = slice(step % batches, None, batches)
+        loss_of(protocol, client(low + (high - low) * images[own]), labels[own]).backward()
         optimiser.step()
     return client
 
