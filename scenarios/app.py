@@ -20,6 +20,10 @@ from fedtap.simulator.report.folder import place
 from fedtap.simulator.run import described_run, device_named, run
 from fedtap.simulator.scenario import Row, Scenario
 from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.wire.limits import REPLY_TIMEOUT, Limited
+
+LONGEST_TIMEOUT = 604_800
+"""Seconds in a week; a thread can be waited for no longer than some centuries."""
 
 client = client_app(plan_of)
 server = ServerApp()
@@ -29,7 +33,29 @@ server = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the run config's scenario over Flower's grid, and leave the same files as `fedtap run`."""
     torch.set_num_threads(1)
-    _play(context.run_config, lambda setting: grid)
+    limited = Limited(grid, reply_timeout(context.run_config))
+    _play(context.run_config, lambda setting: limited)
+
+
+def reply_timeout(config: UserConfig) -> float | None:
+    """Seconds that the run config allows for the replies to a message; None where it says nothing.
+
+    Raises:
+        FedtapError: it is no number above 0.
+    """
+    said = config.get("reply-timeout", "")
+    if said == "":
+        return None
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= LONGEST_TIMEOUT:
+        raise FedtapError(
+            f"The run config says reply-timeout={short(said)!r}, and it is a number of seconds above 0, up to "
+            f"{LONGEST_TIMEOUT:,}: leave it out for {REPLY_TIMEOUT:g}."
+        )
+    return seconds
 
 
 def in_process(scenario: str, options: Mapping[str, Any], run_config: UserConfig) -> list[Row]:

@@ -107,6 +107,7 @@ class _Run:
                 self._folder().replace(f"part_{number}", [self._named(setting, row, f"part_{number}") for row in rows])
             else:
                 self._attacked(setting, number, more)
+            self._folder().settled(f"part_{number}")
             if not setting.compares:
                 self._observed.pop(number, None)
             self._write(finished=last)
@@ -125,7 +126,9 @@ class _Run:
     def _session(self, number: int) -> tuple[Session, Any]:
         if number not in self._observed:
             grid = self.grid_for(self.settings[number])
-            session = Session(grid, number, self.data_root, self.device, self.out, self.settings)
+            elsewhere = not getattr(grid, "instant", False)
+            keep = (lambda leak: self._folder().observed(f"part_{number}", leak)) if elsewhere else None
+            session = Session(grid, number, self.data_root, self.device, self.out, self.settings, keep)
             self._observed[number] = session, self.settings[number].observe(session)
         return self._observed[number]
 

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -61,6 +61,8 @@ class Session:
         number: the setting's place in the run's plan, by which clients know what is played.
         device: where attacks run.
         out: the run's folder.
+        keep: saves one victim's leak in the run's folder until all of the setting's are there; None where nodes cannot
+            be lost, in this process.
     """
 
     grid: Grid
@@ -70,6 +72,7 @@ class Session:
     out: Path
     settings: Sequence[Scenario]
     """All that are played in this run."""
+    keep: Callable[[Leak], None] | None = None
 
 
 @dataclass(frozen=True)

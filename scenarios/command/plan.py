@@ -17,7 +17,7 @@ from fedtap.simulator.scenario import Scenario
 if TYPE_CHECKING:
     from flwr.app import UserConfig
 
-RUN_KEYS = ("scenario", "options", "data-root", "out", "device", "overwrite")
+RUN_KEYS = ("scenario", "options", "data-root", "out", "device", "overwrite", "reply-timeout")
 """Keys of Flower's run config."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
 from fedtap.simulator.wire.threat_models import Masked, difference, hear, isolated, threat_model
-from fedtap.simulator.wire.wiretap import REPLY_TIMEOUT, Wiretap
+from fedtap.simulator.wire.wiretap import Wiretap
 
 METRICS = ("num-examples", "partition")
 """What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
@@ -110,13 +110,19 @@ def clients_on(grid: Grid, scenario: Federation) -> int:
 
 
 def play(
-    scenario: Federation, grid: Grid, private: PrivateData, part: int = 0, strategy: Strategy | None = None
+    scenario: Federation,
+    grid: Grid,
+    private: PrivateData,
+    part: int = 0,
+    strategy: Strategy | None = None,
+    keep: Callable[[Leak], None] | None = None,
 ) -> Heard:
     """Train and listen: `rounds` of training, then as many attacked rounds as the victims need.
 
     Args:
         part: the scenario's place in the run's plan, by which clients know what is played.
         strategy: a Flower strategy; FedAvg over all clients where none is given.
+        keep: is given each leak as it is observed, before the next reply is read.
     """
     dataset, clients = private.dataset, private.clients
     protocol = scenario.protocol(dataset)
@@ -159,13 +165,18 @@ def play(
             if rnd > scenario.rounds:
                 masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
         elif private.victim(client, rnd) is not None:
-            heard.leaks[client, rnd] = hearing(leak)
+            observed(client, rnd, hearing(leak))
+
+    def observed(client: int, rnd: int, leak: Leak) -> None:
+        heard.leaks[client, rnd] = leak
+        if keep is not None:
+            keep(leak)
 
     def unmask(rnd: int) -> None:
         failed = [why for (_, at), why in heard.failures.items() if at == rnd] + heard.lost.get(rnd, [])
         answers = dict(sorted(masked.pop(rnd, {}).items()))  # a sum should not depend on who answers first
         try:
-            heard.leaks[0, rnd] = hearing(isolated(answers, clients, scenario.others))
+            observed(0, rnd, hearing(isolated(answers, clients, scenario.others)))
         except FedtapError as error:
             why = f"{short(' '.join(failed), _LONGEST)}; so: " if failed else ""
             heard.failures[0, rnd] = f"{why}{error}"
@@ -393,7 +404,7 @@ def _fed(
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
         content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})
     order = Message(content, heard.nodes[private.clients], PRACTICE)
-    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order], timeout=REPLY_TIMEOUT)
+    answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order])
     if not answers or answers[0].has_error():
         why = short(answers[0].error.reason, _LONGEST // 2) if answers else "no answer"
         raise ClientError(

@@ -313,7 +313,7 @@ class Federation(Scenario):
         from fedtap.simulator.leaks import stack
 
         private = private_data(self, session.data_root, clients_on(session.grid, self))
-        heard = play(self, session.grid, private, session.number)
+        heard = play(self, session.grid, private, session.number, keep=session.keep)
         fewer = ""
         if private.scenario.victims < self.victims:
             fewer = f"{self.dataset} has images for {private.scenario.victims} victims and not for {self.victims}."

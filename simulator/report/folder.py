@@ -40,7 +40,7 @@ FILES = ("rows.jsonl", "strip.png", "report.html")
 """Beside run.json, what a run leaves in its folder."""
 
 FOLDERS = {
-    "leaks": re.compile(r"part_\d+\.(safetensors|json)"),
+    "leaks": re.compile(r"part_\d+(-round_\d+-client_\d+)?\.(safetensors|json)"),
     "reconstructions": re.compile(r"(part_\d+-)?\d+-[a-z0-9_]*\.safetensors"),
     "pictures": re.compile(r"\d+-[a-z0-9_]*-victim_\d+\.png"),
     "trained_attacks": re.compile(r"part_\d+(-\d+)+-[a-z0-9_]*\.(safetensors|json)"),
@@ -131,6 +131,18 @@ class Folder:
                 "run again without --resume."
             )
         leak.save(path)
+        self.settled(unit)
+
+    def observed(self, unit: str, leak: Leak) -> None:
+        """Save the leak of one victim as it is observed; it stays there if the part is never played to its end."""
+        (client,), (rnd,) = leak.clients.tolist(), leak.rounds.tolist()
+        leak.save(self.path / f"leaks/{unit}-round_{rnd}-client_{client}.safetensors")
+
+    def settled(self, unit: str) -> None:
+        """Remove the single leaks of a part of which all were observed: what is to be kept of them is in one stack."""
+        for file in (self.path / "leaks").glob(f"{unit}-round_*"):
+            if FOLDERS["leaks"].fullmatch(file.name):
+                file.unlink()
 
     def keep(self, unit: str, reconstruction: Reconstructed) -> None:
         """Save a reconstruction, so that a resumed run can show it."""

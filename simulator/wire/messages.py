@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from fedtap.simulator.errors import ClientError, FedtapError, short
 from fedtap.simulator.wire.records import reading, tensors_of
 from fedtap.simulator.wire.roll import call, check_name
-from fedtap.simulator.wire.wiretap import REPLY_TIMEOUT, Wiretap
+from fedtap.simulator.wire.wiretap import Wiretap
 
 _Made = TypeVar("_Made")
 
@@ -80,7 +80,7 @@ def ask(
     for client, node in who.nodes.items():
         told = dict(content) | dict(tell(client) if tell else {}) | {"config": ConfigRecord({"part": part})}
         orders.append(Message(RecordDict(told), node, kind))
-    Wiretap(grid, ear).send_and_receive(orders, timeout=REPLY_TIMEOUT)
+    Wiretap(grid, ear).send_and_receive(orders)
     absent = " ".join(who.strangers.values()) or f"it did not answer to {kind}: see that all SuperNodes run"
     for client in range(len(orders) + len(who.strangers)):
         if client not in heard:

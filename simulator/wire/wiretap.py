@@ -2,11 +2,13 @@
 
 Any strategy runs over it unchanged. Answers that no honest client could have sent are handed on as errors, so that
 the strategy counts a failure and the round goes on. Answers that nobody asked for (to no order, from another node than
-the order's, or a second one to the same order) reach neither the tap nor the strategy.
+the order's, or a second one to the same order) reach neither the tap nor the strategy, and neither do those that come
+after the limit: no later round pulls them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,15 +18,17 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.wire.limits import Limited
 
 Ear = Callable[[Message, Message], None]
-"""What is done with a message and its reply. Raises FedtapError where the reply is nonsense."""
+"""What is done with a message and its reply, or with the error that stands for a reply that did not come in time.
+Raises FedtapError where the reply is nonsense."""
 
 NONSENSE = 1001
 """Flower error code of a reply that the tap found unusable."""
 
-REPLY_TIMEOUT = 3600.0
-"""Seconds that replies are waited for, where nobody names a limit: Flower's own default for a round."""
+LATE = 1002
+"""Flower error code with which the ear is told that no reply came in time."""
 
 PAUSE = 0.25
 """Seconds between two looks for replies on a grid whose nodes are elsewhere."""
@@ -49,38 +53,49 @@ class Unpulled(dict[str, Message]):
 class Wiretap(Grid):
     """`grid`, with every exchange passed to `ear` before the server sees the reply.
 
+    No wait on it is without a limit: `grid` is taken for a `Limited` one, unless it is one, or replies at once.
+
     Attributes:
         dropped: replies that nobody had asked for.
     """
 
     def __init__(self, grid: Grid, ear: Ear) -> None:
-        self._grid = grid
+        self._instant = getattr(grid, "instant", False)
+        self._grid = grid if self._instant or isinstance(grid, Limited) else Limited(grid)
         self._ear = ear
         self._orders = Unpulled()
-        self._seen = time.monotonic()
         self.dropped = 0
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """The wrapped grid's replies, overheard as they come, and in the order of the clients' partitions.
 
         Args:
-            timeout: seconds after which replies are no longer waited for; None means REPLY_TIMEOUT.
+            timeout: seconds after which replies are no longer waited for; None means REPLY_TIMEOUT. A shorter limit of
+                the wrapped grid's own holds.
         """
         orders = list(messages)
         kept = {id(order): _keep(order) for order in orders}  # a grid may empty a message as it sends it
-        limit = REPLY_TIMEOUT if timeout is None else timeout
-        if getattr(self._grid, "instant", False):
-            answers = list(self._grid.send_and_receive(orders, timeout=limit))
+        if not isinstance(self._grid, Limited):
+            answers = list(self._grid.send_and_receive(orders, timeout=timeout))
             return _sorted(self._overhear(answers, {_id(order): kept[id(order)] for order in orders}))
-        waiting = dict(zip(self._grid.push_messages(orders), (kept[id(order)] for order in orders), strict=False))
-        waiting.pop(None, None)  # type: ignore[call-overload]  # Flower's word for a message that was not sent
+        names: list[str | None] = list(self._grid.push_messages(orders))
+        names += [None] * (len(orders) - len(names))
+        waiting: dict[str, Message] = {}
+        for order, name in zip(orders, names, strict=True):
+            if name is None:  # Flower's word for a message that was not sent
+                self._tell(kept[id(order)], "The SuperLink took no message to it: see that its SuperNode runs.")
+            else:
+                waiting[name] = kept[id(order)]
         passed_on: list[Message] = []
+        limit = self._grid.limit(timeout)
         until = time.monotonic() + limit
         while waiting:
-            passed_on += self._overhear(list(self._grid.pull_messages(list(waiting))), waiting)
+            passed_on += self._overhear(self._grid.pull_messages(list(waiting)), waiting)
             if not waiting or time.monotonic() >= until:
                 break
             time.sleep(min(PAUSE, limit))
+        for order in waiting.values():
+            self._tell(order, f"No reply came within {limit:g} s: see that its SuperNode runs, or raise the limit.")
         return _sorted(passed_on)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -114,6 +129,11 @@ class Wiretap(Grid):
             passed_on.append(answer)
         return passed_on
 
+    def _tell(self, order: Message, why: str) -> None:
+        """Tell the ear why there is no reply; the strategy sees none, as on Flower's own grids."""
+        with contextlib.suppress(FedtapError):
+            self._ear(order, Message(Error(LATE, why), reply_to=order))
+
     def _drop(self) -> None:
         if not self.dropped:
             warnings.warn("A node sent an answer that nobody had asked it for, and fedtap dropped it.", stacklevel=4)
@@ -138,16 +158,9 @@ class Wiretap(Grid):
         """The wrapped grid's nodes.
 
         Raises:
-            FedtapError: there has been none for REPLY_TIMEOUT; a strategy would wait for ever.
+            FedtapError: a strategy has waited for more of them for longer than the limit.
         """
-        nodes = list(self._grid.get_node_ids())
-        if nodes:
-            self._seen = time.monotonic()
-        elif time.monotonic() - self._seen > REPLY_TIMEOUT:
-            raise FedtapError(
-                f"No node has been connected for {REPLY_TIMEOUT:g} s: start the SuperNodes, and run again."
-            )
-        return nodes
+        return self._grid.get_node_ids()
 
 
 def partition_of(answer: Message) -> int:

@@ -18,7 +18,7 @@ from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
 from fedtap.simulator.leaks import GradientLeak, Protocol, load
-from fedtap.simulator.wire import roll, wiretap
+from fedtap.simulator.wire import limits, roll, wiretap
 from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
 from fedtap.simulator.wire.messages import ask
 from fedtap.simulator.wire.recorder import recorder
@@ -149,8 +149,9 @@ def test_a_push_of_many_messages_to_one_node_is_answered_whole() -> None:
 
 def test_a_wait_ends_and_what_came_before_was_heard_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wiretap, "PAUSE", 0.001)
-    monkeypatch.setattr(wiretap, "REPLY_TIMEOUT", 0.05)
+    monkeypatch.setattr(limits, "REPLY_TIMEOUT", 0.05)
     heard: list[int] = []
+    late: list[int] = []
 
     class Slow(Engine):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -164,18 +165,23 @@ def test_a_wait_ends_and_what_came_before_was_heard_as_it_came(monkeypatch: pyte
 
     left: list[int] = []
     grid = Slow(app_of(echo), 3)
-    answers = Wiretap(grid, lambda order, answer: heard.append(answer.metadata.src_node_id)).send_and_receive(
-        orders(grid)
-    )
+
+    def ear(order: Message, answer: Message) -> None:
+        (late if answer.has_error() else heard).append(answer.metadata.src_node_id)
+
+    answers = Wiretap(grid, ear).send_and_receive(orders(grid))
+    assert late == [2]
     assert [answer.metadata.src_node_id for answer in answers] == [3, 4]
     assert left[:3] == [0, 1, 2]  # each was heard before the next was looked for
 
 
 def test_a_grid_without_nodes_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    tap = Wiretap(LocalGrid(app_of(echo), 0), lambda order, answer: None)
-    assert tap.get_node_ids() == []
-    monkeypatch.setattr(wiretap, "REPLY_TIMEOUT", -1.0)
-    with pytest.raises(FedtapError, match="No node has been connected"):
+    tap = Wiretap(Engine(app_of(echo), 0), lambda order, answer: None)
+    monkeypatch.setattr(limits, "REPLY_TIMEOUT", 0.01)
+    for _ in range(limits.LOOKS):
+        assert tap.get_node_ids() == []
+    time.sleep(0.02)
+    with pytest.raises(FedtapError, match="for more nodes than the 0 that are connected"):
         tap.get_node_ids()
 
 
