@@ -90,7 +90,7 @@ class Heard:
         lost = " ".join(dict.fromkeys(self.lost.get(rnd, [])))
         if not lost and self.dropped:
             lost = f"Of what came, {self.dropped} answers were dropped, since nobody had asked for them."
-        return f"client {client} did not answer{f': {short(lost, _LONGEST)}' if lost else ''}"
+        return f"client {client} did not answer{f': {short(lost, _LONGEST)}' if lost else ', or was not connected'}"
 
 
 def clients_on(grid: Grid, scenario: Federation) -> int:
