@@ -88,7 +88,7 @@ def test_nodes_that_are_killed_late_or_send_garbage_cost_their_own_leaks_alone(t
 
     The row of a leak that is there names the client whose image comes back from it, so none is attributed wrongly.
     """
-    home, out, limit = tmp_path / "home", tmp_path / "out", 90
+    home, out, limit = tmp_path / "home", tmp_path / "out", 150
     deployment = deployed(home, 5)
     begun = {number: home / f"begun-{number}" for number in (1, 2, 3)}
     faults = {
