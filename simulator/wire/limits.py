@@ -73,7 +73,7 @@ class Limited(Grid):
             )
         return nodes
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:  # type: ignore[override]
         """As the wrapped grid does: ids, and None for a message that was not sent."""
         self._sent()
         orders = list(messages)
