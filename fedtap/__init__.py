@@ -26,7 +26,7 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from flwr.app import UserConfig
     from flwr.serverapp import Grid
@@ -94,7 +94,16 @@ def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:
 
 
 def tap(
-    grid: Grid, folder: str | Path, model: nn.Module, *, name: str, shape: tuple[int, ...], classes: int, **known: Any
+    grid: Grid,
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    classes: int,
+    rounds: Container[int] | None = None,
+    clients: Iterable[int] | None = None,
+    **known: Any,
 ) -> Wiretap:
     """`grid`, with what each client leaks saved under `folder`: give it to your strategy in the place of `grid`.
 
@@ -103,18 +112,20 @@ def tap(
         name: `module:function` of a function of (shape, classes) that returns the model, for `fedtap attack --model`.
         shape: of one input, without the batch: channels, height, width of an image.
         classes: that the model tells apart.
+        rounds: those to record, `range(1, 4)`; all unless said.
+        clients: those to record, `list(grid.get_node_ids())[:10]`; all unless said.
         known: `batch`, `local_steps`, `learning_rate` and what else the app prescribes
             (`fedtap.simulator.leaks.Protocol`).
 
     Raises:
-        FedtapError: no client could train like that.
+        FedtapError: no client could train like that, or rounds or clients name none.
     """
     from fedtap.simulator.leaks import Protocol
     from fedtap.simulator.wire.recorder import recorder
     from fedtap.simulator.wire.wiretap import Wiretap
 
     protocol = Protocol(name, tuple(shape), classes, **{"batch": 1, **known})
-    return Wiretap(grid, recorder(Path(folder), protocol, model))
+    return Wiretap(grid, recorder(Path(folder), protocol, model, rounds=rounds, clients=clients))
 
 
 def load(path: str | Path, model: str | None = None) -> Leak:

@@ -6,8 +6,9 @@ import contextlib
 import json
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from uuid import uuid4
 
 from fedtap.simulator.errors import FedtapError, short
@@ -35,11 +36,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         FedtapError: the folder cannot be made or written (no permission, no space left, no such name).
     """
+    with whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is moved to `path` in one step once all is written, and is gone if that fails.
+
+    Raises:
+        FedtapError: as `write_atomically`.
+    """
     beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_bytes(content)
+            with beside.open("wb") as file:
+                yield file
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +25,25 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.files import is_file, read_json, read_tensors, write_atomically
+from fedtap.simulator.files import (
+    LARGEST_TENSORS,
+    is_file,
+    parse_tensors,
+    read_bytes,
+    read_json,
+    read_tensors,
+    write_atomically,
+)
 
 Tensors = Mapping[str, Tensor]
 _AnyLeak = TypeVar("_AnyLeak", bound="Leak")
 
 FORMAT = 2
-"""Version of the saved form; a reader takes this one and the one before it."""
+"""Version of the saved form; a reader takes this one, the one before it, and `RECORDED`."""
+
+RECORDED = 3
+"""Version of the form that the recorder writes: it may have places for victims that are not there yet, of round 0, and
+its weights may lie in a file that several leaks share, which its JSON names by a digest."""
 
 FORMER = {"steps": "local_steps", "listener": "threat_model"}
 """Terms of the protocol that had other names in format 1."""
@@ -320,26 +335,33 @@ class Leak:
         """Name -> shape, without the victims axis, of what one victim sends: here a tensor for each parameter."""
         return {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
 
-    def packed(self) -> bytes:
-        """The tensors as a safetensors file."""
+    def entries(self) -> dict[str, Tensor]:
+        """The tensors under the names that they have in a file, on the CPU."""
         tensors = {f"{self.kind}/{name}": tensor for name, tensor in self.observed.items()}
         tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
         tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
         tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
         tensors |= {} if self.examples is None else {EXAMPLE_COUNTS: self.examples}
-        return dump_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def save(self, path: Path) -> None:
-        """Write `path` (.safetensors) and the protocol beside it (.json), each atomically."""
-        about = {
+    def packed(self) -> bytes:
+        """The tensors as a safetensors file."""
+        return dump_safetensors(self.entries())
+
+    def description(self) -> dict[str, Any]:
+        """What the JSON file beside the tensors says."""
+        return {
             "format": FORMAT,
             "kind": self.kind,
             "protocol": dataclasses.asdict(self.protocol),
             "stacked": self.stacked,
             "resolution": self.resolution,
         }
+
+    def save(self, path: Path) -> None:
+        """Write `path` (.safetensors) and the protocol beside it (.json), each atomically."""
         write_atomically(path, self.packed())
-        write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2).encode() + b"\n")
+        write_atomically(path.with_suffix(".json"), json.dumps(self.description(), indent=2).encode() + b"\n")
 
 
 class GradientLeak(Leak):
@@ -537,11 +559,14 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
     try:
         if about["format"] == 1:  # of fedtap 0.1, which had other names for two of the terms
             about["protocol"] = {FORMER.get(name, name): value for name, value in about["protocol"].items()}
-        elif about["format"] != FORMAT:
+        elif about["format"] not in (FORMAT, RECORDED):
             raise FedtapError(
-                f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT}: save it "
-                "again."
+                f"{short(beside, 100)} has format {short(about['format'])}, and this fedtap reads {FORMAT} and "
+                f"{RECORDED}: save it again."
             )
+        shared = about["weights"] if about["format"] == RECORDED else None
+        if not (shared is None or (isinstance(shared, str) and re.fullmatch(r"[0-9a-f]{32}", shared))):
+            raise ValueError("weights is null, or the digest of a file of weights, 32 hexadecimal digits")
         written = str(about["kind"])
         kind = KINDS.get(FORMER_KINDS.get(written, written))
         if kind is None:
@@ -569,6 +594,10 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
             f"repeat it on the command line, --model {short(protocol.model)}, if you trust it."
         )
     tensors = read_tensors(path)
+    if about["format"] == RECORDED:
+        tensors = _observed_by_now(tensors, path, stacked)
+    if shared:
+        tensors |= _shared_weights(path, shared)
 
     def group(prefix: str) -> Tensors:
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -615,6 +644,76 @@ def load(path: Path, build: Any, model: str | None = None) -> Leak:
     )
     leak.check()
     return leak
+
+
+def weights_file(folder: Path, digest: str) -> Path:
+    """Where a folder of leaks keeps weights that several of them share."""
+    return folder / "weights" / f"{digest}.safetensors"
+
+
+def digest_of(content: bytes) -> str:
+    """By which a file of shared weights is named: 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _shared_weights(path: Path, digest: str) -> dict[str, Tensor]:
+    """The weights and buffers to which a recorded leak refers.
+
+    Raises:
+        FedtapError: they are not there, or are not those that were recorded.
+    """
+    file = weights_file(path.parent, digest)
+    if not is_file(file):
+        raise FedtapError(
+            f"{short(path, 100)} refers to the weights that its clients were sent, weights/{file.name} beside it, "
+            "which is not there: copy the folder weights with it."
+        )
+    content = read_bytes(file, LARGEST_TENSORS)
+    if digest_of(content) != digest:
+        raise FedtapError(
+            f"{short(file, 120)} is damaged, since its content has another digest than its name: copy it again from "
+            "the folder that was recorded."
+        )
+    tensors = parse_tensors(content, file)
+    if strange := [name for name in tensors if not name.startswith(MODEL_GROUPS)]:
+        raise FedtapError(f"{short(file, 120)} holds {short(strange[0])}, which is no weight: record the leak again.")
+    return tensors
+
+
+def _observed_by_now(tensors: Mapping[str, Tensor], path: Path, stacked: bool) -> dict[str, Tensor]:
+    """The victims of a recorded leak that are there, without the places that are free.
+
+    Raises:
+        FedtapError: there is none, or a tensor has a type that is not recorded.
+    """
+    rounds = tensors.get("rounds")
+    if rounds is None or rounds.ndim != 1 or rounds.dtype != torch.int64:
+        return dict(tensors)  # which is refused for that
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in (torch.int64, torch.float32)]:
+        raise FedtapError(
+            f"{short(path, 100)} holds {short(strange[0])} as {tensors[strange[0]].dtype}, and float32 is recorded: "
+            "record the leak again."
+        )
+    there = rounds != 0
+    if not bool(there.any()):
+        raise FedtapError(f"{short(path, 100)} holds no leak, only places for some: record a round, or take it out.")
+    if bool(there.all()):
+        return dict(tensors)
+    of_victims = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.shape[:1] == there.shape and (stacked or not name.startswith(MODEL_GROUPS))
+    }
+    begun = torch.zeros_like(there)
+    for tensor in of_victims.values():
+        begun |= tensor[:, None].flatten(1).ne(0).any(1)
+    if many := int((begun & ~there).sum()):
+        warnings.warn(
+            f"{short(path, 100)} holds {many} more in part, since the recording ended as it was being written, or goes "
+            "on: it is left out.",
+            stacklevel=3,
+        )
+    return {name: tensor[there] if name in of_victims else tensor for name, tensor in tensors.items()}
 
 
 WRAPPERS = ("module.", "_module.", "_orig_mod.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,29 @@ ATTACK = "attack"
 """Name of a run that attacks a saved leak."""
 
 
+class SavedLeaks(Mapping[str, Leak | FedtapError]):
+    """Leaks by the names of their files, read as they are asked for: a folder may hold more than the memory does.
+
+    An error stands for a file that could not be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Leak | FedtapError]) -> None:
+        self._paths, self._read = {path.name: path for path in paths}, read
+        self._last: tuple[str, Leak | FedtapError] | None = None
+
+    def __getitem__(self, name: str) -> Leak | FedtapError:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next one is read
+            self._last = name, self._read(self._paths[name])
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
 def described_attack(
     leaks: Mapping[str, Leak | FedtapError],
     attacks_on: Callable[[Leak], Sequence[Attack]],
@@ -38,16 +61,18 @@ def described_attack(
     seed: int,
 ) -> dict[str, Any]:
     """What run.json says of a run of these attacks on saved leaks."""
-    sound = [leak for leak in leaks.values() if isinstance(leak, Leak)]
     known = hashlib.blake2b(digest_size=8)
-    for leak in sound:  # one at a time, since a diffusion model's is several gigabytes
-        known.update(leak.packed())
-    panel = dict.fromkeys(attack for leak in sound for attack in attacks_on(leak))
+    protocols, panel = [], dict[Attack, None]()
+    for leak in leaks.values():  # one at a time, since a diffusion model's is several gigabytes
+        if isinstance(leak, Leak):
+            known.update(leak.packed())
+            protocols.append(finite(dataclasses.asdict(leak.protocol)))
+            panel |= dict.fromkeys(attacks_on(leak))
     about = {
         "schema": SCHEMA,
         "name": ATTACK,
         "question": f"What is in {_source(leaks)}?",
-        "settings": [*(finite(dataclasses.asdict(leak.protocol)) for leak in sound), *map(hyperparameters, panel)],
+        "settings": [*protocols, *map(hyperparameters, panel)],
         "leak": known.hexdigest(),
     }
     return {**about, "seed": seed, **environment(device)}
@@ -78,19 +103,31 @@ def attack_saved(
     """
     about = described_attack(leaks, attacks_on, device, seed)
     check_folder(out, about, overwrite=overwrite)
-    failed = {name: leak for name, leak in leaks.items() if isinstance(leak, FedtapError)}
-    tried = {name: (leak, attacks_on(leak)) for name, leak in leaks.items() if not isinstance(leak, FedtapError)}
-    units = [(name, leak, attack) for name, (leak, attacks) in tried.items() for attack in attacks]
-    refused = [_refusal(leak, attack) for _, leak, attack in units]
+    failed: dict[str, FedtapError] = {}
+    units: list[tuple[str, Attack, FedtapError | None]] = []
+    protocols, kinds = dict[Protocol, None](), dict[str, None]()
+    for name, leak in leaks.items():
+        if isinstance(leak, FedtapError):
+            failed[name] = leak
+            continue
+        units += [(name, attack, _refusal(leak, attack)) for attack in attacks_on(leak)]
+        protocols[leak.protocol] = kinds[leak.kind] = None
+    refused = [why_not for _, _, why_not in units]
     if all(refused):
         raise [*filter(None, refused), *failed.values()][0]
-    panel = list(dict.fromkeys(attack for _, attacks in tried.values() for attack in attacks))
+    panel = list(dict.fromkeys(attack for _, attack, _ in units))
     source = _source(leaks)
     folder = Folder(out, about, overwrite=overwrite)
     pictures: dict[Any, Picture] = {}
     folder.add([{"leak": name, "attack": None, "error": str(error)} for name, error in failed.items()])
-    doubted = {name: doubts_of(leak) for name, (leak, _) in tried.items()}
-    for order, ((name, leak, attack), why_not) in enumerate(zip(units, refused, strict=True)):
+    doubted: dict[str, list[str | None]] = {}
+    for order, (name, attack, why_not) in enumerate(units):
+        leak = leaks[name]
+        if isinstance(leak, FedtapError):  # its file was there before
+            folder.add([{"leak": name, "attack": None, "error": str(leak)}])
+            continue
+        if name not in doubted:
+            doubted = {name: doubts_of(leak)}
         many = {"leak": name} if len(leaks) > 1 else {}
         common: Row = {**many, "attack": label_of(attack, panel), "model": leak.protocol.model}
         last: Row = {"settings": hyperparameters(attack), "unit": unit_of(str(order), attack)}
@@ -125,12 +162,10 @@ def attack_saved(
             rows.append(row | last | ({} if objective is not None else {"error": DIVERGED}))
         folder.add(rows)
     folder.describe(finished=True)
-    protocols = dict.fromkeys(leak.protocol for leak, _ in tried.values())
-    kinds = " or ".join(dict.fromkeys(leak.kind for leak, _ in tried.values()))
     page = Page(
         title=f"What is in {source}?",
-        question=f"Which data have this {kinds}? There is no truth to score against: look, read the objective, and of "
-        "gradients how much a reconstruction leaves unexplained.",
+        question=f"Which data have this {' or '.join(kinds)}? There is no truth to score against: look, read the "
+        "objective, and of gradients how much a reconstruction leaves unexplained.",
         threat="\n".join(
             dict.fromkeys(THREATS.get(p.threat_model, f"Its threat model was {p.threat_model}.") for p in protocols)
         ),

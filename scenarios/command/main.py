@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
+    from fedtap.simulator.saved_leak import SavedLeaks
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(emoji=False)  # mine:cat is a model, and no cat
@@ -169,6 +170,12 @@ def attack_command(
         str, typer.Option(help="PATH of a trained attack's .safetensors, as a run leaves it.")
     ] = "",
     model: Annotated[str, typer.Option(help="The leak's architecture, where it is a module:function of yours.")] = "",
+    client: Annotated[
+        list[int] | None, typer.Option(help="A client to attack; all unless said. Again for more.")
+    ] = None,
+    rnd: Annotated[
+        list[int] | None, typer.Option("--round", help="Rounds to attack; all unless said. Again for more.")
+    ] = None,
     out: Out = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the starting points.")] = 0,
     device: Device = "",
@@ -219,7 +226,7 @@ def attack_command(
     loaded()  # so that the kinds of leak are known that installed packages add
     known = {name: value for name, value in said.items() if value is not None}
     tuned = {"base": base, "tokens": tokens, "private": private, "prompt": prompt}
-    found = {path.name: _read(path, model, known, tuned) for path in _leaks_in(leaks)}
+    found = _saved(_leaks_in(leaks), lambda path: _read(path, model, known, tuned), client or [], rnd or [])
 
     def attacks_on(leak: Leak) -> tuple[Attack, ...]:
         return named or parse(suited(leak))
@@ -243,6 +250,37 @@ def _leaks_in(path: Path) -> list[Path]:
     if found := sorted(path.glob("*.safetensors")):
         return found
     raise FedtapError(f"{path} holds no leaks: name a .safetensors file, or a folder with some, as a run's leaks/ is.")
+
+
+def _saved(
+    paths: list[Path], read: Callable[[Path], Leak | FedtapError], clients: list[int], rounds: list[int]
+) -> SavedLeaks:
+    """The leaks of these files, or what they hold of these clients and rounds."""
+    from fedtap.simulator.saved_leak import SavedLeaks
+
+    if not clients and not rounds:
+        return SavedLeaks(paths, read)
+
+    def chosen(path: Path) -> Leak | FedtapError:
+        leak = read(path)
+        if isinstance(leak, FedtapError):
+            return leak
+        these = [
+            (not clients or client in clients) and (not rounds or rnd in rounds)
+            for client, rnd in zip(leak.clients.tolist(), leak.rounds.tolist(), strict=True)
+        ]
+        return leak[leak.clients.new_tensor(these).bool()]
+
+    def holds(path: Path) -> bool:
+        leak = chosen(path)
+        return isinstance(leak, FedtapError) or len(leak) > 0
+
+    if found := [path for path in paths if holds(path)]:
+        return SavedLeaks(found, chosen)
+    raise FedtapError(
+        f"No leak there is of client {short(clients or 'any')} in round {short(rounds or 'any')}: attack them all, and "
+        "the page names each leak's client and round."
+    )
 
 
 def _read(path: Path, model: str, known: Mapping[str, Any], tuned: Mapping[str, Any]) -> Leak | FedtapError:

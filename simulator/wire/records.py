@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from io import BytesIO
+from typing import TypeVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.lib import format as npy
 from torch import Tensor
 
 from fedtap.simulator.errors import FedtapError
 
 NPY = b"\x93NUMPY"
 """How an array begins. numpy would also open a zip, of any size, which no client of Flower's sends."""
+
+LARGEST_HEADER = 1024
+"""Bytes of a header that is remembered, at most; one of plain numbers has 128."""
+
+
+_Kind = TypeVar("_Kind", ArrayRecord, MetricRecord, ConfigRecord)
+
+
+def records_of(content: RecordDict, kind: type[_Kind]) -> list[_Kind]:
+    """A message's records of this kind; Flower's own properties build and check a dictionary at each look."""
+    return [record for record in content.values() if isinstance(record, kind)]
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
@@ -25,7 +41,25 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     for name, array in record.items():
         if not array.data.startswith(NPY):
             raise ValueError(f"the bytes of {name} are no array")
-    return {name: torch.from_numpy(np.require(array.numpy(), requirements="W")) for name, array in record.items()}
+    return {name: torch.from_numpy(_numbers(array)) for name, array in record.items()}
+
+
+def _numbers(array: Array) -> np.ndarray:
+    """As `array.numpy()`, but a header that was met before is not parsed again, which takes longer than the rest."""
+    start = len(NPY) + 4 + int.from_bytes(array.data[8:10], "little")  # version and length of the header
+    if array.stype != "numpy.ndarray" or array.data[6:8] != b"\1\0" or start > LARGEST_HEADER:
+        return np.require(array.numpy(), requirements="W")
+    shape, fortran, dtype = _header(bytes(array.data[:start]))
+    if fortran or dtype.hasobject:
+        return np.require(array.numpy(), requirements="W")  # which refuses objects
+    count = math.prod(shape)
+    return np.frombuffer(array.data, dtype, count, start if count else 0).reshape(shape).copy()
+
+
+@lru_cache(maxsize=4096)
+def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type of an array that begins with these bytes."""
+    return npy.read_array_header_1_0(BytesIO(start[8:]))
 
 
 @contextmanager

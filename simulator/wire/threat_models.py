@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.federation.settings import FEWEST, SECURE
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, Protocol, Tensors, UpdateLeak, float_buffers
-from fedtap.simulator.wire.records import tensors_of
+from fedtap.simulator.wire.records import records_of, tensors_of
 
 ThreatModel = Callable[[Leak], Leak]
 
@@ -166,39 +167,123 @@ def leak_of_exchange(
     Raises:
         FedtapError: they are not weights of this model, or not finite.
     """
-    parameters = [name for name, _ in network.named_parameters()]
-    buffers = float_buffers(network)
-    _whole(before, [*parameters, *buffers], "message to", client)
-    _whole(after, [*parameters, *buffers], "reply of", client)
-    single = protocol.local_steps == 1
-    scale = -1 / protocol.learning_rate if single else 1.0
-    differences = {}
-    for name in (*parameters, *buffers):
-        if after[name].shape != before[name].shape:
+    broadcast = Broadcast.of(before, network, client)
+    broadcast.check(after, client)
+    change = vector_of(after, broadcast.weights) - broadcast.vector
+    types = broadcast.types.union(after[name].dtype for name in broadcast.weights)
+    return broadcast.leak(change, types, protocol, client, rnd, examples)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What a client was sent, made ready once for all who were sent the same."""
+
+    network: nn.Module
+    """The model."""
+    weights: Tensors
+    """Its parameters, in single precision."""
+    buffers: Tensors
+    """Its floating point buffers, in single precision."""
+    vector: Float[Tensor, "entries"]
+    """The parameters one after the other, in double precision."""
+    types: frozenset[torch.dtype]
+    """Precisions in which the parameters were sent."""
+
+    @staticmethod
+    def of(sent: Tensors, network: nn.Module, client: int) -> Broadcast:
+        """From the tensors of a message to this client.
+
+        Raises:
+            FedtapError: they are not all of the model's.
+        """
+        parameters, buffers = [name for name, _ in network.named_parameters()], list(float_buffers(network))
+        _whole(sent, [*parameters, *buffers], "message to", client)
+        return Broadcast(
+            network,
+            {name: sent[name].float() for name in parameters},
+            {name: sent[name].float() for name in buffers},
+            vector_of(sent, parameters),
+            frozenset(sent[name].dtype for name in parameters),
+        )
+
+    def check(self, after: Tensors, client: int) -> None:
+        """Refuse what a client sent back where it is no state of this model.
+
+        Raises:
+            FedtapError: it lacks a tensor, one has another shape, or a buffer is not finite.
+        """
+        wanted = {**self.weights, **self.buffers}
+        _whole(after, list(wanted), "reply of", client)
+        same_shapes(after, wanted, client)
+        for name in self.buffers:
+            if not bool(after[name].float().isfinite().all()):
+                raise _no_number(name, client)
+
+    def leak(
+        self,
+        change: Float[Tensor, "entries"],
+        types: Iterable[torch.dtype],
+        protocol: Protocol,
+        client: int,
+        rnd: int,
+        examples: int | None = None,
+    ) -> Leak:
+        """The leak of a client whose parameters changed by this, as `leak_of_exchange`.
+
+        Args:
+            change: the parameters after training, less `vector`.
+            types: precisions in which they went over the wire.
+
+        Raises:
+            FedtapError: the change is not finite.
+        """
+        single = protocol.local_steps == 1
+        scale = -1 / protocol.learning_rate if single else 1.0
+        scaled = (change * scale).float()  # of all at once: they are many and small
+        sizes = [tensor.numel() for tensor in self.weights.values()]
+        parts = dict(zip(self.weights, scaled.split(sizes), strict=True))  # type: ignore[no-untyped-call]
+        if not all(math.isfinite(end) for end in scaled.aminmax()):  # both are NaN if any is
+            raise _no_number(next(name for name, part in parts.items() if not bool(part.isfinite().all())), client)
+        return (GradientLeak if single else UpdateLeak)(
+            observed={name: parts[name].view(1, *tensor.shape) for name, tensor in self.weights.items()},
+            protocol=protocol,
+            network=self.network,
+            weights=self.weights,
+            buffers=self.buffers,
+            clients=torch.tensor([client]),
+            rounds=torch.tensor([rnd]),
+            restarts=torch.tensor([0]),
+            resolution=max(map(_rounding, types)) * abs(scale),
+            examples=None if examples is None else torch.tensor([examples]),
+        )
+
+
+def vector_of(tensors: Tensors, names: Iterable[str]) -> Float[Tensor, "entries"]:
+    """Those of these names one after the other, in double precision."""
+    return torch.cat([tensors[name].reshape(-1) for name in names]).double()
+
+
+def same_shapes(after: Tensors, before: Tensors, client: int) -> None:
+    """Refuse a client's tensors that have other shapes than those that it was sent.
+
+    Raises:
+        FedtapError: naming the first.
+    """
+    for name, tensor in before.items():
+        if after[name].shape != tensor.shape:
             raise FedtapError(
                 f"Client {client} answered {name} of shape {tuple(after[name].shape)} to one of "
-                f"{tuple(before[name].shape)}, so there is no difference to take: it trains another model."
+                f"{tuple(tensor.shape)}, so there is no difference to take: it trains another model."
             )
-        differences[name] = difference(before[name], after[name], scale)
-        if not bool(after[name].float().isfinite().all() and differences[name].isfinite().all()):
-            raise FedtapError(f"Client {client} answered NaN or infinity in {name}: its training diverged or it lies.")
-    return (GradientLeak if single else UpdateLeak)(
-        observed={name: differences[name][None] for name in parameters},
-        protocol=protocol,
-        network=network,
-        weights={name: before[name].float() for name in parameters},
-        buffers={name: before[name].float() for name in buffers},
-        clients=torch.tensor([client]),
-        rounds=torch.tensor([rnd]),
-        restarts=torch.tensor([0]),
-        resolution=max(_rounding(tensors[name]) for tensors in (before, after) for name in parameters) * abs(scale),
-        examples=None if examples is None else torch.tensor([examples]),
-    )
 
 
-def _rounding(weights: Tensor) -> float:
+def _no_number(name: str, client: int) -> FedtapError:
+    return FedtapError(f"Client {client} answered NaN or infinity in {name}: its training diverged or it lies.")
+
+
+def _rounding(precision: torch.dtype) -> float:
     """Standard error of a difference of two weights near 0.1 in this precision; ROUNDING in float32."""
-    return ROUNDING * torch.finfo(weights.dtype).eps / torch.finfo(torch.float32).eps
+    return ROUNDING * torch.finfo(precision).eps / torch.finfo(torch.float32).eps
 
 
 def difference(before: Tensor, after: Tensor, scale: float) -> Tensor:
@@ -215,12 +300,13 @@ def weights_in(content: RecordDict, what: str) -> dict[str, Tensor]:
     Raises:
         FedtapError: it holds no or several ArrayRecords, or arrays that are no tensors.
     """
-    if len(content.array_records) != 1:
+    records = records_of(content, ArrayRecord)
+    if len(records) != 1:
         raise FedtapError(
-            f"The {what} holds {len(content.array_records)} ArrayRecords and FedAvg exchanges exactly one: "
+            f"The {what} holds {len(records)} ArrayRecords and FedAvg exchanges exactly one: "
             "send other leaks under a message action of their own."
         )
-    record: ArrayRecord = next(iter(content.array_records.values()))
+    (record,) = records
     try:
         return tensors_of(record)
     except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them

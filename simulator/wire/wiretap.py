@@ -13,12 +13,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.wire.limits import Limited
+from fedtap.simulator.wire.records import records_of
 
 Ear = Callable[[Message, Message], None]
 """What is done with a message and its reply, or with the error that stands for a reply that did not come in time.
@@ -169,7 +170,7 @@ def partition_of(answer: Message) -> int:
     It is the client's word, for any node can report any number: see `fedtap.simulator.wire.roll` for who is who.
     """
     if answer.has_content():
-        for record in answer.content.metric_records.values():
+        for record in records_of(answer.content, MetricRecord):
             partition = record.get("partition")
             if type(partition) is int and 0 <= partition < 2**31:
                 return partition

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import fedtap
 from fedtap.attackers.gradients.idlg import IDLG
-from fedtap.simulator.leaks import GradientLeak, Protocol, load
+from fedtap.simulator.leaks import GradientLeak, Leak, Protocol, load
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
 from fedtap.simulator.wire.recorder import recorder
@@ -50,10 +51,8 @@ def test_an_unmodified_flower_app_leaks_its_gradients(tmp_path: Path) -> None:
     tap = fedtap.tap(LocalGrid(app, 2), tmp_path, net(), **known)  # type: ignore[arg-type]
     FedAvg(fraction_evaluate=0.0).start(tap, ArrayRecord(net().state_dict()), num_rounds=2)
 
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert [file.stem for file in files] == [f"round_{rnd}-client_{node}" for rnd in (1, 2) for node in (2, 3)]
-    leak = load(files[1], lambda *_: net(), "mine:net")
-    assert isinstance(leak, GradientLeak)
+    assert filed(tmp_path) == {(rnd, node) for rnd in (1, 2) for node in (2, 3)}
+    leak = recorded(tmp_path, client=3)
     model, (images, labels) = net(), private[1]
     loss = F.cross_entropy(model(images), labels)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -82,7 +81,7 @@ def test_what_cannot_be_recorded_is_a_warning_and_the_app_goes_on(tmp_path: Path
         assert list(result.arrays) == ["w"]
     tap = Wiretap(LocalGrid(app, 2), recorder(tmp_path / "leaks", protocol, named))
     FedAvg(fraction_evaluate=0.0).start(tap, arrays, num_rounds=1)
-    assert len(list((tmp_path / "leaks").glob("*.safetensors"))) == 2
+    assert filed(tmp_path / "leaks", named) == {(1, 2), (1, 3)}
 
 
 def step(batch: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -108,12 +107,25 @@ def told(
     return [str(one.message) for one in said]
 
 
-def ear_of(folder: Path, **more: str) -> Ear:
+def ear_of(folder: Path, **more: Any) -> Ear:
     return recorder(folder, Protocol("mine:net", (3, 8, 8), 3, batch=1, learning_rate=0.05), net(), **more)
 
 
-def recorded(folder: Path, stem: str = "round_1-client_7") -> GradientLeak:
-    leak = load(folder / f"{stem}.safetensors", lambda *_: net(), "mine:net")
+def leaks_in(folder: Path, network: nn.Module | None = None) -> list[Leak]:
+    """All leaks of a folder, one victim each."""
+    stacks = [load(file, lambda *_: network or net(), "mine:net") for file in sorted(folder.glob("*.safetensors"))]
+    return [stack[victim] for stack in stacks for victim in range(len(stack))]
+
+
+def filed(folder: Path, network: nn.Module | None = None) -> set[tuple[int, int]]:
+    """Round and client of each leak of a folder, of which there is one."""
+    names = [(int(leak.rounds), int(leak.clients)) for leak in leaks_in(folder, network)]
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+def recorded(folder: Path, client: int = 7, rnd: int = 1) -> GradientLeak:
+    (leak,) = (one for one in leaks_in(folder) if (int(one.rounds), int(one.clients)) == (rnd, client))
     assert isinstance(leak, GradientLeak)
     return leak
 
@@ -179,11 +191,10 @@ def test_rounds_without_a_number_and_partitions_of_the_apps_own_overwrite_nothin
     for node in (7, 8):
         for _ in range(3):
             assert told(ear, ArrayRecord(before), ArrayRecord(after), node, **{"num-examples": 1, "partition": 3}) == []
-    names = {f"round_{rnd}-client_{node}" for rnd in (1, 2, 3) for node in (7, 8)}
-    assert {file.stem for file in tmp_path.glob("*.safetensors")} == names
+    assert filed(tmp_path) == {(rnd, node) for rnd in (1, 2, 3) for node in (7, 8)}
     order = Message(RecordDict({"arrays": ArrayRecord(before), "c": ConfigRecord({"server-round": 9})}), 7, "train")
     ear(order, Message(RecordDict({"arrays": ArrayRecord(after)}), reply_to=order))
-    assert (tmp_path / "round_9-client_7.safetensors").is_file()
+    assert len(load(tmp_path / "round_9.safetensors", lambda *_: net(), "mine:net")) == 1
 
 
 def test_replies_of_other_types_are_counted_and_named_once(tmp_path: Path) -> None:

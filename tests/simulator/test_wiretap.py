@@ -23,7 +23,7 @@ from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
 from fedtap.simulator.wire.messages import ask
 from fedtap.simulator.wire.recorder import recorder
 from fedtap.simulator.wire.wiretap import NONSENSE, UNPULLED, Wiretap
-from tests.simulator.test_recorder import net
+from tests.simulator.test_recorder import net, recorded
 from tests.support.scenes import Scene
 
 BASE = Scene(attack="", name="test", model="mlp", size=8, victims=3)
@@ -313,7 +313,6 @@ def test_the_recorder_files_each_leak_under_the_node_that_was_asked(tmp_path: Pa
     with pytest.warns(UserWarning, match="nobody had asked it for"):
         tap.send_and_receive([Message(sent, node, "train") for node in grid.get_node_ids()])
     for node in grid.get_node_ids():
-        leak = load(tmp_path / f"round_1-client_{node}.safetensors", lambda *_: net(), "mine:net")
-        assert isinstance(leak, GradientLeak)
+        leak = recorded(tmp_path, client=node)
         for change in leak.gradient.values():
             torch.testing.assert_close(change, torch.full_like(change, -0.01 * node / 0.05), rtol=1e-3, atol=1e-3)
