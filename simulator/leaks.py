@@ -651,7 +651,7 @@ def weights_file(folder: Path, digest: str) -> Path:
     return folder / "weights" / f"{digest}.safetensors"
 
 
-def digest_of(content: bytes) -> str:
+def weights_digest(content: bytes) -> str:
     """By which a file of shared weights is named: 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -669,7 +669,7 @@ def _shared_weights(path: Path, digest: str) -> dict[str, Tensor]:
             "which is not there: copy the folder weights with it."
         )
     content = read_bytes(file, LARGEST_TENSORS)
-    if digest_of(content) != digest:
+    if weights_digest(content) != digest:
         raise FedtapError(
             f"{short(file, 120)} is damaged, since its content has another digest than its name: copy it again from "
             "the folder that was recorded."

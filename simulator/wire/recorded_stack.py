@@ -17,7 +17,7 @@ from safetensors.torch import save as dump_weights
 
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, whole, write_atomically
-from fedtap.simulator.leaks import MODEL_GROUPS, RECORDED, Leak, Tensors, digest_of, weights_file
+from fedtap.simulator.leaks import MODEL_GROUPS, RECORDED, Leak, Tensors, weights_digest, weights_file
 
 LARGEST_STACK = 4 << 20
 """Bytes of a file's victims, at most, or one victim: an attack runs on all victims of a file at once."""
@@ -111,7 +111,7 @@ def keep_weights(folder: Path, leak: Leak) -> str:
     """
     entries = {name: tensor for name, tensor in leak.entries().items() if name.startswith(MODEL_GROUPS)}
     content = dump_weights(entries)
-    digest = digest_of(content)
+    digest = weights_digest(content)
     if not is_file(path := weights_file(folder, digest)):
         write_atomically(path, content)
     return digest
