@@ -90,9 +90,12 @@ class RecordedStack:
 
     def _entries(self, leak: Leak) -> Tensors:
         """What is written of a victim, its round last."""
-        entries = leak.entries()
-        if not self._own_weights:
-            entries = {name: tensor for name, tensor in entries.items() if not name.startswith(MODEL_GROUPS)}
+        entries = {}
+        for name, tensor in leak.entries().items():
+            if not name.startswith(MODEL_GROUPS):
+                entries[name] = tensor
+            elif self._own_weights:
+                entries[name] = tensor[None]
         return {name: entries[name] for name in entries if name != "rounds"} | {"rounds": leak.rounds}
 
     def _put(self, file: IO[bytes], entries: Tensors) -> None:

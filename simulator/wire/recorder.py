@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import exists, write_atomically
-from fedtap.simulator.leaks import Leak, Protocol, Tensors, check_protocol
+from fedtap.simulator.leaks import Leak, Protocol, Tensors, check_protocol, weights_file
 from fedtap.simulator.wire.recorded_stack import RecordedStack, keep_weights
 from fedtap.simulator.wire.records import records_of
 from fedtap.simulator.wire.soundness import doubts
@@ -159,7 +159,7 @@ class _Recorder:
     def _write_counts(self, new: bool) -> None:
         """Bring `messages.json` up to date: in one write at its beginning, since counts alone never make it shorter."""
         path, content = self.folder / "messages.json", json.dumps(self._counts).encode() + b"\n"
-        if new:
+        if new or not exists(path):
             write_atomically(path, content)
             return
         with path.open("r+b", buffering=0) as file:
@@ -189,10 +189,10 @@ class _Recorder:
                 del self._open[next(iter(self._open))]
             known = self._open[rnd] = _Round(sent, broadcast)
         stack = known.stacks.get(form)
-        if stack is not None and not stack.full:
+        if stack is not None and not stack.full and exists(stack.path):
             stack.add(leak)
         else:
-            if form[-1] and not known.weights:
+            if form[-1] and not (known.weights and exists(weights_file(self.folder, known.weights))):
                 known.weights = keep_weights(self.folder, leak)
             # so many as there are already, or as the round before had
             room = known.many[form] or (former.many[form] if former else 0)

@@ -13,10 +13,13 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-from flwr.app import UserConfig
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional as F
 
 import fedtap.simulator.data.vision
 import fedtap.simulator.federation.settings
@@ -28,7 +31,11 @@ from fedtap.scenarios.command.plan import plan, plan_of
 from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.private_data import private_data
+from fedtap.simulator.leaks import Protocol, load
+from fedtap.simulator.models.registry import build
 from fedtap.simulator.options import options_of
+from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.wire.recorder import recorder
 
 QUICK = ["--victims", "2", "--attack", "linear", "--model", "mlp"]
 
@@ -173,6 +180,44 @@ def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "b/strip.png").is_file()
     same = (tmp_path / "a/reconstructions/part_0-0-linear.safetensors").read_bytes()
     assert (tmp_path / "b/reconstructions/0-linear.safetensors").read_bytes() == same
+
+
+def test_a_folder_of_recorded_leaks_is_attacked_with_those_of_other_formats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, shape = "mlp(width=8)", (1, 4, 4)
+    network = build(model, shape, 3, seed=0)
+    LocalGrid(ClientApp(), 1)  # names the run, without which Flower makes no message
+    folder = tmp_path / "leaks"
+    ear = recorder(folder, Protocol(model, shape, 3, batch=1, learning_rate=0.1), network)
+    before, draw = ArrayRecord(network.state_dict()), torch.Generator().manual_seed(0)
+    for rnd in (1, 2):
+        for client in (7, 8, 9):
+            image, label = torch.rand(1, *shape, generator=draw), torch.tensor([client % 3])
+            loss = F.cross_entropy(network(image), label)
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            names = [name for name, _ in network.named_parameters()]
+            after = dict(network.state_dict())
+            after |= {name: after[name] - 0.1 * each for name, each in zip(names, gradients, strict=True)}
+            order = Message(RecordDict({"a": before, "c": ConfigRecord({"server-round": rnd})}), client, "train")
+            ear(order, Message(RecordDict({"a": ArrayRecord(after)}), reply_to=order))
+    last = load(folder / "round_2.safetensors", build)[-1]
+    last.save(folder / "by_itself.safetensors")  # as one victim, with its weights
+    (folder / "torn.safetensors").write_bytes(b"x")
+    assert run(monkeypatch, "attack", str(folder), "--attack", "linear", "--out", str(tmp_path / "all")) == 0
+    found = rows(tmp_path / "all")
+    good = [(row["client"], row["round"]) for row in found if "error" not in row]
+    assert sorted(good) == sorted([(c, r) for r in (1, 2) for c in (7, 8, 9)] + [(9, 2)])
+    assert sum("torn" in str(row["leak"]) for row in found) == 1
+    some = ["attack", str(folder), "--attack", "linear", "--client", "8", "--client", "7", "--round", "2"]
+    assert run(monkeypatch, *some, "--out", str(tmp_path / "some")) == 0
+    good = [(row["client"], row["round"]) for row in rows(tmp_path / "some") if "error" not in row]
+    assert good == [(7, 2), (8, 2)]
+    (folder / "torn.safetensors").unlink()
+    capsys.readouterr()
+    assert run(monkeypatch, "attack", str(folder), "--client", "5", "--out", str(tmp_path / "none")) == 2
+    assert "No leak there is of client [5]" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_ones_own_model_is_named_on_the_command_line(
