@@ -17,7 +17,7 @@ from fedtap.clients.app import client_app
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
-from fedtap.simulator.leaks import GradientLeak, Protocol, load
+from fedtap.simulator.leaks import Protocol
 from fedtap.simulator.wire import limits, roll, wiretap
 from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
 from fedtap.simulator.wire.messages import ask
