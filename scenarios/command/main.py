@@ -199,6 +199,9 @@ def attack_command(
     nesterov: Annotated[bool | None, typer.Option(help="Whether that momentum is Nesterov's.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="The optimiser's, times the weights.")] = None,
     batchnorm: Annotated[str | None, typer.Option(help="train (the batch's statistics) or eval (running).")] = None,
+    step_batch: Annotated[
+        int | None, typer.Option(min=0, help="Examples in each local step, which take the batch's in turn; 0: all.")
+    ] = None,
 ) -> None:
     """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
     said = {
@@ -209,7 +212,7 @@ def attack_command(
         "loss": loss,
     }
     said |= {"reduction": reduction, "optimiser": optimiser, "momentum": momentum, "nesterov": nesterov}
-    said |= {"weight_decay": weight_decay, "batchnorm": batchnorm}
+    said |= {"weight_decay": weight_decay, "batchnorm": batchnorm, "step_batch": step_batch}
     from fedtap.attackers import code_named, loaded, models_named, parse, suited
 
     _own_code(*code_named(attack))
