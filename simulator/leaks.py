@@ -336,17 +336,19 @@ class Leak:
         return {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
 
     def entries(self) -> dict[str, Tensor]:
-        """The tensors under the names that they have in a file, on the CPU."""
+        """What is observed of each victim, and its names, as they are called in a file; on the CPU."""
         tensors = {f"{self.kind}/{name}": tensor for name, tensor in self.observed.items()}
-        tensors |= {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
-        tensors |= {f"buffers/{name}": tensor for name, tensor in self.buffers.items()}
         tensors |= {"clients": self.clients, "rounds": self.rounds, "restarts": self.restarts}
-        tensors |= {} if self.examples is None else {EXAMPLE_COUNTS: self.examples}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return _stored(tensors | ({} if self.examples is None else {EXAMPLE_COUNTS: self.examples}))
+
+    def model_entries(self) -> dict[str, Tensor]:
+        """Weights and buffers as they are called in a file, on the CPU."""
+        tensors = {f"weights/{name}": tensor for name, tensor in (self.weights or {}).items()}
+        return _stored(tensors | {f"buffers/{name}": tensor for name, tensor in self.buffers.items()})
 
     def packed(self) -> bytes:
         """The tensors as a safetensors file."""
-        return dump_safetensors(self.entries())
+        return dump_safetensors(self.entries() | self.model_entries())
 
     def description(self) -> dict[str, Any]:
         """What the JSON file beside the tensors says."""
@@ -875,6 +877,10 @@ def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 def _each(tensors: Tensors, change: Any) -> Tensors:
     return {name: change(tensor) for name, tensor in tensors.items()}
+
+
+def _stored(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _spreader(victims: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -48,13 +49,15 @@ def _measure(clients: int, rounds: int, folder: Path) -> None:
     _play(FedAvg(fraction_evaluate=0.0), LocalGrid(_app(2), 2), 1, _initial())  # torch's own first step takes seconds
     strategies = [FedAvg(fraction_evaluate=0.0) for _ in range(2)]
     states = [_initial(), _initial()]
-    wall, processor, peaks = [0.0, 0.0], [0.0, 0.0], []
+    wall: tuple[list[float], list[float]] = ([], [])
+    processor: tuple[list[float], list[float]] = ([], [])
+    peaks: list[float] = []
     for rnd in range(1, rounds + 1):
         for which in (0, 1) if rnd % 2 else (1, 0):
             began = time.perf_counter(), time.process_time()
             states[which] = _play(strategies[which], (grid, tap)[which], rnd, states[which])
-            wall[which] += time.perf_counter() - began[0]
-            processor[which] += time.process_time() - began[1]
+            wall[which].append(time.perf_counter() - began[0])
+            processor[which].append(time.process_time() - began[1])
         peaks.append(_peak())
     leaks = sum(parameter.numel() for parameter in _net().parameters()) * 4 * clients * rounds
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -63,8 +66,10 @@ def _measure(clients: int, rounds: int, folder: Path) -> None:
     print(f"{clients:,} clients x {rounds} rounds: {found:,} of {clients * rounds:,} leaks recorded, 1 thread")
     print(f"  files: {len(files)}")
     print(f"  disk / bytes of the leaks: {taken / leaks:.3f} taken, {long / leaks:.3f} by the files' lengths")
-    print(f"  with the tap / without: {processor[1] / processor[0]:.3f} times the processor time, ", end="")
-    print(f"{wall[1] / wall[0]:.3f} the time ({1e3 * wall[1] / clients / rounds:.1f} ms a client)")
+    for what, times in (("processor time", processor), ("time", wall)):
+        of_rounds = statistics.median(with_tap / bare for bare, with_tap in zip(*times, strict=True))
+        ratio = sum(times[1]) / sum(times[0])
+        print(f"  with the tap / without: {ratio:.3f} times the {what}, median of the rounds {of_rounds:.3f}")
     print(f"  peak memory: {peaks[0]:.0f} MB after the first round, {peaks[-1]:.0f} MB after the last")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save as dump_weights
 
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import is_file, whole, write_atomically
-from fedtap.simulator.leaks import MODEL_GROUPS, RECORDED, Leak, Tensors, weights_digest, weights_file
+from fedtap.simulator.leaks import RECORDED, Leak, Tensors, weights_digest, weights_file
 
 LARGEST_STACK = 4 << 20
 """Bytes of a file's victims, at most, or one victim: an attack runs on all victims of a file at once."""
@@ -90,13 +90,11 @@ class RecordedStack:
 
     def _entries(self, leak: Leak) -> Tensors:
         """What is written of a victim, its round last."""
-        entries = {}
-        for name, tensor in leak.entries().items():
-            if not name.startswith(MODEL_GROUPS):
-                entries[name] = tensor
-            elif self._own_weights:
-                entries[name] = tensor[None]
-        return {name: entries[name] for name in entries if name != "rounds"} | {"rounds": leak.rounds}
+        entries = leak.entries()
+        if self._own_weights:
+            entries |= {name: tensor[None] for name, tensor in leak.model_entries().items()}
+        entries["rounds"] = entries.pop("rounds")
+        return entries
 
     def _put(self, file: IO[bytes], entries: Tensors) -> None:
         for name, tensor in entries.items():
@@ -112,8 +110,7 @@ def keep_weights(folder: Path, leak: Leak) -> str:
     Raises:
         FedtapError: they cannot be written.
     """
-    entries = {name: tensor for name, tensor in leak.entries().items() if name.startswith(MODEL_GROUPS)}
-    content = dump_weights(entries)
+    content = dump_weights(leak.model_entries())
     digest = weights_digest(content)
     if not is_file(path := weights_file(folder, digest)):
         write_atomically(path, content)

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Container, Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,12 @@ class _Recorder:
     def _write_counts(self, new: bool) -> None:
         """Bring `messages.json` up to date: in one write at its beginning, since counts alone never make it shorter."""
         path, content = self.folder / "messages.json", json.dumps(self._counts).encode() + b"\n"
-        if new or not exists(path):
-            write_atomically(path, content)
-            return
-        with path.open("r+b", buffering=0) as file:
-            file.write(content)
+        with suppress(FileNotFoundError):
+            if not new:
+                with path.open("r+b", buffering=0) as file:
+                    file.write(content)
+                return
+        write_atomically(path, content)
 
     def _record(self, message: RecordDict, reply: RecordDict, client: int, rnd: int) -> Leak:
         """Write the leak of this exchange."""
@@ -183,7 +185,7 @@ class _Recorder:
         change, types = _change(broadcast, after, client)
         leak = broadcast.leak(change, types, self.protocol, client, rnd, _examples(reply, self.weighted_by_key))
         form = (leak.resolution, leak.examples is None, alike or known is None)  # a file has one of each
-        former = next(reversed(self._open.values()), None)
+        former = next((one for number, one in reversed(self._open.items()) if number != rnd), None)
         if known is None:
             while len(self._open) >= OPEN_ROUNDS:
                 del self._open[next(iter(self._open))]
@@ -194,8 +196,9 @@ class _Recorder:
         else:
             if form[-1] and not (known.weights and exists(weights_file(self.folder, known.weights))):
                 known.weights = keep_weights(self.folder, leak)
-            # so many as there are already, or as the round before had
-            room = known.many[form] or (former.many[form] if former else 0)
+            # for as many as the round before had more, or as there are already
+            more = former.many[form] - known.many[form] if former else 0
+            room = more if more > 0 else known.many[form]
             known.stacks[form] = RecordedStack(self._free(known, rnd), leak, room, known.weights if form[-1] else None)
         known.many[form] += 1
         return leak
@@ -251,10 +254,12 @@ def _change(broadcast: Broadcast, after: Tensors, client: int) -> tuple[Tensor, 
             f"it sent {many - len(missing)} of the {many} tensors that it trains on (no "
             f"{short(missing[0])}), and a partial update is attacked by no attack here: record a model of those alone."
         )
-    same_shapes(after, broadcast.weights, client)
     back = vector_of(after, broadcast.weights)
+    if len(back) != len(broadcast.vector):
+        same_shapes(after, broadcast.weights, client)
     change = back - broadcast.vector
     if back.dot(back) < change.dot(change):
+        same_shapes(after, broadcast.weights, client)
         _warn(
             f"Client {client} sends differences and not weights, by their size: they are recorded as (after - before), "
             "so if the app sends (before - after), no attack will explain them."

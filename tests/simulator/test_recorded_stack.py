@@ -203,10 +203,12 @@ def test_files_are_few_and_hold_little_but_the_leaks(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_larger_than_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded_stack, "LARGEST_STACK", 300)
-    play(tmp_path, 10, 2)
-    assert len(read(tmp_path, PLAIN)) == 20
-    assert max(len(load(path, lambda *_: PLAIN, "mine:net")) for path in tmp_path.glob("*.safetensors")) == 5
+    monkeypatch.setattr(recorded_stack, "LARGEST_STACK", 300)  # of 60 bytes: two tensors and three numbers of 8
+    play(tmp_path, 12, 2)
+    assert len(read(tmp_path, PLAIN)) == 24
+    held = {path.stem: path.stat().st_size for path in tmp_path.glob("round_2*.safetensors")}
+    assert len(held) == 3
+    assert held["round_2-3"] == held["round_2"] - 3 * 60
 
 
 @pytest.mark.parametrize("after_writing", range(5))
