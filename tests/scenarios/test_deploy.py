@@ -83,50 +83,43 @@ def test_with_tls_and_authenticated_nodes_each_leak_is_its_clients(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_nodes_that_are_killed_late_or_send_garbage_cost_their_own_leaks_alone(tmp_path: Path) -> None:
-    """In round 2 of 3, client 1 is killed and comes back, client 2 replies after the limit, and client 3 sends garbage.
+def test_nodes_that_are_killed_or_send_garbage_cost_their_own_leaks_alone(tmp_path: Path) -> None:
+    """In round 2 of 3, client 1 is killed and started again, and client 2 sends garbage.
 
     The row of a leak that is there names the client whose image comes back from it, so none is attributed wrongly.
     """
-    home, out, limit = tmp_path / "home", tmp_path / "out", 150
-    deployment = deployed(home, 5)
-    begun = {number: home / f"begun-{number}" for number in (1, 2, 3)}
+    home, out = tmp_path / "home", tmp_path / "out"
+    deployment = deployed(home, 4)
+    begun = {number: home / f"begun-{number}" for number in (1, 2)}
     faults = {
-        number: {"FAULT": fault, "FAULT_BEGUN": str(begun[number]), "FAULT_UNTIL": str(home / "release")}
-        for number, fault in ((1, "hang"), (2, "late"), (3, "garbage"))
+        number: {"FAULT": fault, "FAULT_BEGUN": str(begun[number])} for number, fault in ((1, "hang"), (2, "garbage"))
     }
     with contextlib.ExitStack() as stack:
         superlink = stack.enter_context(deployment.superlink())
-        deployment.register(5)
-        nodes = [stack.enter_context(deployment.supernode(number, 5, **faults.get(number, {}))) for number in range(5)]
+        deployment.register(4)
+        nodes = [stack.enter_context(deployment.supernode(number, 4, **faults.get(number, {}))) for number in range(4)]
         for number, node in enumerate(nodes):
             deployment.connected(number, node)
 
         def meddle() -> None:
             at(begun[1].exists)
             os.killpg(nodes[1].pid, signal.SIGKILL)
-            killed = time.monotonic()
             back = False
             while not back:  # the SuperLink turns it away while it takes the killed one for alive, a minute
                 with contextlib.suppress(FedtapError):
-                    deployment.connected(1, stack.enter_context(deployment.supernode(1, 5)))
+                    deployment.connected(1, stack.enter_context(deployment.supernode(1, 4)))
                     back = True
-            at(begun[2].exists)
-            at(lambda: time.monotonic() > killed + limit)
-            (home / "release").touch()
 
         meddler = threading.Thread(target=meddle, daemon=True)
         meddler.start()
-        options = "--model=mlp --victims=12 --clients=4 --attack=linear"
-        app = app_of(home, out, options, FAULTY, **{"reply-timeout": str(limit)})
-        deployment.run(app, superlink=superlink)
+        options = "--model=mlp --victims=9 --clients=3 --attack=linear"
+        deployment.run(app_of(home, out, options, FAULTY, **{"reply-timeout": "600"}), superlink=superlink)
         meddler.join(60)
     rows = rows_of(out)
-    failed = {name: row["error"] for name, row in rows.items() if "error" in row}
-    assert {(1, 2), (2, 2), (3, 2)} <= {*failed} <= {(1, 2), (2, 2), (3, 2), (1, 3), (2, 3)}
+    failed = {name: row["error"] for name, row in rows.items() if row.get("error")}
+    assert {(1, 2), (2, 2)} <= {*failed} <= {(1, 2), (2, 2), (1, 3)}  # it may be back in time for round 3
     assert "client 1 failed" in failed[1, 2]
-    assert f"No reply came within {limit} s" in failed[2, 2]
-    assert "sent other arrays" in failed[3, 2]
+    assert "sent other arrays" in failed[2, 2]
     assert all(row["psnr"] > 60 for name, row in rows.items() if name not in failed)
 
 
