@@ -5,12 +5,7 @@ Nothing here imports torch or the app.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,19 +14,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fedtap.simulator.errors import FedtapError, Stopped, short
-
-_GRACE = 60.0
-"""Seconds that the process has after its time to end an attack, score it and write what it found."""
+from fedtap.scenarios.audit.process import ending, free_folder, run_in_process
+from fedtap.simulator.errors import FedtapError, short
 
 _FAIL_ON = {"recognisable": ("recognisable", "identical", "raw data"), "identical": ("identical", "raw data")}
 """What `--fail-on` takes, and the levels of risk that it is met by."""
 
 MET = 3
 """Exit code where `--fail-on` is met."""
-
-_ENVIRONMENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-"""So that Flower sends nothing and asks nothing."""
 
 
 def audit_command(
@@ -135,10 +125,7 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
     Raises:
         FedtapError: the folder holds something else, or another audit.
     """
-    number, where = 1, (out or Path("runs/audit")).resolve()
-    while out is None and where.exists():
-        number += 1
-        where = Path(f"runs/audit-{number}").resolve()
+    where = free_folder(out, "audit")
     if where.exists() and (not where.is_dir() or any(where.iterdir())):
         ours = (where / "audit.json").is_file()
         if not (ours and overwrite):
@@ -159,28 +146,7 @@ def _played(settings: Mapping[str, Any], where: Path, minutes: float) -> int | N
     folder = Path(settings["path"])
     if not folder.is_dir():
         raise FedtapError(f"{short(folder)} is no folder: name the folder of a Flower app, with its pyproject.toml.")
-    where.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-P", "-m", "fedtap.scenarios.audit", json.dumps(settings)]
-    with (where / "app.log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**os.environ, **_ENVIRONMENT},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(60 * minutes + _GRACE)
-        except subprocess.TimeoutExpired:
-            return None
-        except KeyboardInterrupt:
-            raise Stopped(f"stopped: what was found is in {short(where)}.") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # the app may have left processes of its own
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return run_in_process("fedtap.scenarios.audit", settings, folder, where / "app.log", 60 * minutes)
 
 
 def _ended(code: int | None, minutes: float) -> str:
@@ -190,10 +156,9 @@ def _ended(code: int | None, minutes: float) -> str:
             f"The app was not done after {minutes:g} minutes and was stopped; what was found by then is kept: raise "
             "--minutes, or give it less to do by --rounds or --set."
         )
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return (
-        f"The app ended the process that it was played in ({how}), and app.log has what it said: see that `flwr run` "
-        "plays the app here."
+        f"The app ended the process that it was played in ({ending(code)}), and app.log has what it said: see that "
+        "`flwr run` plays the app here."
     )
 
 

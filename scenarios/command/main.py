@@ -1,5 +1,5 @@
 """The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap audit APP`, `fedtap
-tune NAME --try FIELD=VALUES`, `fedtap list`, and `fedtap pretrain diffusion`.
+audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, and `fedtap pretrain diffusion`.
 
 Nothing here imports torch before a run begins, so that help and lists are there at once.
 """
@@ -25,6 +25,7 @@ from rich.table import Table
 from fedtap.attackers import ATTACKS
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.audit.command import audit_command
+from fedtap.scenarios.audit_dp.command import audit_dp_command
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
 from fedtap.simulator.data import DATASETS
@@ -51,7 +52,7 @@ Out = Annotated[
     Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME, or the next free runs/NAME-2, -3, ….")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
-COMMANDS = ("run", "attack", "audit", "tune", "pretrain", "list")
+COMMANDS = ("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list")
 SAYS = "This option and those below say what the client did, in place of the leak's JSON."
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -59,7 +60,7 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap audit APP, fedtap
-    tune ATTACK, fedtap list, fedtap pretrain diffusion."""
+    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
@@ -307,6 +308,7 @@ def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 cli.command("audit")(audit_command)
+cli.command("audit-dp")(audit_dp_command)
 
 
 @cli.command("pretrain")

@@ -1,0 +1,189 @@
+"""Flower's own places for noise as mechanisms: a client mod, and a strategy that clips and adds noise around another.
+
+A mod is called with a message that holds zeros and a reply that holds the update, so that what it sends is the update
+as the server observes it. A strategy is given the replies of all clients of a round, of which one is the canary, and
+what is observed is the model that it hands on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import (
+    DEFAULT_TTL,
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
+from torch import Tensor
+
+from fedtap.scenarios.audit_dp.promise import promised_by
+from fedtap.scenarios.audit_dp.target import Mechanism, Tensors, _negotiated, quiet
+from fedtap.simulator.errors import FedtapError, short
+
+_EXAMPLES = "num-examples"
+"""The metric by which FedAvg weighs replies."""
+
+_KEY_OF_CLIP = "clipping_norm"
+"""The entry of a message's config by which Flower's strategies tell clients the norm to clip to."""
+
+_OTHERS = 7
+"""Clients of a round beside the canary, where a strategy does not say how many it samples."""
+
+
+def _message(content: RecordDict) -> Message:
+    """A train message of no run."""
+    metadata = Metadata(0, "", 0, 0, "", "", 0.0, DEFAULT_TTL, MessageType.TRAIN)
+    return Message(content=content, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
+def _record(update: Mapping[str, Tensor]) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.array(tensor.numpy())) for name, tensor in update.items()})
+
+
+def of_mod(mod: Any, said: Mapping[str, Any], name: str) -> Mechanism:
+    """A mod as a mechanism.
+
+    Raises:
+        FedtapError: it cannot be called, or does not reply.
+    """
+    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
+    promised = promised_by(mod)
+    clip = float(said.get("clip") or promised.get("clip") or 1.0)
+
+    def call(update: Tensors) -> dict[str, Any]:
+        config = ConfigRecord({_KEY_OF_CLIP: clip})
+        zeros = {key: torch.zeros_like(value) for key, value in update.items()}
+        order = _message(RecordDict({"arrays": _record(zeros), "config": config}))
+
+        def client(order: Message, context: Context) -> Message:
+            metrics = MetricRecord({_EXAMPLES: 1})
+            return _message(RecordDict({"arrays": _record(update), "metrics": metrics}))
+
+        with quiet():
+            reply = mod(order, context, client)
+        if not isinstance(reply, Message):
+            raise FedtapError(
+                f"{short(name)} returns a {type(reply).__name__} and no message, so it is no mod: name a function of "
+                "one update, or a mod of (message, context, call_next)."
+            )
+        if reply.has_error():
+            raise FedtapError(
+                f"{short(name)} replies with an error ({short(reply.error.reason, 120)}): it needs a state that it "
+                "does not get here."
+            )
+        return _seen(reply.content)
+
+    mechanism = _negotiated(call, {**said, "unit": "client"})
+    mechanism.attributes = promised
+    mechanism.kind = "mod"
+    return mechanism
+
+
+def _seen(content: RecordDict) -> dict[str, Any]:
+    """What a server reads of a reply: arrays by name, and each metric."""
+    found: dict[str, Any] = {}
+    for record in content.array_records.values():
+        found |= {name: np.array(array.numpy()) for name, array in record.items()}
+    for metrics in content.metric_records.values():
+        found |= {f"metric {name}": np.asarray(value, float) for name, value in metrics.items()}
+    return found
+
+
+def is_strategy(found: object) -> bool:
+    """Whether it is a strategy of Flower's Message API."""
+    from flwr.serverapp.strategy import Strategy
+
+    return isinstance(found, Strategy)
+
+
+def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
+    """A strategy with noise as a mechanism: one client's update in, the new model's difference out.
+
+    All other clients send zeros. The promise is read from its noise multiplier z: Gaussian noise of deviation z times
+    the clip on a sum.
+
+    Raises:
+        FedtapError: it adds no noise that its attributes tell of.
+    """
+    multiplier = getattr(strategy, "noise_multiplier", None)
+    clip = getattr(strategy, "clipping_norm", None)
+    if not isinstance(multiplier, int | float) or not isinstance(clip, int | float):
+        raise FedtapError(
+            f"No mechanism was found in {type(strategy).__name__}: it has no noise_multiplier and clipping_norm; name "
+            "a strategy that wraps another with clipping and noise."
+        )
+    clients = int(getattr(strategy, "num_sampled_clients", _OTHERS + 1))
+    number = [0]
+    by_clients = "ClientSide" in type(strategy).__name__
+
+    def call(update: Tensors) -> dict[str, Any]:
+        number[0] += 1
+        zeros = {key: torch.zeros_like(value) for key, value in update.items()}
+        # Flower's clip divides by the length of a change, so clients that do not move do so by next to nothing
+        still = {key: torch.full_like(value, 1e-12) for key, value in zeros.items()}
+        absent = all(not bool(value.any()) for value in update.values())
+        own = still if absent else update
+        if by_clients:
+            own = _clipped(own, float(clip))
+        one = copy.copy(strategy)
+        one.current_arrays = _record(zeros)
+        if getattr(one, "_pending_events", None) is not None:
+            one._pending_events = {number[0]: None}
+        replies = [_reply(tensors) for tensors in (own, *[still] * (clients - 1))]
+        with quiet():
+            arrays, _ = one.aggregate_train(number[0], replies)
+        if arrays is None:
+            raise FedtapError(
+                f"{type(strategy).__name__} aggregates nothing from {clients} replies: see what it needs of them."
+            )
+        found: dict[str, Any] = {key: np.array(array.numpy()) for key, array in arrays.items()}
+        if one.clipping_norm != clip:
+            found["next clipping norm"] = np.asarray(one.clipping_norm, float)
+        return found
+
+    def _reply(tensors: Tensors) -> Message:
+        metrics: dict[str, Any] = {_EXAMPLES: 1}
+        if by_clients and "Adaptive" in type(strategy).__name__:
+            metrics["norm_bit"] = float(sum(float(one.square().sum()) for one in tensors.values()) >= clip**2 * 0.999)
+        return _message(RecordDict({"arrays": _record(tensors), "metrics": MetricRecord(metrics)}))
+
+    mechanism = _negotiated(call, {**said, "unit": "client", "clip": clip})
+    mechanism.attributes = _of_multiplier(float(multiplier), float(clip), said)
+    mechanism.kind = "strategy"
+    mechanism.notes.append(
+        f"{clients} clients a round with the same number of examples each; FedAvg weighs by that number, and a client "
+        "that claims more moves the model farther"
+    )
+    return mechanism
+
+
+def _clipped(update: Tensors, clip: float) -> Tensors:
+    """As Flower's client mod clips it."""
+    length = float(sum(value.double().square().sum() for value in update.values())) ** 0.5
+    factor = min(1.0, clip / max(length, 1e-300))
+    return {name: value * factor for name, value in update.items()}
+
+
+def _of_multiplier(multiplier: float, clip: float, said: Mapping[str, Any]) -> dict[str, float]:
+    """ε at the δ that is said, of all rounds, for this noise multiplier."""
+    from fedtap.scenarios.audit_dp.promise import NEIGHBOURS
+    from fedtap.simulator.defences.accountant import Gaussian
+
+    found = {"clip": clip}
+    delta = said.get("delta")
+    if delta and multiplier > 0:
+        adjacency = NEIGHBOURS.get(str(said.get("adjacency") or "add_remove"), "add/remove")
+        release = Gaussian(multiplier * clip, clip, "client", adjacency, int(said.get("rounds") or 1))
+        found["epsilon"] = release.guarantee(float(delta)).epsilon
+    return found

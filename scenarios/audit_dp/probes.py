@@ -1,0 +1,153 @@
+"""Inputs that an auditor tries: the neighbours that a clip should keep near each other, and messages hidden in them.
+
+A probe is an update of which only one unit differs from `absent`: a client's whole update, or one example's gradient in
+a stack of them. It is far longer than any clip, so that it is as long as the clip allows once it is clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+LONG = 1000.0
+"""Length of a probe, in clips."""
+
+_COUNT = 1000
+"""What a counter says of a unit that is there; 0 says that it is not."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One update, and what it is for."""
+
+    name: str
+    """What it is, as a sentence names it."""
+    update: Tensors
+    """The input."""
+    about: str = ""
+    """Name of the tensor that it is all in; empty where it is in all of them."""
+    long: bool = True
+    """Whether it is far longer than the clip."""
+    apart: bool = True
+    """Whether its mean may differ; not for stacks of another number of examples, all of them zeros."""
+
+
+class Inputs:
+    """All inputs for a mechanism.
+
+    Args:
+        template: zeros of an update, or of a stack of examples' gradients.
+        records: examples in the stack; 0 for one update.
+        length: the clip, or another length by which to scale.
+        seed: of the canaries' signs.
+    """
+
+    def __init__(self, template: Tensors, records: int, length: float, seed: int = 0) -> None:
+        self.template, self.records, self.length = template, records, length
+        self.absent = {name: torch.zeros_like(tensor) for name, tensor in template.items()}
+        draw = np.random.default_rng(seed)
+        self.floats = [name for name, tensor in template.items() if tensor.is_floating_point()]
+        self.signs = {
+            name: torch.from_numpy(draw.choice([-1.0, 1.0], self._shape(name))).to(template[name].dtype)
+            for name in self.floats
+        }
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of one unit's tensor."""
+        return tuple(self.template[name].shape[bool(self.records) :])
+
+    def of_unit(self, unit: Mapping[str, Tensor]) -> Tensors:
+        """The input in which one unit holds these tensors, and zeros of all others."""
+        update = {name: tensor.clone() for name, tensor in self.absent.items()}
+        for name, tensor in unit.items():
+            if self.records:
+                update[name][-1] = tensor.to(update[name].dtype)
+            else:
+                update[name] = tensor.reshape(update[name].shape).to(update[name].dtype)
+        return update
+
+    def along(self, direction: Mapping[str, Tensor], clips: float) -> Tensors:
+        """The input whose unit points along a direction and is so many clips long."""
+        length = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in direction.values()))
+        return self.of_unit({name: tensor * (clips * self.length / length) for name, tensor in direction.items()})
+
+    def probes(self) -> list[Probe]:
+        """A canary over all tensors, long and short, one in a single entry, and one in each tensor."""
+        found = [
+            Probe("a long update", self.along(self.signs, LONG)),
+            Probe("an update just within the clip", self.along(self.signs, 0.999), long=False),
+        ]
+        if not self.floats:
+            return found
+        largest = max(self.floats, key=lambda name: self.template[name].numel())
+        one = torch.zeros_like(self.signs[largest])
+        one.view(-1)[one.numel() // 2] = 1.0
+        found.append(Probe("an update in a single entry", self.along({largest: one}, LONG), largest))
+        if len(self.floats) > 1:
+            found += [
+                Probe(f"an update in {name} alone", self.along({name: self.signs[name]}, LONG), name)
+                for name in self.floats
+            ]
+        for name in self.template.keys() - set(self.floats):
+            full = torch.full(self._shape(name), _COUNT, dtype=self.template[name].dtype)
+            found.append(Probe(f"an update in {name} alone", self.of_unit({name: full}), name))
+        return found
+
+    def opposite(self, probe: Probe) -> Probe:
+        """The same with the other sign."""
+        return Probe(f"the opposite of {probe.name}", {n: -t for n, t in probe.update.items()}, probe.about, probe.long)
+
+    def of_other_sizes(self) -> list[Probe]:
+        """Stacks of zeros with one example fewer and one more."""
+        if not self.records:
+            return []
+        fewer = {name: tensor[:-1] for name, tensor in self.absent.items()}
+        more = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in self.absent.items()}
+        return [
+            Probe(f"{self.records - 1} examples", fewer, apart=False),
+            Probe(f"{self.records + 1} examples", more, apart=False),
+        ]
+
+
+class Code:
+    """Messages of some bits, written into a direction by the signs of as many blocks of its entries.
+
+    Each message is an update of its own. A mechanism that is (ε, δ)-differentially private lets nobody read more than
+    e^ε / 2^bits + δ of them: the reader would say the same with probability 2^-bits if the unit were not there.
+
+    Args:
+        size: entries of the direction.
+        bits: of a message, `size` at most.
+    """
+
+    def __init__(self, size: int, bits: int, draw: np.random.Generator) -> None:
+        self.bits = min(bits, size)
+        self.block = draw.permutation(np.arange(size) % self.bits)
+
+    def written(self, message: np.ndarray) -> np.ndarray:
+        """Of each entry, the sign by which the direction is multiplied.
+
+        Args:
+            message: -1 or 1, one a bit.
+        """
+        return message[self.block]  # type: ignore[no-any-return]
+
+    def read(self, entries: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """The message that these entries are nearest to, where `direction` is what a message of ones becomes."""
+        return np.where(np.bincount(self.block, entries * direction, self.bits) >= 0, 1.0, -1.0)
+
+    def chance(self, epsilon: float, delta: float) -> float:
+        """How often a message is read right, at most."""
+        return min(math.exp(min(epsilon - self.bits * math.log(2), 0.0)) + delta, 1.0)
+
+
+def bits_for(epsilon: float, delta: float) -> int:
+    """Bits of messages that are read by chance about as rarely as δ allows."""
+    return math.ceil((epsilon + (math.log(1 / delta) if delta else 14.0)) / math.log(2))
