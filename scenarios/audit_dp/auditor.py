@@ -33,7 +33,7 @@ _FIRST = 24
 _WEAK = 0.1
 """Entries whose noise has less than this share of their tensor's variance in the first releases are tested apart."""
 
-_FEWEST, _ENOUGH, _PATIENT = 400, 1500, 12_000
+_FEWEST, ENOUGH, _PATIENT = 400, 1500, 12_000
 """Releases after which an audit ends: if something was refuted, if nothing was, and if nothing was and how far
 neighbours lie apart can only be found by averaging."""
 
@@ -122,10 +122,17 @@ class Auditor:
         alpha: probability with which an honest mechanism is refuted, at most.
         until: value of time.monotonic() at which it ends.
         theirs: the first releases of another client's process, one a row; None where there are none.
+        observations: releases after which the audit ends where nothing was refuted.
     """
 
     def __init__(
-        self, mechanism: Mechanism, promise: Promise, alpha: float, until: float, theirs: np.ndarray | None = None
+        self,
+        mechanism: Mechanism,
+        promise: Promise,
+        alpha: float,
+        until: float,
+        theirs: np.ndarray | None = None,
+        observations: int = ENOUGH,
     ) -> None:
         self.mechanism, self.promise, self.alpha, self.until = mechanism, promise, alpha, until
         self.inputs = Inputs(mechanism.template, mechanism.records, promise.length)
@@ -139,6 +146,7 @@ class Auditor:
         self.history: list[dict[str, float]] = []
         self.largest_norm = 0.0
         self._theirs = theirs
+        self._enough_releases = observations
         self._draw = np.random.default_rng()
         self._at: dict[str, Releases] = {}
         self._same: list[np.ndarray] = []
@@ -461,7 +469,7 @@ class Auditor:
                 self._learn_direction()
 
     def _over(self) -> bool:
-        enough = _ENOUGH if self.still else _PATIENT
+        enough = self._enough_releases if self.still or self.kind != GAUSSIAN else _PATIENT
         if any(one.fell for one in self.hypotheses):
             enough = _FEWEST
         return self.observations >= enough or time.monotonic() >= self.until
@@ -685,7 +693,7 @@ class Auditor:
         squares = np.bincount(self.part, pair.shift**2, self.groups)
         scale = self._at["absent"].scale + self._at[pair.other].scale
         with np.errstate(over="ignore"):
-            return math.sqrt(sum(squares[g] * scale.most(g, threshold) for g in np.nonzero(squares)[0]))
+            return math.sqrt(sum(squares[g] * scale.most(g, threshold) for g in np.nonzero(squares)[0].tolist()))
 
     def _note(self) -> None:
         """A point of the history; ever fewer of them."""

@@ -81,7 +81,11 @@ def audit_dp_command(
 def _promise_audited(target: str, said: Mapping[str, Any], where: Path, alpha: float, seconds: float) -> dict[str, Any]:
     """What audit_dp.json holds once the process is over, which says why if it did not finish."""
     folder = Path(target)
-    settings = {"target": str(folder.resolve()) if folder.is_dir() else target, "out": str(where), "said": dict(said)}
+    settings: dict[str, Any] = {
+        "target": str(folder.resolve()) if folder.is_dir() else target,
+        "out": str(where),
+        "said": dict(said),
+    }
     settings |= {"alpha": alpha, "seconds": seconds, "started": time.time()}
     for name in ("audit_dp.json", "audit_dp.html"):
         (where / name).unlink(missing_ok=True)

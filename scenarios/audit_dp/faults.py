@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fedtap.scenarios.audit_dp.auditor import LAPLACE, NO_NOISE, Auditor, Hypothesis
 from fedtap.scenarios.audit_dp.probes import LONG
+from fedtap.scenarios.audit_dp.promise import Promise
 from fedtap.scenarios.audit_dp.seeds import FEW_BITS
+from fedtap.scenarios.audit_dp.target import MOD
 
 _NEAR = 0.015
 """Share by which a deviation may differ from a formula's to be taken for it."""
@@ -107,7 +108,17 @@ class _Naming:
     def _still(self) -> np.ndarray:
         """Entries whose noise is the same in each call: not zero without a unit, and without variance."""
         center = self.auditor.center
-        return (~self.auditor.noisy) & (np.abs(center) > 1e-6 * self.promise.length)
+        still: np.ndarray = (~self.auditor.noisy) & (np.abs(center) > 1e-6 * self.promise.length)
+        moved: np.ndarray = still & self._moved()
+        return moved
+
+    def _moved(self) -> np.ndarray:
+        """Entries that differ between neighbours."""
+        moved = np.zeros(len(self.auditor.part), dtype=bool)
+        for pair in self.auditor.neighbours:
+            if pair.shift is not None:
+                moved |= pair.shift != 0
+        return moved
 
     def _reused(self) -> Iterator[Fault]:
         repeated = self._take("repeated")
@@ -139,6 +150,8 @@ class _Naming:
             because = [one for one in self.left if one.fault in ("noise", "read")]
             sigma = self._needed_sigma()
             how = f"add Gaussian noise of σ = {sigma:.4g} to every entry" if sigma else "clip, and add noise"
+            if self.auditor.mechanism.kind == MOD:
+                how += " (what a strategy adds on the server hides nothing from the server)"
             yield self._fault(
                 "no_noise",
                 f"No noise is added: the same update is sent the same each time, so ε is infinite; {how}.",
@@ -235,16 +248,14 @@ class _Naming:
 
     def _group_sigmas(self) -> np.ndarray:
         times, squares = self.auditor._pooled
-        return np.sqrt(squares / (times * self.auditor.counts))  # type: ignore[no-any-return]
+        sigmas: np.ndarray = np.sqrt(squares / (times * self.auditor.counts))
+        return sigmas
 
     def _weak(self) -> np.ndarray:
         """Groups of entries that move with an update, and whose noise is far less than is usual."""
         sigmas, counts = self._group_sigmas(), self.auditor.counts
         usual = float(np.sqrt((sigmas**2 * counts).sum() / counts.sum()))
-        moved = np.zeros(self.auditor.groups, dtype=bool)
-        for pair in self.auditor.neighbours:
-            if pair.shift is not None:
-                moved |= np.bincount(self.auditor.part, np.abs(pair.shift), self.auditor.groups) > 0
+        moved = np.bincount(self.auditor.part, self._moved(), self.auditor.groups) > 0
         weak = moved & (sigmas < 0.2 * usual)
         return weak if not weak.all() else np.zeros_like(weak)
 
@@ -456,7 +467,7 @@ def _listed(names: Sequence[str]) -> str:
     return some + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _formulas(promise: Any, distance: float, sigma: float) -> Iterator[tuple[float, float, str, str]]:
+def _formulas(promise: Promise, distance: float, sigma: float) -> Iterator[tuple[float, float, str, str]]:
     """(cost, σ, fault, sentence) of formulas that are taken for the right one; the cheapest that fits is named.
 
     The classical formula is σ = Δ √(2 ln(1.25/δ)) / ε, which is proved for ε below 1 alone (Dwork and Roth 2014,
@@ -475,7 +486,8 @@ def _formulas(promise: Any, distance: float, sigma: float) -> Iterator[tuple[flo
             "replacement, where they lie two apart."
         )
         lengths.append((1.0, distance / 2, "add_remove_sold_as_replacement", why))
-    if told is not None and told < distance * (1 - _NEAR):
+    near_half = promise.distances == 2 and told is not None and abs(2 * told / distance - 1) < _NEAR
+    if told is not None and told < distance * (1 - _NEAR) and not near_half:
         lengths.append((0.9, told, *_of_sensitivity(promise, told, distance)))
     every = [(0.0, promise.rounds, "", "")]
     if promise.rounds > 1:
@@ -499,16 +511,16 @@ def _formulas(promise: Any, distance: float, sigma: float) -> Iterator[tuple[flo
     right = exact(distance, promise.rounds)
     yield 1.4, right**2, "noise_too_small", "The variance that is needed was taken for the standard deviation."
     yield 1.4, math.sqrt(right), "noise_too_small", "The root of the standard deviation was taken in its place."
-    for rounds in {1, promise.rounds}:
+    for rounds in {1, promise.rounds} if sigma > 0 else ():
         for unit in (promise.sigma(1.0) * math.sqrt(rounds / promise.rounds), classical * math.sqrt(rounds)):
             implied = sigma / unit
             if implied < 0.6 * distance / max(promise.distances, 1):
-                about = _round_number(implied, promise, distance)
+                about = _round_number(implied, promise)
                 if about is not None:
                     yield 1.6, sigma, *_of_sensitivity(promise, about, distance)
 
 
-def _of_sensitivity(promise: Any, told: float, distance: float) -> tuple[str, str]:
+def _of_sensitivity(promise: Promise, told: float, distance: float) -> tuple[str, str]:
     """The name and the sentence for noise that is scaled to a sensitivity that is not there."""
     clip = promise.clip or promise.length
     count = 2 * clip / told
@@ -527,9 +539,9 @@ def _of_sensitivity(promise: Any, told: float, distance: float) -> tuple[str, st
     )
 
 
-def _round_number(implied: float, promise: Any, distance: float) -> float | None:
+def _round_number(implied: float, promise: Promise) -> float | None:
     """A sensitivity that somebody may have written: a power of ten, or 2 clips over a whole number."""
-    power = 10.0 ** round(math.log10(implied))
+    power = math.pow(10.0, round(math.log10(implied)))
     if abs(implied / power - 1) < _NEAR:
         return power
     clip = promise.clip or promise.length

@@ -8,7 +8,7 @@ what is observed is the model that it hands on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from flwr.app import (
 from torch import Tensor
 
 from fedtap.scenarios.audit_dp.promise import promised_by
-from fedtap.scenarios.audit_dp.target import Mechanism, Tensors, _negotiated, quiet
+from fedtap.scenarios.audit_dp.target import MOD, Mechanism, Tensors, quiet
 from fedtap.simulator.errors import FedtapError, short
 
 _EXAMPLES = "num-examples"
@@ -36,6 +36,9 @@ _EXAMPLES = "num-examples"
 
 _KEY_OF_CLIP = "clipping_norm"
 """The entry of a message's config by which Flower's strategies tell clients the norm to clip to."""
+
+_COUNTER = "bn.num_batches_tracked"
+"""BatchNorm's counter, a tensor without an axis."""
 
 _OTHERS = 7
 """Clients of a round beside the canary, where a strategy does not say how many it samples."""
@@ -84,10 +87,29 @@ def of_mod(mod: Any, said: Mapping[str, Any], name: str) -> Mechanism:
             )
         return _seen(reply.content)
 
-    mechanism = _negotiated(call, {**said, "unit": "client"})
-    mechanism.attributes = promised
-    mechanism.kind = "mod"
+    mechanism = Mechanism(call, _weights(), attributes=promised, kind=MOD)
+    mechanism.release({name: torch.full_like(tensor, 1e-3 * clip) for name, tensor in mechanism.template.items()})
+    mechanism.notes += _of_counters(call)
     return mechanism
+
+
+def _weights() -> Tensors:
+    """The update of a layer and of what BatchNorm keeps, without its counter."""
+    return {"fc.weight": torch.zeros(16, 40), "fc.bias": torch.zeros(16), "bn.running_mean": torch.zeros(16)}
+
+
+def _of_counters(call: Callable[[Tensors], dict[str, Any]]) -> list[str]:
+    """A note, if a number without an axis, such as BatchNorm's counter, is sent as it is: it is beside the verdict."""
+    try:
+        sent = call(_weights() | {_COUNTER: torch.tensor(1000)})
+    except (FedtapError, TypeError, ValueError, ArithmeticError):
+        return []
+    if float(np.asarray(sent.get(_COUNTER, 0.0))) != 1000:
+        return []
+    return [
+        f"a tensor without an axis ({_COUNTER}, which every BatchNorm has) is neither clipped nor noised by it and "
+        "travels in the clear: the verdict is about the other tensors"
+    ]
 
 
 def _seen(content: RecordDict) -> dict[str, Any]:
@@ -125,6 +147,7 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
         )
     clients = int(getattr(strategy, "num_sampled_clients", _OTHERS + 1))
     number = [0]
+    others: list[Message] = []
     by_clients = "ClientSide" in type(strategy).__name__
 
     def call(update: Tensors) -> dict[str, Any]:
@@ -140,7 +163,9 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
         one.current_arrays = _record(zeros)
         if getattr(one, "_pending_events", None) is not None:
             one._pending_events = {number[0]: None}
-        replies = [_reply(tensors) for tensors in (own, *[still] * (clients - 1))]
+        if not others:
+            others.extend(_reply(still) for _ in range(clients - 1))
+        replies = [_reply(own), *others]
         with quiet():
             arrays, _ = one.aggregate_train(number[0], replies)
         if arrays is None:
@@ -158,9 +183,11 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
             metrics["norm_bit"] = float(sum(float(one.square().sum()) for one in tensors.values()) >= clip**2 * 0.999)
         return _message(RecordDict({"arrays": _record(tensors), "metrics": MetricRecord(metrics)}))
 
-    mechanism = _negotiated(call, {**said, "unit": "client", "clip": clip})
+    counted = getattr(strategy, "clipped_count_stddev", None)
+    if counted:  # the count of clipped updates is released too: 1/z² = 1/z'² + 1/(2 σ_b)² (1905.03871, theorem 1)
+        multiplier = (multiplier**-2 + (2 * counted) ** -2) ** -0.5
+    mechanism = Mechanism(call, _weights(), kind="strategy")
     mechanism.attributes = _of_multiplier(float(multiplier), float(clip), said)
-    mechanism.kind = "strategy"
     mechanism.notes.append(
         f"{clients} clients a round with the same number of examples each; FedAvg weighs by that number, and a client "
         "that claims more moves the model farther"

@@ -27,6 +27,9 @@ from fedtap.simulator.errors import FedtapError, short
 
 Tensors = dict[str, Tensor]
 
+MOD = "mod"
+"""What a client mod is called among mechanisms."""
+
 _RECORDS = 16
 """Examples in a stack, where a mechanism takes the examples' own gradients."""
 
@@ -213,9 +216,9 @@ def _made(kind: type, said: Mapping[str, Any], name: str) -> Any:
     if known["sensitivity"] is None:
         known["sensitivity"] = said.get("clip")
     try:
-        parameters = inspect.signature(kind).parameters.values()
+        parameters = list(inspect.signature(kind).parameters.values())
     except (TypeError, ValueError):
-        parameters = {}.values()  # type: ignore[assignment]
+        parameters = []
     required = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     if missing := [one for one in required if known.get(one) is None]:
         raise FedtapError(
@@ -245,7 +248,9 @@ def _negotiated(function: Callable[[Tensors], Any], said: Mapping[str, Any]) -> 
     own = getattr(function, "example", None)
     if isinstance(own, Mapping) and own and all(isinstance(value, Tensor) for value in own.values()):
         template = {str(key): torch.zeros_like(value) for key, value in own.items()}
-        return Mechanism(function, template, attributes=attributes)
+        lengths = {len(value) if value.ndim else 0 for value in template.values()}
+        stacked = said.get("unit") == "example" and len(lengths) == 1
+        return Mechanism(function, template, lengths.pop() if stacked else 0, attributes)
     first: FedtapError | None = None
     choices: list[tuple[int, Tensors]] = []
     if said.get("unit") == "example":

@@ -47,12 +47,11 @@ def of_trials(present: Sequence[float], absent: Sequence[float], threshold: floa
 
 def of_split_trials(present: Sequence[float], absent: Sequence[float], doubt: float, delta: float) -> float:
     """`of_trials` on one half of the trials, at the threshold that is best on the other half."""
-    first = [np.asarray(some)[::2] for some in (present, absent)]
-    rest = [np.asarray(some)[1::2] for some in (present, absent)]
-    if min(map(len, (*first, *rest))) < 2:
+    if min(len(present), len(absent)) < 4:
         return 0.0
-    found = [(of_trials(*first, at, doubt, delta), at) for at in np.quantile(np.concatenate(first), _SHARES)]
-    return of_trials(*rest, max(found)[1], doubt, delta)
+    tried = [float(at) for at in np.quantile([*present[::2], *absent[::2]], _SHARES)]
+    best = max(tried, key=lambda at: of_trials(present[::2], absent[::2], at, doubt, delta))
+    return of_trials(present[1::2], absent[1::2], best, doubt, delta)
 
 
 _SHARES = np.linspace(0, 1, 101)

@@ -95,6 +95,9 @@ class Scale:
         if not used.any():
             return 0.0
         a, b, cost = self.a[used], self.b[used], cost[used]
+        if len(a) == 1:
+            w = np.minimum(a / np.maximum(b, 1e-300), most / cost)
+            return float(self.predicted[used][0] - (a * np.log(w) - b * w)[0])
 
         def over(price: float) -> float:
             with np.errstate(divide="ignore"):
@@ -102,7 +105,7 @@ class Scale:
 
         price = 0.0  # Lagrange's multiplier: the likeliest w under the limit is a / (b + price cost)
         if over(0.0) > 0:
-            high = float(a.sum()) / most
+            high = float(a.sum()) / most * (1 + 1e-9)  # there the sum is below the limit, whatever b is
             price = float(brentq(over, 0.0 if over(0.0) < math.inf else high * 1e-15, high, xtol=1e-300, rtol=1e-13))
         w = a / (b + price * cost) if price or (b > 0).all() else a / np.maximum(b, 1e-300)
         return float(self.predicted[used].sum() - (a * np.log(w) - b * w).sum())
