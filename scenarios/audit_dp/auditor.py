@@ -19,7 +19,7 @@ from scipy.stats import chi2, gamma
 
 from fedtap.scenarios.audit_dp.probes import Code, Inputs, Probe, bits_for
 from fedtap.scenarios.audit_dp.promise import Promise
-from fedtap.scenarios.audit_dp.seeds import FEW_BITS, same_noise, seeds_seen
+from fedtap.scenarios.audit_dp.seeds import FEW_BITS, same_noise, seeds_of, seeds_seen, standing
 from fedtap.scenarios.audit_dp.target import Mechanism, RaisedError, Tensors, quiet
 from fedtap.simulator.auditing.epsilon_bounds import MOST, epsilon_of_distance, of_split_trials
 from fedtap.simulator.auditing.evidence import LARGEST, Guesses, Scale, Shift, against_equal
@@ -135,7 +135,7 @@ class Auditor:
         observations: int = ENOUGH,
     ) -> None:
         self.mechanism, self.promise, self.alpha, self.until = mechanism, promise, alpha, until
-        self.inputs = Inputs(mechanism.template, mechanism.records, promise.length)
+        self.inputs = Inputs(mechanism.template, mechanism.records, promise.length, mechanism.counts)
         self.observations = 0
         self.keys: list[str] = []
         self.kind = NO_NOISE
@@ -220,7 +220,10 @@ class Auditor:
 
     def _prepare(self) -> None:
         """The kind of noise, the groups of entries, and seeds."""
+        before_them = [standing(one) for one in self.mechanism.generators]
         first = list(self.first_releases())
+        used = zip(self.mechanism.generators, before_them, strict=True)
+        self.mechanism.generators = [one for one, before in used if standing(one) != before]
         with seeds_seen() as seen:
             for _ in range(6):
                 before = len(seen)
@@ -272,6 +275,8 @@ class Auditor:
         self.groups = len(self.group_names)
         self.counts = np.bincount(self.part, minlength=self.groups)
         self.noisy = variance > 0
+        # whole numbers, which are rounded after the noise: less or more noise there is no evidence, none at all is
+        self.discrete = self.noisy & (rows == np.rint(rows)).all(0)
         self._pooled = _FIRST - 1.0, np.bincount(self.part, rows.var(0, ddof=1) * (_FIRST - 1), self.groups)
 
     def _compare_with(self, rows: np.ndarray) -> None:
@@ -386,7 +391,7 @@ class Auditor:
 
     def _cost(self, shift: np.ndarray) -> tuple[np.ndarray, float]:
         """What `Scale.against_enough` takes: Σ Δ² over each group and μ² for Gaussian noise, Σ|Δ| and ε for Laplace."""
-        eased = np.abs(shift) * (1 - _TOLERATED)
+        eased = np.where(self.discrete, 0.0, np.abs(shift)) * (1 - _TOLERATED)
         if self.kind == LAPLACE:
             return np.bincount(self.part, eased, self.groups), laplace_limit(
                 eased, self.promise.epsilon, self.promise.delta, self.promise.rounds
@@ -416,7 +421,11 @@ class Auditor:
     def _alike(self, probe: str) -> Callable[[], float]:
         each = 1.0 if self.kind == LAPLACE else 0.5
 
+        rounded = np.bincount(self.part, self.discrete, self.groups) > 0
+
         def ratio(group: int) -> float:
+            if rounded[group]:
+                return 1e100
             size = each * self.counts[group] * self.promise.rounds
             return (1 + _TOLERATED) * largest_ratio(size, self.promise.epsilon, self.promise.delta)
 
@@ -424,6 +433,9 @@ class Auditor:
 
     def _few_bits(self) -> float:
         """Seeds of 64 bits would all be this small with probability 2^-32 each."""
+        kept = len([seed for seed in seeds_of(self.mechanism.generators) if seed < 2**FEW_BITS])
+        if kept:
+            return float(kept * FEW_BITS * math.log(2))
         if not all(self.seeds) or not self.seeds:
             return 0.0
         small = [max(call) < 2**FEW_BITS for call in self.seeds]
@@ -690,7 +702,7 @@ class Auditor:
     def _rates(self, pair: Neighbours, threshold: float) -> float:
         """μ of one release, at least."""
         assert pair.shift is not None
-        squares = np.bincount(self.part, pair.shift**2, self.groups)
+        squares = np.bincount(self.part, np.where(self.discrete, 0.0, pair.shift) ** 2, self.groups)
         scale = self._at["absent"].scale + self._at[pair.other].scale
         with np.errstate(over="ignore"):
             return math.sqrt(sum(squares[g] * scale.most(g, threshold) for g in np.nonzero(squares)[0].tolist()))

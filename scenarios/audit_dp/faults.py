@@ -15,7 +15,7 @@ import numpy as np
 from fedtap.scenarios.audit_dp.auditor import LAPLACE, NO_NOISE, Auditor, Hypothesis
 from fedtap.scenarios.audit_dp.probes import LONG
 from fedtap.scenarios.audit_dp.promise import Promise
-from fedtap.scenarios.audit_dp.seeds import FEW_BITS
+from fedtap.scenarios.audit_dp.seeds import FEW_BITS, seeds_of
 from fedtap.scenarios.audit_dp.target import MOD
 
 _NEAR = 0.015
@@ -97,7 +97,8 @@ class _Naming:
             )
         if few := self._take("seed"):
             seeds = {seed for call in self.auditor.seeds for seed in call}
-            how = f"the seed {next(iter(seeds))} in every call" if len(seeds) == 1 else f"seeds such as {min(seeds)}"
+            seeds = seeds or set(seeds_of(self.auditor.mechanism.generators))
+            how = f"the one seed {next(iter(seeds))}" if len(seeds) == 1 else f"seeds such as {min(seeds)}"
             yield self._fault(
                 "few_bit_seed",
                 f"Noise is drawn from seeds of {FEW_BITS} bits or fewer ({how}): whoever tries all of them, or is told "
@@ -198,13 +199,16 @@ class _Naming:
         if length is not None and any(one.fault in kinds for one in self.left):
             because = self._take(*kinds)
             allowed = (clip or self.promise.length) * self.promise.distances
-            if length > 0.2 * LONG * allowed:
+            alone = {name: self._length(name) for name in self.auditor.probes if name.endswith(" alone")}
+            loose = [name.split()[3] for name, moved in alone.items() if moved > 0.2 * LONG * allowed]
+            if length > 0.2 * LONG * allowed or loose:
+                where = f" in {_listed(loose)}" if loose and len(loose) < len(self.auditor.inputs.floats) else ""
                 named = f"to {clip:g}" if clip else "to a norm that is named, --clip"
                 yield self._fault(
                     "clip_skipped",
-                    f"Nothing is clipped: an update of norm {LONG * self.promise.length:g} moves what is sent by "
-                    f"{length:.4g}, so no noise bounds ε, which is infinite; clip the whole update {named} before the "
-                    "noise is added.",
+                    f"Nothing is clipped{where}: an update of norm {LONG * self.promise.length:g} moves what is sent "
+                    f"by {length:.4g}, so no noise bounds ε, which is infinite; clip the whole update {named} before "
+                    "the noise is added.",
                     because,
                     found=length,
                     needed=allowed,
@@ -302,8 +306,10 @@ class _Naming:
             return
         worst = max(because, key=lambda one: abs(math.log(max(self._ratio(one.probe), 1e-12))))
         absent, own = self._sigmas("absent") or 0.0, self._sigmas(worst.probe) or 0.0
-        if self.auditor.mechanism.records and worst.probe.endswith("examples"):
-            what = f"{worst.probe} get noise of σ = {own:.4g} and {self.auditor.mechanism.records} of {absent:.4g}"
+        if worst.probe.endswith(" examples"):
+            mechanism = self.auditor.mechanism
+            many = mechanism.records or int(mechanism.template[mechanism.counts[0]])
+            what = f"{worst.probe} get noise of σ = {own:.4g} and {many} of {absent:.4g}"
         else:
             what = f"σ = {own:.4g} with {worst.probe} and {absent:.4g} without it"
         yield self._fault(
@@ -385,6 +391,7 @@ class _Naming:
         matches = sorted(
             (cost, fault, why)
             for cost, value, fault, why in _formulas(self.promise, distance, sigma)
+            if self.auditor.still or cost < 1.5  # of averages no odd number is read
             if value and abs(sigma / value - 1) <= _NEAR
         )
         if matches:
@@ -539,13 +546,15 @@ def _of_sensitivity(promise: Promise, told: float, distance: float) -> tuple[str
     )
 
 
+_WRITTEN = (*range(3, 13), 16, 20, 24, 25, 30, 32, 40, 50, 60, 64, 100, 128, 200, 250, 256, 500, 512, 600, 1000, 1024)
+"""Numbers of examples that are often written."""
+
+
 def _round_number(implied: float, promise: Promise) -> float | None:
-    """A sensitivity that somebody may have written: a power of ten, or 2 clips over a whole number."""
+    """A sensitivity that somebody may have written: a power of ten, or 2 clips over a usual number of examples."""
     power = math.pow(10.0, round(math.log10(implied)))
     if abs(implied / power - 1) < _NEAR:
         return power
     clip = promise.clip or promise.length
-    count = 2 * clip / implied
-    if 3 <= count <= 1e6 and abs(count - round(count)) < max(0.01 * count, 0.02) and count < 200:
-        return float(2 * clip / round(count))
-    return None
+    near = min(_WRITTEN, key=lambda count: abs(math.log(2 * clip / count / implied)))
+    return 2 * clip / near if abs(2 * clip / near / implied - 1) < 0.004 else None

@@ -7,7 +7,7 @@ a stack of them. It is far longer than any clip, so that it is as long as the cl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,19 @@ class Inputs:
         template: zeros of an update, or of a stack of examples' gradients.
         records: examples in the stack; 0 for one update.
         length: the clip, or another length by which to scale.
+        counts: names of numbers that say how many examples there are, and stay as they are in the template.
         seed: of the canaries' signs.
     """
 
-    def __init__(self, template: Tensors, records: int, length: float, seed: int = 0) -> None:
-        self.template, self.records, self.length = template, records, length
-        self.absent = {name: torch.zeros_like(tensor) for name, tensor in template.items()}
+    def __init__(
+        self, template: Tensors, records: int, length: float, counts: Sequence[str] = (), seed: int = 0
+    ) -> None:
+        self.template, self.records, self.length, self.counts = template, records, length, counts
+        self.absent = {
+            name: tensor.clone() if name in counts else torch.zeros_like(tensor) for name, tensor in template.items()
+        }
         draw = np.random.default_rng(seed)
-        self.floats = [name for name, tensor in template.items() if tensor.is_floating_point()]
+        self.floats = [name for name, tensor in template.items() if tensor.is_floating_point() and name not in counts]
         self.signs = {
             name: torch.from_numpy(draw.choice([-1.0, 1.0], self._shape(name))).to(template[name].dtype)
             for name in self.floats
@@ -95,17 +100,21 @@ class Inputs:
                 Probe(f"an update in {name} alone", self.along({name: self.signs[name]}, LONG), name)
                 for name in self.floats
             ]
-        for name in self.template.keys() - set(self.floats):
+        for name in self.template.keys() - set(self.floats) - set(self.counts):
             full = torch.full(self._shape(name), _COUNT, dtype=self.template[name].dtype)
             found.append(Probe(f"an update in {name} alone", self.of_unit({name: full}), name))
         return found
 
     def opposite(self, probe: Probe) -> Probe:
         """The same with the other sign."""
-        return Probe(f"the opposite of {probe.name}", {n: -t for n, t in probe.update.items()}, probe.about, probe.long)
+        update = {name: tensor if name in self.counts else -tensor for name, tensor in probe.update.items()}
+        return Probe(f"the opposite of {probe.name}", update, probe.about, probe.long)
 
     def of_other_sizes(self) -> list[Probe]:
-        """Stacks of zeros with one example fewer and one more."""
+        """Zeros of one example fewer and of one more, where the number of examples is an input."""
+        if self.counts:
+            many = float(self.template[self.counts[0]])
+            return [Probe(f"{many + step:g} examples", self._counting(many + step), apart=False) for step in (-1, 1)]
         if not self.records:
             return []
         fewer = {name: tensor[:-1] for name, tensor in self.absent.items()}
@@ -114,6 +123,9 @@ class Inputs:
             Probe(f"{self.records - 1} examples", fewer, apart=False),
             Probe(f"{self.records + 1} examples", more, apart=False),
         ]
+
+    def _counting(self, many: float) -> Tensors:
+        return self.absent | {name: torch.full_like(self.absent[name], many) for name in self.counts}
 
 
 class Code:

@@ -70,6 +70,24 @@ def generators_in(found: Any) -> list[Any]:
     return list(own.values())
 
 
+def seeds_of(generators: Sequence[Any]) -> list[int]:
+    """The seeds of generators that tell theirs."""
+    found = []
+    for one in generators:
+        if isinstance(one, torch.Generator):
+            found.append(one.initial_seed())
+        elif isinstance(one, np.random.Generator):
+            entropy = getattr(getattr(one.bit_generator, "seed_seq", None), "entropy", None)
+            found += [entropy] if isinstance(entropy, int) else []
+    return found
+
+
+def standing(generator: Any) -> Any:
+    """Where a generator stands, as something that can be compared."""
+    state = _state(generator)
+    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else str(state)
+
+
 def _state(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return copy.deepcopy(generator.bit_generator.state)
@@ -122,16 +140,29 @@ def seeds_seen() -> Iterator[list[int]]:
         note(given)
         return default_rng(given)
 
+    def bits(kind: Any) -> Any:
+        class WatchedBits(kind):  # type: ignore[misc]
+            """numpy's source of bits."""
+
+            def __init__(self, seed: Any = None) -> None:
+                note(seed)
+                super().__init__(seed)
+
+        return WatchedBits
+
     before = sys.getprofile()
-    replaced: list[tuple[str, Any]] = [("seed", numpy_seed), ("default_rng", generator), ("RandomState", Watched)]
-    for name, value in replaced:
+    plain = {name: getattr(np.random, name) for name in ("PCG64", "PCG64DXSM", "MT19937", "SFC64", "Philox")}
+    replaced: dict[str, Any] = {"seed": numpy_seed, "default_rng": generator, "RandomState": Watched}
+    replaced |= {name: bits(kind) for name, kind in plain.items()}
+    plain |= {"seed": seed, "default_rng": default_rng, "RandomState": state}
+    for name, value in replaced.items():
         setattr(np.random, name, value)
     sys.setprofile(watch)
     try:
         yield found
     finally:
         sys.setprofile(before)
-        for name, value in (("seed", seed), ("default_rng", default_rng), ("RandomState", state)):
+        for name, value in plain.items():
             setattr(np.random, name, value)
 
 

@@ -47,8 +47,11 @@ _STATE = {
 _COUNTER = "bn.num_batches_tracked"
 """A counter, which BatchNorm keeps as a whole number."""
 
-_SINGLE = ("num", "count", "size", "total", "steps", "loss", "accuracy")
-"""Parts of the names of entries that are single numbers."""
+_COUNTS = ("num", "count", "size", "total", "examples")
+"""Parts of the names of numbers of examples."""
+
+_SINGLE = ("steps", "loss", "accuracy")
+"""Parts of the names of other single numbers."""
 
 _MOST_NAMES = 12
 """Entries that a mechanism may ask for by names that are not among those above."""
@@ -70,6 +73,8 @@ class Mechanism:
     """What has to be known of how it was called."""
     kind: str = "function"
     """What it is, in a word."""
+    counts: list[str] = field(default_factory=list)
+    """Names of its inputs that say how many examples there are."""
     generators: list[Any] = field(default_factory=list)
     """Generators of random numbers that it keeps."""
 
@@ -285,6 +290,7 @@ def _tried(mechanism: Mechanism, length: float) -> dict[str, int]:
             name: torch.full_like(value, 0.01 * length) if value.is_floating_point() else torch.ones_like(value)
             for name, value in mechanism.template.items()
         }
+        update |= {name: mechanism.template[name] for name in mechanism.counts}
         try:
             with quiet():
                 return {name: len(value) for name, value in mechanism.release(update).items()}
@@ -295,6 +301,10 @@ def _tried(mechanism: Mechanism, length: float) -> dict[str, int]:
             name = asked.args[0]
             if name in mechanism.template:
                 raise
+            if any(part in name.lower() for part in _COUNTS) or name.lower() == "n":
+                mechanism.template[name] = torch.tensor(float(_RECORDS))
+                mechanism.counts.append(name)
+                continue
             stack = (mechanism.records,) if mechanism.records else ()
             shape = () if any(part in name.lower() for part in _SINGLE) else (64,)
             mechanism.template[name] = torch.zeros(*stack, *shape)
