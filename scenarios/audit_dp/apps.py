@@ -18,12 +18,12 @@ from torch import nn
 from fedtap.scenarios.audit.app import flower_app
 from fedtap.scenarios.audit.play import play_app
 from fedtap.scenarios.audit_dp.promise import NEIGHBOURS
-from fedtap.scenarios.audit_dp.target import Mechanism, Tensors, mechanism_of
+from fedtap.scenarios.audit_dp.target import AuditedUpdate, Mechanism, as_mechanism
 from fedtap.simulator.defences.accountant import Gaussian
 from fedtap.simulator.errors import FedtapError, short
 
 _INPUTS = 256
-"""Inputs of the linear model on which Opacus is audited, each an entry of its gradient."""
+"""AuditInputs of the linear model on which Opacus is audited, each an entry of its gradient."""
 
 
 def mechanism_in_app(path: Path, said: Mapping[str, Any]) -> Mechanism:
@@ -35,7 +35,7 @@ def mechanism_in_app(path: Path, said: Mapping[str, Any]) -> Mechanism:
     app = flower_app(path)
     mods = [mod for mod in getattr(app.client, "_mods", ()) if _adds_noise(mod)]
     if mods:
-        mechanism = mechanism_of(mods[-1], said, f"the mod of {short(app.name)}")
+        mechanism = as_mechanism(mods[-1], said, f"the mod of {short(app.name)}")
         mechanism.notes.append(f"the client mod {type(mods[-1]).__name__} of {app.name} was audited")
         return mechanism
     found: list[Any] = []
@@ -46,7 +46,7 @@ def mechanism_in_app(path: Path, said: Mapping[str, Any]) -> Mechanism:
             if not found:
                 raise
     for one in found:
-        mechanism = of_opacus(one, said) if isinstance(one, dict) else mechanism_of(one, said, type(one).__name__)
+        mechanism = of_opacus(one, said) if isinstance(one, dict) else as_mechanism(one, said, type(one).__name__)
         mechanism.notes.append(f"{'Opacus' if isinstance(one, dict) else type(one).__name__} of {app.name} was audited")
         return mechanism
     raise FedtapError(
@@ -116,7 +116,7 @@ def of_opacus(told: Mapping[str, Any], said: Mapping[str, Any]) -> Mechanism:
         told: noise multiplier, clip, reduction, examples and batch size.
     """
 
-    def call(stack: Tensors) -> Tensors:
+    def call(stack: AuditedUpdate) -> AuditedUpdate:
         return opacus_release(
             stack, told["batch"], told["noise_multiplier"], told["max_grad_norm"], told["loss_reduction"]
         )
@@ -131,7 +131,9 @@ def of_opacus(told: Mapping[str, Any], said: Mapping[str, Any]) -> Mechanism:
     return mechanism
 
 
-def opacus_release(stack: Tensors, batch: int, noise_multiplier: float, clip: float, reduction: str) -> Tensors:
+def opacus_release(
+    stack: AuditedUpdate, batch: int, noise_multiplier: float, clip: float, reduction: str
+) -> AuditedUpdate:
     """The noisy gradient that Opacus makes of the batch that the last example is in; batches are in order.
 
     Args:

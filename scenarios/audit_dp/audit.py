@@ -18,9 +18,9 @@ from fedtap.scenarios.audit_dp.auditor import Auditor
 from fedtap.scenarios.audit_dp.faults import Fault, faults_of
 from fedtap.scenarios.audit_dp.page import audit_dp_page
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
-from fedtap.scenarios.audit_dp.seeds import of_another_client, seeded
+from fedtap.scenarios.audit_dp.seeds import of_another_client, seed_everything
 from fedtap.scenarios.audit_dp.target import Mechanism, mechanism_named, quiet
-from fedtap.simulator.auditing.epsilon_bounds import MOST
+from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.run import environment, finite
@@ -102,7 +102,7 @@ class PromiseAudit:
             theirs = None
             if target.partition(":")[0] not in sys.modules:  # another client imports it too, with generators of its own
                 theirs = of_another_client(lambda: _first(target, said), self.settings.seconds / 4)
-            seeded(None)
+            seed_everything(None)
             mechanism = mechanism_named(target, said)
         self.promise = promise_of(said, mechanism.attributes)
         self.audit(mechanism, until, theirs)
@@ -128,7 +128,7 @@ class PromiseAudit:
             "promised": self.promise.told() if self.promise else dict(self.settings.said),
             "refuted": [asdict(fault) for fault in self.faults],
             "epsilon_lower_bound": best,
-            "epsilon_lower_bound_is_unbounded": best >= MOST,
+            "epsilon_lower_bound_is_unbounded": best >= UNBOUNDED,
             "lower_bounds": bounds,
             "observations": auditor.observations if auditor else 0,
             "alpha": self.settings.alpha,

@@ -17,12 +17,12 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import chi2, gamma
 
-from fedtap.scenarios.audit_dp.probes import Code, Inputs, Probe, bits_for
+from fedtap.scenarios.audit_dp.probes import AuditInputs, Code, Probe, bits_for
 from fedtap.scenarios.audit_dp.promise import Promise
 from fedtap.scenarios.audit_dp.seeds import FEW_BITS, same_noise, seeds_of, seeds_seen, standing
-from fedtap.scenarios.audit_dp.target import Mechanism, RaisedError, Tensors, quiet
-from fedtap.simulator.auditing.epsilon_bounds import MOST, epsilon_of_distance, of_split_trials
-from fedtap.simulator.auditing.evidence import LARGEST, Guesses, Scale, Shift, against_equal
+from fedtap.scenarios.audit_dp.target import AuditedUpdate, Mechanism, RaisedError, quiet
+from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED, epsilon_of_distance, of_split_trials
+from fedtap.simulator.auditing.evidence import MOST_EVIDENCE, Guesses, MeanShift, Scale, against_equal
 from fedtap.simulator.errors import FedtapError, short
 
 GAUSSIAN, LAPLACE, NO_NOISE, OTHER_NOISE = "Gaussian", "Laplace", "none", "neither Gaussian nor Laplace"
@@ -135,7 +135,7 @@ class Auditor:
         observations: int = ENOUGH,
     ) -> None:
         self.mechanism, self.promise, self.alpha, self.until = mechanism, promise, alpha, until
-        self.inputs = Inputs(mechanism.template, mechanism.records, promise.length, mechanism.counts)
+        self.inputs = AuditInputs(mechanism.template, mechanism.records, promise.length, mechanism.counts)
         self.observations = 0
         self.keys: list[str] = []
         self.kind = NO_NOISE
@@ -151,7 +151,7 @@ class Auditor:
         self._at: dict[str, Releases] = {}
         self._same: list[np.ndarray] = []
         self._equal = self._shared = 0.0
-        self._shifts: dict[str, Shift] = {}
+        self._shifts: dict[str, MeanShift] = {}
         self._last: np.ndarray = np.zeros(0)
         self._codes: dict[str, tuple[Code, Guesses, np.ndarray]] = {}
         self._weakest = Scale(1)
@@ -161,7 +161,7 @@ class Auditor:
 
     # -- releases ------------------------------------------------------------------------------------------------------
 
-    def release(self, update: Tensors) -> np.ndarray:
+    def release(self, update: AuditedUpdate) -> np.ndarray:
         """One observation, all entries in a row.
 
         Raises:
@@ -287,7 +287,7 @@ class Auditor:
         if not self.noisy.any():  # noise that is the same in each call, or none at all
             noise = np.abs(rows[0])
         used = noise > 0
-        if not used.any():
+        if len(np.unique(rows[0][used])) < _FIRST:  # a few constants, such as a number of examples, are no noise
             return
         for mine in rows:
             for other in self._theirs:
@@ -366,7 +366,7 @@ class Auditor:
             if pair.shift is not None and continuous and float(np.abs(pair.shift).max()) > 0:
                 self._add(name, "noise", self._enough(pair), pair.other)
             elif pair.shift is None and continuous and self.kind == GAUSSIAN and pair.direction is not None:
-                self._shifts[pair.other] = Shift(max(self.promise.distance, 1e-12))
+                self._shifts[pair.other] = MeanShift(max(self.promise.distance, 1e-12))
                 self._add(name, "noise", self._shifts[pair.other].log_e, pair.other)
         if self.kind in (GAUSSIAN, LAPLACE) and continuous:
             for probe in self.probes:
@@ -381,7 +381,7 @@ class Auditor:
         if self.kind == GAUSSIAN and self.still:
             self._add("noise in every direction", "direction", self._without_direction)
         if self.kind == GAUSSIAN and not self.promise.delta:
-            self._add("noise with lighter tails than Gaussian", "pure", lambda: LARGEST)
+            self._add("noise with lighter tails than Gaussian", "pure", lambda: MOST_EVIDENCE)
 
     def _add(self, name: str, fault: str, log_e: Callable[[], float], probe: str = "") -> None:
         self.hypotheses.append(Hypothesis(name, fault, log_e, probe))
@@ -584,7 +584,7 @@ class Auditor:
             read = code.read((row - center)[where], np.sign(shift[where]))
             guesses.add(bool((read == message).all()))
 
-    def _signed(self, canary: Tensors, signs: np.ndarray) -> Tensors:
+    def _signed(self, canary: AuditedUpdate, signs: np.ndarray) -> AuditedUpdate:
         """The canary with the sign of each entry changed; entries that no release has are zeros."""
         update = {name: tensor.clone() for name, tensor in self.inputs.absent.items()}
         start = 0
@@ -666,7 +666,7 @@ class Auditor:
             if one.fell:
                 continue
             value = one.log_e()
-            one.highest = max(one.highest, min(value, LARGEST))
+            one.highest = max(one.highest, min(value, MOST_EVIDENCE))
             if value >= self.threshold:
                 one.fell = self.observations
 
@@ -697,7 +697,7 @@ class Auditor:
                 low = _clopper_pearson(guesses.right, guesses.made, math.exp(-threshold)) - self.promise.delta
                 read = math.log(low) + code.bits * math.log(2) if low > 0 else 0.0
                 found["messages"] = max(found.get("messages", 0.0), read)
-        return {name: float(min(max(value, 0.0), MOST)) for name, value in found.items()}
+        return {name: float(min(max(value, 0.0), UNBOUNDED)) for name, value in found.items()}
 
     def _rates(self, pair: Neighbours, threshold: float) -> float:
         """μ of one release, at least."""
@@ -761,7 +761,7 @@ def _nearness(near: float, size: int, freedom: float, pairs: int) -> float:
         freedom: how many independent entries are as good as all of a release; the noise of these may be correlated.
     """
     limit, log_chance = _equal_limit(max(int(min(size, freedom / 2)), 1))
-    return 0.0 if near * min(freedom / 2 / size, 1.0) > limit else min(-log_chance - math.log(pairs), LARGEST)
+    return 0.0 if near * min(freedom / 2 / size, 1.0) > limit else min(-log_chance - math.log(pairs), MOST_EVIDENCE)
 
 
 def _freedom(rows: np.ndarray) -> float:
@@ -781,7 +781,7 @@ def _freedom(rows: np.ndarray) -> float:
 def _equal_limit(size: int) -> tuple[float, float]:
     """The squared distance below which two releases count as equal, and the logarithm of its probability."""
     limit = min(size / 2, float(chi2.ppf(_EQUAL, size)))
-    return limit, max(float(chi2.logcdf(limit, size)), -2 * LARGEST)
+    return limit, max(float(chi2.logcdf(limit, size)), -2 * MOST_EVIDENCE)
 
 
 def _clopper_pearson(won: int, tries: int, doubt: float) -> float:

@@ -164,7 +164,8 @@ class _Naming:
 
     def _keep_clip_alone(self) -> None:
         """Without noise nothing else about noise is worth a sentence, but a missing clip is."""
-        if self._grown() is None:
+        grown = self._grown()
+        if grown is None or grown < 0.2 * LONG * self.promise.length:
             self.left = []
 
     # -- the clip ------------------------------------------------------------------------------------------------------

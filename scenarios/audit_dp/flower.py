@@ -28,7 +28,7 @@ from flwr.app import (
 from torch import Tensor
 
 from fedtap.scenarios.audit_dp.promise import promised_by
-from fedtap.scenarios.audit_dp.target import MOD, Mechanism, Tensors, quiet
+from fedtap.scenarios.audit_dp.target import MOD, AuditedUpdate, Mechanism, quiet
 from fedtap.simulator.errors import FedtapError, short
 
 _EXAMPLES = "num-examples"
@@ -64,7 +64,7 @@ def of_mod(mod: Any, said: Mapping[str, Any], name: str) -> Mechanism:
     promised = promised_by(mod)
     clip = float(said.get("clip") or promised.get("clip") or 1.0)
 
-    def call(update: Tensors) -> dict[str, Any]:
+    def call(update: AuditedUpdate) -> dict[str, Any]:
         config = ConfigRecord({_KEY_OF_CLIP: clip})
         zeros = {key: torch.zeros_like(value) for key, value in update.items()}
         order = _message(RecordDict({"arrays": _record(zeros), "config": config}))
@@ -93,12 +93,12 @@ def of_mod(mod: Any, said: Mapping[str, Any], name: str) -> Mechanism:
     return mechanism
 
 
-def _weights() -> Tensors:
+def _weights() -> AuditedUpdate:
     """The update of a layer and of what BatchNorm keeps, without its counter."""
     return {"fc.weight": torch.zeros(16, 40), "fc.bias": torch.zeros(16), "bn.running_mean": torch.zeros(16)}
 
 
-def _of_counters(call: Callable[[Tensors], dict[str, Any]]) -> list[str]:
+def _of_counters(call: Callable[[AuditedUpdate], dict[str, Any]]) -> list[str]:
     """A note, if a number without an axis, such as BatchNorm's counter, is sent as it is: it is beside the verdict."""
     try:
         sent = call(_weights() | {_COUNTER: torch.tensor(1000)})
@@ -150,7 +150,7 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
     others: list[Message] = []
     by_clients = "ClientSide" in type(strategy).__name__
 
-    def call(update: Tensors) -> dict[str, Any]:
+    def call(update: AuditedUpdate) -> dict[str, Any]:
         number[0] += 1
         zeros = {key: torch.zeros_like(value) for key, value in update.items()}
         # Flower's clip divides by the length of a change, so clients that do not move do so by next to nothing
@@ -177,7 +177,7 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
             found["next clipping norm"] = np.asarray(one.clipping_norm, float)
         return found
 
-    def _reply(tensors: Tensors) -> Message:
+    def _reply(tensors: AuditedUpdate) -> Message:
         metrics: dict[str, Any] = {_EXAMPLES: 1}
         if by_clients and "Adaptive" in type(strategy).__name__:
             metrics["norm_bit"] = float(sum(float(one.square().sum()) for one in tensors.values()) >= clip**2 * 0.999)
@@ -195,7 +195,7 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
     return mechanism
 
 
-def _clipped(update: Tensors, clip: float) -> Tensors:
+def _clipped(update: AuditedUpdate, clip: float) -> AuditedUpdate:
     """As Flower's client mod clips it."""
     length = float(sum(value.double().square().sum() for value in update.values())) ** 0.5
     factor = min(1.0, clip / max(length, 1e-300))

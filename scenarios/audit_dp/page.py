@@ -53,7 +53,10 @@ def audit_dp_page(document: Mapping[str, Any]) -> str:
     if document["history"] and promised.get("epsilon"):
         charts["Promised and audited"] = _chart(document)
     if document["hypotheses"]:
-        rows = [{**one, "refuted at": one["refuted_at"]} for one in document["hypotheses"]]
+        rows = [
+            {"hypothesis": one["hypothesis"], "e_value": one["e_value"], "refuted at": one["refuted_at"]}
+            for one in document["hypotheses"]
+        ]
         needed = document["e_value_needed"]
         charts["Every hypothesis"] = (
             f"<p>Each is refuted at an e-value of {needed:.4g}, at any time, so that an honest mechanism is refuted "

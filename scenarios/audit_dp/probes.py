@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor]
+from fedtap.scenarios.audit_dp.target import AuditedUpdate
 
 LONG = 1000.0
 """Length of a probe, in clips."""
@@ -29,7 +29,7 @@ class Probe:
 
     name: str
     """What it is, as a sentence names it."""
-    update: Tensors
+    update: AuditedUpdate
     """The input."""
     about: str = ""
     """Name of the tensor that it is all in; empty where it is in all of them."""
@@ -39,7 +39,7 @@ class Probe:
     """Whether its mean may differ; not for stacks of another number of examples, all of them zeros."""
 
 
-class Inputs:
+class AuditInputs:
     """All inputs for a mechanism.
 
     Args:
@@ -51,7 +51,7 @@ class Inputs:
     """
 
     def __init__(
-        self, template: Tensors, records: int, length: float, counts: Sequence[str] = (), seed: int = 0
+        self, template: AuditedUpdate, records: int, length: float, counts: Sequence[str] = (), seed: int = 0
     ) -> None:
         self.template, self.records, self.length, self.counts = template, records, length, counts
         self.absent = {
@@ -68,7 +68,7 @@ class Inputs:
         """Of one unit's tensor."""
         return tuple(self.template[name].shape[bool(self.records) :])
 
-    def of_unit(self, unit: Mapping[str, Tensor]) -> Tensors:
+    def of_unit(self, unit: Mapping[str, Tensor]) -> AuditedUpdate:
         """The input in which one unit holds these tensors, and zeros of all others."""
         update = {name: tensor.clone() for name, tensor in self.absent.items()}
         for name, tensor in unit.items():
@@ -78,7 +78,7 @@ class Inputs:
                 update[name] = tensor.reshape(update[name].shape).to(update[name].dtype)
         return update
 
-    def along(self, direction: Mapping[str, Tensor], clips: float) -> Tensors:
+    def along(self, direction: Mapping[str, Tensor], clips: float) -> AuditedUpdate:
         """The input whose unit points along a direction and is so many clips long."""
         length = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in direction.values()))
         return self.of_unit({name: tensor * (clips * self.length / length) for name, tensor in direction.items()})
@@ -124,7 +124,7 @@ class Inputs:
             Probe(f"{self.records + 1} examples", more, apart=False),
         ]
 
-    def _counting(self, many: float) -> Tensors:
+    def _counting(self, many: float) -> AuditedUpdate:
         return self.absent | {name: torch.full_like(self.absent[name], many) for name in self.counts}
 
 

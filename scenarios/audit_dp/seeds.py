@@ -20,7 +20,7 @@ FEW_BITS = 32
 """Seeds of so many bits or fewer can all be tried."""
 
 
-def seeded(seed: int | None) -> None:
+def seed_everything(seed: int | None) -> None:
     """Seed the global generators; None for entropy of the operating system."""
     if seed is None:
         seed = int.from_bytes(os.urandom(6), "little")
@@ -43,7 +43,7 @@ def same_noise(seed: int, generators: Sequence[Any] = ()) -> Iterator[None]:
     def drawn(size: int) -> bytes:
         return source.randbytes(size)
 
-    seeded(seed)
+    seed_everything(seed)
     os.urandom = random._urandom = drawn  # type: ignore[attr-defined]
     try:
         yield
@@ -51,7 +51,7 @@ def same_noise(seed: int, generators: Sequence[Any] = ()) -> Iterator[None]:
         os.urandom, random._urandom = urandom, inner  # type: ignore[attr-defined]
         for one, state in zip(generators, states, strict=True):
             _set(one, state)
-        seeded(None)
+        seed_everything(None)
 
 
 def generators_in(found: Any) -> list[Any]:
@@ -180,7 +180,7 @@ def of_another_client(releases: Callable[[], np.ndarray], seconds: float) -> np.
                 import signal
 
                 signal.alarm(max(int(seconds), 1))
-                seeded(None)
+                seed_everything(None)
                 np.save(path, releases(), allow_pickle=False)
             finally:
                 os._exit(0)

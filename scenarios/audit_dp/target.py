@@ -25,7 +25,8 @@ from fedtap.scenarios.audit_dp.promise import promised_by
 from fedtap.scenarios.audit_dp.seeds import generators_in
 from fedtap.simulator.errors import FedtapError, short
 
-Tensors = dict[str, Tensor]
+AuditedUpdate = dict[str, Tensor]
+"""Tensors by name: a client's update, or a stack of examples' gradients."""
 
 MOD = "mod"
 """What a client mod is called among mechanisms."""
@@ -61,9 +62,9 @@ _MOST_NAMES = 12
 class Mechanism:
     """What turns an update into what is observed."""
 
-    call: Callable[[Tensors], Mapping[str, Any]]
+    call: Callable[[AuditedUpdate], Mapping[str, Any]]
     """From an update to what is observed of it."""
-    template: Tensors
+    template: AuditedUpdate
     """Zeros, of the names, shapes and types of an update."""
     records: int = 0
     """Examples in the leading axis of each tensor; 0 where the tensors are one update."""
@@ -78,7 +79,7 @@ class Mechanism:
     generators: list[Any] = field(default_factory=list)
     """Generators of random numbers that it keeps."""
 
-    def release(self, update: Tensors) -> dict[str, np.ndarray]:
+    def release(self, update: AuditedUpdate) -> dict[str, np.ndarray]:
         """What is observed of an update: arrays of float64 by name.
 
         Raises:
@@ -128,7 +129,7 @@ def mechanism_named(target: str, said: Mapping[str, Any]) -> Mechanism:
     Raises:
         FedtapError: it cannot be imported, is no mechanism, or cannot be called.
     """
-    return mechanism_of(_imported(target), said, target)
+    return as_mechanism(_imported(target), said, target)
 
 
 def _imported(target: str) -> Any:
@@ -167,7 +168,7 @@ def _imported(target: str) -> Any:
     return found
 
 
-def mechanism_of(found: Any, said: Mapping[str, Any], name: str) -> Mechanism:
+def as_mechanism(found: Any, said: Mapping[str, Any], name: str) -> Mechanism:
     """An object as a mechanism.
 
     Raises:
@@ -233,17 +234,17 @@ def _made(kind: type, said: Mapping[str, Any], name: str) -> Any:
     return kind(**{one: known[one] for one in required})
 
 
-def _templates(records: int) -> list[Tensors]:
+def _templates(records: int) -> list[AuditedUpdate]:
     """Updates that may suit, the one that shows most first; of a stack of examples if there are some."""
     stack = (records,) if records else ()
     floats = {name: torch.zeros(*stack, *shape) for name, shape in _STATE.items()}
-    single: list[Tensors] = [{"weight": torch.zeros(*stack, 32, 32)}, {"update": torch.zeros(*stack, 1024)}]
+    single: list[AuditedUpdate] = [{"weight": torch.zeros(*stack, 32, 32)}, {"update": torch.zeros(*stack, 1024)}]
     if records:
         return [{"weight": torch.zeros(records, 16, 60), "bias": torch.zeros(records, 16)}, single[1]]
     return [floats | {_COUNTER: torch.zeros((), dtype=torch.long)}, floats, *single]
 
 
-def _negotiated(function: Callable[[Tensors], Any], said: Mapping[str, Any]) -> Mechanism:
+def _negotiated(function: Callable[[AuditedUpdate], Any], said: Mapping[str, Any]) -> Mechanism:
     """With the first of some updates that the function takes.
 
     Raises:
@@ -257,7 +258,7 @@ def _negotiated(function: Callable[[Tensors], Any], said: Mapping[str, Any]) -> 
         stacked = said.get("unit") == "example" and len(lengths) == 1
         return Mechanism(function, template, lengths.pop() if stacked else 0, attributes)
     first: FedtapError | None = None
-    choices: list[tuple[int, Tensors]] = []
+    choices: list[tuple[int, AuditedUpdate]] = []
     if said.get("unit") == "example":
         choices += [(_RECORDS, template) for template in _templates(_RECORDS)]
     choices += [(0, template) for template in _templates(0)]

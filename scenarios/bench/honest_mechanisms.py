@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fedtap.scenarios.audit_dp.auditor import ENOUGH, Auditor
 from fedtap.scenarios.audit_dp.promise import promise_of
-from fedtap.scenarios.audit_dp.seeds import seeded
-from fedtap.scenarios.audit_dp.target import mechanism_of
+from fedtap.scenarios.audit_dp.seeds import seed_everything
+from fedtap.scenarios.audit_dp.target import as_mechanism
 from fedtap.simulator.defences.accountant import noise_for
 
 _ALPHA, _DELTA = 1e-3, 1e-5
@@ -65,10 +65,10 @@ def main() -> None:
     bounds: dict[str, list[float]] = {}
     alarms, highest, began = 0, -math.inf, time.process_time()
     for number, (name, found, epsilon, delta) in enumerate(islice(_cases(), audits), start=1):
-        seeded(None)
+        seed_everything(None)
         said = {"epsilon": epsilon, "delta": delta, "clip": 1.0}
         auditor = Auditor(
-            mechanism_of(found, said, name),
+            as_mechanism(found, said, name),
             promise_of(said, {}),
             _ALPHA,
             time.monotonic() + 3600,

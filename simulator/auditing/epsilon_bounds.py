@@ -19,19 +19,19 @@ from scipy.stats import beta, binom, nct
 
 from fedtap.simulator.defences import gaussian
 
-MOST = 1e12
+UNBOUNDED = 1e12
 """ε that stands for no bound at all: nothing here tells larger ones."""
 
 
 def epsilon_of_distance(distance: float, delta: float) -> float:
-    """ε at δ of Gaussian releases μ standard deviations apart, MOST at most."""
+    """ε at δ of Gaussian releases μ standard deviations apart, UNBOUNDED at most."""
     if distance <= 0:
         return 0.0
-    if distance**2 / 2 >= MOST or math.isinf(distance):
-        return MOST
+    if distance**2 / 2 >= UNBOUNDED or math.isinf(distance):
+        return UNBOUNDED
     if not delta:
-        return MOST  # no Gaussian noise is (ε, 0)-differentially private
-    return min(gaussian.epsilon_of(distance, delta), MOST)
+        return UNBOUNDED  # no Gaussian noise is (ε, 0)-differentially private
+    return min(gaussian.epsilon_of(distance, delta), UNBOUNDED)
 
 
 def of_trials(present: Sequence[float], absent: Sequence[float], threshold: float, doubt: float, delta: float) -> float:

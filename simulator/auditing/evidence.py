@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
-LARGEST = 690.0
+MOST_EVIDENCE = 690.0
 """Logarithms above this are told as this: e^690 is about the largest number that JSON's readers hold."""
 
 
@@ -153,7 +153,7 @@ def against_equal(one: Scale, other: Scale, ratio: Callable[[int], float]) -> fl
 
 
 @dataclass
-class Shift:
+class MeanShift:
     """Against: neighbours lie `most` standard deviations apart at most, where neither distance nor noise is known.
 
     Each observation is the difference of two neighbours' releases over √2: Gaussian noise of deviation σ on each of n

@@ -27,7 +27,7 @@ from fedtap.scenarios.audit_dp.faults import Fault, faults_of
 from fedtap.scenarios.audit_dp.probes import Code
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
 from fedtap.scenarios.audit_dp.seeds import same_noise, seeds_seen
-from fedtap.scenarios.audit_dp.target import Mechanism, mechanism_of
+from fedtap.scenarios.audit_dp.target import Mechanism, as_mechanism
 from fedtap.simulator.defences.accountant import noise_for
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run as fedtap
@@ -36,10 +36,16 @@ from tests.support import dp_mechanisms
 PROMISED: dict[str, Any] = {"epsilon": 1.0, "delta": 1e-5, "clip": 1.0}
 
 
-def audited(found: Any, observations: int = 500, seconds: float = 120, **said: Any) -> Auditor:
+@pytest.fixture(autouse=True)
+def few_releases_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit ends sooner than it would for a user."""
+    monkeypatch.setattr(auditor, "_FEWEST", 130)
+
+
+def audited(found: Any, observations: int = 300, seconds: float = 120, **said: Any) -> Auditor:
     """An audit in this process, of a mechanism or of the function of that name."""
     said = {name: value for name, value in (PROMISED | said).items() if value is not None}
-    mechanism = found if isinstance(found, Mechanism) else mechanism_of(found, said, str(found))
+    mechanism = found if isinstance(found, Mechanism) else as_mechanism(found, said, str(found))
     audit = Auditor(
         mechanism,
         promise_of(said, mechanism.attributes),
@@ -86,7 +92,7 @@ def test_each_of_twelve_faults_is_found_and_named(name: str, said: dict[str, Any
         ("scale_by_update", {}, "scale_depends_on_data"),
         ("no_noise", {}, "no_noise"),
         ("clip_by_tensor", {}, "clip_too_long"),
-        ("one_number_of_noise", {}, "noise_correlated"),
+        ("one_number_of_noise", {"observations": 700}, "noise_correlated"),
         ("laplace_after_l2", {"delta": 0.0}, "clip_too_long"),
         ("biases_with_less_noise", {}, "undefended_entries"),
         ("metric_in_the_clear", {}, "undefended_entries"),
@@ -120,7 +126,7 @@ def test_an_honest_mechanism_is_not_refuted_and_its_epsilon_is_nearly_shown(name
 
 
 def test_noise_that_cannot_be_drawn_twice_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditor, "_PATIENT", 900)
+    monkeypatch.setattr(auditor, "_PATIENT", 600)
     honest = audited(dp_mechanisms.honest_random_state, epsilon=4.0)
     assert not honest.still
     assert not faults_of(honest)

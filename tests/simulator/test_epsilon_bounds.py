@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedtap.simulator.auditing.epsilon_bounds import (
-    MOST,
+    UNBOUNDED,
     distance_of_scores,
     epsilon_of_distance,
     of_f_dp_one_run,
@@ -59,6 +59,6 @@ def test_scores_without_a_difference_bound_nothing_and_without_noise_everything(
     same = np.random.default_rng(3).normal(size=50).tolist()
     assert distance_of_scores(same, same, 0.05) == 0
     assert of_trials(same, same, 0.0, 0.05, DELTA) == 0
-    assert of_gaussian_one_run([1.0] * 5, [0.0] * 5, 0.05, DELTA) == MOST
-    assert epsilon_of_distance(1e9, DELTA) == MOST
+    assert of_gaussian_one_run([1.0] * 5, [0.0] * 5, 0.05, DELTA) == UNBOUNDED
+    assert epsilon_of_distance(1e9, DELTA) == UNBOUNDED
     assert of_one_run(100, 50, 20, 0.05, DELTA) == 0

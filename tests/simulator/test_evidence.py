@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import norm
 
-from fedtap.simulator.auditing.evidence import Guesses, Scale, Shift, against_equal
+from fedtap.simulator.auditing.evidence import Guesses, MeanShift, Scale, against_equal
 
 
 def scale_of(*groups: tuple[float, float]) -> Scale:
@@ -97,7 +97,7 @@ def test_guesses_are_bets_on_right_ones() -> None:
 
 def test_a_shift_is_found_by_averaging_and_an_honest_one_is_not() -> None:
     draw = np.random.default_rng(3)
-    far, near = Shift(0.5), Shift(1.1)
+    far, near = MeanShift(0.5), MeanShift(1.1)
     for _ in range(1500):
         z, rest = draw.normal() + 1 / math.sqrt(2), float((draw.normal(size=30) ** 2).sum())
         far.add(z, rest, 30)
@@ -108,7 +108,7 @@ def test_a_shift_is_found_by_averaging_and_an_honest_one_is_not() -> None:
 
 
 def test_the_shifts_evidence_is_a_ratio_of_likelihoods() -> None:
-    shift, values = Shift(0.3), [0.4, 1.1, 0.7, 2.0]
+    shift, values = MeanShift(0.3), [0.4, 1.1, 0.7, 2.0]
     for z in values:
         shift.add(z, 0.5, 2)
     sigmas, shifts = np.meshgrid(np.exp(np.linspace(-3, 2, 4000)), np.linspace(-1, 1, 401))
