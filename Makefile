@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test lint types docs links bench clean
 
 demo: .venv/ready
 	$(BIN)/fedtap run first_leak
 
-test: lint
+test: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
@@ -15,18 +15,28 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(MAKE) types
 
-# mypy finds the package under its own name through a folder of links.
-types: .venv/ready
-	mkdir -p build/types/fedtap
-	ln -sfn $(addprefix $(CURDIR)/,fedtap/__init__.py fedtap/py.typed simulator attackers clients scenarios) build/types/fedtap
+types: .venv/ready links
 	MYPYPATH=build/types $(BIN)/mypy
+
+# The site, in build/site: strict, and offline once its tools are there.
+docs: .venv/docs links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/ready
 	$(BIN)/python -m fedtap.scenarios.bench
 
+# mypy and the site find the package under its own name through a folder of links.
+links:
+	mkdir -p build/types/fedtap
+	ln -sfn $(addprefix $(CURDIR)/,fedtap/__init__.py fedtap/py.typed simulator attackers clients scenarios) build/types/fedtap
+
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 clean:

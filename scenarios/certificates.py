@@ -1,7 +1,7 @@
 """Throw-away certificates and keys, to try Flower's deployment engine with TLS and authenticated SuperNodes.
 
 `python -m fedtap.scenarios.certificates DIR --nodes 4 --host server.example` leaves in DIR what the commands of
-`scenarios/deployment.md` name: `ca.crt`, by which SuperNodes and `flwr` know the SuperLink; `server.crt` and
+`docs/tls.md` name: `ca.crt`, by which SuperNodes and `flwr` know the SuperLink; `server.crt` and
 `server.key`, the SuperLink's; and for each SuperNode K a key pair, `supernode-K` and `supernode-K.pub`, by which the
 SuperLink knows it. The authority's own key is never written, so nothing else can be signed with it. These are for
 trials: a federation that lasts takes its certificates from its organisation's authority, and lets each SuperNode make

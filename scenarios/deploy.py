@@ -5,7 +5,7 @@ is the compromised client; a scenario such as `attention` has none, and as many 
 with `flwr run`, waits, and stops what it started. It submits an app of a pyproject.toml alone: the nodes have fedtap
 installed. With `--secure` the SuperLink speaks TLS and knows its SuperNodes by their keys, made for this run alone.
 With `--engine simulation` the SuperLink plays all nodes itself, on Ray. On real hosts, start the same programs by hand:
-`scenarios/deployment.md` has the commands.
+`docs/tls.md` has the commands.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # so that a scenario's options can be shown without torch
 Setting = TypeVar("Setting", bound="Scenario")
 
 Row = dict[str, Any]
-"""One victim under one attack; the README lists the columns."""
+"""One victim under one attack; docs/columns.md lists the columns."""
 
 EVERY_ROW = (
     Column("seconds", "of the attack, for each victim", form=".2g", page=True),

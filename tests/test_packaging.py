@@ -157,8 +157,8 @@ def test_a_wheel_plays_a_scenario_beside_folders_of_the_same_names(python: Path,
     assert row["lpips"] < 0.01, "the features for LPIPS come with the wheel"
 
 
-def test_the_readmes_client_mod_works_from_a_wheel(python: Path, beside: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_documented_client_mod_works_from_a_wheel(python: Path, beside: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/defences.md").read_text(), re.DOTALL)
     (example,) = (code for code in blocks if "mods=[mod_of(" in code)
     (beside / "mine.py").write_text(f"{example}\nimport fedtap.clients.mod\nprint(fedtap.clients.mod.__file__)\n")
     assert python.parents[1] in Path(said(python, "mine.py", cwd=beside).strip()).parents

@@ -134,7 +134,8 @@ class Gaussian:
         Args:
             kappa: the chance of a blind guess under the prior: the largest prior probability, over guesses, of what
                 counts as that guess's success. 1/K for K equally likely candidates.
-            draws, seed: of the Monte Carlo.
+            draws: of the Monte Carlo.
+            seed: of the Monte Carlo.
 
         Raises:
             FedtapError: κ is not in (0, 1].

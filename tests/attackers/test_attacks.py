@@ -43,15 +43,15 @@ from fedtap.simulator.scores import score_all
 from tests.support import checkpoint_leaks
 from tests.support.attack_leaks import InPlace, OfTheUsers, WithConstant, auxiliary_for, conv_head, leak_of, pictures
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/adding.md").read_text()
 
 
-def of_the_readme() -> dict[str, type[Attack]]:
-    """The README's example of an attack, found as a file in the folder would be."""
-    section = README.partition("**Adding an attack**")[2]
+def documented() -> dict[str, type[Attack]]:
+    """The documentation's example of an attack, found as a file in the folder would be."""
+    section = PAGE.partition("\n## An attack\n")[2]
     file, code = re.search(r"`attackers/(\w+)\.py`", section), re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert file, "the README names no file for its example"
-    assert code, "the README has no example of an attack"
+    assert file, "the page names no file for its example"
+    assert code, "the page has no example of an attack"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{file[1]}.py").write_text(code[1])
         attackers.__path__.append(folder)
@@ -62,7 +62,7 @@ def of_the_readme() -> dict[str, type[Attack]]:
             attackers.__path__.remove(folder)
 
 
-CANDIDATES = {**ATTACKS, **of_the_readme()}
+CANDIDATES = {**ATTACKS, **documented()}
 EVERY = sorted(CANDIDATES)
 NAMES = [name for name in EVERY if CANDIDATES[name].reconstructs is Reconstruction]
 """Those that bring back images; attacks on other leaks have tests of their own."""
@@ -143,7 +143,7 @@ def wants_weights(attack: Attack) -> bool:
 def test_the_names_of_the_command_line_are_fixed() -> None:
     fixed = {"dlg", "idlg", "inverting_gradients", "gradinversion", "linear", "restarts", "refine"}
     assert fixed <= ATTACKS.keys()
-    assert not fixed & of_the_readme().keys()
+    assert not fixed & documented().keys()
     assert "fedtap.scenarios.bench.attacks" not in sys.modules  # a command of its own, which nobody waits for
 
 

@@ -1,4 +1,4 @@
-"""The README's example of a scenario of a user's own package."""
+"""The documentation's example of a scenario of a user's own package."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 from fedtap.scenarios.command.main import main
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/adding.md").read_text()
 
 
-def test_the_readmes_scenario_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.partition("**Adding a scenario**")[2]
+def test_the_documented_scenario_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = PAGE.partition("\n## A scenario\n")[2]
     file, code = re.search(r"`my_package/(\w+)\.py`", section), re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert file
     assert code

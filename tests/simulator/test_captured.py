@@ -319,9 +319,9 @@ def test_a_run_in_which_every_row_is_an_error_ends_in_exit_code_1(
     assert "no data today" in rows(tmp_path)[0]["error"]
 
 
-def test_the_readmes_way_from_a_gradient_to_a_reconstruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"### A gradient of your own.*?```python\n(.*?)```", readme, re.DOTALL)
+def test_the_documented_way_from_gradient_to_reconstruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/own_gradient.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert code
     monkeypatch.chdir(tmp_path)
     mine = ModuleType("mine")

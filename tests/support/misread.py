@@ -1,4 +1,4 @@
-"""What comes of a leak that was misread, and how far `unexplained` tells it: the figures of README and soundness.py.
+"""What comes of a leak that was misread, and how far `unexplained` tells it: the figures of soundness.py.
 
     python -m tests.support.misread conventions [steps]     a client of each convention: misread, said, fedtap's own
     python -m tests.support.misread threshold [steps]       the best threshold for 64 honest and 64 misread leaks
