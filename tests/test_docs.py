@@ -183,3 +183,58 @@ def test_the_site_lists_every_page_once() -> None:
     names = [str(page.relative_to(ROOT / "docs").as_posix()) for page in PAGES]
     assert sorted(listed(site["nav"])) == names
     assert site["strict"]
+
+
+# What the hosting site, Docker and conda read.
+
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_runs_commands_that_exist(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = yaml.safe_load(file.read_text())["jobs"].values()
+    lines = [line.strip() for job in jobs for step in job["steps"] for line in step.get("run", "").splitlines()]
+    assert lines
+    for line in lines:
+        if line.startswith(("make ", "fedtap run", "fedtap list")):
+            parsed(line)
+    assert all(job["timeout-minutes"] for job in jobs)
+
+
+def test_the_workflow_tests_each_declared_python_on_three_systems() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {one.rpartition(" :: ")[2] for one in project["classifiers"] if "Python :: 3." in one}
+    matrix = yaml.safe_load(WORKFLOWS[-1].read_text())["jobs"]["tests"]["strategy"]["matrix"]
+    assert declared <= set(matrix["python"])
+    assert {name.partition("-")[0] for name in matrix["os"]} == {"ubuntu", "macos", "windows"}
+
+
+@pytest.mark.parametrize("name", ["bug", "idea", "result"])
+def test_an_issue_form_asks_for_something(name: str) -> None:
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form["name"]
+    assert form["description"]
+    asked = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in asked}) == len(asked)
+    assert any(field.get("validations", {}).get("required") for field in asked)
+
+
+def test_the_container_holds_the_whole_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = set(project["tool"]["setuptools"]["package-dir"].values())
+    recipe = (ROOT / "Dockerfile").read_text()
+    assert set(re.findall(r"^COPY (\w+) /source/\w+$", recipe, re.MULTILINE)) == folders
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} >= folders
+    for bound in ("torch", "torchvision"):
+        (wanted,) = (one for one in project["project"]["dependencies"] if one.startswith(f"{bound}>"))
+        assert f"'{wanted}'" in recipe
+    extras = project["project"]["optional-dependencies"]
+    (pip,) = (
+        one["pip"]
+        for one in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if "pip" in one and isinstance(one, dict)
+    )
+    assert set(re.findall(r"\w+", pip[0].removeprefix("-e ."))) <= extras.keys()
