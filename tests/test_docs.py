@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
+from torch import nn
 
 from fedtap.attackers import parse
 from fedtap.scenarios.command.grid import attack_grid
@@ -23,7 +25,7 @@ from fedtap.scenarios.command.plan import plan
 from fedtap.simulator.errors import FedtapError
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 COMMAND = typer.main.get_command(cli)
@@ -64,6 +66,16 @@ def test_the_readmes_python_reconstructs_an_image_in_ten_lines(capsys: pytest.Ca
     assert names["found"].labels.item() == 3
     assert (names["found"].images[0] - names["image"]).abs().max() < 0.01
     assert capsys.readouterr().out.startswith("3 ")
+
+
+@pytest.mark.parametrize(("page", "name"), [("own_model", "net"), ("defences", "fixed")])
+def test_a_documented_model_takes_images(page: str, name: str) -> None:
+    names: dict[str, Any] = {"__name__": page}
+    (code,) = (block for block in blocks(ROOT / f"docs/{page}.md", "python") if f"def {name}(shape, classes)" in block)
+    exec(compile(code, page, "exec", dont_inherit=True), names)
+    model = names[name]((3, 32, 32), 10)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 # Commands.
@@ -108,7 +120,7 @@ def parsed_fedtap(words: list[str]) -> None:
         parse(known["attack"])
 
 
-WRITTEN = [(page, line) for page in (README, *PAGES) for line in commands_of(page)]
+WRITTEN = [(page, line) for page in (README, CONTRIBUTING, *PAGES) for line in commands_of(page)]
 WHOLE = [pytest.param(line, id=f"{page.stem}: {line}"[:90]) for page, line in WRITTEN if "…" not in line]
 
 
@@ -117,6 +129,15 @@ def test_a_documented_command_parses(line: str, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "corpus.txt").write_text("A document.\n" * 200)
     monkeypatch.chdir(tmp_path)
     parsed(line)
+
+
+def test_the_documented_workflow_of_an_audit_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (workflow,) = blocks(ROOT / "docs/audit.md", "yaml")
+    (audit,) = (
+        run for step in yaml.safe_load(workflow)["jobs"]["audit"]["steps"] if "audit" in (run := step.get("run", ""))
+    )
+    parsed(audit)
 
 
 def test_every_command_of_the_readme_is_whole() -> None:
@@ -156,7 +177,7 @@ def links(page: Path) -> Iterator[str]:
             yield target
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, CONTRIBUTING, *PAGES], ids=lambda page: page.stem)
 def test_links_lead_to_a_file_and_its_heading(page: Path) -> None:
     for target in links(page):
         path, _, anchor = target.partition("#")
