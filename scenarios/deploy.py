@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -169,12 +170,15 @@ class Deployment:
             FedtapError: `flwr run` says that it failed, or the SuperLink ended.
         """
         process = self._flwr("run", str(app), "--stream", *more)
+        helpers: set[int] = set()
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     told = process.communicate(timeout=1)[0]
                     break
+                helpers |= _groups_of(superlink.pid)
                 if superlink.poll() is not None:
+                    _stop(helpers)  # the ServerApp outlives a SuperLink that is killed
                     raise FedtapError(
                         f"The SuperLink ended with exit code {superlink.returncode} before the run did: start it "
                         "again. What was observed until then is in the run's folder."
@@ -304,14 +308,31 @@ def _running(command: list[str], environment: Mapping[str, str], log: Path) -> I
         try:
             yield process
         finally:
+            helpers = {process.pid, *_groups_of(process.pid)}
             process.terminate()
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            with contextlib.suppress(ProcessLookupError):  # a helper process may outlive its parent for a moment
-                os.killpg(process.pid, 9)
+            _stop(helpers)
+
+
+def _groups_of(pid: int) -> set[int]:
+    """The process groups of a program's children: Flower's SuperExec, which starts apps, has one of its own."""
+    try:
+        listed = subprocess.run(["ps", "-A", "-o", "ppid=,pgid="], capture_output=True, text=True, check=False).stdout
+    except OSError:  # a container without ps
+        return set()
+    pairs_of_ids = (map(int, line.split()) for line in listed.splitlines())
+    return {group for parent, group in pairs_of_ids if parent == pid} - {os.getpgrp()}
+
+
+def _stop(groups: set[int]) -> None:
+    """Kill what is left of these process groups."""
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def _free_port() -> int:

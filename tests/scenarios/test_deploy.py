@@ -145,6 +145,10 @@ def test_what_was_observed_is_on_disk_when_the_superlink_is_killed(tmp_path: Pat
                 app_of(home, out, "--model=mlp --victims=3 --clients=1 --attack=linear", FAULTY), superlink=superlink
             )
     assert {file.name for file in (out / "leaks").glob("*.safetensors")} == {"part_0-round_1-client_0.safetensors"}
+    assert (
+        f"127.0.0.1:{deployment.port}"
+        not in subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True).stdout
+    )
 
 
 def at(condition: Callable[[], bool]) -> None:
