@@ -32,7 +32,7 @@ from fedtap.scenarios.audit.play import play_app
 from fedtap.scenarios.audit.privacy import planned_rounds, privacy_of
 from fedtap.scenarios.audit.report import audit_page, junit, risk_of
 from fedtap.scenarios.audit.single import single_steps
-from fedtap.scenarios.audit.stand_in import standing_in
+from fedtap.scenarios.audit.stand_in import NOT_ASKED, standing_in
 from fedtap.scenarios.audit.verdict import NOISED, NOT_UNDERSTOOD, RAW, AuditedExchange, judged
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
@@ -182,7 +182,7 @@ class Audit:
         Raises:
             FedtapError: it did not begin.
         """
-        with standing_in(self.settings.data, self.settings.nodes):
+        with standing_in(self.settings.data, self.settings.nodes) as asked:
             self.app = flower_app(self.settings.path, self.settings.overrides)
             try:
                 late = play_app(self.app, self.settings.nodes, self.settings.rounds, until, self._hear)
@@ -191,7 +191,7 @@ class Audit:
                     raise
                 return error
         if self.settings.data:
-            self.not_tested.append("the app's own data and partitions: local data stood in for them, split evenly")
+            self.not_tested += asked or [NOT_ASKED]
         if late:
             self.not_tested.append("further rounds, for which there was no time: raise --minutes")
         return None

@@ -1,7 +1,8 @@
-"""A local folder, .npz or table in the place of the data set that an app would fetch by `flwr_datasets` or `datasets`.
+"""A local folder, .npz or table in the place of the data set that an app would fetch.
 
-Both modules are replaced for the process, by as much of them as Flower's example apps use. Partitions are independent
-and identically distributed, whatever partitioner the app names.
+`flwr_datasets` and `datasets` are replaced for the process, by as much of them as Flower's example apps use; their
+partitions are independent and identically distributed, whatever partitioner the app names. Images also stand in for
+data sets of torchvision's, which an app splits by itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,14 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedtap.scenarios.audit.torchvision_sets import Opened, private_side, torchvision_standing_in
 from fedtap.simulator.data.images import Side, open_dataset
 from fedtap.simulator.errors import FedtapError, short
 
 _IMAGE_COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}
 """Last part of a data set's name -> its columns, where they are not `image` and `label`."""
 
+_SIZE = 32
+"""Pixels a side that photographs are brought to."""
+
 _TESTED = 5
 """One row of this many is in a table's test split."""
+
+NOT_ASKED = "the local data: the app asked for none by flwr_datasets, datasets or a known class of torchvision.datasets"
+"""What is to be said where nothing stood in for anything."""
 
 Transform = Callable[[dict[str, list[Any]]], Mapping[str, Sequence[Any]]]
 """From columns to columns, of some rows."""
@@ -164,33 +173,21 @@ def _any_partitioner(name: str) -> type[_Partitioner]:
     return _Partitioner
 
 
-def _load(data: Path) -> Callable[[str], LocalSplits]:
-    """From the name of the data set that the app asks for to what stands in for it.
+def _splits(opened: Opened, name: str) -> LocalSplits:
+    """What stands in for the data set of this name.
 
-    Raises:
-        FedtapError: there is nothing that could.
+    Args:
+        opened: gives the local data.
     """
-    if data.suffix == ".csv":
-        table = _table(data)
-        return lambda name: table
-    found = open_dataset(str(data), Path())
-    private = Side(*(torch.cat(both) for both in _both(found.auxiliary, found.train)))
-
-    def splits(name: str) -> LocalSplits:
-        image, label = _IMAGE_COLUMNS.get(name.rpartition("/")[2].lower(), ("image", "label"))
-        sides = {"train": private, "test": found.target}
-        return LocalSplits(
-            {
-                split: LocalRows({image: Pictures(side), label: side.labels.tolist()}, range(len(side)))
-                for split, side in sides.items()
-            }
-        )
-
-    return splits
-
-
-def _both(one: Side, other: Side) -> list[tuple[Tensor, Tensor]]:
-    return [(one.images, other.images), (one.labels, other.labels)]
+    image, label = _IMAGE_COLUMNS.get(name.rpartition("/")[2].lower(), ("image", "label"))
+    found = opened(_SIZE)
+    sides = {"train": private_side(found), "test": found.target}
+    return LocalSplits(
+        {
+            split: LocalRows({image: Pictures(side), label: side.labels.tolist()}, range(len(side)))
+            for split, side in sides.items()
+        }
+    )
 
 
 def _table(path: Path) -> LocalSplits:
@@ -225,25 +222,50 @@ def _typed(texts: Sequence[str]) -> list[Any]:
 
 
 @contextmanager
-def standing_in(data: Path | None, nodes: int) -> Iterator[None]:
-    """Inside, `flwr_datasets` and `datasets` hand out what is at `data`; nothing is changed where that is None.
+def standing_in(data: Path | None, nodes: int) -> Iterator[list[str]]:
+    """Inside, `flwr_datasets`, `datasets` and torchvision's data sets hand out what is at `data`; nothing is changed
+    where that is None. A table stands in for no data set of torchvision's.
 
     Args:
         nodes: partitions, where the app's partitioner does not say.
 
+    Yields:
+        What an app asked for until now and got local data for, in a sentence each.
+
     Raises:
         FedtapError: nothing usable is there.
     """
+    asked: list[str] = []
     if data is None:
-        yield
+        yield asked
         return
-    load = _load(data)
+
+    def note(sentence: str) -> None:
+        if sentence not in asked:
+            asked.append(sentence)
+
+    with ExitStack() as stack:
+        if data.suffix == ".csv":
+            table = _table(data)
+            stack.enter_context(_modules_standing_in(lambda name: table, nodes, note))
+        else:
+            opened = cache(lambda size: open_dataset(str(data), Path(), size))
+            opened(_SIZE)  # what cannot be used is told at once
+            stack.enter_context(_modules_standing_in(cache(partial(_splits, opened)), nodes, note))
+            stack.enter_context(torchvision_standing_in(opened, note))
+        yield asked
+
+
+@contextmanager
+def _modules_standing_in(load: Callable[[str], LocalSplits], nodes: int, note: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `flwr_datasets` and `datasets` are modules that hand out what `load` gives for a data set's name."""
 
     class FederatedDataset:
         """As flwr_datasets' own."""
 
         def __init__(self, *, dataset: str = "", partitioners: Mapping[str, Any] | None = None, **_: Any) -> None:
             self._splits = load(dataset)
+            note("the app's own data and partitions: local data stood in for them, split evenly")
             self.partitioners = {
                 split: _Partitioner(one) if isinstance(one, int) else one for split, one in (partitioners or {}).items()
             }
@@ -261,6 +283,7 @@ def standing_in(data: Path | None, nodes: int) -> Iterator[None]:
 
     def load_dataset(path: str, *_: Any, split: str | None = None, **options: Any) -> LocalRows | LocalSplits:
         splits = load(path)
+        note("the app's own data: local data stood in for them")
         return splits if split is None else splits["train" if split.startswith("train") else "test"]
 
     flower, partitioner, plain = (

@@ -45,6 +45,16 @@ def torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+def torchvision_datasets() -> ModuleType:
+    """The module torchvision.datasets, as `torchvision` gives it.
+
+    Raises:
+        ImportError, OSError, RuntimeError: there is none that can be imported.
+    """
+    torchvision()
+    return importlib.import_module("torchvision.datasets")
+
+
 def cifar10_arrays(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
     """CIFAR-10 through torchvision, downloaded into `data_root` where it is not there yet.
 
@@ -55,8 +65,7 @@ def cifar10_arrays(data_root: Path) -> dict[str, UInt8[np.ndarray, "*shape"]]:
         FedtapError: torchvision cannot be imported, or the download fails.
     """
     try:
-        torchvision()
-        datasets = importlib.import_module("torchvision.datasets")
+        datasets = torchvision_datasets()
         sides = {
             side: datasets.CIFAR10(str(data_root), train=side == "train", download=True) for side in ("train", "test")
         }

@@ -21,7 +21,8 @@ from fedtap.scenarios.audit.audit import Audit, AuditSettings
 from fedtap.scenarios.audit.command import MET, assert_no_leak
 from fedtap.scenarios.audit.observe import Observer
 from fedtap.scenarios.audit.replay import NotReplayedError, replayed
-from fedtap.scenarios.audit.stand_in import standing_in
+from fedtap.scenarios.audit.stand_in import NOT_ASKED, standing_in
+from fedtap.simulator.data.vision import torchvision_datasets
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run as fedtap
 
@@ -34,9 +35,11 @@ def closed_form_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacks, "_PANEL", ("exact_batch",))
 
 
-def audited(name: str, out: Path, *overrides: str, nodes: int = 2, rounds: int = 2) -> dict[str, Any]:
+def audited(
+    name: str, out: Path, *overrides: str, nodes: int = 2, rounds: int = 2, data: Path | None = None
+) -> dict[str, Any]:
     """audit.json of one of the apps."""
-    settings = AuditSettings(APPS / name, out, nodes=nodes, rounds=rounds, overrides=overrides, minutes=60.0)
+    settings = AuditSettings(APPS / name, out, nodes=nodes, rounds=rounds, overrides=overrides, data=data, minutes=60.0)
     Audit(settings).run()
     document: dict[str, Any] = json.loads((out / "audit.json").read_text())
     return document
@@ -169,11 +172,11 @@ def test_the_rounds_end_where_they_are_told_to(tmp_path: Path) -> None:
     assert document["app"]["run_config"]["num-server-rounds"] == 5
 
 
-def coarse_pictures(path: Path, examples: int = 40) -> Path:
-    """An .npz of coarse random pictures of 8 pixels a side."""
+def coarse_pictures(path: Path, examples: int = 40, size: int = 8) -> Path:
+    """An .npz of coarse random pictures of so many pixels a side."""
     drawn = np.random.default_rng(0)
     coarse = drawn.integers(0, 256, (examples, 2, 2, 3), dtype=np.uint8)
-    images, labels = coarse.repeat(4, 1).repeat(4, 2), np.arange(examples) % 10
+    images, labels = coarse.repeat(size // 2, 1).repeat(size // 2, 2), np.arange(examples) % 10
     np.savez(path, x_train=images, y_train=labels, x_test=images[:4], y_test=labels[:4])
     return path
 
@@ -199,6 +202,67 @@ def test_local_data_stand_in_for_what_an_app_would_fetch_and_single_steps_tell_w
     assert any("local data stood in for them" in one for one in document["not_tested"])
     assert "4 of 4 inputs come back recognisable" in (out / "report.html").read_text()
     assert "flwr_datasets" not in sys.modules
+
+
+def test_local_images_stand_in_for_those_of_torchvision_that_an_app_splits_by_itself(tmp_path: Path) -> None:
+    data = coarse_pictures(tmp_path / "local.npz", size=32)
+    document = audited("vision_legacy", tmp_path / "out", data=data)
+    assert len(document["exchanges"]) == 4
+    told = SGD | {"momentum": 0.9, "learning_rate": 0.001, "steps": 4, "batch_sizes": [4] * 4, "replay_error": 0.0}
+    told |= {"verdict": "update", "model": "Net", "input_range": [[-1.0], [1.0]]}
+    for exchange in document["exchanges"]:
+        assert {key: exchange[key] for key in told} == told
+    assert lead(tmp_path / "out").startswith("What the clients of vision_legacy send was understood")
+    assert "the app's own data, CIFAR10: local data stood in for them" in document["not_tested"]
+    assert not (APPS / "vision_legacy/dataset").exists()
+
+
+def test_local_data_that_an_app_does_not_ask_for_are_not_said_to_be_used(tmp_path: Path) -> None:
+    document = audited("weighted", tmp_path, rounds=1, data=coarse_pictures(tmp_path / "local.npz"))
+    assert NOT_ASKED in document["not_tested"]
+
+
+def test_sets_of_torchvision_hold_local_images_in_their_own_form_until_the_end(tmp_path: Path) -> None:
+    path = coarse_pictures(tmp_path / "local.npz", size=32)
+    sets = torchvision_datasets()
+    before = {name: getattr(sets, name) for name in ("CIFAR10", "MNIST", "SVHN", "ImageFolder", "EMNIST", "STL10")}
+    with np.load(path) as arrays, standing_in(path, 2) as asked:
+        from torchvision.datasets import CIFAR10
+        from torchvision.datasets.mnist import MNIST
+
+        cifar = CIFAR10("nowhere", True, None, lambda label: -label, download=True)
+        assert (cifar.data == arrays["x_train"]).all()
+        assert (len(cifar), cifar.targets, cifar.classes[3]) == (40, arrays["y_train"].tolist(), "cat")
+        assert (np.asarray(cifar[7][0]) == arrays["x_train"][7]).all()
+        assert cifar[7][1] == -7
+        grey = MNIST("nowhere", train=False, transform=lambda image: np.asarray(image, np.float32))
+        assert (len(grey), grey.data.shape, grey[1][1], grey.classes[1]) == (4, (4, 28, 28), 1, "1 - one")
+        mean = (arrays["x_test"][1] * (0.299, 0.587, 0.114)).sum(2)  # of a picture that is flat in each quarter
+        assert np.abs(grey[1][0][:12, :12] - mean[:12, :12]).max() <= 0.51
+        assert sets.EMNIST("nowhere", split="letters", train=True)[30][0].size == (28, 28)
+        assert sets.SVHN("nowhere", split="test").labels.tolist() == arrays["y_test"].tolist()
+        assert sets.STL10("nowhere")[0][0].size == (96, 96)
+        folder = sets.ImageFolder("photos/train", transform=np.asarray)
+        assert (folder[5][0] == arrays["x_train"][5]).all()
+        assert (folder.class_to_idx["9"], len(sets.ImageFolder("photos/val"))) == (9, 4)
+    assert [sentence for sentence in asked if "MNIST" in sentence or "CIFAR" in sentence] == [
+        "the app's own data, CIFAR10: local data stood in for them",
+        "the app's own data, MNIST: local data stood in for them, and their images were brought from 3x32x32 to its "
+        "1x28x28 (channels, height, width)",
+        "the app's own data, EMNIST: local data stood in for them, and their images were brought from 3x32x32 to its "
+        "1x28x28 (channels, height, width)",
+    ]
+    assert {name: getattr(sets, name) for name in before} == before
+    assert sys.modules["torchvision.datasets.mnist"].MNIST is before["MNIST"]
+
+
+def test_local_labels_that_a_set_of_torchvision_does_not_have_are_refused(tmp_path: Path) -> None:
+    images, labels = np.zeros((12, 32, 32, 3), np.uint8), np.arange(12)
+    np.savez(tmp_path / "local.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with standing_in(tmp_path / "local.npz", 2), pytest.raises(FedtapError, match="have a label 11, and CIFAR10, for"):
+        torchvision_datasets().CIFAR10("nowhere")
+    with standing_in(tmp_path / "local.npz", 2):
+        assert len(torchvision_datasets().CIFAR100("nowhere")) == 12
 
 
 def test_rows_that_stand_in_are_read_as_those_of_a_data_set(tmp_path: Path) -> None:
