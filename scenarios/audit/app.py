@@ -36,6 +36,8 @@ class FlowerApp:
     """Of the folder's Python files and its pyproject.toml."""
     run_config: UserConfig
     """The app's own configuration, with what `--set` replaced."""
+    components: tuple[str, str]
+    """The client and the server, as module:attribute."""
 
 
 def reconfigured(app: FlowerApp, path: Path, overrides: Sequence[str], client: ClientAppCallable) -> FlowerApp:
@@ -75,9 +77,10 @@ def flower_app(path: Path, overrides: Sequence[str] = ()) -> FlowerApp:
             "[tool.flwr.app.components] as module:attribute."
         )
     run_config = _config(path, overrides)
-    client, server = (_component(path, components[name]) for name in ("clientapp", "serverapp"))
+    named = components["clientapp"], components["serverapp"]
+    client, server = (component(path, one) for one in named)
     about = project["project"]
-    return FlowerApp(str(about["name"]), str(about["version"]), client, server, _digest(path), run_config)
+    return FlowerApp(str(about["name"]), str(about["version"]), client, server, _digest(path), run_config, named)
 
 
 def _digest(path: Path) -> str:
@@ -95,7 +98,7 @@ def _config(path: Path, overrides: Sequence[str]) -> UserConfig:
         FedtapError: an override cannot be read, or the app has no such key.
     """
     try:
-        changed: Mapping[str, Any] = parse_config_args([_quoted(one) for one in overrides]) if overrides else {}
+        changed: Mapping[str, Any] = parse_config_args([quoted_override(one) for one in overrides]) if overrides else {}
         return get_fused_config_from_dir(path, dict(changed))
     except Exception as error:  # of click, tomli or Flower itself
         raise FedtapError(
@@ -104,7 +107,7 @@ def _config(path: Path, overrides: Sequence[str]) -> UserConfig:
         ) from error
 
 
-def _quoted(override: str) -> str:
+def quoted_override(override: str) -> str:
     """`key=value` with quotes around a value that is neither a number nor true or false."""
     key, sign, value = override.partition("=")
     plain = value in ("true", "false") or value[:1] in "\"'" or _number(value)
@@ -119,7 +122,7 @@ def _number(text: str) -> bool:
     return True
 
 
-def _component(path: Path, named: str) -> Any:
+def component(path: Path, named: str) -> Any:
     """The object that `module:attribute` names in the app's folder.
 
     Raises:

@@ -27,13 +27,16 @@ from fedtap.scenarios.audit.changes import (
     metric_told,
     summed,
 )
+from fedtap.scenarios.audit.engines import NO_ATTACK_ON_ENGINES, EnginePlay, FoundOnEngine
+from fedtap.scenarios.audit.judging import judged_and_noted
 from fedtap.scenarios.audit.observe import ROOM, LocalTraining
 from fedtap.scenarios.audit.play import play_app
 from fedtap.scenarios.audit.privacy import planned_rounds, privacy_of
 from fedtap.scenarios.audit.report import audit_page, junit, risk_of
 from fedtap.scenarios.audit.single import single_steps
 from fedtap.scenarios.audit.stand_in import NOT_ASKED, standing_in
-from fedtap.scenarios.audit.verdict import NOISED, NOT_UNDERSTOOD, RAW, AuditedExchange, judged
+from fedtap.scenarios.audit.verdict import NOISED, RAW, AuditedExchange, judged
+from fedtap.scenarios.audit.wrapped import Wrapping
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.report.pictures import Picture
@@ -96,19 +99,24 @@ class AuditSettings:
     """When that time began, as time.time() tells it; 0 for now."""
     seed: int = 0
     """Of the attacks' starting points."""
+    engine: str = ""
+    """`simulation` or `deployment`, Flower's own, where nothing is attacked; empty for this process."""
+    home: Path | None = None
+    """Folder for what Flower's engines keep, FLWR_HOME, which nobody else uses."""
 
     def command(self) -> str:
         """What repeats the audit, in the folder of the app."""
         said = ["fedtap", "audit", ".", "--nodes", self.nodes, "--rounds", self.rounds, "--minutes", self.minutes]
         said += [word for override in self.overrides for word in ("--set", override)]
         said += ["--data", self.data.name] if self.data else []
+        said += ["--engine", self.engine] if self.engine else []
         return shlex.join(map(str, [*said, "--seed", self.seed]))
 
     @staticmethod
     def of(text: str) -> AuditSettings:
         """From JSON, the argument of a process."""
         given = json.loads(text)
-        paths = {name: Path(given[name]) for name in ("path", "out", "data") if given.get(name)}
+        paths = {name: Path(given[name]) for name in ("path", "out", "data", "home") if given.get(name)}
         return AuditSettings(**{**given, **paths, "overrides": tuple(given["overrides"])})
 
 
@@ -160,7 +168,7 @@ class Audit:
             now = time.monotonic()
             seconds = max(60 * self.settings.minutes - passed, 0.0)
             end = now + seconds
-            ended = self._play(now + _PLAYED * seconds)
+            ended = self._play(now + _PLAYED * seconds, end)
             self._check()
             self.write()
             now = time.monotonic()
@@ -176,8 +184,12 @@ class Audit:
             self.finished = True
             self.write()
 
-    def _play(self, until: float) -> FedtapError | None:
+    def _play(self, until: float, end: float) -> FedtapError | None:
         """Load and play the app; why it ended, where it had begun and did not come to its end.
+
+        Args:
+            until: value of time.monotonic() after which no round is begun.
+            end: that at which another engine's processes are ended.
 
         Raises:
             FedtapError: it did not begin.
@@ -185,7 +197,10 @@ class Audit:
         with standing_in(self.settings.data, self.settings.nodes) as asked:
             self.app = flower_app(self.settings.path, self.settings.overrides)
             try:
-                late = play_app(self.app, self.settings.nodes, self.settings.rounds, until, self._hear)
+                if self.settings.engine:
+                    late = self._play_on_engine(self.app, until, end, asked)
+                else:
+                    late = play_app(self.app, self.settings.nodes, self.settings.rounds, until, self._hear)
             except FedtapError as error:
                 if not self._seen:
                     raise
@@ -196,6 +211,36 @@ class Audit:
             self.not_tested.append("further rounds, for which there was no time: raise --minutes")
         return None
 
+    def _play_on_engine(self, app: FlowerApp, until: float, end: float, asked: list[str]) -> bool:
+        """Let one of Flower's engines play the app; whether time was over before as many rounds were played.
+
+        Args:
+            asked: what the app asked for and got local data for; what it asks its engine for is added.
+
+        Raises:
+            FedtapError: it did not come to its end.
+        """
+        settings, found = self.settings, FoundOnEngine(self.settings.out / "exchanges")
+        if settings.home is None:
+            raise FedtapError(
+                f"--engine {settings.engine} needs a folder for Flower's files: start it by `fedtap audit`."
+            )
+        self.not_tested.append(NO_ATTACK_ON_ENGINES)
+        data = str(settings.data) if settings.data else None
+        about = Wrapping(*app.components, str(found.folder), data, settings.nodes, settings.rounds, until)
+        play = EnginePlay(settings.engine, settings.path, settings.home, about, settings.overrides, end)
+
+        def hear() -> None:
+            self.exchanges = [one["exchange"] | {"input_range": None, "attacks": []} for one in found.exchanges]
+            self._shapes = [None if one["shape"] is None else tuple(one["shape"]) for one in found.exchanges]
+            self._ranges, self.messages, self.failures = found.ranges, found.messages, found.failures
+            if time.monotonic() > self._written + _EVERY:
+                self.write()
+
+        play.play(found, hear)
+        asked += [one for one in found.asked if one not in asked]
+        return found.late
+
     def _hear(self, message: Message, reply: Message, training: LocalTraining, rnd: int) -> None:
         """Judge one exchange; nothing is raised into the app."""
         self.messages[message.metadata.message_type] += 1
@@ -204,14 +249,10 @@ class Audit:
             return
         self._metrics.note(message, reply, rnd)
         client = message.metadata.dst_node_id - SERVER_NODE - 1
-        try:
-            exchange = judged(message, reply, training, client, rnd)
-            if exchange is None:
-                return
-            shape = note_inputs(self._ranges, exchange)
-        except Exception as error:  # a client's bytes and models may raise whatever they like
-            reason = f"fedtap could not judge the exchange ({type(error).__name__}: {short(error, 120)})."
-            exchange, shape = AuditedExchange(client, rnd, NOT_UNDERSTOOD, reason), None
+        found = judged_and_noted(message, reply, training, client, rnd, self._ranges)
+        if found is None:
+            return
+        exchange, shape = found
         self._shapes.append(shape)
         if exchange.verdict == NOISED and self.privacy is None:
             assert self.app is not None

@@ -6,6 +6,8 @@ Nothing here imports torch or the app.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,9 @@ _FAIL_ON = {"recognisable": ("recognisable", "identical", "raw data"), "identica
 
 MET = 3
 """Exit code where `--fail-on` is met."""
+
+_ENGINES = ("simulation", "deployment")
+"""What `--engine` takes: Flower's own engines."""
 
 
 def audit_command(
@@ -43,13 +48,26 @@ def audit_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit in that folder.")] = False,
     fail_on: Annotated[str, typer.Option(help="Exit with 3 where inputs come back: recognisable or identical.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the attacks' starting points.")] = 0,
+    engine: Annotated[
+        str, typer.Option(help="simulation or deployment: judge on Flower's own engine, and attack nothing.")
+    ] = "",
 ) -> None:
     """Play a Flower app as it is, see what its clients do, and attack what they send. The app's code is run, in its own
     folder. Exit code 0: done; 3: --fail-on is met; 2: it could not be audited, and what was found is kept."""
     if fail_on not in ("", *_FAIL_ON):
         raise FedtapError(f"--fail-on {short(fail_on)} is none of {', '.join(_FAIL_ON)}: give one of them.")
+    if engine not in ("", *_ENGINES):
+        raise FedtapError(
+            f"--engine {short(engine)} is none of {', '.join(_ENGINES)}: give one of them, or leave it out to play the "
+            "app in one process."
+        )
+    if engine and fail_on:
+        raise FedtapError(
+            "--fail-on asks what attacks rebuild, and none is run on an engine of Flower's: leave out --engine or "
+            "--fail-on."
+        )
     where = _folder(out, overwrite)
-    document = _audited(path, where, nodes, rounds, changed or (), data, minutes, seed)
+    document = _audited(path, where, nodes, rounds, changed or (), data, minutes, seed, engine)
     console = Console(emoji=False)
     console.print(document["risk"]["sentence"], markup=False, highlight=False)
     said = f"Page: {where / 'report.html'}   figures: {where / 'audit.json'}"
@@ -106,12 +124,14 @@ def _audited(
     data: Path | None,
     minutes: float,
     seed: int,
+    engine: str = "",
 ) -> dict[str, Any]:
     """What audit.json holds once the process is over, which says why if it did not finish."""
     settings = {"path": str(path.resolve()), "out": str(where), "nodes": nodes, "rounds": rounds, "seed": seed}
-    settings |= {"overrides": list(changed), "minutes": minutes, "started": time.time()}
+    settings |= {"overrides": list(changed), "minutes": minutes, "started": time.time(), "engine": engine}
     settings |= {"data": str(data.resolve())} if data else {}
-    code = _played(settings, where, minutes)
+    with tempfile.TemporaryDirectory(prefix="fedtap-", ignore_cleanup_errors=True) as home:
+        code = _played({**settings, "home": home}, where, minutes)
     document = _document(where, settings)
     if not document["error"] and (code != 0 or not document["finished"]):
         document["error"] = _ended(code, minutes)
@@ -133,6 +153,7 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
             raise FedtapError(f"{short(where)} holds {'an audit' if ours else 'something else'} already: {remedy}.")
     for name in ("audit.json", "report.html", "junit.xml"):
         (where / name).unlink(missing_ok=True)
+    shutil.rmtree(where / "exchanges", ignore_errors=True)
     return where
 
 
@@ -146,7 +167,7 @@ def _played(settings: Mapping[str, Any], where: Path, minutes: float) -> int | N
     folder = Path(settings["path"])
     if not folder.is_dir():
         raise FedtapError(f"{short(folder)} is no folder: name the folder of a Flower app, with its pyproject.toml.")
-    return run_in_process("fedtap.scenarios.audit", settings, folder, where / "app.log", 60 * minutes)
+    return run_in_process("fedtap.scenarios.audit", settings, folder, where / "app.log", 60 * minutes, settings["home"])
 
 
 def _ended(code: int | None, minutes: float) -> str:

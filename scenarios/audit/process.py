@@ -11,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,24 @@ from fedtap.simulator.errors import Stopped, short
 GRACE = 60.0
 """Seconds that the process has after its time to end what it does and write what it found."""
 
-_ENVIRONMENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-"""So that Flower sends nothing and asks nothing."""
+_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""So that Flower and Ray send nothing, ask nothing and install nothing."""
 
 
-def run_in_process(module: str, settings: Mapping[str, Any], folder: Path, log: Path, seconds: float) -> int | None:
+def run_in_process(
+    module: str, settings: Mapping[str, Any], folder: Path, log: Path, seconds: float, home: str = ""
+) -> int | None:
     """`python -P -m MODULE SETTINGS` in `folder`; its exit code, None where it was ended since time was over.
 
     Args:
         log: file for what it prints.
         seconds: its time, after which it has GRACE.
+        home: folder for what Flower's own engines leave, of which no process outlives this one; empty for none.
 
     Raises:
         Stopped: somebody pressed Ctrl-C; what was found by then is kept.
@@ -39,14 +48,15 @@ def run_in_process(module: str, settings: Mapping[str, Any], folder: Path, log: 
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, json.dumps(settings)],
             cwd=folder,
-            env={**os.environ, **_ENVIRONMENT},
+            env={**os.environ, **_ENVIRONMENT, **({"FLWR_HOME": home} if home else {})},
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            return process.wait(seconds + GRACE)
+            with _told_to_end():
+                return process.wait(seconds + GRACE)
         except subprocess.TimeoutExpired:
             return None
         except KeyboardInterrupt:
@@ -55,6 +65,34 @@ def run_in_process(module: str, settings: Mapping[str, Any], folder: Path, log: 
             with contextlib.suppress(ProcessLookupError):  # the code may have left processes of its own
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if home:
+                _end_all(home)
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Inside, SIGTERM, by which a build is cancelled, does what Ctrl-C does: else the app would go on alone."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_all(home: str) -> None:
+    """End what is left of Flower's engines, which start processes in sessions of their own: all have this FLWR_HOME.
+
+    Only Linux tells the environment of a process; elsewhere they end by themselves once those are gone that started
+    them.
+    """
+    mark = f"FLWR_HOME={home}".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has just ended
+            if mark in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def ending(code: int) -> str:

@@ -104,7 +104,7 @@ class LocalGrid(Grid):
         except KeyboardInterrupt:  # the user's
             raise
         except BaseException as error:  # as on Flower's engines, a client that raises or exits answers with an error
-            return Message(Error(CLIENT_FAILED, _reason(error)), reply_to=asked)
+            return Message(Error(CLIENT_FAILED, failure_reason(error)), reply_to=asked)
 
 
 def _named(message: Message) -> str:
@@ -140,7 +140,7 @@ def _arrived(content: RecordDict) -> RecordDict:
     return RecordDict({name: arrays[name] if name in arrays else rest[name] for name in content})
 
 
-def _reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """What was raised, what it says, and where."""
     try:
         said = str(error)

@@ -212,7 +212,7 @@ def test_local_images_stand_in_for_those_of_torchvision_that_an_app_splits_by_it
     told |= {"verdict": "update", "model": "Net", "input_range": [[-1.0], [1.0]]}
     for exchange in document["exchanges"]:
         assert {key: exchange[key] for key in told} == told
-    assert lead(tmp_path / "out").startswith("What the clients of vision_legacy send was understood")
+    assert lead(tmp_path / "out").startswith("What the clients of vision-legacy send was understood")
     assert "the app's own data, CIFAR10: local data stood in for them" in document["not_tested"]
     assert not (APPS / "vision_legacy/dataset").exists()
 
