@@ -56,7 +56,7 @@ def app(**run_config: Any) -> FlowerApp:
         moved = {name: torch.as_tensor(array.numpy()) + 1 for name, array in record.items()}
         return Message(RecordDict({"arrays": ArrayRecord(moved)}), reply_to=message)
 
-    return FlowerApp("mine", "1", client, lambda **_: None, "", run_config)
+    return FlowerApp("mine", "1", client, lambda **_: None, "", run_config, ("mine:client", "mine:server"))
 
 
 def test_a_sum_of_clients_is_the_gradient_of_their_batches_together() -> None:
