@@ -28,7 +28,9 @@ from fedtap.scenarios.audit_dp.probes import Code
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
 from fedtap.scenarios.audit_dp.seeds import same_noise, seeds_seen
 from fedtap.scenarios.audit_dp.target import Mechanism, as_mechanism
+from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.defences.accountant import noise_for
+from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run as fedtap
 from tests.support import dp_mechanisms
@@ -126,10 +128,11 @@ def test_an_honest_mechanism_is_not_refuted_and_its_epsilon_is_nearly_shown(name
 
 
 def test_noise_that_cannot_be_drawn_twice_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditor, "_PATIENT", 600)
+    monkeypatch.setattr(auditor, "_PATIENT", 400)
     honest = audited(dp_mechanisms.honest_random_state, epsilon=4.0)
     assert not honest.still
     assert not faults_of(honest)
+    monkeypatch.setattr(auditor, "_PATIENT", 2000)
     found = faults_of(audited(dp_mechanisms.honest_random_state, epsilon=1.0))  # its noise is for ε = 4
     assert [one.fault for one in found] == ["noise_too_small"]
 
@@ -183,6 +186,20 @@ def test_opacus_with_a_sum_over_a_constant_is_not_refuted() -> None:
     told = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "loss_reduction": "sum", "examples": 16, "batch": 8}
     said = {"delta": 1e-5, "unit": "example", "epsilon": None, "clip": None}
     assert not faults_of(audited(of_opacus(told, said), observations=200, **said))
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"), [("none", None), ("half_noise", "noise_too_small"), ("no_clip", "clip_skipped")]
+)
+def test_the_canary_scenarios_broken_mechanisms_are_found(broken: Any, fault: str | None) -> None:
+    """The first lesson: what `fedtap run canary --broken-mechanism` shows in thousands of trials."""
+    defence = parse(Canary(canaries=2, epsilon=1.0, broken_mechanism=broken).done).update
+
+    def client(update: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(defence(update, None))
+
+    found = faults_of(audited(client, observations=200))
+    assert [one.fault for one in found] == [fault] * (fault is not None)
 
 
 def test_the_least_noise_is_that_of_the_accountant() -> None:
