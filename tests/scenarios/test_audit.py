@@ -436,7 +436,7 @@ def test_an_app_that_ends_or_blocks_its_process_leaves_a_page_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("fedtap.scenarios.audit.command._GRACE", 1.0)
+    monkeypatch.setattr("fedtap.scenarios.audit.process.GRACE", 1.0)
     folder, out = written(tmp_path, app(train)), tmp_path / "out"
     assert fedtap(monkeypatch, "audit", str(folder), "--out", str(out), "--minutes", minutes) == 2
     assert said in capsys.readouterr().err
