@@ -20,7 +20,9 @@ ROOMS = {
     "clients": {"simulator"},
     "scenarios": {"attackers", "clients", "simulator"},
 }
-FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+NOTEBOOKS = ROOT / "scenarios/course/units"
+"""Data of the course, which no module imports."""
+FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py")) if not file.is_relative_to(NOTEBOOKS)]
 
 
 def imports(file: Path) -> set[str]:
@@ -222,6 +224,7 @@ def defined(file: Path) -> set[str]:
 
 
 SAID_TWICE = {
+    "UNIT": "what each file of the course's exercises defines",
     "Attention": "the block, and the scenario that asks about it, whose class is named after its file",
     "Defences": "a chain of defences, and the scenario that asks about them",
     "Noise": "the defence, and the scenario that asks about it",

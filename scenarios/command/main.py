@@ -1,5 +1,6 @@
 """The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap audit APP`, `fedtap
-audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, and `fedtap pretrain diffusion`.
+audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, `fedtap pretrain diffusion`, `fedtap course`, and
+`fedtap grade UNIT ANSWERS`.
 
 Nothing here imports torch before a run begins, so that help and lists are there at once.
 """
@@ -28,6 +29,7 @@ from fedtap.scenarios.audit.command import audit_command
 from fedtap.scenarios.audit_dp.command import audit_dp_command
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
+from fedtap.scenarios.course.command import course_cli, grade_command
 from fedtap.simulator.data import DATASETS
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
@@ -52,7 +54,7 @@ Out = Annotated[
     Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME, or the next free runs/NAME-2, -3, ….")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
-COMMANDS = ("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list")
+COMMANDS = ("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade")
 SAYS = "This option and those below say what the client did, in place of the leak's JSON."
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -309,6 +311,8 @@ def _all_failed(rows: Sequence[Mapping[str, Any]]) -> None:
 
 cli.command("audit")(audit_command)
 cli.command("audit-dp")(audit_dp_command)
+cli.command("grade")(grade_command)
+cli.add_typer(course_cli, name="course")
 
 
 @cli.command("pretrain")

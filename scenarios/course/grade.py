@@ -1,0 +1,105 @@
+"""Reads an answers file and grades it: one exercise after the other, each by its own check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtap.scenarios.course import course_unit
+from fedtap.scenarios.course.exercise import Graded, Unit, grade_answer
+from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.files import is_file, read_json, write_atomically
+
+
+def empty_answers(unit: Unit, student: str = "") -> dict[str, Any]:
+    """What an answers file holds before anything is answered: `form` says what each answer looks like."""
+    return {
+        "unit": unit.number,
+        "student": student,
+        "answers": {exercise.name: None for exercise in unit.exercises},
+        "form": {exercise.name: exercise.form for exercise in unit.exercises},
+    }
+
+
+def write_answers(path: Path, unit: Unit, student: str, overwrite: bool) -> None:
+    """Write an empty answers file.
+
+    Raises:
+        FedtapError: the file is there and holds answers, or something else.
+    """
+    if not overwrite and is_file(path) and path.stat().st_size and _answered(path):
+        raise FedtapError(
+            f"{short(path, 120)} holds answers already, and they would be lost: name another file by --out, or add "
+            "--overwrite."
+        )
+    content = json.dumps(empty_answers(unit, student), indent=1, ensure_ascii=False)
+    write_atomically(path, f"{content}\n".encode())
+
+
+def _answered(path: Path) -> bool:
+    """Whether a file holds more than an empty answers file."""
+    try:
+        answers = read_json(path).get("answers")
+    except FedtapError:
+        return True
+    return not isinstance(answers, dict) or any(answer is not None for answer in answers.values())
+
+
+def grade_file(number: int, path: Path) -> dict[str, Any]:
+    """The unit's score, and each exercise's with a hint, of the answers in a file.
+
+    Raises:
+        FedtapError: there is no such unit, or the file holds no JSON object.
+    """
+    unit = course_unit(number)
+    return graded(unit, read_json(path))
+
+
+def graded(unit: Unit, document: dict[str, Any]) -> dict[str, Any]:
+    """As `grade_file`, of what the file holds. The unit's score is the mean of its exercises'."""
+    wrong = _not_of(unit, document)
+    answers = document.get("answers")
+    rows: list[dict[str, Any]] = []
+    for exercise in unit.exercises:
+        if wrong or not isinstance(answers, dict):
+            one = Graded(0.0, wrong)
+        else:
+            one = grade_answer(exercise, answers.get(exercise.name), document["student"])
+        rows.append({"name": exercise.name, "score": round(one.score, 4), "hint": one.hint})
+    return {"unit": unit.number, "score": round(sum(row["score"] for row in rows) / len(rows), 4), "exercises": rows}
+
+
+def hand_in(number: int, student: str, answers: Mapping[str, Any], path: str | Path = "answers.json") -> dict[str, Any]:
+    """Write the answers of a notebook to a file, tensors as lists, and grade them.
+
+    Raises:
+        FedtapError: there is no such unit, or the file cannot be written.
+    """
+    unit = course_unit(number)
+    document = empty_answers(unit, student)
+    document["answers"] |= {name: _plain(answer) for name, answer in answers.items()}
+    write_atomically(Path(path), f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode())
+    return graded(unit, document)
+
+
+def _plain(answer: Any) -> Any:
+    """Lists and numbers in the place of tensors and arrays."""
+    if isinstance(answer, dict):
+        return {str(name): _plain(one) for name, one in answer.items()}
+    if isinstance(answer, list | tuple):
+        return [_plain(one) for one in answer]
+    return answer.tolist() if hasattr(answer, "tolist") else answer
+
+
+def _not_of(unit: Unit, document: dict[str, Any]) -> str:
+    """Why nothing in the file can be graded; empty where it can."""
+    student = document.get("student")
+    if document.get("unit", unit.number) != unit.number or isinstance(document.get("unit"), bool):
+        return f"These answers say that they are of unit {short(document['unit'], 20)}: grade them as that unit's."
+    if not isinstance(document.get("answers"), dict):
+        return "Answers stand in an object called answers: fedtap course answers writes a file of that form."
+    if not isinstance(student, str) or not student.strip():
+        return "No student is named, and the exercises differ between students: write your name after student."
+    return ""

@@ -1,0 +1,89 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # What a gradient gives away: a lab of 90 minutes
+#
+# For a guest lecture: one exercise from each of the units 1 to 3, and a picture of your own.
+
+# %%
+import os
+
+import matplotlib.pyplot as plt
+import torch
+
+import fedtap
+from fedtap.scenarios.course import given
+from fedtap.scenarios.course.grade import hand_in
+
+STUDENT = "Ada Lovelace"
+STEPS = 10 if os.environ.get("FEDTAP_COURSE_QUICK") else 200
+
+# %% [markdown]
+# ## 0 to 25 minutes: one picture, one gradient
+#
+# A client sent the gradient of one photograph. Let an attack match it, and look.
+
+# %%
+first = given(1, STUDENT)
+leak = first["dlg"]["leak"]
+found = fedtap.attack(leak, f"idlg(steps={STEPS})").images[0, 0]
+plt.imshow(found.permute(1, 2, 0))
+plt.savefig("came_back.png")
+rows = hand_in(1, STUDENT, {"dlg": found, "pixels": None}, "answers_1.json")["exercises"]
+print(*(row["hint"] for row in rows if row["name"] == "dlg"))
+
+# %% [markdown]
+# Now without a computer: exercise 1 of unit 1. Read six pixels off ∂L/∂W and ∂L/∂b.
+
+# %%
+print(first["pixels"])
+
+# %% [markdown]
+# ## 25 to 55 minutes: when it stops
+#
+# The collusion puzzle of unit 2: two means, one missing client.
+
+# %%
+second = given(2, STUDENT)
+print(second["collusion"])
+collusion = None  # four numbers
+print(hand_in(2, STUDENT, {"collusion": collusion}, "answers_2.json")["exercises"][1]["hint"])
+
+# %% [markdown]
+# ## 55 to 85 minutes: noise
+#
+# Change σ and look at the picture: below which σ do you still see what it is? Then play the attacker of unit 3 by
+# hand.
+
+# %%
+from fedtap.simulator.defences.chained import parse
+
+sent = {name: tensor[0] for name, tensor in leak.observed.items()}
+figure, axes = plt.subplots(1, 4)
+for axis, sigma in zip(axes, (0.0, 0.001, 0.01, 0.1), strict=True):
+    noised = parse(f"noise({sigma})").update(sent, torch.Generator().manual_seed(0))
+    seen = fedtap.attack(
+        fedtap.leak(first["dlg"]["model"], noised, shape=leak.protocol.shape, defence=f"noise({sigma})"),
+        f"idlg(steps={STEPS})",
+    )
+    axis.imshow(seen.images[0, 0].permute(1, 2, 0))
+    axis.set_title(f"σ = {sigma:g}")
+    axis.axis("off")
+figure.savefig("noise.png")
+
+# %%
+third = given(3, STUDENT)
+print(third["attacker"])
+print(hand_in(3, STUDENT, {"attacker": None}, "answers_3.json")["exercises"][0]["hint"])
+
+# %% [markdown]
+# ## 85 to 90 minutes: your own photograph
+#
+# `fedtap run first_leak --dataset FOLDER --attack idlg`, with a folder of three photographs that are your own, on
+# your own laptop. Nothing leaves it.

@@ -1,0 +1,221 @@
+"""The course grades: model solutions score 1, empty answers 0, typical wrong ones their stated part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given as drawn_by
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from fedtap.scenarios.command.main import main
+from fedtap.scenarios.course import COURSE_UNITS, course_unit, given
+from fedtap.scenarios.course.exercise import grade_answer
+from fedtap.scenarios.course.grade import empty_answers, grade_file, graded, hand_in, write_answers
+from fedtap.scenarios.course.notebooks import QUICK, cells_of, copy_units, run_notebook, unit_folders
+from fedtap.simulator.errors import FedtapError
+from tests.scenarios.course_solutions import SOLUTIONS, WRONG
+
+STUDENT = "Ada Lovelace"
+OTHER = "Bob"
+
+
+def solved(number: int, student: str) -> dict[str, Any]:
+    told = given(number, student)
+    answers = {name: solve(told[name]) for name, solve in SOLUTIONS[number].items()}
+    return json.loads(json.dumps({"unit": number, "student": student, "answers": answers}))
+
+
+@pytest.mark.parametrize("number", COURSE_UNITS)
+def test_a_model_solution_scores_1_and_another_students_does_not(number: int) -> None:
+    document = solved(number, STUDENT)
+    result = graded(course_unit(number), document)
+    assert [row["score"] for row in result["exercises"]] == [1.0] * len(SOLUTIONS[number]), result
+    assert result["unit"] == number
+    assert result["score"] == 1
+    copied = graded(course_unit(number), document | {"student": OTHER})
+    assert copied["score"] < 0.7, copied
+
+
+@pytest.mark.parametrize("number", COURSE_UNITS)
+def test_an_empty_file_scores_0_with_a_hint_to_each_exercise(number: int, tmp_path: Path) -> None:
+    write_answers(tmp_path / "answers.json", course_unit(number), STUDENT, overwrite=False)
+    result = grade_file(number, tmp_path / "answers.json")
+    assert result["score"] == 0
+    assert [row["name"] for row in result["exercises"]] == list(SOLUTIONS[number])
+    assert all(row["hint"].startswith("Not answered yet: ") for row in result["exercises"])
+
+
+@pytest.mark.parametrize(("number", "name", "what", "answer", "score"), WRONG, ids=lambda part: str(part)[:40])
+def test_a_typical_wrong_answer_scores_its_part(number: int, name: str, what: str, answer: Any, score: float) -> None:
+    (exercise,) = (one for one in course_unit(number).exercises if one.name == name)
+    said = json.loads(json.dumps(answer(dict(exercise.given(STUDENT)))))
+    result = grade_answer(exercise, said, STUDENT)
+    assert result.score == pytest.approx(score, abs=1e-6), (what, result.hint)
+    assert result.hint
+
+
+def test_three_typical_wrong_answers_of_each_unit_are_stated() -> None:
+    assert all(sum(case[0] == number for case in WRONG) >= 3 for number in COURSE_UNITS)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=20),
+    lambda inside: st.lists(inside, max_size=13) | st.dictionaries(st.text(max_size=9), inside, max_size=4),
+    max_leaves=20,
+)
+EXERCISES = [(number, one) for number in COURSE_UNITS for one in course_unit(number).exercises]
+
+
+@pytest.mark.parametrize(("number", "exercise"), EXERCISES, ids=lambda part: getattr(part, "name", str(part)))
+def test_any_answer_is_graded(number: int, exercise: Any) -> None:
+    @settings(max_examples=15, deadline=None)
+    @drawn_by(JSON)
+    def check(answer: Any) -> None:
+        result = grade_answer(exercise, answer, STUDENT)
+        assert 0 <= result.score < 1
+        assert result.hint
+
+    check()
+    solution = {"predicted": "x", "measured": float("nan"), "records": [1], "A": 3, "sent": 3, "mechanism": {}}
+    assert grade_answer(exercise, solution, STUDENT).score == 0
+    assert grade_answer(exercise, [0] * 100_000, STUDENT).score == 0
+
+
+@pytest.mark.parametrize(
+    ("document", "hint"),
+    [
+        ({}, "object called answers"),
+        ({"answers": []}, "object called answers"),
+        ({"answers": {}}, "No student"),
+        ({"answers": {}, "student": 3}, "No student"),
+        ({"unit": 2, "student": "Ada", "answers": {}}, "of unit 2"),
+        ({"unit": [1], "student": "Ada", "answers": {}}, "of unit"),
+        ({"unit": 1, "student": "Ada", "answers": {}, "more": 1}, "Not answered"),
+    ],
+)
+def test_a_file_of_another_form_scores_0(document: dict[str, Any], hint: str) -> None:
+    result = graded(course_unit(1), document)
+    assert result["score"] == 0
+    assert all(hint in row["hint"] for row in result["exercises"])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"{", b"\xff\xfe{}", b"[" * 5000, b'{"a": 1' + b"0" * 5000 + b"}"]
+)
+def test_what_is_no_json_object_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_bytes(content)
+    with pytest.raises(FedtapError, match=r"answers\.json"):
+        grade_file(1, tmp_path / "answers.json")
+
+
+def test_what_is_given_differs_between_students_and_not_between_spellings() -> None:
+    one, other, same = (given(1, name)["pixels"]["weight_gradient"] for name in ("Ada", "Eve", " aDA "))
+    assert (one != other).any()
+    assert (one == same).all()
+    with pytest.raises(FedtapError, match="no student"):
+        given(1, " ")
+    with pytest.raises(FedtapError, match="units 1 to 6"):
+        given(7, "Ada")
+
+
+def test_answers_are_not_overwritten(tmp_path: Path) -> None:
+    path, unit = tmp_path / "answers.json", course_unit(1)
+    write_answers(path, unit, "", overwrite=False)
+    write_answers(path, course_unit(3), "", overwrite=False)  # nothing is lost
+    document = empty_answers(unit) | {"answers": {"pixels": [1]}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(FedtapError, match="--overwrite"):
+        write_answers(path, unit, "", overwrite=False)
+    write_answers(path, unit, "", overwrite=True)
+    assert json.loads(path.read_text()) == empty_answers(unit)
+
+
+def test_a_notebook_is_cut_into_cells(tmp_path: Path) -> None:
+    path = tmp_path / "notebook.py"
+    path.write_text(
+        "# ---\n# header\n# ---\n\n# %% [markdown]\n# # Title\n#\n# Text\n\n# %%\na = 1\n\n# %%\nprint(a)\n"
+    )
+    title, first, second = cells_of(path)
+    assert (title.text, title.code) == ("# Title\n\nText", "")
+    assert (first.code, first.line, second.code, second.line) == ("a = 1", 11, "print(a)", 14)
+    assert run_notebook(path).line in (6, 11, 14)
+    path.write_text("# %%\na = 1\n\n# %%\n\n1 / 0\n")
+    with pytest.raises(FedtapError, match=r"cell at line 5 .* fails .ZeroDivisionError: division by zero"):
+        run_notebook(path)
+
+
+@pytest.mark.parametrize("folder", unit_folders(), ids=lambda folder: folder.name)
+def test_a_notebook_runs_and_solves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(QUICK, "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    timed = run_notebook(folder / "notebook.py")
+    assert 0 < timed.slowest <= timed.seconds
+    assert capsys.readouterr().out == ""
+    texts = " ".join(cell.text for cell in cells_of(folder / "notebook.py"))
+    assert 80 < len(texts.split()) < 700
+    if folder.name[0].isdigit():
+        number = int(folder.name[0])
+        assert f"given({number}, STUDENT)" in (folder / "notebook.py").read_text()
+        assert all(f'answers["{name}"]' in (folder / "notebook.py").read_text() for name in SOLUTIONS[number])
+
+
+def test_every_unit_has_a_notebook_slides_and_a_note() -> None:
+    numbered = [folder for folder in unit_folders() if folder.name[0].isdigit()]
+    assert [folder.name for folder in numbered] == [f"{number}_{name}" for number, name in COURSE_UNITS.items()]
+    for folder in numbered:
+        assert (folder / "slides.md").read_text().startswith("---\nmarp: true\n")
+        note = (folder / "teacher.md").read_text()
+        assert all(f"**{part}" in note for part in ("Goals.", "Minutes.", "Misconceptions.", "Answers"))
+
+
+def test_the_course_is_copied_and_never_into_a_folder_with_something_in_it(tmp_path: Path) -> None:
+    copy_units(tmp_path / "course", teacher=False)
+    assert not [*(tmp_path / "course").rglob("teacher*")]
+    assert len([*(tmp_path / "course").glob("*/notebook.py")]) == 7
+    copy_units(tmp_path / "staff", teacher=True)
+    assert (tmp_path / "staff/teachers.md").is_file()
+    with pytest.raises(FedtapError, match="holds something already"):
+        copy_units(tmp_path / "course", teacher=False)
+
+
+def test_answers_with_tensors_are_handed_in(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    answer = SOLUTIONS[1]["pixels"](given(1, STUDENT)["pixels"])
+    result = hand_in(1, STUDENT, {"pixels": torch.tensor(answer), "labels": None}, path)
+    assert [row["score"] for row in result["exercises"]] == [1, 0, 0, 0]
+    assert grade_file(1, path) == result
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fedtap", *words])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        return code, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    assert said("course", "answers", "3", "--student", STUDENT)[0] == 0
+    code, out, err = said("grade", "3", "answers.json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["score"] == 0
+    code, out, err = said("grade", "3", "gone.json")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    code, out, err = said("grade", "9", "answers.json")
+    assert (code, out, err) == (2, "", "fedtap: There is no unit '9': the course has units 1 to 6.\n")
+    assert said("course", "new", "made", "--student", STUDENT)[0] == 0
+    (made,) = Path("made").glob("2_*/answers.json")
+    assert json.loads(made.read_text())["student"] == STUDENT
+    monkeypatch.setenv(QUICK, "1")
+    code, out, err = said("course", "check", "--unit", "6")
+    assert code == 0, err
+    assert "free disk" in out
+    assert "slowest cell" in out
