@@ -1,6 +1,6 @@
 """The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap audit APP`, `fedtap
-audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, `fedtap pretrain diffusion`, `fedtap course`, and
-`fedtap grade UNIT ANSWERS`.
+audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, `fedtap pretrain diffusion`, `fedtap course`
+and `fedtap grade UNIT ANSWERS`.
 
 Nothing here imports torch before a run begins, so that help and lists are there at once.
 """
