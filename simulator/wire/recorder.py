@@ -49,9 +49,9 @@ def recorder(
 
     The ear never touches the traffic: a reply that cannot be recorded is a warning, and goes on to the strategy as it
     is. Weights may come under their names in `state_dict`, or as a list in its order (clients on numpy arrays), in any
-    precision, or as differences to what was sent. What in a client's first leak contradicts the protocol is warned of.
-    All replies are counted in `messages.json`, also those that are not recorded, and the first of each other type is
-    named in a warning.
+    precision, or as differences to what was sent. What contradicts the protocol in the first leak of a client is warned
+    of, for the first `CHECKED` clients. All replies are counted in `messages.json`, also those that are not recorded,
+    and the first of each other type is named in a warning.
 
     Args:
         folder: where the leaks go; those of an earlier run stay there.
@@ -109,6 +109,9 @@ class _Round:
     """Files so far."""
 
 
+CHECKED = 100
+"""Clients whose first leak is held against the protocol as it comes; `fedtap attack` checks every leak."""
+
 OPEN_ROUNDS = 4
 """Rounds whose replies may come in turns, in an app that does not wait for all of one round before the next."""
 
@@ -149,8 +152,9 @@ class _Recorder:
             if not (self.rounds is None or rnd in self.rounds) or not (self.clients is None or client in self.clients):
                 return
             leak = self._record(message.content, reply.content, client, rnd)
-            found = [] if client in self._checked else doubts(leak)[0]
-            self._checked.add(client)
+            first = client not in self._checked and len(self._checked) < CHECKED
+            found = doubts(leak)[0] if first else []
+            self._checked |= {client} if first else set()
         except Exception as error:  # the bytes are a client's, and may raise whatever they like
             _warn(f"fedtap recorded nothing of client {client}: {short(error, 300)}")
             return

@@ -9,6 +9,7 @@ after the limit: no later round pulls them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -200,6 +201,6 @@ def _id(order: Message) -> str:
 
 
 def _keep(order: Message) -> Message:
-    kept = Message(content=RecordDict(dict(order.content)), dst_node_id=0, message_type=order.metadata.message_type)
-    kept.__dict__["_metadata"] = order.metadata
+    kept = copy.copy(order)  # a new message would make metadata anew
+    kept.__dict__["_content"] = order.content.copy()
     return kept

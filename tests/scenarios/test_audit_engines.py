@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from fedtap.scenarios.audit import attacks, engines
-from fedtap.scenarios.audit.command import _end_all, _told_to_end
 from fedtap.scenarios.audit.engines import NO_ATTACK_ON_ENGINES, EnginePlay, FoundOnEngine
+from fedtap.scenarios.audit.process import _end_all, _told_to_end
 from fedtap.scenarios.audit.wrapped import Wrapping
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_audit import APPS, audited, coarse_pictures

@@ -50,7 +50,9 @@ def test_an_empty_file_scores_0_with_a_hint_to_each_exercise(number: int, tmp_pa
     assert all(row["hint"].startswith("Not answered yet: ") for row in result["exercises"])
 
 
-@pytest.mark.parametrize(("number", "name", "what", "answer", "score"), WRONG, ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize(
+    ("number", "name", "what", "answer", "score"), WRONG, ids=[f"{case[0]}-{case[1]}-{case[2]}" for case in WRONG]
+)
 def test_a_typical_wrong_answer_scores_its_part(number: int, name: str, what: str, answer: Any, score: float) -> None:
     (exercise,) = (one for one in course_unit(number).exercises if one.name == name)
     said = json.loads(json.dumps(answer(dict(exercise.given(STUDENT)))))
