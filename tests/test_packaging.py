@@ -121,6 +121,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
         "/".join(("fedtap", *file.relative_to(ROOT).parts)) for name in FOLDERS for file in (ROOT / name).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == {"fedtap/__init__.py", *code}
+    assert sum(name.startswith("fedtap/scenarios/course/units/") for name in names) == 7 + 6 + 7 + 1
     assert "fedtap/py.typed" in names
     assert {Path(name).name for name in names if "lpips" in name} == {
         "lpips_alexnet_features.safetensors",

@@ -20,10 +20,10 @@ from fedtap.scenarios.course.exercise import (
     Graded,
     Unit,
     WrongFormError,
-    chosen,
-    drawn,
     fields_in,
     number_or_nan,
+    one_of,
+    student_draw,
 )
 from fedtap.simulator.leaks import GradientLeak, Protocol
 from fedtap.simulator.models.language import build_language
@@ -50,8 +50,8 @@ _INPUTS, _STEP = 12, 0.1
 @lru_cache(maxsize=4)
 def _headlines(student: str) -> tuple[list[list[str]], Mapping[str, Any]]:
     """Eight headlines, and the gradient of a small GPT whose embeddings are frozen."""
-    draw = drawn(student, 6, "tokens")
-    texts = [[chosen(draw, words) for words in _WORDS] for _ in range(_TEXTS)]
+    draw = student_draw(student, 6, "tokens")
+    texts = [[one_of(draw, words) for words in _WORDS] for _ in range(_TEXTS)]
     vocabulary = [*_SPECIAL, *(word for words in _WORDS for word in words)]
     name = f"gpt(width={_WIDTH})"
     model = build_language(name, len(_WORDS), len(vocabulary), int(torch.randint(2**31, (), generator=draw)))
@@ -98,9 +98,9 @@ def _tokens(answer: Any, student: str) -> Graded:
 
 def _posterior(student: str) -> tuple[dict[str, float], Mapping[str, Any]]:
     """A regression's records, whose y do not matter here, as the covariance of the posterior of a + b x shows them."""
-    draw = drawn(student, 6, "statistics")
+    draw = student_draw(student, 6, "statistics")
     many = int(torch.randint(*_RECORDS, (), generator=draw))
-    centre, spread = chosen(draw, (20.0, 40.0, 60.0)), chosen(draw, (3.0, 5.0, 8.0))
+    centre, spread = one_of(draw, (20.0, 40.0, 60.0)), one_of(draw, (3.0, 5.0, 8.0))
     x = centre + spread * torch.randn(many, generator=draw).double()
     design = torch.stack([torch.ones_like(x), x], dim=1)
     # with a flat prior and known σ, Cov (a, b) = σ² (X'X)⁻¹
@@ -124,7 +124,7 @@ def _statistics(answer: Any, student: str) -> Graded:
 
 def _exchanges(student: str) -> tuple[dict[str, str], Mapping[str, Any]]:
     """What five apps' clients were sent and replied, beside what the client was seen to hold."""
-    draw = drawn(student, 6, "audit")
+    draw = student_draw(student, 6, "audit")
     order = torch.randperm(len(_VERDICTS), generator=draw).tolist()
     truth = {app: _VERDICTS[at] for app, at in zip(_APPS, order, strict=True)}
     apps = {}

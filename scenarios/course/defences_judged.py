@@ -19,15 +19,15 @@ from fedtap.scenarios.course.exercise import (
     Graded,
     Unit,
     WrongFormError,
-    chosen,
     decibels,
-    drawn,
     fields_in,
     flat_decibels,
     number_or_nan,
     numbers_in,
+    one_of,
+    student_draw,
 )
-from fedtap.scenarios.course.pictures import PICTURE, course_model, leak_of, private_picture
+from fedtap.scenarios.course.pictures import PICTURE, course_model, private_leak, private_picture
 from fedtap.simulator.leaks import GradientLeak
 
 _PLAIN = "idlg(steps=40)"
@@ -41,7 +41,7 @@ _SHAPES = {"weight": (4, 6), "bias": (6,)}
 def _signed(student: str) -> tuple[Tensor, GradientLeak]:
     images, labels = private_picture(student, 4)
     model = course_model("lenet(width=16)", student, 4)
-    return images[0], leak_of(model, images, labels, "sign()")
+    return images[0], private_leak(model, images, labels, "sign()")
 
 
 @lru_cache(maxsize=4)
@@ -70,9 +70,9 @@ def _break_sign(answer: Any, student: str) -> Graded:
 
 def _stack(student: str) -> Mapping[str, Any]:
     """A gradient of two tensors, and how many entries of each are kept."""
-    draw = drawn(student, 4, "defence")
+    draw = student_draw(student, 4, "defence")
     gradient = {name: torch.randn(*sides, generator=draw).mul(100).round() / 100 for name, sides in _SHAPES.items()}
-    return {"gradient": gradient, "k": chosen(draw, (2, 3, 4)), "norm": float(chosen(draw, (0.5, 2.0, 3.0)))}
+    return {"gradient": gradient, "k": one_of(draw, (2, 3, 4)), "norm": float(one_of(draw, (0.5, 2.0, 3.0)))}
 
 
 def _ternary(tensor: Tensor, k: int) -> Tensor:

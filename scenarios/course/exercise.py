@@ -70,12 +70,12 @@ def grade_answer(exercise: Exercise, answer: Any, student: str) -> Graded:
         return Graded(0.0, f"{error}: {exercise.form}.")
 
 
-def drawn(student: str, *names: int | str) -> torch.Generator:
+def student_draw(student: str, *names: int | str) -> torch.Generator:
     """Random numbers of a student's exercise; capitals and spaces around a name make no difference."""
     return generator("course", " ".join(student.split()).casefold(), *names)
 
 
-def chosen(draw: torch.Generator, among: Sequence[Any]) -> Any:
+def one_of(draw: torch.Generator, among: Sequence[Any]) -> Any:
     """One of several, each as likely as the others."""
     return among[int(torch.randint(len(among), (), generator=draw))]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fedtap
 from fedtap.attackers.baselines.ridge import Ridge
-from fedtap.scenarios.course.exercise import Exercise, Graded, Unit, WrongFormError, drawn, numbers_in
+from fedtap.scenarios.course.exercise import Exercise, Graded, Unit, WrongFormError, numbers_in, student_draw
 from fedtap.scenarios.course.pictures import course_model, course_photos
 from fedtap.simulator.auxiliary import Auxiliary, Pairs, Provenance, gradients
 from fedtap.simulator.leaks import GradientLeak
@@ -86,7 +86,7 @@ def _hashed(question: str, choice: str) -> str:
 
 
 def _shuffled(student: str) -> dict[str, list[str]]:
-    draw = drawn(student, 5, "quiz")
+    draw = student_draw(student, 5, "quiz")
     asked = {}
     for question, choices in _QUESTIONS.items():
         asked[question] = [choices[at] for at in torch.randperm(_CHOICES, generator=draw).tolist()]
@@ -115,7 +115,7 @@ def _quiz(answer: Any, student: str) -> Graded:
 @lru_cache(maxsize=4)
 def _pairs(student: str) -> tuple[Tensor, Mapping[str, Any]]:
     """Held-out pictures; pairs of the attacker's own, and the held-out leaks. All noised, and weights are not told."""
-    draw = drawn(student, 5, "pairs")
+    draw = student_draw(student, 5, "pairs")
     side = course_photos().auxiliary
     images, labels = side.batch(torch.randperm(len(side), generator=draw)[: _PAIRS + _HELD_OUT])
     images = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), images.shape[-1] // _SIDE)
@@ -131,8 +131,8 @@ def _pairs(student: str) -> tuple[Tensor, Mapping[str, Any]]:
     return images[_PAIRS:], told
 
 
-def auxiliary_of(pairs: Pairs, folder: Path) -> Auxiliary:
-    """The supplied pairs as a folder, from which any `Learner` can be trained: `Ridge().fit(auxiliary_of(…))`."""
+def recorded_pairs(pairs: Pairs, folder: Path) -> Auxiliary:
+    """The supplied pairs as a folder, from which any `Learner` can be trained: `Ridge().fit(recorded_pairs(…))`."""
     about = Provenance(pairs.leak.protocol, "photos", len(pairs))
     return Auxiliary.record(folder, about, pairs.leak.network, [pairs])
 
@@ -141,7 +141,7 @@ def auxiliary_of(pairs: Pairs, folder: Path) -> Auxiliary:
 def _ridge_error(student: str) -> float:
     truth, told = _pairs(student)
     with tempfile.TemporaryDirectory() as folder:
-        learned = Ridge().fit(auxiliary_of(told["pairs"], Path(folder)))
+        learned = Ridge().fit(recorded_pairs(told["pairs"], Path(folder)))
     return _squared(learned(told["leak"]).images[:, 0], truth)
 
 

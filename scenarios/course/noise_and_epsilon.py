@@ -21,10 +21,10 @@ from fedtap.scenarios.course.exercise import (
     Graded,
     Unit,
     WrongFormError,
-    chosen,
-    drawn,
     fields_in,
     number_in,
+    one_of,
+    student_draw,
     within_factor,
 )
 from fedtap.simulator.defences.accountant import ADJACENCIES, noise_for
@@ -39,7 +39,7 @@ _PEOPLE, _FEATURES = 60, 8
 
 def _duel(student: str) -> Mapping[str, Any]:
     """Twelve noisy releases of one of two canaries, six of them nearer to each."""
-    draw = drawn(student, 3, "attacker")
+    draw = student_draw(student, 3, "attacker")
     canary = torch.randn(_SIDES, generator=draw).double()
     canary = (canary / canary.norm()).mul(100).round() / 100
     near: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -69,13 +69,13 @@ def _attacker(answer: Any, student: str) -> Graded:
 
 
 def _promise(student: str) -> Mapping[str, Any]:
-    draw = drawn(student, 3, "sigma")
+    draw = student_draw(student, 3, "sigma")
     return {
-        "epsilon": chosen(draw, (0.8, 1.0, 1.5, 2.0, 3.0)),
+        "epsilon": one_of(draw, (0.8, 1.0, 1.5, 2.0, 3.0)),
         "delta": _DELTA,
-        "clip": chosen(draw, (0.5, 1.0, 1.5, 2.0)),
-        "adjacency": chosen(draw, tuple(ADJACENCIES)),
-        "rounds": chosen(draw, (4, 9, 16)),
+        "clip": one_of(draw, (0.5, 1.0, 1.5, 2.0)),
+        "adjacency": one_of(draw, tuple(ADJACENCIES)),
+        "rounds": one_of(draw, (4, 9, 16)),
     }
 
 
@@ -104,9 +104,9 @@ def _sigma(answer: Any, student: str) -> Graded:
 @lru_cache(maxsize=4)
 def _mechanisms(student: str) -> tuple[dict[str, str], Mapping[str, Any]]:
     """Which mechanism is broken and how; and what each of four gave for a long vector, again and again."""
-    draw = drawn(student, 3, "broken")
-    truth = {"mechanism": chosen(draw, _LETTERS), "fault": chosen(draw, _FAULTS)}
-    clip, sigma = chosen(draw, (0.5, 1.0, 2.0)), chosen(draw, (0.5, 1.0, 1.5))
+    draw = student_draw(student, 3, "broken")
+    truth = {"mechanism": one_of(draw, _LETTERS), "fault": one_of(draw, _FAULTS)}
+    clip, sigma = one_of(draw, (0.5, 1.0, 2.0)), one_of(draw, (0.5, 1.0, 1.5))
     vector = torch.randn(_DIMENSIONS, generator=draw)
     vector = 10 * clip * vector / vector.norm()
     outputs = {}
@@ -133,11 +133,11 @@ def _broken(answer: Any, student: str) -> Graded:
 @lru_cache(maxsize=4)
 def _survey(student: str) -> Mapping[str, Any]:
     """People's features with labels, and others' to test on."""
-    draw = drawn(student, 3, "accuracy")
+    draw = student_draw(student, 3, "accuracy")
     direction = torch.randn(_FEATURES, generator=draw).double()
     direction = direction / direction.norm()
     labels = torch.randint(2, (2 * _PEOPLE,), generator=draw).double() * 2 - 1
-    spread = float(chosen(draw, (0.8, 1.0, 1.2)))
+    spread = float(one_of(draw, (0.8, 1.0, 1.2)))
     features = labels[:, None] * direction + spread * torch.randn(len(labels), _FEATURES, generator=draw).double()
     features = features / features.norm(dim=1, keepdim=True).clamp_min(1)
     people = {"features": features[:_PEOPLE], "labels": labels[:_PEOPLE]}

@@ -104,7 +104,8 @@ def run_notebook(path: Path) -> Timed:
             for cell in cells_of(path):
                 began = time.perf_counter()
                 try:
-                    exec(compile("\n" * (cell.line - 1) + cell.code, str(path), "exec"), names)
+                    code = compile("\n" * (cell.line - 1) + cell.code, str(path), "exec", dont_inherit=True)
+                    exec(code, names)
                 except Exception as error:  # a cell may raise anything
                     raise FedtapError(
                         f"The cell at line {cell.line} of {short(path, 80)} fails ({type(error).__name__}: "

@@ -23,14 +23,14 @@ from fedtap.scenarios.course.exercise import (
     Unit,
     WrongFormError,
     decibels,
-    drawn,
     fields_in,
     flat_decibels,
     number_or_nan,
     numbers_in,
     share_near,
+    student_draw,
 )
-from fedtap.scenarios.course.pictures import PICTURE, course_model, gradient_of, leak_of, private_picture
+from fedtap.scenarios.course.pictures import PICTURE, client_gradient, course_model, private_leak, private_picture
 
 _PIXELS, _CLIENTS, _LABELS = 6, 4, 10
 _RATE = 0.1
@@ -41,7 +41,7 @@ _ENOUGH, _ABOVE_FLAT = 25.0, 3.0
 
 def _layer(student: str) -> tuple[Tensor, dict[str, Any]]:
     """Pixels, and the gradients of a linear layer that saw them; one unit is dead."""
-    draw = drawn(student, 1, "pixels")
+    draw = student_draw(student, 1, "pixels")
     pixels = torch.randint(1, 11, (_PIXELS,), generator=draw) / 10
     steps = torch.tensor([-2.0, 0.5, 0.25, 0.0])[torch.randperm(4, generator=draw)]
     return pixels, {"weight_gradient": torch.outer(steps, pixels), "bias_gradient": steps}
@@ -62,7 +62,7 @@ def _pixels(answer: Any, student: str) -> Graded:
 def _matched(student: str) -> tuple[Tensor, dict[str, Any]]:
     images, labels = private_picture(student, 1)
     model = course_model("lenet(width=8)", student, 1)
-    return images[0], {"model": model, "leak": leak_of(model, images, labels)}
+    return images[0], {"model": model, "leak": private_leak(model, images, labels)}
 
 
 def _dlg(answer: Any, student: str) -> Graded:
@@ -83,7 +83,7 @@ def _dlg(answer: Any, student: str) -> Graded:
 
 def _answers_of_clients(student: str) -> tuple[list[int], dict[str, Any]]:
     """Labels; and what four clients sent of the last layer's bias, of which the last one sends weights."""
-    draw = drawn(student, 1, "labels")
+    draw = student_draw(student, 1, "labels")
     labels = torch.randint(_LABELS, (_CLIENTS,), generator=draw)
     softmax = torch.randn(_CLIENTS, _LABELS, generator=draw).softmax(1)
     gradients = softmax - torch.nn.functional.one_hot(labels, _LABELS)  # ∂L/∂b = softmax(z) - y
@@ -111,7 +111,7 @@ def _rounded(student: str) -> tuple[float, dict[str, Any]]:
     """PSNR of `linear` on gradients in bfloat16, and the picture and the model, which are the student's own."""
     images, labels = private_picture(student, 1, "own")
     model = course_model("mlp(width=64)", student, 1, "own")
-    sent = {name: part.bfloat16().float() for name, part in gradient_of(model, images, labels).items()}
+    sent = {name: part.bfloat16().float() for name, part in client_gradient(model, images, labels).items()}
     found = fedtap.attack(fedtap.leak(model, sent, shape=tuple(images.shape[1:])), "linear")
     return decibels(found.images[0, 0], images[0]), {"model": model, "images": images, "labels": labels}
 

@@ -21,10 +21,10 @@ from fedtap.scenarios.course.exercise import (
     Graded,
     Unit,
     WrongFormError,
-    chosen,
-    drawn,
     numbers_in,
+    one_of,
     share_near,
+    student_draw,
     within_factor,
 )
 from fedtap.scenarios.course.pictures import course_model, course_photos
@@ -39,10 +39,10 @@ _PRESENT, _ENTRIES = 5, 4
 
 @lru_cache(maxsize=4)
 def _series(student: str) -> Mapping[str, Any]:
-    draw = drawn(student, 2, "crossing")
+    draw = student_draw(student, 2, "crossing")
     side = course_photos().auxiliary
     images, labels = side.batch(torch.randperm(len(side), generator=draw)[:_IMAGES])
-    model = course_model(f"mlp(width={chosen(draw, _WIDTHS)}, depth=1)", student, 2)
+    model = course_model(f"mlp(width={one_of(draw, _WIDTHS)}, depth=1)", student, 2)
     return {"model": model, "images": images, "labels": labels, "batches": _BATCHES}
 
 
@@ -87,11 +87,11 @@ def _crossing(answer: Any, student: str) -> Graded:
 
 def _sums(student: str) -> tuple[Tensor, dict[str, Any]]:
     """The update of the client that is in the first round alone; means of both rounds, and a colluder's update."""
-    draw = drawn(student, 2, "collusion")
+    draw = student_draw(student, 2, "collusion")
     updates = torch.randint(1, 20, (_PRESENT + 1, _ENTRIES), generator=draw) / 10
     signs = torch.randint(2, updates.shape, generator=draw) * 2 - 1
     updates = updates.double() * signs
-    victim = chosen(draw, range(_PRESENT))
+    victim = one_of(draw, range(_PRESENT))
     second = [client for client in range(_PRESENT + 1) if client != victim]
     return updates[victim], {
         "first_round": [*range(_PRESENT)],

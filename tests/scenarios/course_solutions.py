@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 
 import fedtap
 from fedtap.attackers.baselines.ridge import Ridge
-from fedtap.scenarios.course.learned_attackers import auxiliary_of
+from fedtap.scenarios.course.learned_attackers import recorded_pairs
 from fedtap.simulator import scores
 from fedtap.simulator.defences.accountant import Gaussian
 
@@ -152,7 +152,7 @@ def beat_ridge(told: Given) -> Any:
 
 def ridge(told: Given) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        learned = Ridge().fit(auxiliary_of(told["pairs"], Path(folder)))
+        learned = Ridge().fit(recorded_pairs(told["pairs"], Path(folder)))
     return learned(told["leak"]).images[:, 0].tolist()
 
 

@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 
 from fedtap.scenarios.command.main import main
 from fedtap.scenarios.course import COURSE_UNITS, course_unit, given
+from fedtap.scenarios.course.conformance import broken_rules
 from fedtap.scenarios.course.exercise import grade_answer
 from fedtap.scenarios.course.grade import empty_answers, grade_file, graded, hand_in, write_answers
 from fedtap.scenarios.course.notebooks import QUICK, cells_of, copy_units, run_notebook, unit_folders
+from fedtap.simulator.defences.noise import Noise
+from fedtap.simulator.defences.prune import Prune
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.course_solutions import SOLUTIONS, WRONG
+from tests.support.top_k import TopK
 
 STUDENT = "Ada Lovelace"
 OTHER = "Bob"
@@ -221,3 +225,30 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert code == 0, err
     assert "free disk" in out
     assert "slowest cell" in out
+
+
+def test_defences_of_fedtap_keep_the_contract() -> None:
+    assert [broken_rules(one) for one in (Noise(0.1), Prune(0.5), TopK(3))] == [[], [], []]
+
+
+def test_a_defence_that_breaks_the_contract_is_told_how() -> None:
+    class Longer(TopK):
+        """No source."""
+
+        def stacked(self, gradients: Any, draws: Any) -> Any:
+            for tensor in gradients.values():
+                tensor *= 2
+            return {name: tensor + tensor[:1] + torch.rand(()) for name, tensor in gradients.items()}
+
+    said = " ".join(broken_rules(Longer(3)))
+    for word in ("no source", "that it is handed", "something else", "its neighbours", "at most, and sends"):
+        assert word in said
+
+    class Renamed(TopK):
+        """https://arxiv.org/abs/1704.05021"""
+
+        def stacked(self, gradients: Any, draws: Any) -> Any:
+            return {"other": gradients["bias"]}
+
+    assert broken_rules(Renamed(3)) == ["What it sends has other names or shapes than the gradient: keep both."]
+    assert "no UpdateDefence" in broken_rules("text")[0]  # type: ignore[arg-type]

@@ -15,8 +15,6 @@
 # %%
 import os
 
-import torch
-
 import fedtap
 from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
@@ -47,21 +45,52 @@ answers["break_sign"] = None  # a picture
 # asks of every defence (`fedtap.simulator.defences.defence`): how long can what is sent be if the gradient has norm
 # `norm`, and which ε does it guarantee?
 #
-# To make it a defence of fedtap, copy `simulator/defences/prune.py` and run the conformance tests, `pytest
-# tests/simulator/defences`, which find it by themselves.
+# Below is a defence of fedtap whose `stacked` sends everything as it is, and two of whose answers are wrong for yours.
+# `broken_rules` holds it against the contract. The project's own tests, `pytest tests/simulator/defences`, ask more:
+# they find a file in `simulator/defences/` by themselves.
 
 # %%
+from dataclasses import dataclass
+from typing import Annotated
+
+from fedtap.scenarios.course.conformance import broken_rules
+from fedtap.simulator.defences.defence import EVERYTHING, Range, Replay, UpdateDefence, unchanged
+
+
+@dataclass(frozen=True, repr=False)
+class Ternary(UpdateDefence):
+    """Signs of the k largest entries of each tensor, at their mean size. https://arxiv.org/abs/1903.02891"""
+
+    k: Annotated[int, Range(1, ends=(True, False))]
+
+    survives = EVERYTHING  # what of a plain gradient can still be seen?
+
+    def stacked(self, gradients, draws):
+        return {name: tensor.clone() for name, tensor in gradients.items()}
+
+    def error(self, batch):
+        return None  # nothing is random
+
+    def replay(self, exchange):
+        return Replay(unchanged, exact=False, prior=1e-3)
+
+    def averaged(self, times):
+        return self
+
+    def bound(self, norm):
+        return float("inf")
+
+    def release(self, clip, adjacency, releases, steps):
+        return None  # no noise, no ε
+
+    def check(self, network, shape):
+        """It fits every network."""
+
+
 told = mine["defence"]
 print(told)
-
-
-def compressed(tensor: torch.Tensor, k: int) -> torch.Tensor:
-    """What is sent of one tensor: write this."""
-    return torch.zeros_like(tensor)
-
-
-sent = {name: compressed(tensor, told["k"]) for name, tensor in told["gradient"].items()}
-answers["defence"] = {"sent": sent, "bound": None, "epsilon": None}
+print(broken_rules(Ternary(told["k"])))
+answers["defence"] = {"sent": Ternary(told["k"])(told["gradient"], None), "bound": None, "epsilon": None}
 
 # %% [markdown]
 # ## Hand in

@@ -19,7 +19,7 @@ from pathlib import Path
 from fedtap.attackers.baselines.ridge import Ridge
 from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
-from fedtap.scenarios.course.learned_attackers import auxiliary_of
+from fedtap.scenarios.course.learned_attackers import recorded_pairs
 
 STUDENT = "Ada Lovelace"
 mine = given(5, STUDENT)
@@ -48,7 +48,7 @@ answers["quiz"] = None  # six letters
 # %%
 pairs, leak = mine["beat_ridge"]["pairs"], mine["beat_ridge"]["leak"]
 with tempfile.TemporaryDirectory() as folder:
-    learned = Ridge().fit(auxiliary_of(pairs, Path(folder)))
+    learned = Ridge().fit(recorded_pairs(pairs, Path(folder)))
 baseline = learned(leak).images[:, 0]
 print({name: tuple(tensor.shape) for name, tensor in pairs.leak.observed.items()}, tuple(pairs.images.shape))
 answers["beat_ridge"] = baseline
