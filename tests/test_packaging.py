@@ -159,6 +159,12 @@ def test_a_wheel_plays_a_scenario_beside_folders_of_the_same_names(python: Path,
     assert row["lpips"] < 0.01, "the features for LPIPS come with the wheel"
 
 
+def test_a_wheel_copies_the_course(python: Path, beside: Path) -> None:
+    said(python, "-m", "fedtap.scenarios", "course", "new", "made", "--student", "Ada", cwd=beside)
+    assert len([*beside.glob("made/*/notebook.py")]) == 7
+    assert len([*beside.glob("made/*/answers.json")]) == 6
+
+
 def test_the_documented_client_mod_works_from_a_wheel(python: Path, beside: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/defences.md").read_text(), re.DOTALL)
     (example,) = (code for code in blocks if "mods=[mod_of(" in code)

@@ -21,7 +21,6 @@ from fedtap.scenarios.course.exercise import (
     WrongFormError,
     decibels,
     fields_in,
-    flat_decibels,
     number_or_nan,
     numbers_in,
     one_of,
@@ -60,7 +59,7 @@ def _break_sign(answer: Any, student: str) -> Graded:
     truth, _ = _signed(student)
     found = numbers_in(answer, *truth.shape)
     seen, plain, alike = decibels(found, truth), _plain_decibels(student), _correlation(found.clamp(0, 1), truth)
-    said = f"{seen:.1f} dB, where the plain attack has {plain:.1f} dB and one colour {flat_decibels(truth):.1f}"
+    said = f"{seen:.1f} dB and a correlation of {alike:.2f}, where the plain attack has {plain:.1f} dB"
     if seen <= plain:
         return Graded(0.0, f"{said}: let your picture's own gradient go through the defence before you compare.")
     if alike < _LIKENESS:

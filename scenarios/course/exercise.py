@@ -24,6 +24,8 @@ class Graded:
     """In [0, 1]."""
     hint: str
     """A sentence that helps, and never gives the solution."""
+    measured: float | None = None
+    """What a class may be ranked by, such as a held-out error; None where there is no such number."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,55 @@ def grade_file(number: int, path: Path) -> dict[str, Any]:
 
 def graded(unit: Unit, document: dict[str, Any]) -> dict[str, Any]:
     """As `grade_file`, of what the file holds. The unit's score is the mean of its exercises'."""
+    rows: list[dict[str, Any]] = [
+        {"name": name, "score": round(one.score, 4), "hint": one.hint} for name, one in _each(unit, document).items()
+    ]
+    return {"unit": unit.number, "score": _mean([row["score"] for row in rows]), "exercises": rows}
+
+
+def graded_class(number: int, folder: Path) -> list[dict[str, Any]]:
+    """A row for each answers file in a folder and below it, the best first: file, student, score, each exercise's
+    score, what was measured where an exercise ranks a class by a number, and an error of a file that cannot be read.
+
+    Raises:
+        FedtapError: there is no such unit, or no file that ends in .json.
+    """
+    unit, files = course_unit(number), sorted(folder.rglob("*.json"))
+    if not files:
+        raise FedtapError(f"{short(folder, 120)} holds no file that ends in .json: name the folder of the answers.")
+    rows = []
+    for file in files:
+        row: dict[str, Any] = {"file": str(file.relative_to(folder)), "student": "", "score": 0.0, "error": ""}
+        try:
+            document = read_json(file)
+        except FedtapError as error:
+            rows.append(row | {"error": str(error)})
+            continue
+        each = _each(unit, document)
+        row |= {"student": short(document.get("student", "")), "error": _not_of(unit, document)}
+        row["score"] = _mean([one.score for one in each.values()])
+        row |= {name: round(one.score, 4) for name, one in each.items()}
+        row |= {f"{name} measured": one.measured for name, one in each.items() if one.measured is not None}
+        rows.append(row)
+    measured = [f"{exercise.name} measured" for exercise in unit.exercises]
+    return sorted(rows, key=lambda row: (-row["score"], *(row.get(name, math.inf) for name in measured)))
+
+
+def _each(unit: Unit, document: dict[str, Any]) -> dict[str, Graded]:
+    """What each exercise's answer is worth, by the exercise's name."""
     wrong = _not_of(unit, document)
     answers = document.get("answers")
-    rows: list[dict[str, Any]] = []
+    found: dict[str, Graded] = {}
     for exercise in unit.exercises:
         if wrong or not isinstance(answers, dict):
-            one = Graded(0.0, wrong)
+            found[exercise.name] = Graded(0.0, wrong)
         else:
-            one = grade_answer(exercise, answers.get(exercise.name), document["student"])
-        rows.append({"name": exercise.name, "score": round(one.score, 4), "hint": one.hint})
-    return {"unit": unit.number, "score": round(sum(row["score"] for row in rows) / len(rows), 4), "exercises": rows}
+            found[exercise.name] = grade_answer(exercise, answers.get(exercise.name), document["student"])
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / len(values), 4)
 
 
 def hand_in(number: int, student: str, answers: Mapping[str, Any], path: str | Path = "answers.json") -> dict[str, Any]:

@@ -155,10 +155,11 @@ def _beat_ridge(answer: Any, student: str) -> Graded:
     ridge, blind = _ridge_error(student), _squared(told["pairs"].images[:, 0].mean(0).expand_as(truth), truth)
     said = f"Held-out mean squared error {found:.4f}, ridge {ridge:.4f}, the mean picture {blind:.4f}"
     if found < 0.95 * ridge:
-        return Graded(1.0, f"{said}: below the baseline.")
+        return Graded(1.0, f"{said}: below the baseline.", found)
     if found <= 1.05 * ridge:
-        return Graded(0.5, f"{said}: as good as the baseline; what does unit 1 say of a first layer's gradient?")
-    return Graded(0.0, f"{said}: worse than the baseline; train on the pairs, and keep some to choose settings on.")
+        return Graded(0.5, f"{said}: as good as the baseline; what does unit 1 say of a first layer's gradient?", found)
+    worse = f"{said}: worse than the baseline; train on the pairs, and keep some to choose settings on."
+    return Graded(0.0, worse, found)
 
 
 UNIT = Unit(

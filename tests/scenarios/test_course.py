@@ -16,12 +16,12 @@ from fedtap.scenarios.command.main import main
 from fedtap.scenarios.course import COURSE_UNITS, course_unit, given
 from fedtap.scenarios.course.conformance import broken_rules
 from fedtap.scenarios.course.exercise import grade_answer
-from fedtap.scenarios.course.grade import empty_answers, grade_file, graded, hand_in, write_answers
+from fedtap.scenarios.course.grade import empty_answers, grade_file, graded, graded_class, hand_in, write_answers
 from fedtap.scenarios.course.notebooks import QUICK, cells_of, copy_units, run_notebook, unit_folders
 from fedtap.simulator.defences.noise import Noise
 from fedtap.simulator.defences.prune import Prune
 from fedtap.simulator.errors import FedtapError
-from tests.scenarios.course_solutions import SOLUTIONS, WRONG
+from tests.scenarios.course_solutions import SOLUTIONS, WRONG, ridge
 from tests.support.top_k import TopK
 
 STUDENT = "Ada Lovelace"
@@ -199,6 +199,24 @@ def test_answers_with_tensors_are_handed_in(tmp_path: Path) -> None:
     assert grade_file(1, path) == result
 
 
+def test_a_class_is_ranked_by_score_and_then_by_held_out_error(tmp_path: Path) -> None:
+    for name, answer in (("Ada", "ridge"), ("Bob", "beat_ridge"), ("=Eve", "none")):
+        told = given(5, name)["beat_ridge"]
+        answers = (
+            {"beat_ridge": {"ridge": ridge, "beat_ridge": SOLUTIONS[5]["beat_ridge"]}[answer](told)}
+            if (answer != "none")
+            else {}
+        )
+        (tmp_path / f"{name}.json").write_text(json.dumps({"unit": 5, "student": name, "answers": answers}))
+    (tmp_path / "broken.json").write_bytes(b"\xff")
+    rows = graded_class(5, tmp_path)
+    assert [row["file"] for row in rows] == ["Bob.json", "Ada.json", "=Eve.json", "broken.json"]
+    assert rows[0]["beat_ridge measured"] < rows[1]["beat_ridge measured"]
+    assert "cannot be read" in rows[3]["error"]
+    with pytest.raises(FedtapError, match="holds no file"):
+        graded_class(5, tmp_path / "empty")
+
+
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["fedtap", *words])
@@ -217,6 +235,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert (code, out, err.count("\n")) == (2, "", 1)
     code, out, err = said("grade", "9", "answers.json")
     assert (code, out, err) == (2, "", "fedtap: There is no unit '9': the course has units 1 to 6.\n")
+    code, out, err = said("course", "class", "3", ".")
+    assert (code, err) == (0, "")
+    assert out.startswith("file,student,score,error,attacker,sigma,broken,accuracy\nanswers.json,Ada Lovelace,0.0,")
     assert said("course", "new", "made", "--student", STUDENT)[0] == 0
     (made,) = Path("made").glob("2_*/answers.json")
     assert json.loads(made.read_text())["student"] == STUDENT

@@ -22,7 +22,7 @@ from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
 
 STUDENT = "Ada Lovelace"
-STEPS = 20 if os.environ.get("FEDTAP_COURSE_QUICK") else 300
+STEPS = 20 if os.environ.get("FEDTAP_COURSE_QUICK") else 200
 mine = given(1, STUDENT)
 answers = {}
 

@@ -45,9 +45,9 @@ answers["break_sign"] = None  # a picture
 # asks of every defence (`fedtap.simulator.defences.defence`): how long can what is sent be if the gradient has norm
 # `norm`, and which ε does it guarantee?
 #
-# Below is a defence of fedtap whose `stacked` sends everything as it is, and two of whose answers are wrong for yours.
-# `broken_rules` holds it against the contract. The project's own tests, `pytest tests/simulator/defences`, ask more:
-# they find a file in `simulator/defences/` by themselves.
+# Below is a defence of fedtap whose `stacked` sends everything as it is, and two of whose answers are wrong for
+# yours. `broken_rules` holds it against the contract. The project's own tests, `pytest tests/simulator/defences`, ask
+# more: they find a file in `simulator/defences/` by themselves.
 
 # %%
 from dataclasses import dataclass

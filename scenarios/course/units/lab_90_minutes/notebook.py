@@ -83,6 +83,37 @@ print(third["attacker"])
 print(hand_in(3, STUDENT, {"attacker": None}, "answers_3.json")["exercises"][0]["hint"])
 
 # %% [markdown]
+# ## Which of these did the client send?
+#
+# A client has one of four photographs and sends its gradient with noise. Look at what an attack makes of it (left),
+# and write down your guess, 0 to 3. Then the attacker, who has the four photographs too, takes the one whose own
+# gradient is nearest to what was sent. Run the three cells several times and keep the score. At which σ are you no
+# better than chance, and at which is the attacker?
+
+# %%
+from fedtap.scenarios.course.pictures import client_gradient, course_photos
+
+sigma = 0.02
+model, photographs = first["dlg"]["model"], course_photos().target
+images, labels = photographs.batch(torch.randperm(len(photographs))[:4])
+secret = int(torch.randint(4, ()))
+gradients = [client_gradient(model, images[n : n + 1], labels[n : n + 1]) for n in range(4)]
+reply = {name: part + sigma * torch.randn_like(part) for name, part in gradients[secret].items()}
+leak = fedtap.leak(model, reply, shape=tuple(images.shape[1:]), defence=f"noise({sigma})")
+figure, axes = plt.subplots(1, 5)
+for axis, picture in zip(axes, [fedtap.attack(leak, f"idlg(steps={STEPS})").images[0, 0], *images], strict=True):
+    axis.imshow(picture.permute(1, 2, 0))
+    axis.axis("off")
+figure.savefig("which.png")
+
+# %%
+guess = 0  # yours
+
+# %%
+apart = [sum(float((reply[name] - part).square().sum()) for name, part in one.items()) for one in gradients]
+print(f"you: {guess == secret}, the attacker: {apart.index(min(apart)) == secret}")
+
+# %% [markdown]
 # ## 85 to 90 minutes: your own photograph
 #
 # `fedtap run first_leak --dataset FOLDER --attack idlg`, with a folder of three photographs that are your own, on
