@@ -23,19 +23,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedtap.attackers import ATTACKS
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.audit.command import audit_command
 from fedtap.scenarios.audit_dp.command import audit_dp_command
+from fedtap.scenarios.command.catalogue import LISTS, in_full, listed
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
 from fedtap.scenarios.course.command import course_cli, grade_command
-from fedtap.simulator.data import DATASETS
-from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
-from fedtap.simulator.models import DIFFUSION_MODELS, MODELS, TEXT_MODELS
 from fedtap.simulator.options import GROUPS, options_of
-from fedtap.simulator.registry import Registry
 from fedtap.simulator.scenario import Scenario, question_of
 
 if TYPE_CHECKING:
@@ -367,15 +363,19 @@ def _names(given: str) -> list[str]:
 
 
 @cli.command("list")
-def list_command() -> None:
-    """Scenarios with their questions, attacks with their papers, defences, datasets, models."""
-    _catalogue("scenario", {name: _first(SCENARIOS, name) for name in SCENARIOS})
-    _catalogue("attack", {name: _about(name) for name in ATTACKS})
-    _catalogue("defence", {f"{name}({', '.join(DEFENCES.fields(name))})": _first(DEFENCES, name) for name in DEFENCES})
-    _catalogue("dataset", dict(DATASETS) | {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
-    _catalogue("model", dict(MODELS))
-    _catalogue("model of texts", dict(TEXT_MODELS))
-    _catalogue("diffusion model", dict(DIFFUSION_MODELS))
+def list_command(
+    what: Annotated[
+        str, typer.Argument(help=f"{', '.join(LISTS)}; or one name, to be told in full. All lists unless said.")
+    ] = "",
+) -> None:
+    """Scenarios with their questions, attacks with their papers, defences, datasets, models; or one of them in full."""
+    if what and what not in LISTS:
+        in_full(console, what, _explain)
+        return
+    for heading, entries in listed(what).items():
+        _catalogue(heading, entries)
+    if what in SCENARIOS:
+        console.print(f"{what} is a scenario too: fedtap run {what} --help", highlight=False)
 
 
 def main() -> None:
@@ -550,23 +550,6 @@ def _catalogue(kind: str, entries: dict[str, str]) -> None:
     for name, text in entries.items():
         table.add_row(f"[bold]{name}[/bold]", text)
     console.print(table, "")
-
-
-def _first(registry: Registry[Any], name: str) -> str:
-    """The first line of what is said of an entry, which may not load."""
-    try:
-        return (registry.about(name).splitlines() or [""])[0]
-    except FedtapError as error:
-        return f"[red]{short(error)}[/red]"
-
-
-def _about(name: str) -> str:
-    """An attack's paper and the folder that it is in; the attack may not load."""
-    try:
-        text = ATTACKS.about(name).partition("Departs")[0]
-    except FedtapError as error:
-        return f"[red]{short(error)}[/red]"
-    return f"{' '.join(text.split())} [dim]({ATTACKS.entries[name].room})[/dim]"
 
 
 def _say(rows: Sequence[dict[str, Any]], settings: Sequence[Scenario]) -> None:
