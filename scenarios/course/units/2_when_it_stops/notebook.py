@@ -14,14 +14,17 @@
 # hides.
 
 # %%
+import logging
 import os
 
+import flwr.app  # noqa: F401  (it sets the level of its log as it is imported)
 import torch
 
 import fedtap
 from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
 
+logging.getLogger("flwr").setLevel(logging.ERROR)  # without a line for each round
 STUDENT = "Ada Lovelace"
 QUICK = bool(os.environ.get("FEDTAP_COURSE_QUICK"))
 mine = given(2, STUDENT)

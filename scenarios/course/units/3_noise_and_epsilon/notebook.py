@@ -14,12 +14,16 @@
 # its promise.
 
 # %%
+import logging
 import os
+
+import flwr.app  # noqa: F401  (it sets the level of its log as it is imported)
 
 from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
 from fedtap.simulator.defences.accountant import Gaussian
 
+logging.getLogger("flwr").setLevel(logging.ERROR)  # without a line for each round
 STUDENT = "Ada Lovelace"
 TRIALS = 50 if os.environ.get("FEDTAP_COURSE_QUICK") else 2000
 mine = given(3, STUDENT)

@@ -22,7 +22,7 @@ from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
 
 STUDENT = "Ada Lovelace"
-STEPS = 10 if os.environ.get("FEDTAP_COURSE_QUICK") else 200
+STEPS = 10 if os.environ.get("FEDTAP_COURSE_QUICK") else 120
 
 # %% [markdown]
 # ## 0 to 25 minutes: one picture, one gradient
