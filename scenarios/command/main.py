@@ -1,6 +1,6 @@
 """The command line: `fedtap run NAME --option value`, `fedtap attack LEAKS --attack NAME`, `fedtap audit APP`, `fedtap
-audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, `fedtap pretrain diffusion`, `fedtap course`
-and `fedtap grade UNIT ANSWERS`.
+audit-dp TARGET`, `fedtap tune NAME --try FIELD=VALUES`, `fedtap list`, `fedtap pretrain diffusion`, `fedtap course`,
+`fedtap grade UNIT ANSWERS`; and of runs that are done `fedtap show RUN`, `open RUN`, `compare RUN RUN` and `index DIR`.
 
 Nothing here imports torch before a run begins, so that help and lists are there at once.
 """
@@ -29,6 +29,7 @@ from fedtap.scenarios.audit_dp.command import audit_dp_command
 from fedtap.scenarios.command.catalogue import LISTS, in_full, listed
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
+from fedtap.scenarios.command.runs import COMMANDS_ON_RUNS, answer, files
 from fedtap.scenarios.course.command import course_cli, grade_command
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
 from fedtap.simulator.options import GROUPS, options_of
@@ -50,7 +51,10 @@ Out = Annotated[
     Path | None, typer.Option(help="Folder for what the run leaves; runs/NAME, or the next free runs/NAME-2, -3, ….")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
-COMMANDS = ("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade")
+COMMANDS = (
+    *("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade"),
+    *dict(COMMANDS_ON_RUNS),
+)
 SAYS = "This option and those below say what the client did, in place of the leak's JSON."
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -58,7 +62,8 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap audit APP, fedtap
-    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion."""
+    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, and of what runs
+    left fedtap show, open, compare, index."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
@@ -153,7 +158,7 @@ def _played(
     with _stoppable(where, resumable=True):
         rows = run(settings, grid, where, device=used, data_root=data_root, resume=resume, overwrite=overwrite)
     _say(rows, settings)
-    _files("Page", where)
+    files(console, "Page", where)
     for setting in settings:
         setting.verdict(rows)
     _all_failed(rows)
@@ -239,7 +244,7 @@ def attack_command(
     with _stoppable(where):
         rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
     console.print(table(rows, columns_of_found(rows), failures(rows)))
-    _files("Page", where)
+    files(console, "Page", where)
     _all_failed(rows)
 
 
@@ -309,6 +314,8 @@ cli.command("audit")(audit_command)
 cli.command("audit-dp")(audit_dp_command)
 cli.command("grade")(grade_command)
 cli.add_typer(course_cli, name="course")
+for _name, _command in COMMANDS_ON_RUNS:
+    cli.command(_name)(_command)
 
 
 @cli.command("pretrain")
@@ -554,18 +561,8 @@ def _catalogue(kind: str, entries: dict[str, str]) -> None:
 
 def _say(rows: Sequence[dict[str, Any]], settings: Sequence[Scenario]) -> None:
     """The rows' tables, what has to be known first, and the answers in sentences."""
-    from fedtap.simulator.report.columns import table
-    from fedtap.simulator.report.page import Page, failures
+    from fedtap.simulator.report.page import Page
 
     first = settings[0]
     page, shown = first.shown_on(Page(first.name, first.question, "", {}, {}), rows)
-    console.print(table(shown, page.columns, page.notes))
-    for other in page.beside:
-        console.print(other)
-    for sentence in (*(f"⚠ {said}" for said in (*failures(shown), *page.alarms)), *page.answers):
-        console.print(sentence, highlight=False, markup=False, emoji=False)
-
-
-def _files(what: str, out: Path) -> None:
-    said = f"{what}: {out / 'report.html'}   figures: {out / 'rows.jsonl'}"
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    answer(console, page, shown)

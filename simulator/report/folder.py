@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fedtap.simulator.attack import Attack, Reconstructed
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import TEMPORARY, check_writable, remove_leftovers, write_atomically
 from fedtap.simulator.leaks import Leak
+from fedtap.simulator.report.saved_run import parsed, read_rows
 from fedtap.simulator.scenario import Row
 
 SCHEMA = 2
@@ -291,7 +291,7 @@ def left_by_us(path: Path) -> dict[str, Any] | None:
     if all(map(TEMPORARY.fullmatch, files)):
         return None
     try:
-        before = _parsed((path / "run.json").read_bytes())
+        before = parsed((path / "run.json").read_bytes())
         if not isinstance(before, dict) or "fedtap" not in dict(before["versions"]):
             raise ValueError("no versions of fedtap")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -299,54 +299,6 @@ def left_by_us(path: Path) -> dict[str, Any] | None:
             f"{short(path)} holds files that no fedtap run left, and a run would mix with them: name another --out."
         ) from error
     return before
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a run to resume; none where the file is not there yet.
-
-    Raises:
-        FedtapError: a line is no row. Files are written whole, so the last one is no exception.
-    """
-    rows: list[Row] = []
-    try:
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                raise ValueError("it is cut short")
-            rows.append(_row(_parsed(line)))
-        return rows
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"line {len(rows) + 1}: {short(error)}"
-        raise FedtapError(f"{short(path)} is damaged ({why}): run again without --resume.") from error
-
-
-def _row(row: Any) -> Row:
-    """Raises: ValueError: it is none."""
-    if not isinstance(row, dict):
-        raise ValueError("it is no object")
-    if type(row.get("unit")) is not str:
-        raise ValueError("it names no unit")
-    return row
-
-
-def _parsed(content: bytes) -> Any:
-    """JSON in UTF-8, of numbers that a float can hold.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return json.loads(content.decode(), parse_float=_number, parse_int=_number, parse_constant=_number)
-    except RecursionError as error:
-        raise ValueError("brackets within brackets, too many") from error
-
-
-def _number(text: str) -> int | float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{short(text)} is no number")
-    return int(text) if text.lstrip("-").isdigit() else value
 
 
 def _digest(content: bytes) -> str:
