@@ -62,8 +62,8 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap audit APP, fedtap
-    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, and of what runs
-    left fedtap show, open, compare, index."""
+    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, and of what
+    runs left fedtap show, open, compare, index."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
