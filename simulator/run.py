@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
 from fedtap.simulator.leaks import Leak
+from fedtap.simulator.options import options_of
 from fedtap.simulator.progress import progress
 from fedtap.simulator.report.folder import SCHEMA, Folder, check_folder
 from fedtap.simulator.report.page import Page, write
@@ -270,6 +271,9 @@ class _Run:
             finished=finished,
             charts=(dict(first.charts(sound)) if sound else {}) | self.sections,
             pictures=list(self.pictures.values()),
+            defaults={
+                name: str(known.values[0]) for name, known in options_of(type(first)).items() if len(known.values) == 1
+            },
         )
         write(folder.path, *first.shown_on(page, folder.rows))
 

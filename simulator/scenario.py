@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, r
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.options import Option, options_of
 from fedtap.simulator.report.columns import Column, Group
+from fedtap.simulator.report.sentences import figures_said
 
 if TYPE_CHECKING:  # so that a scenario's options can be shown without torch
     import torch
@@ -152,12 +153,14 @@ class Scenario(ABC):
             unexplained.
         spent: options that `settings` turns into others, so that settings which differ in these alone are one.
         columns: all that its rows measure, in this order; what else a row holds is a setting, shown where it varies.
+        leads: the column that the answer tells; the first that terminals show unless said.
     """
 
     reconstructs: ClassVar[str] = "Reconstruction"
     refusal_is_result: ClassVar[bool] = False
     doubted: ClassVar[bool] = True
     columns: ClassVar[Sequence[Column]] = ()
+    leads: ClassVar[str] = ""
     spent: ClassVar[tuple[str, ...]] = ()
 
     seed: Annotated[int, Option("seed of all that is drawn", 0, 2**31)] = 0
@@ -294,7 +297,8 @@ class Scenario(ABC):
         """The page with all that the run's rows tell, and those of them that tables show."""
         declared = {column.name for column in self.columns}
         more = [column for column in EVERY_ROW if column.name not in declared]
-        return dataclasses.replace(page, columns=(*self.columns, *more)), rows
+        columns = (*self.columns, *more)
+        return dataclasses.replace(page, columns=columns, answers=figures_said(rows, columns, self.leads)), rows
 
     def charts(self, rows: Sequence[Row]) -> Mapping[str, str]:
         """Heading -> an element of the page, about the rows of all settings of a run."""

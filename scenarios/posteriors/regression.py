@@ -66,6 +66,7 @@ class RegressionPosterior(Attacked):
         *(Column(name, over="hidden") for name in ("objective", "second_objective", "apart")),
     )
 
+    leads: ClassVar[str] = "error"
     reconstructs: ClassVar[str] = "PseudoData"
     panels: ClassVar[Mapping[str, str]] = {"sum": "Σw /", "mean": "means, deviations off the", "var": "variances /"}
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 GREY = "#808795"
 """Of lines and words: it is read on white and on black."""
 
+COLORS = ("#2478b5", "#c25a00", "#1b8a5a", "#b0529c", "#8a7300", "#128299", "#d0433f", "#7766cc", "#7a7a7a", "#a86032")
+"""Of series: each is told from a white and from a dark page by a contrast of 3:1 at least."""
+
 _STYLE: Any = {
+    "axes.prop_cycle": f"cycler('color', {[color.removeprefix('#') for color in COLORS]})",
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fedtap",  # ids that would be random
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
@@ -153,8 +157,11 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
         figure.legend([*entries.values()], map(_plain, entries), loc="outside lower center", ncols=columns)
         content = BytesIO()
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    text = content.getvalue().decode()
-    return text[text.index("<svg") :].replace("<svg ", f"<svg role='img' aria-label='{escape(words)}' ", 1)
+    text = content.getvalue().decode().replace(f": {GREY}", ": currentColor")  # the page's own, light or dark
+    kind = "panels" if len(panels) > 1 else "panel"
+    return text[text.index("<svg") :].replace(
+        "<svg ", f"<svg role='img' aria-label='{escape(words)}' class='{kind}' ", 1
+    )
 
 
 def _plain(words: str) -> str:
@@ -176,6 +183,8 @@ def _draw(axes: Axes, series: Series, color: str) -> Any:
     if series.low:
         axes.fill_between(x, series.low, series.high, color=color, alpha=0.12, linewidth=0)
     how = {**_KINDS[series.kind], "color": color}
+    if series.kind == "line" and color.startswith("C"):  # told apart without colour too
+        how["marker"] = "osD^v"[int(color[1:]) % 5]
     if series.names:  # points of several series at one place do not hide each other
         number = int(color[1:]) % 3
         how |= {"marker": "osD"[number], "markersize": 7 - 2 * number, "zorder": 3}

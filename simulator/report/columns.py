@@ -237,16 +237,29 @@ def legend(columns: Iterable[Column], groups: Sequence[Group]) -> str:
 
 
 def listing(groups: Sequence[Group], columns: Iterable[Column]) -> str:
-    """The page's table, a line for each group; columns that are empty are left out."""
+    """The page's table, a line for each group; columns that are empty are left out. It scrolls within its own box."""
     head, cells = "", []
+    lines = f"{len(groups)} {'line' if len(groups) == 1 else 'lines'}"
     for column in columns:
         some = [column.cell(group) for group in groups]
         if {*some} != {NONE}:
             kind = _kind(some)
-            head += f"<th class='{kind}'>{escape(column.title)}</th>"
+            head += f"<th scope='col' class='{kind}'>{escape(column.title)}</th>"
             cells.append([_drawn(cell, kind) for cell in some])
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*cells, strict=True))
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    caption = f"<caption>{lines}, {len(cells)} columns</caption>"
+    return scrolled(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", f"Table of {lines}")
+
+
+def scrolled(table: str, words: str, style: str = "") -> str:
+    """A table in a box that scrolls, also by the arrow keys.
+
+    Args:
+        words: what it holds, for those who do not see it.
+        style: of the box, in CSS.
+    """
+    look = f" style='{style}'" if style else ""
+    return f"<div class='scroll' role='region' tabindex='0' aria-label='{escape(words)}'{look}>{table}</div>"
 
 
 def _kind(cells: Sequence[str]) -> str:

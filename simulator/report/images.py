@@ -242,8 +242,8 @@ def page_of(page: Page, rows: Group) -> tuple[Page, Group]:
 
 
 def curves(rows: Group) -> dict[str, str]:
-    """PSNR and MSE against each setting that varies over numbers."""
-    keys, charts, attack = chosen(rows), {}, setting("attack")
+    """PSNR against each setting that varies over numbers, and then MSE."""
+    keys, charts, errors, attack = chosen(rows), dict[str, str](), dict[str, str](), setting("attack")
     groups = grouped([row for row in rows if row.get("mse") is not None and psnrs([row])], [attack, *keys])
     for key in keys:
         others = [other for other in keys if other != key and not follows(other, [attack, key], groups)]
@@ -255,6 +255,7 @@ def curves(rows: Group) -> dict[str, str]:
         if len(ticks) < 2:
             continue
         quality, error = [], []
+        counts = {len(psnrs(some)) for points in lines.values() for _, some in points}
         for name, points in lines.items():
             points.sort(key=lambda point: point[0])
             at = [value for value, _ in points]
@@ -263,10 +264,13 @@ def curves(rows: Group) -> dict[str, str]:
             error.append(Series(name, at, [statistics.fmean(row["mse"] for row in some) for _, some in points]))
         blinds = [value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None]
         levels = {"blind guess": statistics.median(blinds)} if blinds else {}
-        panels = [Panel(key.title, "PSNR, dB (median, quartiles)", quality, levels=levels, ticks=ticks)]
-        panels += [Panel(key.title, "MSE (mean)", error, log=True, ticks=ticks)]
-        charts[f"PSNR and MSE against {key.title}"] = chart(panels, f"PSNR and MSE against {key.title}")
-    return charts
+        psnr, mse = (f"{name} against {key.title}" for name in ("PSNR", "MSE"))
+        of = f"{key.title} ({'–'.join(map(str, sorted({min(counts), max(counts)})))} images a point)"
+        charts[psnr] = chart(
+            [Panel(of, "PSNR, dB (median, quartiles)", quality, levels=levels, ticks=ticks)], psnr, 3.6
+        )
+        errors[mse] = chart([Panel(of, "MSE (mean)", error, log=True, ticks=ticks)], mse, 3.6)
+    return charts | errors
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -1,4 +1,8 @@
-"""What a run leaves for people: one page for every kind of leak, with no script and nothing fetched from anywhere."""
+"""What a run leaves for people: one page for every kind of leak, with no script and nothing fetched from anywhere.
+
+The answer comes first, then one chart, the first victims' pictures, the tables, what was expected, the threat model and
+the settings; what few readers need is folded.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,21 @@ _STYLE = """
   --panel: #1d2025; --alarm: #ff8a80; --mark: #f0c35e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 48px 24px 96px; }
+main { max-width: 1200px; margin: 0 auto; padding: 24px 24px 96px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
-h2 { font-size: 1.2rem; margin: 2.8em 0 .6em; letter-spacing: -.01em; }
+h2 { font-size: 1.2rem; margin: 2em 0 .6em; letter-spacing: -.01em; }
 p { max-width: 46em; margin: .5em 0; white-space: pre-line; } .lead { font-size: 1.15rem; }
 .pale { color: var(--pale); font-size: .875rem; } .leak { color: var(--alarm); font-weight: 600; }
-.answer { border-left: 4px solid var(--ink); padding: 2px 0 2px 16px; margin: 1em 0; } .answer p { font-size: 1.05rem; }
-.banner { border: 2px solid var(--alarm); border-radius: 10px; padding: 8px 16px; margin: 1em 0; }
-.scroll { overflow: auto; max-height: 70vh; border: 1px solid var(--line); border-radius: 10px; margin: 1em 0; }
+.answer { border-left: 4px solid var(--ink); padding: 2px 0 2px 16px; margin: 1em 0; }
+.answer p { font-size: 1.05rem; max-width: 62em; }
+.banner { border: 2px solid var(--alarm); border-radius: 10px; padding: 6px 14px; margin: 1em 0; }
+.banner p { font-size: .875rem; max-width: none; margin: .2em 0; }
+summary { cursor: pointer; padding: 6px 0; font-weight: 600; } details { margin: 1em 0; }
+.figure { overflow-x: auto; } .figure svg { min-width: 700px; max-width: 780px; color: var(--pale); }
+.figure svg.panels { min-width: 900px; max-width: none; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.scroll { position: relative; overflow: auto; max-height: 70vh; margin: 1em 0;
+  border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; vertical-align: bottom; }
@@ -38,14 +49,18 @@ tr:last-child td { border-bottom: 0; } .number { text-align: right; }
 td.words, td.sentence { white-space: normal; min-width: 13em; } td.sentence { min-width: 18em; }
 .pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
   white-space: normal; }
-.pictures { table-layout: fixed; } .pictures th:first-child { width: 7.5em; } .pictures th { vertical-align: bottom; }
-.pictures td:first-child { text-align: left; color: var(--pale); white-space: pre-line; overflow-wrap: anywhere; }
+.pictures { table-layout: fixed; } .pictures :is(th, td):first-child { width: 7.5em; }
+.pictures thead th { vertical-align: bottom; }
+.pictures tbody th { position: static; background: none; text-align: left; color: var(--pale); font-weight: 400;
+  white-space: pre-line; overflow-wrap: anywhere; }
 .pictures img { display: block; width: 100%; max-width: 144px; margin: 0 auto 4px; border-radius: 4px; }
 .pixels { image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
 dt { color: var(--pale); }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; font-family: ui-monospace, monospace; }
 svg { display: block; width: 100%; height: auto; }
+@media (max-width: 600px) { main { padding: 16px 16px 64px; } h1 { font-size: 1.5rem; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } }
 .dots { position: relative; display: block; width: 150px; height: 26px; border-bottom: 1px solid var(--line); }
 .dots i { position: absolute; width: 6px; height: 6px; margin: -3px; border-radius: 3px; background: var(--ink);
   opacity: .35; }
@@ -78,6 +93,8 @@ class Page:
     """What is said below the tables."""
     beside: Sequence[Table] = ()
     """Tables that a terminal shows beside that of the rows."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Setting -> its default in words: the page folds what is left at it."""
 
 
 def write(folder: Path, page: Page, rows: Group) -> None:
@@ -100,18 +117,24 @@ def html(page: Page, rows: Group) -> str:
     shown = dict.fromkeys(column for _, columns in tables.values() for column in columns)
     told = legend(shown, [group for groups, _ in tables.values() for group in groups])
     below = [f"<p class='pale'>{escape(note)}</p>" for note in (told, *page.notes) if note]
+    charts = list(page.charts.items())
+    first = next((number for number, (_, chart) in enumerate(charts) if "<svg" in chart), None)
+    headline = [] if first is None else [charts.pop(first)]
     sections = [
         f"<h1>{escape(page.title)}</h1>",
-        _box("banner", "Read this first", [f"⚠ {said}" for said in (*unfinished, *failures(rows), *page.alarms)]),
         f"<p class='lead'>{escape(question)}</p>",
+        _box("banner", "Read this first", [f"⚠ {said}" for said in (*unfinished, *failures(rows), *page.alarms)]),
         _box("answer", "Answer", page.answers),
-        f"<p>{escape(expected)}</p>" if expected else "",
-        *(f"<h2>{escape(heading)}</h2>{chart}" for heading, chart in page.charts.items()),
+        *(f"<h2>{escape(heading)}</h2>{_figure(heading, chart)}" for heading, chart in headline),
         gallery(page.pictures),
+        *(f"<h2>{escape(heading)}</h2>{chart}" for heading, chart in charts if "<svg" not in chart),
+        *(_folded(heading, _figure(heading, chart)) for heading, chart in charts if "<svg" in chart),
         *(f"<h2>{heading}</h2>{listing(*made)}" for heading, made in tables.items()),
         *below,
+        f"<h2>What was expected</h2><p>{escape(expected)}</p>" if expected else "",
         f"<h2>Threat model</h2><p>{escape(page.threat)}</p>",
-        f"<h2>Settings</h2>{_definitions(page.settings)}<h2>Environment</h2>{_definitions(page.environment)}",
+        f"<h2>Settings</h2>{_settings(page)}",
+        _folded("Environment", _definitions(page.environment)),
     ]
     whole = (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -136,6 +159,24 @@ def _box(kind: str, heading: str, sentences: Sequence[str]) -> str:
     """A heading and its sentences; nothing where there are none."""
     body = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     return f"<section class='{kind}'><b>{heading}</b>{body}</section>" if body else ""
+
+
+def _figure(heading: str, chart: str) -> str:
+    """A chart in a box that scrolls where a screen is too narrow for its words."""
+    return f"<div class='figure' role='region' tabindex='0' aria-label='{escape(heading)}'>{chart}</div>"
+
+
+def _folded(heading: str, body: str) -> str:
+    return f"<details><summary>{escape(heading)}</summary>{body}</details>"
+
+
+def _settings(page: Page) -> str:
+    """The settings that are not at their defaults; the others are folded."""
+    usual = {name: text for name, text in page.settings.items() if page.defaults.get(name) == str(text)}
+    chosen = {name: text for name, text in page.settings.items() if name not in usual}
+    told = _definitions(chosen) if chosen else "<p>Every setting is at its default.</p>"
+    heading = "1 setting at its default" if len(usual) == 1 else f"{len(usual)} settings at their defaults"
+    return told + (_folded(heading, _definitions(usual)) if usual else "")
 
 
 def _definitions(words: Mapping[str, object]) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fedtap.simulator.report.columns import breakable
+from fedtap.simulator.report.columns import breakable, scrolled
 from fedtap.simulator.report.outcomes import MEASURE
 from fedtap.simulator.scores import LEVELS, mse, psnr
 
@@ -25,6 +25,9 @@ _Batch: TypeAlias = Float[Tensor, "batch channel height width"]
 
 _SHOWN = 8
 """Victims in the strip, at most."""
+
+_AT_ONCE = 2
+"""Victims whose pictures the page shows at once; the others' are folded."""
 
 CELL, GAP, CAPTION, MARGIN, TITLE = 192, 20, 64, 32, 150
 """Of the strip, in pixels: a picture's side, what is between two, below one, and around all; and a title's width."""
@@ -80,7 +83,8 @@ def columns_of(pictures: Sequence[Picture]) -> list[str]:
 
 
 def gallery(pictures: Sequence[Picture], blind: str = "public images") -> str:
-    """Each victim's pictures side by side, as an element of the page; empty where there are none.
+    """Each victim's pictures side by side, the first victims' at once, as an element of the page; empty where there are
+    none.
 
     Args:
         blind: what the blind guess is made from.
@@ -88,24 +92,33 @@ def gallery(pictures: Sequence[Picture], blind: str = "public images") -> str:
     if not pictures:
         return ""
     columns = columns_of(pictures)
-    head = "".join(f"<th>{breakable(column)}</th>" for column in ("", *columns))
+    said = (
+        "<p class='pale'>Below each reconstruction stands what it shows, and its PSNR (of a batch: that of its mean "
+        f"squared error). The blind guess is made without any leak, from {escape(blind)}.</p>"
+    ) * any(picture.original is not None for picture in pictures)
+    more = pictures[_AT_ONCE:]
+    folded = f"<details><summary>{len(more)} more</summary>{_rows_of(more, columns)}</details>" if more else ""
+    return f"<h2>Pictures</h2>{_rows_of(pictures[:_AT_ONCE], columns)}{folded}{said}"
+
+
+def _rows_of(pictures: Sequence[Picture], columns: Sequence[str]) -> str:
+    """A table of pictures with a row for each victim."""
+    head = "<td></td>" + "".join(f"<th scope='col'>{breakable(column)}</th>" for column in columns)
     body = ""
     for picture in pictures:
-        body += f"<tr><td>{escape(picture.title)}</td>"
+        body += f"<tr><th scope='row'>{escape(picture.title)}</th>"
         for column in columns:
             images, _ = picture.cell(column)
             shown = picture_html(images, f"{column}, {picture.title}") if images is not None else "–"
             caption = escape(", ".join(picture.caption(column)))
             body += f"<td>{shown}<span class='{'leak' if picture.leaked(column) else 'pale'}'>{caption}</span></td>"
         body += "</tr>"
-    said = (
-        "<p class='pale'>Below each reconstruction stands what it shows, and its PSNR (of a batch: that of its mean "
-        f"squared error). The blind guess is made without any leak, from {escape(blind)}.</p>"
-    ) * any(picture.original is not None for picture in pictures)
-    return (
-        "<h2>Pictures</h2><div class='scroll' style='max-height: none'>"
-        f"<table class='pictures' style='min-width: {110 * (len(columns) + 1)}px'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{said}"
+    width = f"style='min-width: {110 * (len(columns) + 1)}px'"
+    return scrolled(
+        f"<table class='pictures' {width}><caption>A row for each victim</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        f"Pictures of {len(pictures)} victims",
+        "max-height: none",
     )
 
 

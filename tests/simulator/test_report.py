@@ -21,10 +21,12 @@ from torch import Tensor
 
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.report import images, pictures
-from fedtap.simulator.report.columns import summary, table
+from fedtap.simulator.report.charts import COLORS
+from fedtap.simulator.report.columns import Column, summary, table
 from fedtap.simulator.report.outcomes import outcome
 from fedtap.simulator.report.page import Page, html, write
 from fedtap.simulator.report.pictures import Picture, strip
+from fedtap.simulator.report.sentences import figures_said
 from fedtap.simulator.scores import median_interval
 
 EVIL = "<script>alert('x')</script> & [bold]"
@@ -473,15 +475,82 @@ def test_a_swept_number_is_drawn_as_a_curve() -> None:
         for client in range(3)
     ]
     page = page_of(rows)
-    chart = page[page.index("<h2>PSNR and MSE against sigma</h2>") :].partition("<h2>Summary")[0]
-    assert "PSNR and MSE against sigma" in chart
+    chart = page[page.index("<h2>PSNR against sigma</h2>") :].partition("<h2>Summary")[0]
+    assert "<summary>MSE against sigma</summary>" in chart
+    assert "sigma (3 images a point)" in chart
     assert "lti &lt;b&gt;" in chart
     assert "<b>" not in chart
-    assert chart == page_of(rows)[page.index("<h2>PSNR and MSE against sigma</h2>") :].partition("<h2>Summary")[0]
+    assert chart == page_of(rows)[page.index("<h2>PSNR against sigma</h2>") :].partition("<h2>Summary")[0]
     follows = [
         each | {"defence": f"noise({each['sigma']})", "pairs": 10 if "lti" in each["attack"] else None} for each in rows
     ]
     legend = page_of(follows)
-    assert "defence noise" not in legend.partition("<h2>Summary")[0].partition("<h2>PSNR and MSE against sigma</h2>")[2]
+    assert "defence noise" not in legend.partition("<h2>Summary")[0].partition("<h2>PSNR against sigma</h2>")[2]
     for flat in ([row(sigma=0.0), row(client=1, sigma=0.0)], [row(model="lenet"), row(model="vit")], [failed()]):
-        assert "<h2>PSNR and MSE against sigma</h2>" not in page_of(flat)
+        assert "<h2>PSNR against sigma</h2>" not in page_of(flat)
+
+
+# The order of the page, and who reads it.
+
+
+def test_the_page_answers_first_and_folds_what_few_need() -> None:
+    rows = [row(client=n, sigma=sigma) for sigma in (0.0, 0.5) for n in range(5)]
+    told = {"question": "Does it?\n\nExpect: it does.", "settings": {"model": "vit", "size": 32}}
+    text = page_of(rows, [picture(title=f"victim {n}") for n in range(4)], **told, defaults={"size": "32"})
+    parts = ("dlg, images recognisable", "<h2>PSNR against", "<h2>Pictures", "<summary>2 more", "<summary>MSE against")
+    parts += ("<h2>Summary", "<h2>Every row", "<h2>What was expected", "<h2>Threat model", "<h2>Settings")
+    parts += ("<dt>model", "<summary>1 setting at its default", "<dt>size", "<summary>Environment")
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    first, folded = text.split("<summary>2 more")
+    assert ("victim 1" in first, "victim 2" in first, "victim 2" in folded) == (True, False, True)
+    assert "Every setting is at its default." in page_of(rows, settings={"size": 32}, defaults={"size": "32"})
+
+
+def test_every_table_has_a_caption_headings_with_a_scope_and_a_box_that_keys_scroll() -> None:
+    text = page_of([row(client=n, sigma=n % 2) for n in range(9)], [picture()])
+    assert (
+        text.count("<table") == text.count("<caption>") == text.count("class='scroll' role='region' tabindex='0'") == 3
+    )
+    assert not re.search(r"<th(?! scope='(col|row)')", text.replace("<thead", ""))
+
+
+def test_text_and_lines_are_told_from_a_light_and_a_dark_page() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    def contrast(one: str, other: str) -> float:  # WCAG 2.2, relative luminance
+        dark, light = sorted(map(luminance, (one, other)))
+        return (light + 0.05) / (dark + 0.05)
+
+    text = page_of([])
+    themes = [dict(re.findall(r"--(\w+): (#\w+)", some)) for some in text.split("prefers-color-scheme: dark")[:2]]
+    for theme in themes:
+        full = {
+            name: color if len(color) == 7 else "#" + "".join(2 * sign for sign in color[1:])
+            for name, color in theme.items()
+        }
+        for ink in ("ink", "pale", "alarm"):
+            assert min(contrast(full[ink], full[paper]) for paper in ("paper", "panel")) >= 4.5, (ink, full)
+        assert min(contrast(color, full["paper"]) for color in COLORS) >= 3
+
+
+def test_an_answer_about_other_data_tells_the_first_figure_beside_the_blind_guess() -> None:
+    columns = (Column("client", over="rows"), Column("exact_tokens", form=".3g"), Column("blind", form=".3g"))
+    rows = [
+        {"attack": "dager", "client": n, "layers": layers, "exact_tokens": 1 - n / 4 - layers / 8, "blind": 0.1}
+        for layers in (0, 2)
+        for n in range(2)
+    ]
+    (one,) = figures_said(rows[:2], columns)
+    assert one == "dager: exact tokens 0.875 (median of 2, 0.75 to 1); blind guess 0.1."
+    (swept,) = figures_said(rows, columns)
+    assert swept.startswith("dager: exact tokens (blind guess 0.1): layers 0: 0.875 (median of 2")
+    assert "; layers 2: 0.625" in swept
+    many = [dict(rows[0], layers=n, exact_tokens=n / 10) for n in range(10)]
+    (ends,) = figures_said(many, columns)
+    assert "over 10 settings from 0 (layers 0) to 0.9 (layers 9)" in ends
+    assert figures_said(rows, columns, leads="blind")[0].startswith("dager: blind")
+    assert figures_said([{"attack": "dager", "error": "no reply"}], columns) == []
