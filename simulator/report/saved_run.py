@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.report.columns import AnyRow, said
@@ -141,6 +142,13 @@ def _number(text: str) -> int | float:
     if not math.isfinite(value):
         raise ValueError(f"{short(text)} is no number")
     return int(text) if text.lstrip("-").isdigit() else value
+
+
+def schema(of: Literal["row", "run"]) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a line of rows.jsonl, or of run.json."""
+    text = resources.files("fedtap.simulator.report").joinpath(f"{of}.schema.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def same_victims(first: list[AnyRow], second: list[AnyRow]) -> bool:

@@ -366,12 +366,27 @@ def test_a_folder_that_is_not_ours_is_left_alone(
 def test_a_full_disk_is_told_and_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
+    plain = Path.open
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    class HalfWritten:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __enter__(self) -> HalfWritten:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+        def write(self, content: bytes) -> int:
+            self._file.write(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+
+    def full(path: Path, mode: str = "r", *given: Any, **options: Any) -> Any:
+        file = plain(path, mode, *given, **options)
+        return HalfWritten(file) if "w" in mode and path.is_relative_to(tmp_path) else file
+
+    monkeypatch.setattr(Path, "open", full)
     assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "out")) == 2
     assert "No space left" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
