@@ -122,7 +122,8 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
     }
     assert {name for name in names if name.endswith(".py")} == {"fedtap/__init__.py", *code}
     assert sum(name.startswith("fedtap/scenarios/course/units/") for name in names) == 7 + 6 + 7 + 1
-    assert "fedtap/py.typed" in names
+    forms = {f"fedtap/simulator/report/{form}.schema.json" for form in ("row", "run")}
+    assert {"fedtap/py.typed", *forms} <= names
     assert {Path(name).name for name in names if "lpips" in name} == {
         "lpips_alexnet_features.safetensors",
         "lpips_alexnet_features.LICENSE.txt",

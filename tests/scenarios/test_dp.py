@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from fedtap.simulator.federation.guarantees import promised, success_of
 from fedtap.simulator.federation.private_data import private_data
 from fedtap.simulator.federation.rounds import play
 from fedtap.simulator.leaks import mean
-from fedtap.simulator.report.charts import _apart
+from fedtap.simulator.report.charts import COLORS, _apart
 from fedtap.simulator.report.columns import summary, table
 from fedtap.simulator.report.defences import price
 from fedtap.simulator.report.images import image_columns
@@ -340,5 +341,13 @@ def test_the_page_looks_right_in_a_browser(left: Path, tmp_path: Path) -> None:
     )
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"), dtype=int)
     assert pixels.shape == (2400, 1200, 3)
-    blue = (abs(pixels - np.array([0x1F, 0x77, 0xB4])).sum(2) < 12).sum()  # matplotlib's C0: the charts are drawn
-    assert blue > 50
+    first = np.array([int(COLORS[0][at : at + 2], 16) for at in (1, 3, 5)])
+    assert (abs(pixels - first).sum(2) < 12).sum() > 50  # the charts are drawn
+    inner = escape((left / "report.html").read_text())  # a window is 500 px wide at least, a frame may be a telephone's
+    measure = "document.title = this.contentDocument.documentElement.scrollWidth - this.clientWidth"
+    frame = f"<iframe width=390 height=800 style='border: 0' srcdoc='{inner}' onload='{measure}'></iframe>"
+    (tmp_path / "narrow.html").write_text(f"<!doctype html><meta charset=utf-8><title></title>{frame}")
+    narrow = [*words, "--dump-dom", (tmp_path / "narrow.html").as_uri()]
+    shown = subprocess.run(narrow, capture_output=True, text=True, timeout=120, check=True).stdout
+    (over,) = re.findall("<title>(.*?)</title>", shown)[:1]
+    assert int(over) <= 0, "on a telephone the page itself does not scroll sideways"
