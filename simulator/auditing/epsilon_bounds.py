@@ -115,7 +115,9 @@ def _largest(refuted: Callable[[float], float]) -> float:
     return float(brentq(refuted, low, high, xtol=1e-9))
 
 
-def distance_of_scores(present: Sequence[float], absent: Sequence[float], doubt: float) -> float:
+def distance_of_scores(
+    present: Sequence[float] | np.ndarray, absent: Sequence[float] | np.ndarray, doubt: float
+) -> float:
     """The least μ of independent Gaussian scores of one variance, whose means are μ deviations apart.
 
     With n and m scores, (mean - mean') / (s √(1/n + 1/m)) has a noncentral t distribution of n + m - 2 degrees of

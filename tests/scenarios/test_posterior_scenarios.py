@@ -66,7 +66,7 @@ def test_posteriordb_s_draws_are_attacked(tmp_path: Path, monkeypatch: pytest.Mo
         if not str(row["statistic"]).startswith("cov_x1_x2"):
             assert row["value"] == pytest.approx(row["truth"], rel=0.12)
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("How they converge") == 2
+    assert page.count("aria-label='How they converge") == 2
     leak = load(tmp_path / "out/leaks/part_0.safetensors", build)
     assert isinstance(leak, PosteriorLeak)
     assert PosteriorMMD(20)(leak).weights.sum().item() == pytest.approx(named["sum_w"]["value"])
@@ -236,7 +236,7 @@ def test_a_named_attack_takes_the_place_of_the_options(tmp_path: Path) -> None:
     assert untimed(rows[:6]) == untimed([row | named for row in by_options])
     assert {(row["pseudo"], row["whiten"]) for row in rows[6:]} == {(7, "no")}
     page = (tmp_path / "named/report.html").read_text()
-    assert page.count("How they converge") == 2  # a section for each attack
+    assert page.count("aria-label='How they converge") == 2  # a section for each attack
 
 
 def test_a_run_is_resumed_after_its_first_setting(tmp_path: Path) -> None:
