@@ -21,6 +21,7 @@ client = ClientApp()
 def train(message: Message, context: Context) -> Message:
     model = net()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    torch.manual_seed(int(context.node_config["partition-id"]))  # else a Poisson batch is empty now and then
     draw = torch.Generator().manual_seed(int(context.node_config["partition-id"]))
     images, classes = 2 * torch.rand(24, 1, 8, 8, generator=draw) - 1, torch.randint(4, (24,), generator=draw)
     private, sgd, loader = PrivacyEngine().make_private(
