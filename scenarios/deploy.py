@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,19 +31,20 @@ import typer
 from fedtap.scenarios.certificates import Certificates, make_certificates
 from fedtap.scenarios.command.options import absolute, options_text, pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
+from fedtap.scenarios.flower_programs import (
+    QUIET,
+    free_port,
+    listens,
+    superlink_command,
+    supernode_command,
+    write_connection,
+)
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.models.registry import OWN_MODELS, plain_name
 from fedtap.simulator.options import options_of
 from fedtap.simulator.report.folder import left_by_us, place
 from fedtap.simulator.run import described_run, device_named
 from fedtap.simulator.scenario import Scenario
-
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the app runs in this environment, which has what it needs
-}
 
 APP = """\
 [project]
@@ -85,17 +85,7 @@ class Deployment:
     home: Path
     environment: Mapping[str, str]
     certificates: Certificates | None = None
-    port: int = field(default_factory=lambda: _free_port())
-
-    @property
-    def superlink_command(self) -> list[str]:
-        """How the SuperLink is started."""
-        command = ["flower-superlink", "--disable-runtime-dependency-installation", "--port", str(self.port)]
-        if self.certificates is None:
-            return [*command, "--insecure"]
-        made = self.certificates
-        command += ["--ssl-certfile", str(made.server), "--ssl-keyfile", str(made.server_key)]
-        return [*command, "--ssl-ca-certfile", str(made.authority), "--enable-supernode-auth"]
+    port: int = field(default_factory=free_port)
 
     @contextlib.contextmanager
     def superlink(self, *more: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -104,14 +94,10 @@ class Deployment:
         Raises:
             FedtapError: it does not listen.
         """
-        made = self.certificates
-        trust = "insecure = true" if made is None else f"root-certificates = {json.dumps(str(made.authority))}"
-        address = f'address = "127.0.0.1:{self.port}"'
-        config = f'[superlink]\ndefault = "fedtap"\n\n[superlink.fedtap]\n{address}\n{trust}\n'
-        (self.home / "config.toml").write_text(config)
-        log = self.home / "superlink.log"
-        with _running([*self.superlink_command, *more], self.environment, log) as process:
-            _wait_for(lambda: _listens(self.port), process, log, f"open port {self.port}")
+        write_connection(self.home, self.port, self.certificates)
+        log, command = self.home / "superlink.log", superlink_command(self.port, self.certificates)
+        with _running([*command, *more], self.environment, log) as process:
+            _wait_for(lambda: listens(self.port), process, log, f"open port {self.port}")
             yield process
 
     def register(self, nodes: int) -> None:
@@ -136,13 +122,7 @@ class Deployment:
 
         It is connected when it is used: until then its program may still start.
         """
-        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(_free_port())]
-        command += ["--node-config", f"partition-id={partition} num-partitions={nodes}"]
-        if self.certificates is None:
-            command += ["--insecure"]
-        else:
-            command += ["--root-certificates", str(self.certificates.authority)]
-            command += ["--auth-supernode-private-key", str(self.certificates.supernode(partition))]
+        command = supernode_command(self.port, partition, nodes, self.certificates)
         with _running(command, {**self.environment, **more}, self.log(partition)) as process:
             yield process
 
@@ -333,17 +313,6 @@ def _stop(groups: set[int]) -> None:
     for group in groups:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _wait_for(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, what: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom, binomtest, rankdata, spearmanr
+from scipy.stats import beta, binom, rankdata, spearmanr
 from torch import Tensor
 
 from fedtap.simulator.errors import FedtapError
@@ -193,9 +193,12 @@ def limits(won: int, tries: int, doubt: float) -> tuple[float, float]:
     Args:
         doubt: in (0, 1).
     """
-    tests = (binomtest(won, tries, alternative=side) for side in ("greater", "less"))
-    low, high = (test.proportion_ci(1 - doubt, method="exact") for test in tests)
-    return float(low.low), float(high.high)
+    return lower_limit(won, tries, doubt), 1 - lower_limit(tries - won, tries, doubt)
+
+
+def lower_limit(won: int, tries: int, doubt: float) -> float:
+    """The lower of `limits`, alone."""
+    return float(beta.ppf(doubt, won, tries - won + 1)) if won else 0.0
 
 
 def median_interval(values: Sequence[float], doubt: float = 0.05) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.config import get_fused_config_from_dir, get_project_config, parse_config_args
 from flwr.supercore.object_ref import load_app
 
+from fedtap.scenarios.audit.process import users_code
 from fedtap.simulator.data.vision import torchvision
 from fedtap.simulator.errors import FedtapError, short
 
@@ -128,7 +129,14 @@ def component(path: Path, named: str) -> Any:
     Raises:
         FedtapError: importing it raises, or there is no such attribute.
     """
-    try:
+
+    def said(why: str) -> str:
+        return (
+            f"{short(named)} of the app cannot be imported ({why}): see that `flwr run` plays the app in this "
+            "environment first."
+        )
+
+    with users_code(said):
         try:
             return load_app(named, _Unloadable, path)
         except RuntimeError as error:
@@ -136,10 +144,3 @@ def component(path: Path, named: str) -> Any:
                 raise
             torchvision()  # a build for CUDA beside a torch for CPUs, with which the app's transforms work all the same
             return load_app(named, _Unloadable, path)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a user's module may raise anything, and may call sys.exit
-        raise FedtapError(
-            f"{short(named)} of the app cannot be imported ({type(error).__name__}: {short(error, 140)}): see that "
-            "`flwr run` plays the app in this environment first."
-        ) from error

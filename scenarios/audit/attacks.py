@@ -206,8 +206,7 @@ def attackable(exchange: AuditedExchange, ranges: Ranges) -> Attackable:
 
 def _noise(exchange: AuditedExchange) -> str:
     """The noise that was measured, as a defence is written."""
-    rate = float(exchange.training.steps[0].groups[0]["lr"])
-    return f"noise({exchange.noise / rate!r})" if exchange.noise else "none"
+    return f"noise({exchange.noise / exchange.training.learning_rate!r})" if exchange.noise else "none"
 
 
 def _as_images(inputs: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from fedtap.scenarios.audit.judging import judged_and_noted
 from fedtap.scenarios.audit.observe import ROOM, LocalTraining
 from fedtap.scenarios.audit.play import play_app
 from fedtap.scenarios.audit.privacy import planned_rounds, privacy_of
+from fedtap.scenarios.audit.process import seconds_left
 from fedtap.scenarios.audit.report import audit_page, junit, risk_of
 from fedtap.scenarios.audit.single import single_steps
 from fedtap.scenarios.audit.stand_in import NOT_ASKED, standing_in
@@ -164,9 +165,7 @@ class Audit:
         """
         try:
             self.write()
-            passed = time.time() - self.settings.started if self.settings.started else 0.0
-            now = time.monotonic()
-            seconds = max(60 * self.settings.minutes - passed, 0.0)
+            now, seconds = time.monotonic(), seconds_left(self.settings.started, 60 * self.settings.minutes)
             end = now + seconds
             ended = self._play(now + _PLAYED * seconds, end)
             self._check()
@@ -346,9 +345,7 @@ class Audit:
         if not self._seen or self._seen[0].hindrance or self.app is None:
             return
         exchange = self._seen[0]
-        best = best_explained(self.exchanges[self._places[0]]["attacks"])
-        came_back = best is not None and set(best["levels"]) != {LEVELS[0]}
-        exposed = exchange if came_back or not self._alone else self._alone[0]
+        exposed = self._alone[0] if self._alone else exchange  # at its most exposed, where that was attacked
         rounds = planned_rounds(self.app.run_config, self.settings.rounds)
         tried, untried = changes_of(self.app, exchange, rounds)
         self.not_tested += untried

@@ -89,7 +89,7 @@ def changes_of(app: FlowerApp, exchange: AuditedExchange, rounds: int) -> tuple[
         rounds: planned, over which ε composes.
     """
     tried, untried = [], []
-    rate = float(exchange.training.steps[0].groups[0]["lr"])
+    rate = exchange.training.learning_rate
     clip = _length(exchange) / rate
     if clip > 0 and not exchange.noise:
         for epsilon in EPSILONS:
@@ -113,7 +113,7 @@ def changes_of(app: FlowerApp, exchange: AuditedExchange, rounds: int) -> tuple[
 
 def hidden(exchange: AuditedExchange, change: Change, seed: int) -> AuditedExchange:
     """The exchange with the change's defence on what was sent; the attacker is told of it."""
-    rate = float(exchange.training.steps[0].groups[0]["lr"])
+    rate = exchange.training.learning_rate
     names = [name for name in _parameters(exchange) if name in exchange.after]
     draw = generator(seed, "audit", change.told)
     before, after = ({name: side[name] for name in names} for side in (exchange.before, exchange.after))
@@ -129,7 +129,7 @@ def changed_client(app: FlowerApp, change: Change, exchange: AuditedExchange, se
     """
     if not change.defence:
         return app.client
-    rate = float(exchange.training.steps[0].groups[0]["lr"])
+    rate = exchange.training.learning_rate
     order, kept = list(exchange.after), set(_parameters(exchange))
     draw = generator(seed, "audit", "mod", change.told)
 

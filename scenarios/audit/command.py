@@ -38,7 +38,7 @@ def audit_command(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of images, .npz or .csv in place of what the app would fetch; the README says how."),
+        typer.Option(help="Folder of images, .npz or .csv in place of what the app would fetch."),
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for all of it.")] = 10.0,
     out: Annotated[

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 from fedtap.scenarios.audit.app import quoted_override
 from fedtap.scenarios.audit.attacks import InputRange, Ranges
 from fedtap.scenarios.audit.wrapped import SERVER_FILE, Wrapping
+from fedtap.scenarios.flower_programs import free_port, listens, superlink_command, supernode_command, write_connection
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 
@@ -113,18 +113,16 @@ class EnginePlay:
         """
         run = ["flwr", "run", str(self.copied()), "--stream"]
         run += ["--run-config", " ".join(map(quoted_override, self.overrides))] if self.overrides else []
-        port, nodes = _free_port(), self.wrapping.nodes
-        self._write_config(port)
-        superlink = ["flower-superlink", "--insecure", "--disable-runtime-dependency-installation", "--port", str(port)]
+        port, nodes = free_port(), self.wrapping.nodes
+        write_connection(self.home, port)
         simulated = self.engine == "simulation"
-        self._programs.append(stack.enter_context(self._program(*superlink, *["--simulation"] * simulated)))
+        superlink = [*superlink_command(port), *["--simulation"] * simulated]
+        self._programs.append(stack.enter_context(self._program(*superlink)))
         self._wait_for(port)
         if simulated:
             return [*run, "--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
         for partition in range(nodes):
-            supernode = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            supernode += ["--port", str(_free_port())]
-            supernode += ["--node-config", f"partition-id={partition} num-partitions={nodes}"]
+            supernode = supernode_command(port, partition, nodes)
             self._programs.append(stack.enter_context(self._program(*supernode)))
         return run
 
@@ -151,12 +149,6 @@ class EnginePlay:
         write_atomically(copied / "pyproject.toml", tomli_w.dumps(about).encode())
         write_atomically(copied / f"{_MODULE}.py", _SOURCE.format(wrapping=self.wrapping.text()).encode())
         return copied
-
-    def _write_config(self, port: int) -> None:
-        """Where `flwr run` finds the SuperLink."""
-        connection = {"address": f"127.0.0.1:{port}", "insecure": True}
-        config = {"superlink": {"default": "audit", "audit": connection}}
-        write_atomically(self.home / "config.toml", tomli_w.dumps(config).encode())
 
     @contextlib.contextmanager
     def _program(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -192,9 +184,8 @@ class EnginePlay:
         """
         until = time.monotonic() + _START
         while time.monotonic() < until:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
+            if listens(port):
+                return
             self._check()
             time.sleep(0.1)
         raise FedtapError(f"Flower's SuperLink did not start in {_START:g} s: app.log has what it said.")
@@ -285,9 +276,3 @@ class FoundOnEngine:
     def _widen(self, shape: tuple[int, ...], low: Tensor, high: Tensor) -> None:
         known = self.ranges.setdefault(shape, InputRange(low, high, torch.zeros(()), 0))
         known.low, known.high = torch.minimum(known.low, low), torch.maximum(known.high, high)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

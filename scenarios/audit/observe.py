@@ -142,6 +142,11 @@ class LocalTraining:
         return sum(one.numel() * one.element_size() for one in kept)
 
     @property
+    def learning_rate(self) -> float:
+        """That of the first step's first group of parameters."""
+        return float(self.steps[0].groups[0]["lr"])
+
+    @property
     def batches(self) -> list[LocalBatch]:
         """All batches, in order."""
         return [batch for step in self.steps for batch in step.batches]

@@ -6,13 +6,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flwr.app import Context, Message, RecordDict
 
 from fedtap.scenarios.audit.app import FlowerApp
 from fedtap.scenarios.audit.observe import LocalTraining, Observer
-from fedtap.simulator.errors import FedtapError, short
+from fedtap.scenarios.audit.process import users_code
+from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.wire.grid import SERVER_NODE, LocalGrid
 from fedtap.simulator.wire.recorder import round_of
 from fedtap.simulator.wire.wiretap import Wiretap
@@ -133,17 +134,12 @@ def server_ending() -> Iterator[None]:
     Raises:
         FedtapError: it raised, which ends a federation.
     """
-    try:
+
+    def said(why: str) -> str:
+        return f"The app's server ended with {why}: see that `flwr run` plays the app in this environment first."
+
+    with users_code(said, FedtapError), suppress(Enough):
         yield
-    except Enough:
-        pass
-    except (FedtapError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a user's code may raise anything, and may call sys.exit
-        raise FedtapError(
-            f"The app's server ended with {type(error).__name__}: {short(error, 160)}: see that `flwr run` plays the "
-            "app in this environment first."
-        ) from error
 
 
 def play_app(app: FlowerApp, nodes: int, rounds: int, until: float, seen: Seen) -> bool:

@@ -12,22 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtap.simulator.errors import Stopped, short
+from fedtap.scenarios.flower_programs import QUIET
+from fedtap.simulator.errors import FedtapError, Stopped, short
 
 GRACE = 60.0
 """Seconds that the process has after its time to end what it does and write what it found."""
-
-_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-"""So that Flower and Ray send nothing, ask nothing and install nothing."""
 
 
 def run_in_process(
@@ -48,7 +42,7 @@ def run_in_process(
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, json.dumps(settings)],
             cwd=folder,
-            env={**os.environ, **_ENVIRONMENT, **({"FLWR_HOME": home} if home else {})},
+            env={**os.environ, **QUIET, **({"FLWR_HOME": home} if home else {})},
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
@@ -93,6 +87,31 @@ def _end_all(home: str) -> None:
         with contextlib.suppress(OSError):  # another user's, or it has just ended
             if mark in environment.read_bytes().split(b"\0"):
                 os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
+def seconds_left(started: float, seconds: float) -> float:
+    """Of the time that began at `started` (as time.time() tells it; 0 for now), what is left, in seconds."""
+    return max(seconds - (time.time() - started if started else 0.0), 0.0)
+
+
+@contextlib.contextmanager
+def users_code(said: Callable[[str], str], *ours: type[Exception]) -> Iterator[None]:
+    """Inside, a user's code is run, which may raise anything, and may call sys.exit.
+
+    Args:
+        said: from what it raised, in words, to the sentence that tells it.
+        ours: what goes through as it is, beside Ctrl-C.
+
+    Raises:
+        FedtapError: it raised something else.
+    """
+    through: tuple[type[BaseException], ...] = (KeyboardInterrupt, *ours)
+    try:
+        yield
+    except through:
+        raise
+    except BaseException as error:
+        raise FedtapError(said(f"{type(error).__name__}: {short(error, 160)}")) from error
 
 
 def ending(code: int) -> str:

@@ -17,9 +17,8 @@ from torch import nn
 
 from fedtap.scenarios.audit.app import flower_app
 from fedtap.scenarios.audit.play import play_app
-from fedtap.scenarios.audit_dp.promise import NEIGHBOURS
+from fedtap.scenarios.audit_dp.promise import promised_by_multiplier
 from fedtap.scenarios.audit_dp.target import AuditedUpdate, Mechanism, as_mechanism
-from fedtap.simulator.defences.accountant import Gaussian
 from fedtap.simulator.errors import FedtapError, short
 
 _INPUTS = 256
@@ -123,11 +122,7 @@ def of_opacus(told: Mapping[str, Any], said: Mapping[str, Any]) -> Mechanism:
 
     examples, clip = int(told["examples"]), float(told["max_grad_norm"])
     mechanism = Mechanism(call, {"gradient": torch.zeros(examples, _INPUTS)}, examples, kind="Opacus")
-    mechanism.attributes = {"clip": clip}
-    if said.get("delta"):
-        adjacency = NEIGHBOURS.get(str(said.get("adjacency") or "add_remove"), "add/remove")
-        release = Gaussian(told["noise_multiplier"] * clip, clip, "example", adjacency, int(said.get("rounds") or 1))
-        mechanism.attributes["epsilon"] = release.guarantee(float(said["delta"])).epsilon
+    mechanism.attributes = promised_by_multiplier(told["noise_multiplier"], clip, "example", said)
     return mechanism
 
 

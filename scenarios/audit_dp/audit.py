@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtap.scenarios.audit.process import seconds_left
 from fedtap.scenarios.audit_dp.auditor import Auditor
 from fedtap.scenarios.audit_dp.faults import Fault, faults_of
 from fedtap.scenarios.audit_dp.page import audit_dp_page
@@ -91,8 +92,7 @@ class PromiseAudit:
             self.write()
 
     def _audit(self) -> None:
-        passed = time.time() - self.settings.started if self.settings.started else 0.0
-        until = time.monotonic() + max(self.settings.seconds - passed, 1.0)
+        until = time.monotonic() + max(seconds_left(self.settings.started, self.settings.seconds), 1.0)
         target, said = self.settings.target, self.settings.said
         if Path(target).is_dir():
             from fedtap.scenarios.audit_dp.apps import mechanism_in_app

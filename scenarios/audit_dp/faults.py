@@ -17,6 +17,7 @@ from fedtap.scenarios.audit_dp.probes import LONG
 from fedtap.scenarios.audit_dp.promise import Promise
 from fedtap.scenarios.audit_dp.seeds import FEW_BITS, seeds_of
 from fedtap.scenarios.audit_dp.target import MOD
+from fedtap.simulator.auditing.allowed import laplace_limit
 
 _NEAR = 0.015
 """Share by which a deviation may differ from a formula's to be taken for it."""
@@ -404,8 +405,6 @@ class _Naming:
         return "noise_too_small", f"The noise is {share:.3g} of what the promise needs."
 
     def _of_laplace(self, because: Sequence[Hypothesis]) -> Fault:
-        from fedtap.scenarios.audit_dp.auditor import laplace_limit
-
         def excess(probe: str) -> tuple[float, float, float]:
             pair = next(pair for pair in self.auditor.neighbours if pair.other == probe)
             assert pair.shift is not None

@@ -27,7 +27,7 @@ from flwr.app import (
 )
 from torch import Tensor
 
-from fedtap.scenarios.audit_dp.promise import promised_by
+from fedtap.scenarios.audit_dp.promise import promised_by, promised_by_multiplier
 from fedtap.scenarios.audit_dp.target import MOD, AuditedUpdate, Mechanism, quiet
 from fedtap.simulator.errors import FedtapError, short
 
@@ -187,7 +187,10 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
     if counted:  # the count of clipped updates is released too: 1/z² = 1/z'² + 1/(2 σ_b)² (1905.03871, theorem 1)
         multiplier = (multiplier**-2 + (2 * counted) ** -2) ** -0.5
     mechanism = Mechanism(call, _weights(), kind="strategy")
-    mechanism.attributes = _of_multiplier(float(multiplier), float(clip), said)
+    if multiplier > 0:
+        mechanism.attributes = promised_by_multiplier(float(multiplier), float(clip), "client", said)
+    else:
+        mechanism.attributes = {"clip": float(clip)}
     mechanism.notes.append(
         f"{clients} clients a round with the same number of examples each; FedAvg weighs by that number, and a client "
         "that claims more moves the model farther"
@@ -200,17 +203,3 @@ def _clipped(update: AuditedUpdate, clip: float) -> AuditedUpdate:
     length = float(sum(value.double().square().sum() for value in update.values())) ** 0.5
     factor = min(1.0, clip / max(length, 1e-300))
     return {name: value * factor for name, value in update.items()}
-
-
-def _of_multiplier(multiplier: float, clip: float, said: Mapping[str, Any]) -> dict[str, float]:
-    """ε at the δ that is said, of all rounds, for this noise multiplier."""
-    from fedtap.scenarios.audit_dp.promise import NEIGHBOURS
-    from fedtap.simulator.defences.accountant import Gaussian
-
-    found = {"clip": clip}
-    delta = said.get("delta")
-    if delta and multiplier > 0:
-        adjacency = NEIGHBOURS.get(str(said.get("adjacency") or "add_remove"), "add/remove")
-        release = Gaussian(multiplier * clip, clip, "client", adjacency, int(said.get("rounds") or 1))
-        found["epsilon"] = release.guarantee(float(delta)).epsilon
-    return found

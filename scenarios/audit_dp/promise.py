@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtap.simulator.defences import gaussian
-from fedtap.simulator.defences.accountant import ADJACENCIES, noise_for
+from fedtap.simulator.defences.accountant import ADJACENCIES, Gaussian, noise_for
 from fedtap.simulator.errors import FedtapError
 
 UNITS = ("client", "example")
@@ -150,4 +150,19 @@ def promised_by(mechanism: object) -> dict[str, float]:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 found[name] = float(value)
                 break
+    return found
+
+
+def promised_by_multiplier(multiplier: float, clip: float, unit: str, said: Mapping[str, Any]) -> dict[str, float]:
+    """The clip, and ε at the δ that is said, of all rounds, for Gaussian noise of `multiplier` clips.
+
+    Args:
+        unit: `client` or `example`.
+        said: option -> value of the promise, None where it was not given.
+    """
+    found = {"clip": clip}
+    if said.get("delta"):
+        adjacency = NEIGHBOURS.get(str(said.get("adjacency") or "add_remove"), "add/remove")
+        release = Gaussian(multiplier * clip, clip, unit, adjacency, int(said.get("rounds") or 1))
+        found["epsilon"] = release.guarantee(float(said["delta"])).epsilon
     return found

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtap.scenarios.audit.process import users_code
 from fedtap.scenarios.audit_dp.promise import promised_by
 from fedtap.scenarios.audit_dp.seeds import generators_in
 from fedtap.simulator.errors import FedtapError, short
@@ -139,7 +140,14 @@ def _imported(target: str) -> Any:
             f"{short(target)} names no mechanism: give the folder of a Flower app, or module:function of an update."
         )
     sys.path.insert(0, str(Path.cwd()))
-    try:
+
+    def said(why: str) -> str:
+        return (
+            f"{short(module)} cannot be imported ({why}): run the command in the folder that holds the module, and see "
+            "that Python imports it there."
+        )
+
+    with users_code(said):
         if module.endswith(".py"):
             file = Path(module).resolve()
             spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -151,13 +159,6 @@ def _imported(target: str) -> Any:
             spec.loader.exec_module(found)
         else:
             found = importlib.import_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a user's module may raise anything, and may call sys.exit
-        raise FedtapError(
-            f"{short(module)} cannot be imported ({type(error).__name__}: {short(error, 140)}): run the command in the "
-            "folder that holds the module, and see that Python imports it there."
-        ) from error
     for part in path.split("."):
         if not hasattr(found, part):
             names = [name for name in vars(found) if not name.startswith("_")] if hasattr(found, "__dict__") else []

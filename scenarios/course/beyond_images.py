@@ -21,8 +21,10 @@ from fedtap.scenarios.course.exercise import (
     Unit,
     WrongFormError,
     fields_in,
+    graded_with,
     number_or_nan,
     one_of,
+    same_word,
     student_draw,
 )
 from fedtap.simulator.leaks import GradientLeak, Protocol
@@ -87,10 +89,9 @@ def _tokens(answer: Any, student: str) -> Graded:
     right = [[sum(a == b.casefold() for a, b in zip(one, text, strict=False)) for text in truth] for one in said]
     rows, columns = linear_sum_assignment(right, maximize=True)
     share = sum(right[row][column] for row, column in zip(rows, columns, strict=True)) / (_TEXTS * len(_WORDS))
-    if share == 1:
-        return Graded(1.0, "Every word: a gradient of texts is the texts.")
-    return Graded(
+    return graded_with(
         share,
+        "Every word: a gradient of texts is the texts.",
         f"{share:.0%} of the words are right, each in its place: which attack of fedtap list reads texts, and is token "
         "number 0 the first word of the vocabulary?",
     )
@@ -156,13 +157,10 @@ def _slope(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _audit(answer: Any, student: str) -> Graded:
     truth = _exchanges(student)[0]
     said = fields_in(answer, *truth)
-    right = {
-        app: isinstance(said[app], str) and said[app].strip().casefold() == verdict for app, verdict in truth.items()
-    }
-    if all(right.values()):
-        return Graded(1.0, "All verdicts are right.")
-    return Graded(
+    right = {app: same_word(said[app], verdict) for app, verdict in truth.items()}
+    return graded_with(
         sum(right.values()) / len(right),
+        "All verdicts are right.",
         f"Look again at {', '.join(app for app, found in right.items() if not found)}: how long is the reply, are its "
         "numbers whole, and what is left of (before - reply) / learning rate without the gradients of one step, or of "
         "five?",

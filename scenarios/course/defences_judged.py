@@ -24,6 +24,7 @@ from fedtap.scenarios.course.exercise import (
     number_or_nan,
     numbers_in,
     one_of,
+    same_word,
     student_draw,
 )
 from fedtap.scenarios.course.pictures import PICTURE, course_model, private_leak, private_picture
@@ -103,7 +104,7 @@ def _defence(answer: Any, student: str) -> Graded:
         score += 0.2
     else:
         hints.append("How long can what is sent be, if the gradient has that norm? Compare the norm before and after.")
-    if isinstance(said["epsilon"], str) and said["epsilon"].strip().casefold() in ("inf", "infinite", "infinity", "∞"):
+    if same_word(said["epsilon"], "inf", "infinite", "infinity", "∞"):
         score += 0.2
     else:
         hints.append("Which ε does a mechanism have that draws nothing at random?")

@@ -72,6 +72,16 @@ def grade_answer(exercise: Exercise, answer: Any, student: str) -> Graded:
         return Graded(0.0, f"{error}: {exercise.form}.")
 
 
+def graded_with(score: float, praise: str, hint: str) -> Graded:
+    """The score, with praise of a whole one and a hint beside any other."""
+    return Graded(score, praise if score == 1 else hint)
+
+
+def same_word(answer: Any, *words: str) -> bool:
+    """Whether the answer is one of the words; capitals and spaces around it make no difference."""
+    return isinstance(answer, str) and answer.strip().casefold() in [word.casefold() for word in words]
+
+
 def student_draw(student: str, *names: int | str) -> torch.Generator:
     """Random numbers of a student's exercise; capitals and spaces around a name make no difference."""
     return generator("course", " ".join(student.split()).casefold(), *names)

@@ -22,8 +22,10 @@ from fedtap.scenarios.course.exercise import (
     Unit,
     WrongFormError,
     fields_in,
+    graded_with,
     number_in,
     one_of,
+    same_word,
     student_draw,
     within_factor,
 )
@@ -57,12 +59,11 @@ def _attacker(answer: Any, student: str) -> Graded:
         raise WrongFormError(f"A list of {_PLAYED} letters is asked for")
     told = _duel(student)
     best = ["a" if value > 0 else "b" for value in (told["releases"] @ told["a"]).tolist()]
-    alike = [isinstance(one, str) and one.strip().casefold() == true for one, true in zip(answer, best, strict=True)]
+    alike = [same_word(one, true) for one, true in zip(answer, best, strict=True)]
     score = max(0.0, 2 * sum(alike) / _PLAYED - 1)  # a guess by coin scores 0
-    if score == 1:
-        return Graded(1.0, "So the best attacker says, who is still wrong at times: that is what noise buys.")
-    return Graded(
+    return graded_with(
         score,
+        "So the best attacker says, who is still wrong at times: that is what noise buys.",
         f"The best attacker agrees with {sum(alike)} of {_PLAYED}: which of the two canaries is the likelier one to "
         "have given this release, if noise is equally likely in all directions?",
     )
@@ -120,7 +121,7 @@ def _mechanisms(student: str) -> tuple[dict[str, str], Mapping[str, Any]]:
 
 def _broken(answer: Any, student: str) -> Graded:
     said, truth = fields_in(answer, "mechanism", "fault"), _mechanisms(student)[0]
-    right = [isinstance(said[name], str) and said[name].strip().casefold() == truth[name].casefold() for name in truth]
+    right = [same_word(said[name], truth[name]) for name in truth]
     hints = (
         "Audit each mechanism: compare the mean and the spread of its outputs with what is announced.",
         "Say what is wrong in the words of faults: what do the outputs' mean, their spread, and two outputs beside "
@@ -161,10 +162,9 @@ def _least_epsilon(student: str) -> float:
 
 def _accuracy(answer: Any, student: str) -> Graded:
     score = within_factor(answer, _least_epsilon(student), 1.25, 3.0)
-    if score == 1:
-        return Graded(score, "That ε costs as much accuracy as was allowed, and no more.")
-    return Graded(
+    return graded_with(
         score,
+        "That ε costs as much accuracy as was allowed, and no more.",
         "Another ε costs that much: add N(0, σ²) to each entry of Σ y x, with σ for one release at add/remove, and "
         "take the mean accuracy over many draws.",
     )

@@ -9,7 +9,6 @@ https://arxiv.org/abs/2001.02610).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +24,7 @@ from fedtap.scenarios.course.exercise import (
     decibels,
     fields_in,
     flat_decibels,
+    graded_with,
     number_or_nan,
     numbers_in,
     share_near,
@@ -49,10 +49,9 @@ def _layer(student: str) -> tuple[Tensor, dict[str, Any]]:
 
 def _pixels(answer: Any, student: str) -> Graded:
     share = share_near(numbers_in(answer, _PIXELS), _layer(student)[0], 1e-3)
-    if share == 1:
-        return Graded(1.0, "All pixels are right: the gradient held them.")
-    return Graded(
+    return graded_with(
         share,
+        "All pixels are right: the gradient held them.",
         f"{share:.0%} of the pixels are right: write down ∂L/∂W and ∂L/∂b of z = W x + b for one unit by the chain "
         "rule, compare the two, and beware of a unit that learned nothing.",
     )
@@ -97,10 +96,9 @@ def _labels(answer: Any, student: str) -> Graded:
     if not isinstance(answer, list) or len(answer) != _CLIENTS:
         raise WrongFormError(f"A list of {_CLIENTS} labels is asked for")
     share = sum(type(one) in (int, float) and one == true for one, true in zip(answer, truth, strict=True)) / _CLIENTS
-    if share == 1:
-        return Graded(1.0, "All labels are right.")
-    return Graded(
+    return graded_with(
         share,
+        "All labels are right.",
         f"{share:.0%} of the labels are right: which sign has softmax(z) - y at the class that is there, which at the "
         "others, and does every client send a gradient? Classes count from 0.",
     )
@@ -132,27 +130,19 @@ def _predict(answer: Any, student: str) -> Graded:
     return Graded(score, " ".join(hints) or "Compare the two: what does rounding hide?")
 
 
-def _only_given(solved: Any) -> Any:
-    """From a function of the student that returns (truth, given) to one that returns what is given."""
-
-    def told(student: str) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = solved(student)[1]
-        return found
-
-    return told
-
-
 UNIT = Unit(
     1,
     "What a gradient says",
     "A gradient is not anonymous: it holds the picture and the label that it was computed from.",
     (
-        Exercise("pixels", 15, f"a list of {_PIXELS} numbers, the layer's input", _only_given(_layer), _pixels),
+        Exercise(
+            "pixels", 15, f"a list of {_PIXELS} numbers, the layer's input", lambda student: _layer(student)[1], _pixels
+        ),
         Exercise(
             "dlg",
             35,
             f"the picture as nested lists, 3 × {PICTURE} × {PICTURE} (images[0].tolist()), with pixels in [0, 1]",
-            _only_given(_matched),
+            lambda student: _matched(student)[1],
             _dlg,
         ),
         Exercise(
@@ -160,14 +150,14 @@ UNIT = Unit(
             10,
             f"a list of {_CLIENTS} whole numbers: the labels of the three clients that send gradients, then that of "
             "the one that sends weights",
-            _only_given(_answers_of_clients),
+            lambda student: _answers_of_clients(student)[1],
             _labels,
         ),
         Exercise(
             "predict",
             20,
             'an object {"predicted": dB, "measured": dB}, PSNR of the attack linear on the gradient in bfloat16',
-            _only_given(_rounded),
+            lambda student: _rounded(student)[1],
             _predict,
         ),
     ),

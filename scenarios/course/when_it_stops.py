@@ -21,6 +21,7 @@ from fedtap.scenarios.course.exercise import (
     Graded,
     Unit,
     WrongFormError,
+    graded_with,
     numbers_in,
     one_of,
     share_near,
@@ -76,10 +77,9 @@ def _first_below(student: str) -> int:
 
 def _crossing(answer: Any, student: str) -> Graded:
     score = within_factor(answer, _first_below(student), 1.4, 2.8)
-    if score == 1:
-        return Graded(score, "The curve crosses there.")
-    return Graded(
+    return graded_with(
         score,
+        "The curve crosses there.",
         "The curve crosses half elsewhere: take every batch of that size, attack each with linear, and count an image "
         f"that one of the reconstructed matches with {scores.RECOVERED_DB:g} dB.",
     )
@@ -105,10 +105,9 @@ def _sums(student: str) -> tuple[Tensor, dict[str, Any]]:
 
 def _collusion(answer: Any, student: str) -> Graded:
     share = share_near(numbers_in(answer, _ENTRIES), _sums(student)[0], 1e-3)
-    if share == 1:
-        return Graded(1.0, "Exact: no single reply was seen, and one is known.")
-    return Graded(
+    return graded_with(
         share,
+        "Exact: no single reply was seen, and one is known.",
         f"{share:.0%} of the entries are right: write both rounds as sums over their clients and see which terms are "
         "in one of them alone. What the server is given are means.",
     )

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, ndtr, ndtri
-from scipy.stats import beta, binom, nct
+from scipy.stats import binom, nct
 
 from fedtap.simulator.defences import gaussian
+from fedtap.simulator.scores import limits, lower_limit
 
 UNBOUNDED = 1e12
 """ε that stands for no bound at all: nothing here tells larger ones."""
@@ -42,7 +43,8 @@ def of_trials(present: Sequence[float], absent: Sequence[float], threshold: floa
         threshold: chosen without these scores; a canary counts as seen from it on.
     """
     seen, wrong = (int((np.asarray(some) >= threshold).sum()) for some in (present, absent))
-    return _of_rates(_low(seen, len(present), doubt / 2), 1 - _low(len(absent) - wrong, len(absent), doubt / 2), delta)
+    low, high = lower_limit(seen, len(present), doubt / 2), limits(wrong, len(absent), doubt / 2)[1]
+    return _of_rates(low, high, delta)
 
 
 def of_split_trials(present: Sequence[float], absent: Sequence[float], doubt: float, delta: float) -> float:
@@ -56,11 +58,6 @@ def of_split_trials(present: Sequence[float], absent: Sequence[float], doubt: fl
 
 _SHARES = np.linspace(0, 1, 101)
 """Quantiles of the scores that are tried as thresholds."""
-
-
-def _low(won: int, tries: int, doubt: float) -> float:
-    """Clopper and Pearson's lower limit."""
-    return float(beta.ppf(doubt, won, tries - won + 1)) if won else 0.0
 
 
 def _of_rates(true: float, false: float, delta: float) -> float:

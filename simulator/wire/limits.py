@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.wire.around import GridAround
 
 _Given = TypeVar("_Given")
 
@@ -33,7 +33,7 @@ LONGEST_LOOK = 10.0
 server that trains or evaluates in between does not wait."""
 
 
-class Limited(Grid):
+class Limited(GridAround):
     """`grid`, on which no call takes longer than the limit.
 
     Args:
@@ -43,7 +43,7 @@ class Limited(Grid):
     """
 
     def __init__(self, grid: Grid, reply_timeout: float | None = None) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._reply_timeout = reply_timeout
         self._sent()
 
@@ -89,21 +89,6 @@ class Limited(Grid):
         self._sent()
         orders = list(messages)
         return list(self._grid.send_and_receive(orders, timeout=self.limit(timeout)))
-
-    def set_run(self, run: Run) -> None:
-        """As the wrapped grid does."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The wrapped grid's run."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """As the wrapped grid does."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def _within(self, call: Callable[[], _Given]) -> _Given:
         """What a call of the engine returns, which tries for ever to reach a SuperLink that has stopped.

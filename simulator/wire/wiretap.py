@@ -14,11 +14,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 
-from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.app import Error, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.wire.around import GridAround
 from fedtap.simulator.wire.limits import Limited
 from fedtap.simulator.wire.records import records_of
 
@@ -52,7 +52,7 @@ class Unpulled(dict[str, Message]):
         self.update(messages)
 
 
-class Wiretap(Grid):
+class Wiretap(GridAround):
     """`grid`, with every exchange passed to `ear` before the server sees the reply.
 
     No wait on it is without a limit: `grid` is taken for a `Limited` one, unless it is one, or replies at once.
@@ -62,8 +62,8 @@ class Wiretap(Grid):
     """
 
     def __init__(self, grid: Grid, ear: Ear) -> None:
-        self._instant = getattr(grid, "instant", False)
-        self._grid = grid if self._instant or isinstance(grid, Limited) else Limited(grid)
+        instant = getattr(grid, "instant", False)
+        super().__init__(grid if instant or isinstance(grid, Limited) else Limited(grid))
         self._ear = ear
         self._orders = Unpulled()
         self.dropped = 0
@@ -140,21 +140,6 @@ class Wiretap(Grid):
         if not self.dropped:
             warnings.warn("A node sent an answer that nobody had asked it for, and fedtap dropped it.", stacklevel=4)
         self.dropped += 1
-
-    def set_run(self, run: Run) -> None:
-        """As the wrapped grid does."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The wrapped grid's run."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """As the wrapped grid does."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """The wrapped grid's nodes.

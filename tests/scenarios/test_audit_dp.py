@@ -22,13 +22,14 @@ from scipy.stats import laplace
 from fedtap.scenarios.audit_dp import auditor
 from fedtap.scenarios.audit_dp.apps import of_opacus
 from fedtap.scenarios.audit_dp.audit import PromiseAudit, PromiseAuditSettings
-from fedtap.scenarios.audit_dp.auditor import Auditor, laplace_limit, largest_ratio
+from fedtap.scenarios.audit_dp.auditor import Auditor
 from fedtap.scenarios.audit_dp.faults import Fault, faults_of
 from fedtap.scenarios.audit_dp.probes import Code
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
 from fedtap.scenarios.audit_dp.seeds import same_noise, seeds_seen
 from fedtap.scenarios.audit_dp.target import Mechanism, as_mechanism
 from fedtap.scenarios.gradients.canary import Canary
+from fedtap.simulator.auditing.allowed import laplace_limit, largest_ratio
 from fedtap.simulator.defences.accountant import noise_for
 from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.errors import FedtapError
