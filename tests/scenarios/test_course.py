@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedtap.scenarios.command.main import main
 from fedtap.scenarios.course import COURSE_UNITS, course_unit, given
 from fedtap.scenarios.course.conformance import broken_rules
-from fedtap.scenarios.course.exercise import grade_answer
+from fedtap.scenarios.course.exercise import Graded, grade_answer, graded_with
 from fedtap.scenarios.course.grade import empty_answers, grade_file, graded, graded_class, hand_in, write_answers
 from fedtap.scenarios.course.notebooks import QUICK, cells_of, copy_units, run_notebook, unit_folders
 from fedtap.simulator.defences.noise import Noise
@@ -63,6 +63,11 @@ def test_a_typical_wrong_answer_scores_its_part(number: int, name: str, what: st
     result = grade_answer(exercise, said, STUDENT)
     assert result.score == pytest.approx(score, abs=1e-6), (what, result.hint)
     assert result.hint
+
+
+@pytest.mark.parametrize(("score", "said"), [(1.0, "well done"), (0.99, "look again"), (0.0, "look again")])
+def test_praise_goes_with_a_whole_score_alone(score: float, said: str) -> None:
+    assert graded_with(score, "well done", "look again") == Graded(score, said)
 
 
 def test_three_typical_wrong_answers_of_each_unit_are_stated() -> None:
