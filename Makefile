@@ -23,7 +23,8 @@ docs: .venv/docs links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/ready
-	$(BIN)/python -m fedtap.scenarios.bench
+	mkdir -p build
+	$(BIN)/fedtap bench run --out build/bench.json
 
 # mypy and the site find the package under its own name through a folder of links.
 links:

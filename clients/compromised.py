@@ -34,6 +34,8 @@ def compute_auxiliary(message: Message, private: PrivateData) -> Message:
     before = {name: received[name] for name, _ in net.named_parameters()}
     examples = tensors_of(message.content.array_records["examples"])
     seed, fed = private.scenario.seed, digest(examples)
+    asked = str(message.content.config_records["config"].get("device", "cpu"))
+    device = asked if torch.cuda.is_available() else "cpu"  # the adversary's own machine may have no GPU
     with seeded(seed, "auxiliary", fed):
         images, labels, defences = examples["images"], examples["labels"], parse(private.scenario.defence)
         guarded = defences.step is not None or bool(defences.update)
@@ -46,9 +48,9 @@ def compute_auxiliary(message: Message, private: PrivateData) -> Message:
         step, parts = defences.step, []
         for due in stops:
             some = images[due], labels[due]
-            gradient = step.stacked(net, *some, draws[due]) if step else gradients(net, *some)
+            gradient = step.stacked(net, *some, draws[due]) if step else gradients(net, *some, device)
             here = {name: parameter.detach() for name, parameter in net.named_parameters()}
-            after = {name: here[name] - rate * gradient[name] for name in before}
+            after = {name: gradient[name].mul_(-rate).add_(here[name]) for name in before}
             if drifts:  # as a drifted victim: the server's weights, and the change on top of them
                 after = {name: before[name] - (here[name] - after[name]) for name in before}
             parts.append(after)

@@ -29,8 +29,11 @@ PAIRS_FORMAT = 3
 """Version of the saved form; a reader refuses any other. In version 1, pairs were gradients that had not crossed the
 wire."""
 
-CHUNK_NUMBERS = 2**24
-"""Numbers in a chunk's gradients: 64 MiB of float32."""
+CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS = 2**24, 2**27
+"""Numbers in a chunk's gradients: 64 MiB of float32, and 512 MiB where a GPU computes them."""
+
+_AT_ONCE, _CUDA_AT_ONCE = 128, 1024
+"""Pairs whose gradients are computed together."""
 
 MOST_PAIRS = 10**9
 """Pairs of a set, and trainings behind it, at most."""
@@ -274,15 +277,17 @@ def trainings(pairs: int, many: int) -> tuple[Int[Tensor, " pairs"], ...]:
     return torch.arange(pairs).tensor_split(max(1, many))
 
 
-def chunk_size(network: nn.Module) -> int:
-    """Pairs in a chunk."""
-    return max(1, CHUNK_NUMBERS // sum(parameter.numel() for parameter in network.parameters()))
+def chunk_size(network: nn.Module, device: torch.device | str = "cpu") -> int:
+    """Pairs in a chunk; more where a GPU computes them, which takes as long for few."""
+    numbers = CHUNK_NUMBERS if str(device) == "cpu" else CUDA_CHUNK_NUMBERS
+    return max(1, numbers // sum(parameter.numel() for parameter in network.parameters()))
 
 
 def gradients(
     network: nn.Module,
     images: Float[Tensor, "pairs batch channel height width"],
     labels: Int[Tensor, "pairs batch"],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Float[Tensor, "pairs *parameter"]]:
     """The gradient of each pair's loss, as a client's training step computes it, for all pairs at once.
 
@@ -290,19 +295,25 @@ def gradients(
     frozen parameter's gradient is zero.
 
     Args:
-        network: in training mode, but for BatchNorm where that is frozen.
+        network: in training mode, but for BatchNorm where that is frozen; on the CPU, as are images and gradients.
+        device: where the gradients are computed.
     """
     stateless = functional_batchnorm(network)
+    known = {
+        name: value.detach().to(device) for name, value in (*stateless.named_parameters(), *stateless.named_buffers())
+    }
 
     def loss(trained: dict[str, Tensor], some: Tensor, named: Tensor) -> Tensor:
-        return training_loss(stateless, some, named, lambda images: functional_call(stateless, trained, (images,)))
+        given = {**known, **trained}
+        return training_loss(stateless, some, named, lambda images: functional_call(stateless, given, (images,)))
 
-    trained = {name: weight.detach() for name, weight in stateless.named_parameters() if weight.requires_grad}
+    trained = {name: known[name] for name, weight in stateless.named_parameters() if weight.requires_grad}
+    batched = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+    out = {name: weight.new_zeros(len(images), *weight.shape) for name, weight in stateless.named_parameters()}
+    at_once = _AT_ONCE if str(device) == "cpu" else _CUDA_AT_ONCE
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be batched
-        found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=128, randomness="different")(
-            trained, images, labels
-        )
-    return {
-        name: found[name].contiguous() if name in found else weight.new_zeros(len(images), *weight.shape)
-        for name, weight in stateless.named_parameters()
-    }
+        for some in (slice(first, first + at_once) for first in range(0, len(images), at_once)):
+            found = batched(trained, images[some].to(device), labels[some].to(device))
+            for name, gradient in found.items():
+                out[name][some] = gradient
+    return out

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -119,8 +120,11 @@ def ssim(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch
     return torch.tensor([structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs])  # type: ignore[no-untyped-call]
 
 
-def lpips(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch"]:
+def lpips(reconstruction: ImageBatch, truth: ImageBatch, device: torch.device | str = "cpu") -> Float[Tensor, " batch"]:
     """Learned perceptual distance (alex, v0.1) of each image at its own size. Grey images are shown as grey in colour.
+
+    Args:
+        device: where AlexNet runs.
 
     Raises:
         FedtapError: the images are too small for AlexNet, or its weights cannot be loaded.
@@ -131,11 +135,17 @@ def lpips(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batc
         raise FedtapError(f"LPIPS needs {LPIPS_PIXELS} pixels a side and these have {_size(truth)}: use larger images.")
     if truth.shape[1] not in (1, 3):
         raise FedtapError(f"LPIPS sees colour or grey images and these have {truth.shape[1]} channels: read the SSIM.")
-    network = lpips_alex()
-    reconstruction, truth = (images.float().clamp(0, 1).expand(-1, 3, -1, -1) for images in (reconstruction, truth))
-    chunks = [slice(first, first + LPIPS_AT_ONCE) for first in range(0, len(truth), LPIPS_AT_ONCE)]
+    network = lpips_alex().to(device)
+    sides = (
+        torch.split(images.float().clamp(0, 1).expand(-1, 3, -1, -1), LPIPS_AT_ONCE)
+        for images in (reconstruction, truth)
+    )
     with torch.no_grad():
-        return torch.cat([network(reconstruction[chunk], truth[chunk], normalize=True).flatten() for chunk in chunks])
+        found = [
+            network(one.to(device), other.to(device), normalize=True).flatten()
+            for one, other in zip(*sides, strict=True)
+        ]
+    return torch.cat(found).cpu()
 
 
 def correlation(reconstruction: ImageBatch, truth: ImageBatch) -> Float[Tensor, " batch"]:
@@ -234,10 +244,14 @@ def score_all(
     reconstructed_labels: Int[Tensor, "victims batch"],
     true_images: Float[Tensor, "victims batch channel height width"],
     true_labels: Int[Tensor, "victims batch"],
+    device: torch.device | str = "cpu",
 ) -> list[Score]:
     """The scores of each victim.
 
     A reconstruction with NaN or infinity has recovered nothing: its distances are None, and its recovery rate is 0.
+
+    Args:
+        device: where LPIPS is computed.
     """
     reconstructed_images, true_images = reconstructed_images.detach().cpu(), true_images.detach().cpu()
     reconstructed_labels, true_labels = reconstructed_labels.detach().cpu(), true_labels.detach().cpu()
@@ -251,7 +265,7 @@ def score_all(
     decibels = psnr(errors).view(victims, -1)
     columns: dict[str, Tensor | None] = {"mse": errors, "psnr": decibels}
     notes: dict[str, str | None] = {}
-    for name, measure in (("ssim", ssim), ("lpips", lpips)):
+    for name, measure in (("ssim", ssim), ("lpips", partial(lpips, device=device))):
         try:
             columns[name], notes[name] = measure(reconstruction, truth), None
         except FedtapError as reason:

@@ -18,6 +18,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import Match, squared_distance
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.priors import isotropic_variation, length, statistics_gap
+from fedtap.attackers.parts.repeated import Repeated, adam, capture_on
 from fedtap.simulator.attack import Attack, Images, Reconstruction
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.progress import progress
@@ -73,16 +74,21 @@ class GradInversion(Attack):
             penalty: torch.Tensor = smooth + self.consistency * apart
             return penalty
 
-        x = start.clone().requires_grad_()
-        adam = torch.optim.Adam([x], lr=self.step_size)
-        decay = CosineAnnealingLR(adam, self.steps)
-        for _ in progress(self.steps, "GradInversion"):
+        x, capture = start.clone().requires_grad_(), capture_on(start.device)
+        optimiser = adam(x, self.step_size, capture)
+        decay = CosineAnnealingLR(optimiser, self.steps)
+
+        def descend() -> None:
             loss = match(x, labels) + prior(x)
             # no start's loss depends on another's images: its group's mean is detached
             (x.grad,) = torch.autograd.grad(loss.sum(), x)
-            adam.step()
-            decay.step()
+            optimiser.step()
             x.data.clamp_(0, 1)
+
+        step = Repeated(descend, capture)
+        for _ in progress(self.steps, "GradInversion"):
+            step()
+            decay.step()
         x = x.detach()
         # the seed with the lowest objective is kept: nothing here knows the truth
         objective = (match(x, labels) + prior(x)).reshape(-1, self.seeds)

@@ -18,6 +18,7 @@ from fedtap.attackers.parts.checks import check_fields
 from fedtap.attackers.parts.gradients import Match, cosine_distance
 from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.priors import total_variation
+from fedtap.attackers.parts.repeated import Repeated, adam, capture_on
 from fedtap.simulator.attack import Attack, Images, Reconstruction
 from fedtap.simulator.defences.defence import Defence
 from fedtap.simulator.leaks import Leak
@@ -60,16 +61,21 @@ class InvertingGradients(Attack):
         match = Match(leak, known.distance if known else cosine_distance, compiled=self.compiled)
         # |g - leak|^2 / |leak|^2 = 2 (1 - cos) where |g| = |leak|, so a weight beside the former is halved here
         smoothness = self.smoothness + known.weights / 2 if known else self.smoothness
-        x = start.clone().requires_grad_()
-        adam = torch.optim.Adam([x], lr=self.step_size)
-        decay = MultiStepLR(adam, [self.steps * eighths // 8 for eighths in (3, 5, 7)], gamma=0.1)
-        for _ in progress(self.steps, "Inverting Gradients"):
+        x, capture = start.clone().requires_grad_(), capture_on(start.device)
+        optimiser = adam(x, self.step_size, capture)
+        decay = MultiStepLR(optimiser, [self.steps * eighths // 8 for eighths in (3, 5, 7)], gamma=0.1)
+
+        def descend() -> None:
             # equation 4 of the paper: 1 - <g, leak> / (|g| |leak|) + alpha TV(x)
             loss = match(x, labels) + smoothness * total_variation(x)
             (input_gradient,) = torch.autograd.grad(loss.sum(), x)  # no victim's loss depends on another's image
             x.grad = input_gradient.sign()
-            adam.step()
-            decay.step()
+            optimiser.step()
             x.data.clamp_(0, 1)
+
+        step = Repeated(descend, capture)
+        for _ in progress(self.steps, "Inverting Gradients"):
+            step()
+            decay.step()
         x = x.detach()
         return Reconstruction(x, labels, objective=match(x, labels) + smoothness * total_variation(x))

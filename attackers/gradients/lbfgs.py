@@ -9,11 +9,13 @@ whose point was refused tries another step length in the call in which others ta
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedtap.attackers.parts.repeated import Repeated, capture_on
 from fedtap.simulator.progress import progress
 
 Iterates = Float[Tensor, "elements size"]
@@ -25,6 +27,10 @@ DECREASE, CURVATURE = 1e-4, 0.9
 
 CPU_BLOCK, CUDA_BLOCK = 64, 1024
 """Elements that run at once: their histories stay below a gigabyte on a CPU, and below ten on a GPU."""
+
+CUDA_LEAST, CUDA_EVERY = 64, 10
+"""On a GPU: elements that take no longer than one, so that none of fewer leaves the batch, and steps between two looks
+at how many still run."""
 
 TRIES = 12
 """Points tried along a direction before it is replaced by steepest descent; along that, before the element ends."""
@@ -45,79 +51,111 @@ def minimise(
         history: pairs of (step, change of gradient) that an element remembers.
         tolerance: value at or below which an element ends.
     """
-    blocks = [
-        _minimise(objective, start, elements, steps, history, tolerance, label)
-        for elements in torch.split(
-            torch.arange(len(start), device=start.device), CUDA_BLOCK if start.is_cuda else CPU_BLOCK
-        )
-    ]
-    points, values = zip(*blocks, strict=True)
-    return torch.cat(points), torch.cat(values)
+    points, values = start.clone(), start.new_empty(len(start))
+    capture = capture_on(start.device)
+    captured = capture is not None
+    every = CUDA_EVERY if captured else 1
+    for block in torch.split(torch.arange(len(start), device=start.device), CUDA_BLOCK if captured else CPU_BLOCK):
+        search = _Search(objective, start[block], block, history, tolerance, asks=not captured)
+        step = Repeated(search.advance, capture)
+        for number in progress(range(steps - 1), label):
+            if number % every == 0:
+                going = search.going()
+                left, many = int(going.sum()), len(going)
+                if not left:
+                    break
+                # a new graph is worth its capture where the batch is half as large
+                worth = many - 1 if not captured else many // 2 if many > CUDA_LEAST else 0
+                if left <= worth:
+                    points[search.elements], values[search.elements] = search.x, search.value
+                    search.keep(going.nonzero().squeeze(1))
+                    step = Repeated(search.advance, capture)
+            step()
+        points[search.elements], values[search.elements] = search.x, search.value
+    return points, values
 
 
-def _minimise(
-    objective: ValueAndGradient,
-    start: Float[Tensor, "all size"],
-    block: Int[Tensor, "elements"],
-    steps: int,
-    history: int,
-    tolerance: float,
-    label: str,
-) -> tuple[Iterates, Float[Tensor, "elements"]]:
-    elements, first = block, block[0]
-    x = start[block]
-    value, gradient = objective(x, elements)
-    found, lowest = x.clone(), value.clone()
-    memory = _Memory(x, history)
-    move, descent = _steepest(gradient)
-    step, low, high = torch.ones_like(value), torch.zeros_like(value), torch.full_like(value, float("inf"))
-    tries, fresh = torch.zeros_like(elements), torch.ones_like(elements, dtype=torch.bool)
-    for _ in progress(steps - 1, label):
-        going = (value > tolerance) & (descent < 0) & value.isfinite()
-        if not bool(going.all()):  # elements that have ended leave the batch
-            keep = going.nonzero().squeeze(1)
-            x, value, gradient, move, descent, step, low, high, tries, fresh, elements = (
-                tensor[keep] for tensor in (x, value, gradient, move, descent, step, low, high, tries, fresh, elements)
-            )
-            memory.keep(keep)
-            if not len(elements):
-                break
-        there = x + step[:, None] * move
-        value_there, gradient_there = objective(there, elements)
+class _Search:
+    """The state of each element's search: where it is, its direction, and the interval of step lengths that is left.
+
+    Args:
+        elements: the number of each element, for the objective.
+        asks: whether what no element needs is left out, which asks the device; all is done for all elsewhere, since a
+            GPU would have to be waited for.
+    """
+
+    _STATE = ("x", "value", "gradient", "move", "descent", "step", "low", "high", "tries", "fresh", "elements")
+
+    def __init__(
+        self,
+        objective: ValueAndGradient,
+        x: Iterates,
+        elements: Int[Tensor, "elements"],
+        history: int,
+        tolerance: float,
+        asks: bool,
+    ) -> None:
+        self.objective, self.tolerance, self.asks, self.elements = objective, tolerance, asks, elements.clone()
+        self.x = x.clone()
+        self.value, self.gradient = objective(self.x, elements)
+        self.memory = _Memory(x, history)
+        self.move, self.descent = _steepest(self.gradient)
+        self.step, self.low = torch.ones_like(self.value), torch.zeros_like(self.value)
+        self.high = torch.full_like(self.value, float("inf"))
+        self.tries, self.fresh = torch.zeros_like(elements), torch.ones_like(elements, dtype=torch.bool)
+
+    def going(self) -> Bool[Tensor, "elements"]:
+        """Which elements have not come to their end."""
+        return (self.value > self.tolerance) & (self.descent < 0) & self.value.isfinite()
+
+    def keep(self, rows: Tensor) -> None:
+        """Let go of all other elements."""
+        for name in self._STATE:
+            setattr(self, name, getattr(self, name)[rows])
+        self.memory.keep(rows)
+
+    def advance(self) -> None:
+        """One evaluation for each element, in place; an element that has ended stays where it is."""
+        going, x, gradient, move = self.going(), self.x, self.gradient, self.move
+        there = x + self.step[:, None] * move
+        value_there, gradient_there = self.objective(there, self.elements)
         # sufficient decrease: f(x + t d) <= f(x) + c1 t g'd; curvature: g(x + t d)'d >= c2 g'd
-        enough = value_there <= value + DECREASE * step * descent  # false for NaN
-        flat = (gradient_there * move).sum(1) >= CURVATURE * descent
-        tries = tries + 1
-        accept = enough & (flat | (tries >= TRIES))
-        stuck = ~accept & (tries >= TRIES)
+        enough = value_there <= self.value + DECREASE * self.step * self.descent  # false for NaN
+        flat = (gradient_there * move).sum(1) >= CURVATURE * self.descent
+        tries = self.tries + 1
+        accept = going & enough & (flat | (tries >= TRIES))
+        stuck = going & ~accept & (tries >= TRIES)
 
         # bisection: a point without decrease bounds the step from above, one without curvature from below
-        high = torch.where(enough, high, step)
-        low = torch.where(enough & ~flat, step, low)
-        step = torch.where(high.isinf(), 2 * step, (low + high) / 2)
-        if bool(accept.any()):
+        high = torch.where(enough, self.high, self.step)
+        low = torch.where(enough & ~flat, self.step, self.low)
+        step = torch.where(high.isinf(), 2 * self.step, (low + high) / 2)
+        fresh, descent = self.fresh, self.descent
+        if not self.asks or bool(accept.any()):
             chosen = accept[:, None]
             after = torch.where(chosen, gradient_there, gradient)
-            move = torch.where(chosen, memory.direction(accept, there - x, gradient, after), move)
+            move = torch.where(chosen, self.memory.direction(accept, there - x, gradient, after), move)
             x, gradient = torch.where(chosen, there, x), after
-            value = torch.where(accept, value_there, value)
-            found[elements - first], lowest[elements - first] = x, value
+            self.value.copy_(torch.where(accept, value_there, self.value))
             descent = torch.where(accept, (move * gradient).sum(1), descent)
             fresh = fresh & ~accept
         uphill = accept & ~(descent < 0)
         again = uphill | (stuck & ~fresh)
-        if bool(again.any()):
-            rows = again.nonzero().squeeze(1)
-            memory.forget(rows)
-            move[rows], descent[rows] = _steepest(gradient[rows])
-            fresh[rows] = True
-        descent = torch.where(stuck & ~again, torch.zeros_like(descent), descent)
+        if not self.asks or bool(again.any()):
+            self.memory.forget(again)
+            steepest, slope = _steepest(gradient)
+            move, descent = torch.where(again[:, None], steepest, move), torch.where(again, slope, descent)
+            fresh = fresh | again
         anew = accept | again
-        step = torch.where(anew, torch.ones_like(step), step)
-        low = torch.where(anew, torch.zeros_like(low), low)
-        high = torch.where(anew, torch.full_like(high, float("inf")), high)
-        tries = torch.where(anew, torch.zeros_like(tries), tries)
-    return found, lowest
+        self.x.copy_(x)
+        self.gradient.copy_(gradient)
+        self.move.copy_(move)
+        self.descent.copy_(torch.where(stuck & ~again, torch.zeros_like(descent), descent))
+        self.fresh.copy_(fresh)
+        self.step.copy_(torch.where(anew, torch.ones_like(step), step))
+        self.low.copy_(torch.where(anew, torch.zeros_like(low), low))
+        self.high.copy_(torch.where(anew, torch.full_like(high, float("inf")), high))
+        self.tries.copy_(torch.where(anew, torch.zeros_like(tries), tries))
 
 
 def _steepest(gradient: Iterates) -> tuple[Iterates, Float[Tensor, "elements"]]:
@@ -142,10 +180,11 @@ class _Memory:
         for name in ("s", "y", "sy", "yy", "on_s", "on_y", "count", "scale"):
             setattr(self, name, getattr(self, name)[rows])
 
-    def forget(self, rows: Tensor) -> None:
-        """Begin anew in these elements."""
-        for tensor in (self.s, self.y, self.sy, self.yy, self.on_s, self.on_y, self.count):
-            tensor[rows] = 0
+    def forget(self, which: Bool[Tensor, "elements"]) -> None:
+        """Begin anew in these elements; what their slots hold counts for nothing until it is overwritten."""
+        self.count.masked_fill_(which, 0)
+        for tensor in (self.sy, self.yy, self.on_s, self.on_y):
+            tensor.masked_fill_(which.reshape(-1, *[1] * (tensor.ndim - 1)), 0)
 
     def direction(self, accept: Tensor, s: Iterates, gradient_before: Iterates, gradient: Iterates) -> Iterates:
         """``-H g`` for the elements in `accept`, once the step `s` and its change of gradient are in the memory.
@@ -157,24 +196,35 @@ class _Memory:
         y = gradient - gradient_before
         product, size = (s * y).sum(1), (y * y).sum(1)
         accept = accept & (product > 1e-10 * size.sqrt() * s.norm(dim=1))  # s'y > 0 keeps H positive definite
-        rows = accept.nonzero().squeeze(1)
-        slot = self.count[rows] % self.s.shape[1]
-        # a ring: the newest pair overwrites the oldest
-        self.s[rows, slot], self.y[rows, slot] = s[rows], y[rows]
-        self.count[rows] += 1
-        # H_0 = (s'y / y'y) I
-        self.scale[rows] = (product[rows] / size[rows]).double()
-        self.on_s[rows, slot] = (s * gradient_before).sum(1)[rows].double()
-        self.on_y[rows, slot] = (y * gradient_before).sum(1)[rows].double()
-        on_s, on_y = _products(self.s, gradient), _products(self.y, gradient)
-        # S'y = S'g - S'g_before: the large tensors are read once, not twice
-        self.sy[rows, :, slot] = (on_s - self.on_s)[rows]
-        self.yy[rows, :, slot] = self.yy[rows, slot, :] = (on_y - self.on_y)[rows]
-        self.sy[rows, slot, slot], self.yy[rows, slot, slot] = product[rows].double(), size[rows].double()
-        self.on_s, self.on_y = on_s, on_y
-
         history = self.s.shape[1]
-        slots, count = torch.arange(history, device=gradient.device), self.count[:, None]
+        rows, slots = (torch.arange(n, device=s.device) for n in (len(s), history))
+        slot = self.count % history
+
+        def put(tensor: Tensor, where: tuple[Any, ...], values: Tensor) -> None:
+            before = tensor[where]
+            tensor[where] = torch.where(accept.reshape(-1, *[1] * (before.ndim - 1)), values.to(before.dtype), before)
+
+        # a ring: the newest pair overwrites the oldest
+        newest = (rows, slot)
+        put(self.s, newest, s)
+        put(self.y, newest, y)
+        self.count += accept
+        # H_0 = (s'y / y'y) I
+        self.scale.copy_(torch.where(accept, (product / size).double(), self.scale))
+        put(self.on_s, newest, (s * gradient_before).sum(1))
+        put(self.on_y, newest, (y * gradient_before).sum(1))
+        unused = slots >= self.count[:, None]
+        on_s, on_y = (_products(known, gradient).masked_fill(unused, 0) for known in (self.s, self.y))
+        # S'y = S'g - S'g_before: the large tensors are read once, not twice
+        put(self.sy, (rows, slice(None), slot), on_s - self.on_s)
+        put(self.yy, (rows, slice(None), slot), on_y - self.on_y)
+        put(self.yy, newest, on_y - self.on_y)
+        put(self.sy, (rows, slot, slot), product)
+        put(self.yy, (rows, slot, slot), size)
+        self.on_s.copy_(on_s)
+        self.on_y.copy_(on_y)
+
+        count = self.count[:, None]
         by_age = torch.where(count > history, (count + slots) % history, slots)  # slot of each pair, oldest first
         triangle, squares = (_in_order(products, by_age) for products in (self.sy, self.yy))
         # R: s_i'y_j for i <= j, oldest first
@@ -190,7 +240,7 @@ class _Memory:
         # R^-T (D u + scale (Y'Y u - Y'g))
         along_s = torch.linalg.solve_triangular(triangle.transpose(1, 2), right, upper=False).squeeze(2)
         along_y = -scale * u.squeeze(2)
-        back = by_age.argsort(1)
+        back = torch.where(count > history, (slots - count) % history, slots)  # and the place of each slot
         weights = (along.gather(1, back).to(gradient.dtype)[:, None, :] for along in (along_s, along_y))
         combined = sum(torch.bmm(weight, known) for weight, known in zip(weights, (self.s, self.y), strict=True))
         return -(scale.to(gradient.dtype) * gradient + torch.as_tensor(combined).squeeze(1))

@@ -1,14 +1,16 @@
-"""Convolutions of many batch elements, rewritten where torch's own kernel was measured to be slower on a CPU.
+"""Convolutions of many batch elements, rewritten where torch's own kernel was measured to be slower.
 
-Under `vmap` each element has its own filters, which torch runs as one convolution with a group for each element. Its
-transposed form is slow with a stride (`spread` is a plain convolution instead); once a compiler fuses the copies away,
-windows unfolded into columns and one `bmm` are faster too. The tables are for `make_fx`; whatever they do not cover
-keeps torch's own kernel.
+Under `vmap` each element has its own filters, which torch runs as one convolution with a group for each element. On a
+CPU its transposed form is slow with a stride (`spread` is a plain convolution instead); once a compiler fuses the
+copies away, windows unfolded into columns and one `bmm` are faster too. On a GPU, cuDNN runs some of them group by
+group, and all of them are `bmm` of columns. The tables are for `make_fx`; whatever they do not cover keeps torch's own
+kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,7 +64,16 @@ def filters_gradient(
     return product.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
 
 
-def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], padding: list[int], groups: int) -> Tensor:
+def spread(
+    signal: Tensor,
+    filters: Tensor,
+    size: Any,
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+    *,
+    in_columns: bool = False,
+) -> Tensor:
     """Transposed convolution onto `size` pixels, as a plain one that yields stride x stride pixels a place.
 
     With pixel = stride a + r, output place q and tap i: pixel = stride q + i - padding, so at shift e = q - a the tap
@@ -84,7 +95,9 @@ def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], paddin
     phases = phases.permute(0, 2, 3, 5, 1, 4, 6).reshape(
         groups * inputs * stride[0] * stride[1], outputs // groups, taps[0].shape[1], taps[1].shape[1]
     )
-    if all(left == right >= 0 for left, right in pads):
+    if in_columns:
+        dense = correlate(F.pad(signal, (*pads[1], *pads[0])), phases, [1, 1], [0, 0], groups)
+    elif all(left == right >= 0 for left, right in pads):
         dense = aten.convolution(signal, phases, None, [1, 1], [pads[0][0], pads[1][0]], [1, 1], False, [0, 0], groups)
     else:
         framed = F.pad(signal, (*pads[1], *pads[0]))
@@ -95,18 +108,31 @@ def spread(signal: Tensor, filters: Tensor, size: Any, stride: list[int], paddin
     return spreaded[..., : size[0], : size[1]]
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Which convolutions are rewritten on a kind of device."""
+
+    least_taps: int | None
+    """Pixels of a filter from which elements with filters of their own are worth columns; None where none is."""
+    all_spread_in_columns: bool = False
+    """Whether transposed convolutions of elements with filters of their own, and no others, are spread, in columns."""
+
+    def columns(self, filters: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
+        """Whether a convolution is better run as `bmm` of columns."""
+        taps = filters.shape[2] * filters.shape[3] if filters.ndim == 4 else 0
+        return self.least_taps is not None and groups > 1 and _plain(stride, dilation) and taps >= self.least_taps
+
+    def spread(self, filters: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
+        """Whether a transposed one is: with strides, of elements whose images have few channels, unless all are."""
+        if not _plain(stride, dilation):
+            return False
+        if self.all_spread_in_columns:
+            return groups > 1
+        return max(stride) > 1 and (groups == 1 or filters.shape[1] < 8)
+
+
 def _plain(stride: list[int], dilation: list[int]) -> bool:
     return len(stride) == 2 and stride[0] == stride[1] and list(dilation) == [1, 1]
-
-
-def _worth_columns(filters: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
-    """Whether each element has filters of its own, of more than 3 x 3, for which the copy pays (measured)."""
-    return groups > 1 and _plain(stride, dilation) and filters.shape[2] * filters.shape[3] > 9
-
-
-def _worth_spreading(filters: Tensor, stride: list[int], groups: int) -> bool:
-    """Where torch's own kernel is slower (measured): strides, and elements whose images have few channels."""
-    return max(stride) > 1 and (groups == 1 or filters.shape[1] < 8)
 
 
 def _convolution(
@@ -120,9 +146,9 @@ def _convolution(
     output_padding: list[int],
     groups: int,
     *,
-    in_columns: bool = False,
+    costs: _Costs,
 ) -> Any:
-    if not transposed and in_columns and _worth_columns(filters, stride, dilation, groups):
+    if not transposed and costs.columns(filters, stride, dilation, groups):
         out = correlate(images, filters, stride, padding, groups)
     elif not transposed or not _plain(stride, dilation) or filters.numel() == 0:
         return NotImplemented
@@ -132,8 +158,8 @@ def _convolution(
             (n - 1) * s - 2 * p + k + extra
             for n, s, p, k, extra in zip(images.shape[2:], stride, padding, kernel, output_padding, strict=True)
         ]
-        if _worth_spreading(filters, stride, groups):
-            out = spread(images, filters, size, stride, padding, groups)
+        if costs.spread(filters, stride, dilation, groups):
+            out = spread(images, filters, size, stride, padding, groups, in_columns=costs.all_spread_in_columns)
         else:  # a transposed convolution is the backward pass of a plain one, for which torch has the better kernel
             like = images.new_empty(len(images), groups * filters.shape[1], *size)
             terms = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
@@ -154,34 +180,39 @@ def _convolution_backward(
     groups: int,
     output_mask: list[bool],
     *,
-    in_columns: bool = False,
+    costs: _Costs,
 ) -> Any:
-    """One of the gradients (of images, filters, bias) by `correlate` or `spread`, the others by torch's operator."""
+    """The gradients of images and filters by `spread` and `filters_gradient` where worth it; torch's for the others."""
     if transposed:
         return NotImplemented
-    if in_columns and output_mask[1] and _worth_columns(filters, stride, dilation, groups):
-        ours, gradient = 1, filters_gradient(signal, images, filters.shape, stride, padding, groups)
-    elif output_mask[0] and _plain(stride, dilation) and _worth_spreading(filters, stride, groups):
-        ours, gradient = 0, spread(signal, filters, images.shape[2:], stride, padding, groups)
-    else:
+    ours: dict[int, Tensor] = {}
+    if output_mask[0] and costs.spread(filters, stride, dilation, groups):
+        onto, columns = images.shape[2:], costs.all_spread_in_columns
+        ours[0] = spread(signal, filters, onto, stride, padding, groups, in_columns=columns)
+    if output_mask[1] and costs.columns(filters, stride, dilation, groups):
+        ours[1] = filters_gradient(signal, images, filters.shape, stride, padding, groups)
+    if not ours:
         return NotImplemented
     gradients: list[Tensor | None] = [None, None, None]
-    rest = [wanted and place != ours for place, wanted in enumerate(output_mask)]
+    rest = [wanted and place not in ours for place, wanted in enumerate(output_mask)]
     if any(rest):
         terms = (stride, padding, dilation, transposed, output_padding, groups, rest)
         gradients = list(aten.convolution_backward(signal, images, filters, bias_sizes, *terms))
-    gradients[ours] = gradient
-    return tuple(gradients)
+    return tuple(ours.get(place, theirs) for place, theirs in enumerate(gradients))
 
 
-TABLE: dict[Any, Callable[..., Any]] = {
-    aten.convolution.default: _convolution,
-    aten.convolution_backward.default: _convolution_backward,
-}
-"""What is faster in any case."""
+def _table(costs: _Costs) -> dict[Any, Callable[..., Any]]:
+    return {
+        aten.convolution.default: partial(_convolution, costs=costs),
+        aten.convolution_backward.default: partial(_convolution_backward, costs=costs),
+    }
 
-COMPILED_TABLE: dict[Any, Callable[..., Any]] = {
-    aten.convolution.default: partial(_convolution, in_columns=True),
-    aten.convolution_backward.default: partial(_convolution_backward, in_columns=True),
-}
-"""What is faster once compiled."""
+
+TABLE = _table(_Costs(least_taps=None))
+"""What is faster on a CPU in any case."""
+
+COMPILED_TABLE = _table(_Costs(least_taps=10))
+"""What is faster on a CPU once compiled: for windows of more than 3 x 3 the copy pays."""
+
+CUDA_TABLE = _table(_Costs(least_taps=1, all_spread_in_columns=True))
+"""What is faster on a GPU."""

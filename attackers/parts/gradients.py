@@ -1,8 +1,9 @@
 """Gradient matching: what a victim would have sent for candidate images, and its distance from what was sent.
 
-A batch element is one victim at one restart. All elements run at once through `torch.func.vmap`; after a few calls the
-vmapped function is traced into a plain list of tensor operations (`make_fx`), which saves the bookkeeping of functorch,
-and, with `compiled`, compiled. Both give the numbers of the plain double backward pass, which the tests compare.
+A batch element is one victim at one restart. All elements run at once through `torch.func.vmap`, without which a
+single one does; after a few calls the function is traced into a plain list of tensor operations (`make_fx`), which
+saves the bookkeeping of functorch, and, with `compiled`, compiled. All give the numbers of the plain double backward
+pass, which the tests compare.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,8 +22,9 @@ from torch.func import grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
-from fedtap.attackers.parts.convolutions import COMPILED_TABLE, TABLE
+from fedtap.attackers.parts.convolutions import COMPILED_TABLE, CUDA_TABLE, TABLE
 from fedtap.simulator.attack import Images
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, UpdateLeak, float_buffers
@@ -36,14 +39,17 @@ Distance = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 Extra = Callable[[nn.Module, Tensors, Tensors, Tensor], Tensor]
 """A prior that needs the network: (network, weights, buffers, images of one element) -> a scalar."""
 
-CALLS_BEFORE_TRACING = 64
-"""Calls before tracing: tracing costs about as much time as this many."""
+CALLS_BEFORE_TRACING, CUDA_CALLS_BEFORE_TRACING = 64, 1
+"""Calls before tracing: tracing costs about as much time as this many; on a GPU it also has better convolutions."""
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of elements that programs are traced for; a batch is filled up to the next of them."""
 
-CUDA_SIZES = (*SIZES, 48, 64, 96, 128, 192, 256)
+CUDA_SIZES = (*SIZES, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of elements that programs are traced for on a GPU, which is faster with many at once."""
+
+CUDA_SHARE = 4
+"""A chunk of elements takes one in this many of a GPU's free bytes."""
 
 COMPILED_SIZES = (1, 16)
 """Numbers of elements that programs are compiled for, which takes half a minute each; more than 16 overflow a CPU's
@@ -85,12 +91,13 @@ class Match:
         self.leaked = mean_gradient(leak)
         size = sum(tensor[0].numel() for tensor in self.leaked.values())
         cuda = leak.device.type == "cuda"
-        # an element's tensors and their adjoints take about its parameters and 200 numbers a pixel; 2**28 float32 are
-        # 1 GiB of a GPU, and 2**25 are 128 MiB, which keep a chunk's memory bounded on a CPU
-        room = (2**28 if cuda else 2**25) // (size + 200 * leak.protocol.batch * _pixels(leak))
+        # an element's tensors and their adjoints take about its parameters and 200 numbers a pixel; 2**25 float32 are
+        # 128 MiB, which keep a chunk's memory bounded on a CPU
+        numbers = torch.cuda.mem_get_info(leak.device)[0] // (4 * CUDA_SHARE) if cuda else 2**25
+        room = numbers // (size + 200 * leak.protocol.batch * _pixels(leak))
         sizes: tuple[int, ...] = CUDA_SIZES if cuda else SIZES
         if compiled:
-            sizes = COMPILED_SIZES + ((64, 256) if cuda else ())
+            sizes = COMPILED_SIZES + ((64, 256, 1024) if cuda else ())
         self.chunk = max((n for n in CUDA_SIZES if n <= min(room, sizes[-1])), default=1)
         self.sizes = [n for n in sizes if n < self.chunk] + [self.chunk]
         self._calls: dict[tuple[int, bool], int] = {}
@@ -173,24 +180,27 @@ class Match:
         return values[:true], gradients[0][:true], gradients[1][:true] if soft else gradients[0][:0]
 
     def _program(self, inputs: Any, soft: bool) -> Callable[..., Any]:
-        """The vmapped function at first; after `CALLS_BEFORE_TRACING` calls with as many elements, its trace."""
+        """The function itself at first; after `CALLS_BEFORE_TRACING` calls with as many elements, its trace."""
         count = len(inputs[3])
         self._calls[count, soft] = self._calls.get((count, soft), 0) + 1
-        if self._calls[count, soft] <= CALLS_BEFORE_TRACING and not self.compiled:
-            return self._vmapped(soft)
         leak = self.leak
+        cuda = leak.device.type == "cuda"
+        patience = CUDA_CALLS_BEFORE_TRACING if cuda else CALLS_BEFORE_TRACING
+        if self._calls[count, soft] <= patience and not self.compiled:
+            return self._function(count, soft)
         # what a trace depends on: shapes, dtype and device, and what the protocol computes
         where = (count, leak.device, inputs[3].dtype)
         # traces are kept with the network, which the key's other parts describe
         key = (leak.kind, leak.protocol, leak.stacked, self.distance, self.extra, self.compiled, soft, where)
         programs = _PROGRAMS.setdefault(leak.network, {})
         if key not in programs:
-            table = COMPILED_TABLE if self.compiled else TABLE
-            trace = _without_repeats(make_fx(self._vmapped(soft), decomposition_table=table)(*inputs))
+            table = CUDA_TABLE if cuda else COMPILED_TABLE if self.compiled else TABLE if count > 1 else {}
+            trace = _without_repeats(make_fx(self._function(count, soft), decomposition_table=table)(*inputs))
             programs[key] = torch.compile(trace, options=_options(leak.device)) if self.compiled else trace
         return programs[key]
 
-    def _vmapped(self, soft: bool) -> Callable[..., Any]:
+    def _function(self, count: int, soft: bool) -> Callable[..., Any]:
+        """From stacks of `count` elements to gradients and values: vmapped, or, of a single element, as it is."""
         respond, network, distance, extra = client_reply(self.leak), self.leak.network, self.distance, self.extra
 
         def element(weights: Tensors, buffers: Tensors, leaked: Tensors, images: Tensor, target: Tensor) -> Any:
@@ -201,11 +211,21 @@ class Match:
             return grad_and_value(objective, argnums=(0, 1) if soft else (0,))(images, target)
 
         shared = 0 if self.leak.stacked else None
-        return vmap(element, in_dims=(shared, shared, 0, 0, 0))
+        if count > 1:
+            return vmap(element, in_dims=(shared, shared, 0, 0, 0))
+
+        def alone(*stacks: Any) -> Any:
+            places = (shared, shared, 0, 0, 0)
+            one = [
+                tree_map(itemgetter(0), stack) if at == 0 else stack for stack, at in zip(stacks, places, strict=True)
+            ]
+            return tree_map(lambda tensor: tensor[None], element(*one))
+
+        return alone
 
 
 def check_match(leak: Leak) -> None:
-    """Refuse a model that no `Match` can work on: it is tried on one element of random numbers.
+    """Refuse a model that no `Match` can work on: it is tried on two elements of random numbers.
 
     Raises:
         FedtapError: torch.func cannot differentiate the network twice, or nothing in it is trained.
@@ -242,16 +262,16 @@ def check_match(leak: Leak) -> None:
         }
 
     parameters = dict(network.named_parameters())
-    one = dataclasses.replace(
-        leak[:1],
+    pair = dataclasses.replace(
+        leak[:1].repeat(2),  # a single element is not vmapped
         protocol=dataclasses.replace(leak.protocol, local_steps=steps, batch=batch),
-        observed=made_up(parameters, 1),
+        observed=made_up(parameters, 2),
         weights=made_up(parameters),
         buffers=made_up(float_buffers(network)),
         stacked=False,
     )
-    images = torch.rand(1, batch, *leak.protocol.shape, generator=draw)
-    Match(one, squared_distance)(images, torch.zeros(1, batch, dtype=torch.long))
+    images = torch.rand(2, batch, *leak.protocol.shape, generator=draw)
+    Match(pair, squared_distance)(images, torch.zeros(2, batch, dtype=torch.long))
     _TRIED[network].add(tried)
 
 
@@ -340,7 +360,9 @@ def _options(device: torch.device) -> dict[str, Any]:
 
 
 def _in_a_row(elements: Tensor) -> slice | Tensor:
-    """A slice, which copies nothing, where the elements follow each other."""
+    """A slice, which copies nothing, where the elements follow each other; a GPU copies sooner than it is asked."""
+    if elements.is_cuda:
+        return elements
     first = int(elements[0])
     row = torch.arange(first, first + len(elements), device=elements.device)
     return slice(first, first + len(elements)) if torch.equal(elements, row) else elements

@@ -1,18 +1,12 @@
-"""How fast the attacks' heart is: objective and slope of a gradient match, against the plain loop of double backwards.
+"""How fast the attacks' heart is: one iteration of many victims at once, against the plain loop that does the same.
 
-`python -m fedtap.scenarios.bench.attacks` prints the time per restart-iteration (LeNet, batch 1, 32x32, one thread) and
-its ratio to the plain loop, both measured in turn in one run; on a CUDA device too, where there is one. Likewise of
-Newton's method on attention: 64 victims at once against one after the other, and against a loop with autograd's
-Jacobian.
+On a CUDA device the traced match is one replayed graph, and a whole iteration of an attack is another.
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,49 +15,164 @@ from torch.nn import functional as F
 from fedtap.attackers.activations.attention_newton import AttentionNewton
 from fedtap.attackers.activations.block import block_of
 from fedtap.attackers.parts.gradients import CALLS_BEFORE_TRACING, Match, squared_distance
+from fedtap.attackers.parts.repeated import Repeated, capture_on
 from fedtap.attackers.posteriors.fisher import Coordinates, directions, divergence
+from fedtap.scenarios.bench.ratios import Ratio, WorkCost, card, clocked, in_turns
+from fedtap.simulator.auxiliary import gradients
 from fedtap.simulator.leaks import AttentionLeak, GradientLeak, Protocol
 from fedtap.simulator.models.attention import Attention
 from fedtap.simulator.models.likelihoods import BayesianNetwork
 from fedtap.simulator.models.registry import build
+from fedtap.simulator.run import device_named
 
 _SHAPE, CLASSES = (3, 32, 32), 10
-_ROUNDS = 15
 VICTIMS, _FEW = 64, 4
 """On attention; autograd's loop is timed on a few of them."""
 
+_PLAIN = 8
+"""Elements of the plain loop that are timed: each takes as long."""
 
-def main() -> None:
-    """Print one line for each device and number of lanes."""
-    torch.set_num_threads(1)
-    _table("cpu", _processor(), (1, 16))
+
+def attack_ratios() -> Iterator[Ratio]:
+    """Of the match on each device, of attention's solver, and of the attack on a posterior."""
+    yield from _match_ratios("cpu", (1, 16))
     if torch.cuda.is_available():
-        _table("cuda", torch.cuda.get_device_name(), (16, 64, 256))
-    _slices()
-    _attention()
+        device_named("cuda")  # without TF32, as runs are
+        yield from _match_ratios("cuda", (1, 64, 256, 1024))
+    yield from _attention_ratios()
+    yield from _slices()
 
 
-def _attention() -> None:
-    """Victims at once, in a loop, and in a loop that takes each Jacobian from autograd."""
-    print(f"attention_newton, {VICTIMS} victims, start 10 % off: times the time of all at once, 1 thread")
-    print(f"{'n, d, heads':>12} {'ms a victim':>12} {'one by one':>12} {'autograd':>12}")
+def _match_ratios(device: str, counts: tuple[int, ...]) -> Iterator[Ratio]:
+    """A restart-iteration on LeNet: objective and slope by a plain loop, over vmapped, and over compiled."""
+    for count in counts:
+        iteration = _Iteration("lenet", count, device)
+        for compiled in (False, True) if device == "cpu" or count == counts[-1] else (False,):
+            yield in_turns(
+                f"an iteration on {count} LeNet victim(s): plain loop / {'compiled' if compiled else 'vmapped'}",
+                partial(iteration.plain, min(count, _PLAIN)),
+                iteration.ready(compiled),
+                group="match",
+                device=device,
+                scale=count / min(count, _PLAIN),
+            )
+
+
+class _Iteration:
+    """What an iteration of gradient matching computes, on victims of one image each."""
+
+    def __init__(self, model: str, count: int, device: str, batch: int = 1, size: int = 32) -> None:
+        shape = (3, size, size)
+        self.network = build(model, shape, CLASSES, seed=1234).to(device)
+        draw = torch.Generator().manual_seed(0)
+        images, self.guess = (torch.rand(count, batch, *shape, generator=draw).to(device) for _ in range(2))
+        self.labels = torch.randint(CLASSES, (count, batch), generator=draw).to(device)
+        self.weights = dict(self.network.named_parameters())
+        skeleton = build(model, shape, CLASSES)
+        found = gradients(build(model, shape, CLASSES, seed=1234), images.cpu(), self.labels.cpu())
+        names = torch.arange(count)
+        self.leak = GradientLeak(
+            observed={name: gradient.to(device) for name, gradient in found.items()},
+            protocol=Protocol(model=model, shape=shape, classes=CLASSES, batch=batch),
+            network=skeleton,
+            weights={name: weight.detach() for name, weight in self.weights.items()},
+            buffers={},
+            clients=names,
+            rounds=torch.ones_like(names),
+            restarts=torch.zeros_like(names),
+        )
+
+    def plain(self, count: int) -> None:
+        """The first victims, one after the other."""
+        for victim in range(count):
+            x = self.guess[victim].clone().requires_grad_()
+            loss = F.cross_entropy(self.network(x), self.labels[victim])
+            slopes = torch.autograd.grad(loss, list(self.weights.values()), create_graph=True)
+            named = zip(self.weights, slopes, strict=True)
+            misfits = [(slope - self.leak.observed[name][victim]).square().sum() for name, slope in named]
+            torch.autograd.grad(torch.stack(misfits).sum(), x)
+
+    def ready(self, compiled: bool = False) -> Callable[[], object]:
+        """All victims at once, after what the first calls do."""
+        match = Match(self.leak, squared_distance, compiled=compiled)
+
+        def at_once() -> None:
+            match.with_input_gradient(self.guess, self.labels)
+
+        capture = capture_on(self.guess.device)
+        step = at_once if capture is None else Repeated(at_once, capture)
+        for _ in range(1 if compiled and capture is None else CALLS_BEFORE_TRACING + 3):
+            step()
+        return step
+
+
+def work_costs() -> Iterator[WorkCost]:
+    """An iteration's time by victims, images of a victim, and pixels; that of auxiliary pairs by their number."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        counts = (1, 4, 16, 64) if device == "cpu" else (1, 16, 64, 256, 1024)
+        yield _cost(
+            device, "an iteration on LeNet", "victims", counts, lambda n, device: _Iteration("lenet", n, device)
+        )
+        batches = (1, 4, 16)
+        yield _cost(
+            device,
+            "an iteration on LeNet, 1 victim",
+            "images",
+            batches,
+            lambda n, device: _Iteration("lenet", 1, device, n),
+        )
+        sizes = (16, 32, 64)
+        found = _cost(
+            device,
+            "an iteration on LeNet, 1 victim of 1 image",
+            "pixels",
+            sizes,
+            lambda n, device: _Iteration("lenet", 1, device, 1, n),
+        )
+        yield WorkCost(found.what, found.unit, found.device, tuple(3 * size**2 for size in sizes), found.seconds)
+        network, pairs = build("lenet", _SHAPE, CLASSES, seed=1234), (16, 128, 1024)
+        images, labels = torch.rand(pairs[-1], 1, *_SHAPE), torch.zeros(pairs[-1], 1, dtype=torch.long)
+        took = []
+        for count in pairs:
+            some = partial(gradients, network, images[:count], labels[:count], device)
+            some()
+            took.append(min(clocked(some, device) for _ in range(3)))
+        yield WorkCost("gradients of LeNet", "pairs", card(device), pairs, tuple(took))
+
+
+def _cost(
+    device: str, what: str, unit: str, sizes: tuple[int, ...], made: Callable[[int, str], _Iteration]
+) -> WorkCost:
+    took = []
+    for size in sizes:
+        step = made(size, device).ready()
+        took.append(min(clocked(step, device, 3) for _ in range(3)))
+    return WorkCost(what, unit, card(device), sizes, tuple(took))
+
+
+def _attention_ratios() -> Iterator[Ratio]:
+    """Victims one by one, and by a loop that takes each Jacobian from autograd, over all at once."""
     for n, d, heads in ((4, 4, 1), (4, 4, 4), (8, 8, 4)):
         leak, start = _attention_leak(n, d, heads)
         attack = AttentionNewton(steps=20)
-        contenders: list[Callable[[], object]] = [
-            lambda attack=attack, leak=leak, start=start: attack(leak, start=start),  # type: ignore[misc]
-            lambda attack=attack, leak=leak, start=start: [  # type: ignore[misc]
-                attack(leak[victim], start=start[victim : victim + 1]) for victim in range(VICTIMS)
-            ],
-            lambda leak=leak, start=start: _by_autograd(leak[:_FEW], start[:_FEW]),  # type: ignore[misc]
-        ]
-        took: list[list[float]] = [[], [], []]
-        for _ in range(3):
-            for times, contender in zip(took, contenders, strict=True):
-                times.append(_seconds(contender, "cpu", repeats=1))
-        once, loop, slow = (statistics.median(times) for times in took)
-        label = f"{n}, {d}, {heads}"
-        print(f"{label:>12} {1e3 * once / VICTIMS:12.2f} {loop / once:11.1f}x {slow * VICTIMS / _FEW / once:11.1f}x")
+
+        def once(attack: AttentionNewton = attack, leak: AttentionLeak = leak, start: Tensor = start) -> None:
+            attack(leak, start=start)
+
+        def one_by_one(attack: AttentionNewton = attack, leak: AttentionLeak = leak, start: Tensor = start) -> None:
+            for victim in range(VICTIMS):
+                attack(leak[victim], start=start[victim : victim + 1])
+
+        size = f"attention_newton on {VICTIMS} victims, n = {n}, d = {d}, {heads} head(s)"
+        yield in_turns(f"{size}: one by one / at once", one_by_one, once, group="attention", turns=5)
+        yield in_turns(
+            f"{size}: a loop with autograd's Jacobian / at once",
+            partial(_by_autograd, leak[:_FEW], start[:_FEW]),
+            once,
+            group="attention",
+            turns=5,
+            scale=VICTIMS / _FEW,
+        )
 
 
 def _attention_leak(n: int, d: int, heads: int) -> tuple[AttentionLeak, Tensor]:
@@ -99,93 +208,19 @@ def _by_autograd(leak: AttentionLeak, start: Tensor) -> None:
             x = x - torch.linalg.solve(flat.T @ flat + 1e-9 * torch.eye(len(flat.T)), flat.T @ misfit).view_as(x)
 
 
-def _table(device: str, hardware: str, counts: tuple[int, ...]) -> None:
-    print(f"{hardware}, torch {torch.__version__}: ms per restart-iteration, and how often faster than the plain loop")
-    print(f"{'lanes':>5} {'plain':>8} {'vmapped':>16} {'compiled':>16}")
-    for lanes in counts:
-        plain, vmapped, compiled = _times(device, lanes)
-        print(f"{lanes:5} {plain:8.3f} {vmapped:8.3f} {plain / vmapped:6.1f}x {compiled:8.3f} {plain / compiled:6.1f}x")
-
-
-def _times(device: str, lanes: int) -> list[float]:
-    """Milliseconds a lane of plain, vmapped and compiled: medians over rounds in which the three take turns."""
-    network = build("lenet", _SHAPE, CLASSES, seed=1234).to(device)
-    draw = torch.Generator().manual_seed(0)
-    images, guess = (torch.rand(lanes, 1, *_SHAPE, generator=draw).to(device) for _ in range(2))
-    labels = torch.randint(CLASSES, (lanes, 1), generator=draw).to(device)
-    weights = dict(network.named_parameters())
-    gradients = [
-        torch.autograd.grad(F.cross_entropy(network(x), y), list(weights.values()))
-        for x, y in zip(images, labels, strict=True)
-    ]
-    leak = GradientLeak(
-        observed={name: torch.stack([each[i] for each in gradients]) for i, name in enumerate(weights)},
-        protocol=Protocol(model="lenet", shape=_SHAPE, classes=CLASSES, batch=1),
-        network=build("lenet", _SHAPE, CLASSES),
-        weights={name: weight.detach() for name, weight in weights.items()},
-        buffers={},
-        clients=torch.arange(lanes),
-        rounds=torch.ones(lanes, dtype=torch.long),
-        restarts=torch.zeros(lanes, dtype=torch.long),
-    )
-
-    def plain() -> None:
-        for lane in range(lanes):
-            x = guess[lane].clone().requires_grad_()
-            loss = F.cross_entropy(network(x), labels[lane])
-            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-            misfit = torch.stack(
-                [
-                    (slope - leak.observed[name][lane]).square().sum()
-                    for name, slope in zip(weights, slopes, strict=True)
-                ]
-            ).sum()
-            torch.autograd.grad(misfit, x)
-
-    vmapped, compiled = (Match(leak, squared_distance, compiled=compiled) for compiled in (False, True))
-    contenders: list[Callable[[], object]] = [
-        plain,
-        lambda: vmapped.with_input_gradient(guess, labels),
-        lambda: compiled.with_input_gradient(guess, labels),
-    ]
-    for _ in range(CALLS_BEFORE_TRACING + 3):
-        contenders[1]()
-    contenders[2]()
-    took: list[list[float]] = [[], [], []]
-    for _ in range(_ROUNDS):
-        for times, contender in zip(took, contenders, strict=True):
-            times.append(_seconds(contender, device))
-    return [1e3 * statistics.median(times) / lanes for times in took]
-
-
-def _seconds(step: Callable[[], object], device: str, repeats: int = 3) -> float:
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeats
-
-
-def _slices() -> None:
+def _slices() -> Iterator[Ratio]:
     """One step of the attack on a posterior, for each draw: the whole Hessian's trace over one slice of it."""
-    print("One step on a Bayesian network's posterior, 8 pseudo-points, for each draw: exact / sliced divergence")
     for hidden in (3, 33, 333):
         model = BayesianNetwork(1, hidden, 0.1)
         d = len(model.parameters)
         few, many = (max(2, numbers // (8 * hidden)) for numbers in (10**6 // d, 10**5))  # arithmetic, not overhead
-        took = []
-        for _ in range(5):
-            exact, sliced = (
-                _seconds(_step(model, "exact", few), "cpu", 1),
-                _seconds(_step(model, "sliced", many), "cpu", 1),
-            )
-            took.append((exact / few, sliced / many))
-        ratio = statistics.median(exact / sliced for exact, sliced in took)
-        print(f"  d = {d:4}: {ratio:6.1f} times the time ({1e6 * min(sliced for _, sliced in took):.1f} µs sliced)")
+        yield in_turns(
+            f"a step on a Bayesian network's posterior, {d} parameters, for each draw: exact / sliced divergence",
+            _step(model, "exact", few),
+            _step(model, "sliced", many),
+            group="posterior",
+            scale=many / few,
+        )
 
 
 def _step(model: BayesianNetwork, estimator: str, draws: int) -> Callable[[], object]:
@@ -202,15 +237,3 @@ def _step(model: BayesianNetwork, estimator: str, draws: int) -> Callable[[], ob
         return torch.autograd.grad(objective.sum(), [logs, points])
 
     return step
-
-
-def _processor() -> str:
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-if __name__ == "__main__":
-    main()

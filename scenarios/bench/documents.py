@@ -1,15 +1,14 @@
 """What a sketch of a last layer's gradient saves over laying the gradient out: time and memory for each document.
 
-`python -m fedtap.scenarios.bench.documents`; with `--many 100000`, also how fast a corpus of that size is scored, and
-in how much memory.
+`python -m fedtap.scenarios.bench.documents --many 100000` tells how fast a corpus of that size is scored, and in how
+much memory.
 """
 
 from __future__ import annotations
 
 import resource
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
@@ -17,24 +16,23 @@ import typer
 from torch import Tensor
 
 from fedtap.attackers.checkpoints.per_document import LastLayer, signs
+from fedtap.scenarios.bench.ratios import Ratio, in_turns
 from fedtap.simulator.attack import generator
 from fedtap.simulator.models.language import build_language
 
 _VOCABULARY, _WIDTH, _HEADS, _TOKENS, _SIZE = 8192, 576, 9, 24, 1024
 """As wide as SmolLM2-135M, with a sixth of its vocabulary."""
 
-_DOCUMENTS, _TURNS = 8, 3
+_DOCUMENTS = 8
 
 
-def main(many: Annotated[int, typer.Option(help="Documents of a corpus to score; 0: none.")] = 0) -> None:
-    """Print the ratios, measured in turns."""
+def main(many: Annotated[int, typer.Option(help="Documents of a corpus to score.")] = 100_000) -> None:
+    """Print how fast a corpus is scored, and in how much memory."""
     torch.set_num_threads(1)
-    ratios()
-    if many:
-        corpus(many)
+    corpus(many)
 
 
-def ratios() -> None:
+def document_ratios() -> Iterator[Ratio]:
     """A sketch of the outer products against a projection of the gradient that is laid out, to as many numbers."""
     net = build_language(f"decoder(width={_WIDTH}, layers=1, heads={_HEADS})", _TOKENS, _VOCABULARY, 0).requires_grad_(
         False
@@ -47,25 +45,19 @@ def ratios() -> None:
         rows = gradients.laid_out(ids, None)  # documents times V d numbers
         return sum(part @ block[:, : part.shape[1]].T for part in torch.split(rows, 2**16, 1))  # type: ignore[return-value]
 
-    def sketched() -> Tensor:
-        return gradients.sketches(ids, None, _SIZE, 0)
-
-    sketched()
-    took = [(_seconds(laid_out), _seconds(sketched)) for _ in range(_TURNS)]
-    ratio = statistics.median(slow / fast for slow, fast in took)
     errors, features = gradients.factors(ids, None)
-    held = (errors[0].numel() + features[0].numel() + _SIZE) * 4
-    full = _VOCABULARY * _WIDTH * 4
-    exact, rough = gradients.laid_out(ids, None), sketched()
+    held = errors[0].numel() + features[0].numel() + _SIZE
+    less = _VOCABULARY * _WIDTH / held
+    exact, rough = gradients.laid_out(ids, None), gradients.sketches(ids, None, _SIZE, 0)
     apart = (torch.cosine_similarity(exact[:1], exact[1:]) - torch.cosine_similarity(rough[:1], rough[1:])).abs()
-    print(f"Last layer of {_VOCABULARY} x {_WIDTH}, {_TOKENS} tokens, {_SIZE} numbers a document, 1 thread")
-    print(f"  projection of the gradient laid out / sketch: {ratio:.1f} times the time")
-    print(
-        f"  memory of a document at work: {full / 2**20:.1f} MiB laid out, {held / 2**20:.2f} MiB, "
-        f"{full / held:.0f} times less"
+    yield in_turns(
+        f"last layer of {_VOCABULARY} x {_WIDTH}, {_TOKENS} tokens, to {_SIZE} numbers: laid out and projected / "
+        f"sketched (memory at work {less:.0f} times less, error of a cosine {float(apart.mean()):.3f})",
+        laid_out,
+        lambda: gradients.sketches(ids, None, _SIZE, 0),
+        group="documents",
+        turns=5,
     )
-    print(f"  memory of a document that is kept: {full / _SIZE / 4:,.0f} times as much laid out")
-    print(f"  error of a cosine by the sketch: {float(apart.mean()):.3f} on average, 1 / sqrt(m) = {_SIZE**-0.5:.3f}")
 
 
 def corpus(many: int) -> None:

@@ -26,6 +26,7 @@ from rich.table import Table
 from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.audit.command import audit_command
 from fedtap.scenarios.audit_dp.command import audit_dp_command
+from fedtap.scenarios.command.bench import bench_cli
 from fedtap.scenarios.command.catalogue import LISTS, in_full, listed
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
@@ -52,7 +53,7 @@ Out = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
 COMMANDS = (
-    *("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade"),
+    *("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade", "bench"),
     *dict(COMMANDS_ON_RUNS),
 )
 SAYS = "This option and those below say what the client did, in place of the leak's JSON."
@@ -62,8 +63,8 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap audit APP, fedtap
-    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, and of what
-    runs left fedtap show, open, compare, index."""
+    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, fedtap bench,
+    and of what runs left fedtap show, open, compare, index."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
@@ -314,6 +315,7 @@ cli.command("audit")(audit_command)
 cli.command("audit-dp")(audit_dp_command)
 cli.command("grade")(grade_command)
 cli.add_typer(course_cli, name="course")
+cli.add_typer(bench_cli, name="bench")
 for _name, _command in COMMANDS_ON_RUNS:
     cli.command(_name)(_command)
 

@@ -54,6 +54,6 @@ def auxiliary_pairs(setting: Federation, session: Session, observed: ImageObserv
     if found is not None and len(found) >= wanted:
         return found.first(wanted)
     batches = (images.view(wanted, batch, *dataset.shape), labels.view(wanted, batch))
-    found_now = auxiliary(session.grid, part, private, heard, *batches, part=session.number)
+    found_now = auxiliary(session.grid, part, private, heard, *batches, session.number, session.device)
     skeleton = build(part.architecture, dataset.shape, len(dataset.classes))
     return Auxiliary.record(folder, about, skeleton, progress(found_now, "auxiliary"))

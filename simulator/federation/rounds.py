@@ -334,7 +334,14 @@ def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> 
 
 
 def auxiliary(
-    grid: Grid, scenario: Federation, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int = 0
+    grid: Grid,
+    scenario: Federation,
+    private: PrivateData,
+    heard: Heard,
+    images: Tensor,
+    labels: Tensor,
+    part: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Pairs]:
     """Feed public examples to the compromised client, and hear the weights it sends back, one chunk at a time.
 
@@ -346,13 +353,14 @@ def auxiliary(
     Args:
         heard: what `play` returned: it names the compromised client's node and the weights in force.
         images: `pairs batch channel height width`, in [0, 1]; labels: `pairs batch`.
+        device: where gradients are computed; on the CPU where the compromised client has no GPU.
 
     Raises:
         FedtapError: the compromised client's node is not known.
         ClientError: it does not answer, or with something else than gradients.
     """
     skeleton = build(scenario.architecture, private.dataset.shape, len(private.dataset.classes))
-    chunk, arrays = chunk_size(skeleton), tensors_of(heard.auxiliary_weights(scenario.auxiliary_at))
+    chunk, arrays = chunk_size(skeleton, device), tensors_of(heard.auxiliary_weights(scenario.auxiliary_at))
     chunks = [
         (number, which)
         for number, rows in enumerate(trainings(len(images), scenario.auxiliary_trainings))
@@ -363,10 +371,10 @@ def auxiliary(
         if scenario.auxiliary_source == "server":
             network = build(scenario.architecture, private.dataset.shape, len(private.dataset.classes), seed=0)
             in_training(network, scenario.batchnorm).load_state_dict(arrays, strict=False)
-            found = gradients(network, some, named)
+            found = gradients(network, some, named, device)
             sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
         else:
-            sent = _fed(grid, private, heard, some, named, part, number)
+            sent = _fed(grid, private, heard, some, named, number, ConfigRecord({"part": part, "device": str(device)}))
             _as_fed(sent, skeleton, len(some), private.clients)
         scale = -1 / scenario.learning_rate
         leak = GradientLeak(
@@ -384,7 +392,7 @@ def auxiliary(
 
 
 def _fed(
-    grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, part: int, number: int
+    grid: Grid, private: PrivateData, heard: Heard, images: Tensor, labels: Tensor, number: int, config: ConfigRecord
 ) -> dict[str, Tensor]:
     """The weights with which the compromised client answers each of these examples; it may be told to train first."""
     if private.clients not in heard.nodes:
@@ -395,7 +403,7 @@ def _fed(
         {
             "arrays": heard.auxiliary_weights(private.scenario.auxiliary_at),
             "examples": ArrayRecord({"images": images, "labels": labels}),
-            "config": ConfigRecord({"part": part}),
+            "config": config,
         }
     )
     if private.scenario.auxiliary_trainings:

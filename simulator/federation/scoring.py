@@ -73,7 +73,7 @@ def score_images(setting: Federation, trial: Trial) -> Scored:
     observed, found = trial.observed, trial.reconstruction
     assert isinstance(observed, ImageObserved)
     images, labels = (torch.stack(side) for side in zip(*observed.truths, strict=True))
-    scored = scores.score_all(found.images, found.labels, images, labels)
+    scored = scores.score_all(found.images, found.labels, images, labels, trial.session.device)
     rows = [
         {
             "client": client,

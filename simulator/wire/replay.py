@@ -100,7 +100,10 @@ def summands(protocol: Protocol) -> int:
 
 def targets(labels: Int[Tensor, "*batch"], classes: int) -> Float[Tensor, "*batch classes"]:
     """One-hot labels; of a single logit the label itself, 0 or 1."""
-    return labels[..., None].float() if classes == 1 else F.one_hot(labels, classes).float()
+    if classes == 1:
+        return labels[..., None].float()
+    # F.one_hot looks whether there are such classes, for which a GPU has to be waited
+    return (labels[..., None] == torch.arange(classes, device=labels.device)).float()
 
 
 def mean_loss(protocol: Protocol, logits: Tensor, target: Tensor) -> Tensor:

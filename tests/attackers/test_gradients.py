@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fedtap.attackers.parts import gradients
-from fedtap.attackers.parts.convolutions import correlate, filters_gradient, spread
+from fedtap.attackers.parts.convolutions import COMPILED_TABLE, CUDA_TABLE, TABLE, correlate, filters_gradient, spread
 from fedtap.attackers.parts.gradients import Match, check_match, cosine_distance, squared_distance
 from fedtap.attackers.parts.priors import isotropic_variation, statistics_gap, total_variation
 from fedtap.simulator.errors import FedtapError
@@ -170,6 +170,21 @@ def test_a_trace_agrees(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(traced_slope, slope, rtol=1e-7, atol=1e-9 * float(slope.abs().max()))
 
 
+@pytest.mark.parametrize("model", ["lenet", "convnet", pytest.param("resnet20", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_devices_convolutions_give_the_same_slope(model: str, count: int) -> None:
+    images, labels = pictures(count, 2)
+    leak = leak_of(images.double(), labels, build(model, (3, 16, 16), 10, seed=5).double(), model)
+    match = Match(leak, squared_distance)
+    inputs = (leak.weights, leak.buffers, match.leaked, images.double() / 2, F.one_hot(labels, 10).double())
+    function = match._function(count, soft=False)
+    (wanted,), value = function(*inputs)
+    for table in (TABLE, COMPILED_TABLE, CUDA_TABLE):
+        (slope,), traced = gradients._without_repeats(make_fx(function, decomposition_table=table)(*inputs))(*inputs)
+        torch.testing.assert_close(traced, value, rtol=1e-9, atol=0)
+        torch.testing.assert_close(slope, wanted, rtol=1e-7, atol=1e-9 * float(wanted.abs().max()))
+
+
 def test_a_trace_has_no_repeats_where_nothing_is_written_in_place() -> None:
     def twice(x: Tensor) -> Tensor:
         return x.exp() + x.exp()
@@ -232,7 +247,9 @@ def test_the_tables_convolutions_are_torchs() -> None:
         images_slope, filter_slope, _ = torch.ops.aten.convolution_backward(*terms)
         close = {"rtol": 1e-4, "atol": 1e-3}
         torch.testing.assert_close(correlate(images, filters, s, p, groups), forward, **close)
-        torch.testing.assert_close(spread(signal, filters, images.shape[2:], s, p, groups), images_slope, **close)
+        for in_columns in (False, True):
+            found = spread(signal, filters, images.shape[2:], s, p, groups, in_columns=in_columns)
+            torch.testing.assert_close(found, images_slope, **close)
         torch.testing.assert_close(filters_gradient(signal, images, filters.shape, s, p, groups), filter_slope, **close)
 
 

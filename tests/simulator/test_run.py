@@ -180,4 +180,5 @@ def test_cpu_and_cuda_agree(tmp_path: Path) -> None:
 
     rows = run([scenario], grid, tmp_path / "cuda", device=device_named("cuda"), data_root=Path("data"))
     for row, other in zip(leaks, rows, strict=True):
-        assert row["psnr"] == pytest.approx(other["psnr"], abs=0.5)
+        # from 90 dB the error is float32's
+        assert min(row["psnr"], 90) == pytest.approx(min(other["psnr"], 90), abs=0.5)

@@ -1,10 +1,10 @@
-"""What fedtap's own machinery costs, as ratios of two things timed in one run: `make bench`."""
+"""What a federation in this process costs beside a bare loop: rounds, auxiliary pairs, defences."""
 
 from __future__ import annotations
 
 import logging
-import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,8 @@ from flwr.app import ArrayRecord
 from torch.nn import functional as F
 
 from fedtap.clients.app import client_app
-from fedtap.clients.cost import exchange, seconds, times_as_long
-from fedtap.scenarios.bench.attacks import main as attack_ratios
-from fedtap.scenarios.bench.documents import ratios as document_ratios
+from fedtap.clients.cost import exchange
+from fedtap.scenarios.bench.ratios import Ratio, in_turns
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.federation.private_data import PrivateData, private_data
 from fedtap.simulator.federation.rounds import Heard, auxiliary, play
@@ -25,31 +24,27 @@ from fedtap.simulator.wire.grid import LocalGrid
 CLIENTS, STEPS, BATCH, _ROUNDS, _PAIRS = 20, 10, 32, 5, 2048
 
 
-def main() -> None:
-    """A round of the federation, and practice, over bare loops that do the same; defences; the attacks' own ratios."""
-    torch.set_num_threads(1)
+def federation_ratios() -> Iterator[Ratio]:
+    """A round of the federation, practice and each defence, over bare loops that do the same."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         scenario = _scenario(Path(folder) / "noise.npz")
         private = private_data(scenario, Path("data"), CLIENTS - 1)
-    federation, bare = [], []
-    for _ in range(5):  # in turns, so that both see the same machine
-        federation.append(seconds(lambda: _federation(scenario, private)))
-        bare.append(seconds(lambda: _bare(private)))
-    ratio = statistics.median(a / b for a, b in zip(federation, bare, strict=True))
-    print(f"{_ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} local steps of batch {BATCH}, 1 thread")
-    print(f"  federation in process / bare PyTorch loop: {ratio:.2f} times the time ({min(federation):.2f} s)")
-    fed, plain = [], []
-    for _ in range(5):
-        fed.append(seconds(lambda: _auxiliary(scenario, private)))
-        plain.append(seconds(lambda: _one_by_one(private)))
-    ratio = statistics.median(a / b for a, b in zip(plain, fed, strict=True))
-    print(f"{_PAIRS} LeNet auxiliary pairs through the federation, 1 thread: {1e6 * min(fed) / _PAIRS:.0f} µs a pair")
-    print(f"  a plain loop of autograd.grad / practice: {ratio:.1f} times the time")
-    _defences(private)
-    attack_ratios()
-    document_ratios()
+    yield in_turns(
+        f"{_ROUNDS + 1} rounds of {CLIENTS} LeNet clients, {STEPS} steps of {BATCH}: in the federation / a bare loop",
+        lambda: _federation(scenario, private),
+        lambda: _bare(private),
+        group="federation",
+        is_cost=True,
+    )
+    yield in_turns(
+        f"{_PAIRS} pairs of LeNet: a loop of autograd.grad / through the federation",
+        lambda: _one_by_one(private),
+        lambda: _auxiliary(scenario, private),
+        group="federation",
+    )
+    yield from _defences(private)
 
 
 _DEFENCES = (
@@ -70,14 +65,11 @@ SOTERIA_BATCH = 4
 """In the place of 32: each feature of each image costs Soteria a backward pass, and that takes minutes."""
 
 
-def _defences(private: PrivateData) -> None:
-    """A client's step, from weights to weights, with each defence and without, in turns."""
+def _defences(private: PrivateData) -> Iterator[Ratio]:
+    """A client's step, from weights to weights, with each defence and without."""
     shape, classes = private.dataset.shape, len(private.dataset.classes)
     for batch in (1, 32):
         images, labels = private.dataset.train.batch(slice(batch))
-        plain = exchange("lenet", "none", shape, classes, images, labels)
-        plain()
-        print(f"One local step of LeNet, batch {batch}, 3x32x32, 1 thread: {1e3 * seconds(plain):.2f} ms undefended")
         for defence in _DEFENCES:
             few = SOTERIA_BATCH if "soteria" in defence and batch > 1 else batch
             model = ImageScenario(defence=defence).architecture
@@ -85,8 +77,9 @@ def _defences(private: PrivateData) -> None:
                 exchange(*which, shape, classes, images[:few], labels[:few])
                 for which in ((model, defence), ("lenet", "none"))
             )
-            where = "" if few == batch else f", batch {few}"
-            print(f"  {defence} / none{where}: {times_as_long(done, bare):.2f} times the time")
+            yield in_turns(
+                f"a step of LeNet, batch {few}: {defence} / none", done, bare, group="defences", is_cost=True
+            )
 
 
 def _scenario(path: Path) -> ImageScenario:
@@ -156,7 +149,3 @@ def _bare(private: PrivateData) -> None:
             for name, weight in net.named_parameters():
                 total[name] += weight.detach() / CLIENTS
         shared = total
-
-
-if __name__ == "__main__":
-    main()
