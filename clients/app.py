@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, UserConfig
+from flwr.app import ConfigRecord, Context, Message, MessageType, UserConfig
 from flwr.clientapp import ClientApp
 
 from fedtap.clients.training import one_thread
@@ -30,6 +30,18 @@ class ScenarioApp(ClientApp):
         scenario = self._plan(context.run_config)[int(config["part"])]  # type: ignore[arg-type]
         with one_thread():
             return scenario.reply(message, context, Path(str(context.run_config.get("data-root") or "data")))
+
+    def at_once(self, orders: Sequence[tuple[Message, Context]]) -> Mapping[int, Message]:
+        """The replies, by the orders' places, of those clients that the scenario computes together."""
+        messages = [message for message, _ in orders]
+        if any(message.metadata.message_type != MessageType.TRAIN for message in messages):
+            return {}
+        parts = {int(message.content.config_records["config"]["part"]) for message in messages}  # type: ignore[arg-type]
+        if len(parts) > 1:
+            return {}
+        config = orders[0][1].run_config
+        with one_thread():
+            return self._plan(config)[parts.pop()].at_once(orders, Path(str(config.get("data-root") or "data")))
 
 
 def client_app(plan: Plan) -> ClientApp:

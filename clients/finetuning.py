@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedtap.clients.mod import defended
-from fedtap.clients.training import receive, weights_reply
+from fedtap.clients.training import carried, receive, weights_reply
 from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.models.adapters import Lora, Network, adapter_of, inject
 
@@ -36,7 +36,7 @@ def checkpoint_reply(
     tune(net)
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     net.load_state_dict(defended(parse(defence).update, before, after, 1.0, draw), strict=False)
-    return weights_reply(message, net, examples, client)
+    return weights_reply(message, carried(net), examples, client)
 
 
 def adapter_reply(

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedtap.clients.mod import defended
-from fedtap.clients.training import receive, sgd, weights_reply
+from fedtap.clients.training import carried, receive, sgd, weights_reply
 from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import FedtapError
@@ -31,7 +31,7 @@ def train_on_texts(
     after = {name: parameter.detach() for name, parameter in net.named_parameters()}
     after = defended(parse(defence).update, before, after, learning_rate, draw)
     net.load_state_dict(after, strict=False)
-    return weights_reply(message, net, len(texts), client)
+    return weights_reply(message, carried(net), len(texts), client)
 
 
 def _backward(net: nn.Module, texts: Tensor, labels: Tensor) -> Tensor:

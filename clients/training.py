@@ -36,7 +36,8 @@ def network(model: str, shape: Shape, classes: int, batchnorm: str = "train") ->
 def seeded(*names: int | str) -> Iterator[None]:
     """What a model draws (dropout) depends on these names alone, and leaves torch's own generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(*names).initial_seed())
+        # torch.manual_seed would remember for a GPU where it was called from, which takes longer than a small step
+        torch.default_generator.manual_seed(generator(*names).initial_seed())
         yield
 
 
@@ -143,7 +144,7 @@ _DRIFTED: dict[object, dict[int, dict[str, Tensor]]] = {}
 
 
 def weights_reply(
-    message: Message, net: nn.Module, examples: int, partition: int, drift_norm: float | None = None
+    message: Message, arrays: ArrayRecord, examples: int, partition: int, drift_norm: float | None = None
 ) -> Message:
     """The reply FedAvg expects: one ArrayRecord, one MetricRecord, with no more than the server needs.
 
@@ -154,4 +155,4 @@ def weights_reply(
     metrics = MetricRecord({"num-examples": examples, "partition": partition})
     if drift_norm is not None:
         metrics["drift_norm"] = drift_norm
-    return Message(RecordDict({"arrays": carried(net), "metrics": metrics}), reply_to=message)
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

@@ -235,6 +235,10 @@ class Scenario(ABC):
     def reply(self, message: Message, context: Context, data_root: Path) -> Message:
         """What a client replies to a message. It runs at the client, on its private data."""
 
+    def at_once(self, orders: Sequence[tuple[Message, Context]], data_root: Path) -> Mapping[int, Message]:
+        """Replies of `reply`, by the orders' places, to those messages whose clients are computed together."""
+        return {}
+
     @abstractmethod
     def observe(self, session: Session) -> Observed:
         """Play the federation, and give what was observed.

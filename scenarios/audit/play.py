@@ -119,10 +119,10 @@ class ObservedGrid(LocalGrid):
         """Number of the round of the message that this replies to, from 1; 0 before the first."""
         return self._number.get(reply.metadata.reply_to_message_id, 0)
 
-    def _answer(self, message: Message, name: str) -> Message:
+    def _answer(self, message: Message, name: str, answer: Message | None) -> Message:
         self._number[name] = self._limits.rounds
         with self._observer.watching() as training:
-            answer = super()._answer(message, name)
+            answer = super()._answer(message, name, answer)
         self.trainings[name] = training
         return answer
 

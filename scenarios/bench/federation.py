@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch.nn import functional as F
 
 from fedtap.clients.app import client_app
 from fedtap.clients.cost import exchange
+from fedtap.clients.honest import train_at_once, train_on_images
 from fedtap.scenarios.bench.ratios import Ratio, in_turns
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.federation.private_data import PrivateData, private_data
@@ -42,6 +44,14 @@ def federation_ratios() -> Iterator[Ratio]:
         f"{_PAIRS} pairs of LeNet: a loop of autograd.grad / through the federation",
         lambda: _one_by_one(private),
         lambda: _auxiliary(scenario, private),
+        group="federation",
+    )
+    alone = dataclasses.replace(scenario, local_steps=1, batch=1)
+    orders, held = _orders(alone), dataclasses.replace(private, scenario=alone)
+    yield in_turns(
+        f"a plain step of {len(orders)} LeNet clients, messages included: one by one / as lanes of one gradient",
+        lambda: [train_on_images(message, context, held) for message, context in orders],
+        lambda: train_at_once(orders, held),
         group="federation",
     )
     yield from _defences(private)
@@ -107,6 +117,15 @@ def _scenario(path: Path) -> ImageScenario:
 
 def _federation(scenario: ImageScenario, private: PrivateData) -> None:
     play(scenario, LocalGrid(client_app(lambda config: (scenario,)), CLIENTS), private)
+
+
+def _orders(scenario: ImageScenario) -> list[tuple[Message, Context]]:
+    """A round's messages to all honest clients."""
+    grid = LocalGrid(client_app(lambda config: (scenario,)), CLIENTS)
+    net = build("lenet", (3, 32, 32), 10, seed=1234)
+    arrays = ArrayRecord({name: weight.detach() for name, weight in net.named_parameters()})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, "part": 0})})
+    return [(Message(content, node, "train"), grid.context(node)) for node in list(grid.get_node_ids())[:-1]]
 
 
 def _auxiliary(scenario: ImageScenario, private: PrivateData) -> None:

@@ -76,6 +76,13 @@ class ImageScenario(Attacked, Federation):
             raise PermissionError("an honest client takes no examples from the server")
         return compromised.compute_auxiliary(message, data)
 
+    def at_once(self, orders: Sequence[tuple[Message, Context]], data_root: Path) -> Mapping[int, Message]:
+        """Weights after one local step of many clients, as lanes of one gradient."""
+        from fedtap.clients.honest import train_at_once
+        from fedtap.simulator.federation.private_data import private_data
+
+        return train_at_once(orders, private_data(self, data_root, int(orders[0][1].node_config["num-partitions"]) - 1))
+
     def measured(self, session: Session, observed: ImageObserved) -> Row:
         """How many times as long an exchange takes a client with the defence as without."""
         from fedtap.clients.cost import overhead

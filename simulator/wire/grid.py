@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -26,7 +26,11 @@ LONGEST_REASON = 400
 
 
 class LocalGrid(Grid):
-    """Nodes 0 … `nodes` - 1, each with its own Context, replying with `app` as soon as a message is pushed."""
+    """Nodes 0 … `nodes` - 1, each with its own Context, replying with `app` as soon as a message is pushed.
+
+    An app with a method `at_once` is first asked for the replies that it computes together: of (message, context) in
+    order, it returns place -> reply, and the others' messages go to the app one by one.
+    """
 
     instant = True
     """All replies that there will be are there once messages are pushed."""
@@ -52,6 +56,10 @@ class LocalGrid(Grid):
         """Node -> its partition, which no node can change."""
         return {node: node - SERVER_NODE - 1 for node in self._contexts}
 
+    def context(self, node: int) -> Context:
+        """What the node knows: its partition, its state, the run's config."""
+        return self._contexts[node]
+
     def set_run(self, run: Run) -> None:
         """Name the run."""
         self._run = run
@@ -73,7 +81,13 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Let each node reply to its message now; replies that nobody pulls are kept as `Unpulled` says."""
-        answers = {(name := _named(message)): self._answer(message, name) for message in messages}
+        orders = list(messages)
+        names = [_named(message) for message in orders]
+        at_once = self._at_once(orders)
+        answers = {
+            name: self._answer(message, name, at_once.get(place))
+            for place, (message, name) in enumerate(zip(orders, names, strict=True))
+        }
         self._answers.put(answers, lambda answer: answer.metadata.src_node_id)
         return list(answers)
 
@@ -85,14 +99,27 @@ class LocalGrid(Grid):
         """Push and pull. Every node has replied when this returns, so `timeout` never passes."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _answer(self, message: Message, name: str) -> Message:
+    def _at_once(self, orders: Sequence[Message]) -> Mapping[int, Message]:
+        """Replies, by the orders' places, that the app computes together (`at_once`, where it has it)."""
+        together = getattr(self._app, "at_once", None)
+        if together is None or len(orders) < 2:
+            return {}
+        try:
+            found: Mapping[int, Message] = together([(one, self._contexts[one.metadata.dst_node_id]) for one in orders])
+        except Exception:  # then each client says for itself what is wrong
+            return {}
+        return found
+
+    def _answer(self, message: Message, name: str, answer: Message | None) -> Message:
         asked = Message(RecordDict(), message.metadata.dst_node_id, message.metadata.message_type)
         asked.__dict__["_metadata"] = copy.copy(message.metadata)
         try:
-            # the client's own copy: strategies share one RecordDict between all nodes
-            received = Message(copy.deepcopy(message.content), asked.metadata.dst_node_id, asked.metadata.message_type)
-            received.__dict__["_metadata"] = copy.copy(message.metadata)
-            answer = self._app(received, self._contexts[asked.metadata.dst_node_id])
+            if answer is None:
+                # the client's own copy: strategies share one RecordDict between all nodes
+                content, about = copy.deepcopy(message.content), asked.metadata
+                received = Message(content, about.dst_node_id, about.message_type)
+                received.__dict__["_metadata"] = copy.copy(message.metadata)
+                answer = self._app(received, self._contexts[about.dst_node_id])
             if not isinstance(answer, Message):
                 raise TypeError(f"the ClientApp returned {type(answer).__name__} and not a Message")
             if _about(answer) != (name, *_about(asked)[2:0:-1], asked.metadata.message_type):

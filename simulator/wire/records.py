@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
@@ -54,6 +54,25 @@ def _numbers(array: Array) -> np.ndarray:
         return np.require(array.numpy(), requirements="W")  # which refuses objects
     count = math.prod(shape)
     return np.frombuffer(array.data, dtype, count, start if count else 0).reshape(shape).copy()
+
+
+def rows_as_records(stacks: Mapping[str, Tensor]) -> Iterator[ArrayRecord]:
+    """Of stacks of tensors, name -> `clients *shape`, each client's as the record that ArrayRecord makes of them.
+
+    An array begins with the same bytes for all clients, which are made once.
+    """
+    begins: dict[str, tuple[str, bytes]] = {}
+    for name, stack in stacks.items():
+        header, row = BytesIO(), stack[0].numpy()
+        about = {"descr": npy.dtype_to_descr(row.dtype), "fortran_order": False, "shape": row.shape}
+        npy.write_array_header_1_0(header, about)
+        begins[name] = str(row.dtype), header.getvalue()
+    for client in range(len(next(iter(stacks.values())))):
+        arrays = {}
+        for name, (kind, start) in begins.items():
+            row = stacks[name][client].numpy()
+            arrays[name] = Array(kind, row.shape, "numpy.ndarray", start + row.tobytes())
+        yield ArrayRecord(arrays)
 
 
 @lru_cache(maxsize=4096)

@@ -206,7 +206,8 @@ def test_a_failing_client_is_named_and_the_round_goes_on(how: str) -> None:
     for name, leak in heard.leaks.items():
         leak.check()
         if name[1] == 1:  # nobody else's round is touched
-            assert all(torch.equal(leak.observed[key], alone.leaks[name].observed[key]) for key in leak.observed)
+            for key, tensor in leak.observed.items():  # which is computed for all clients together where none fails
+                torch.testing.assert_close(tensor, alone.leaks[name].observed[key], rtol=1e-4, atol=3e-6)
 
 
 def test_the_compromised_client_answers_what_it_is_fed() -> None:
