@@ -18,13 +18,12 @@ from torch import Tensor
 from fedtap.simulator.attack import generator
 from fedtap.simulator.data.texts import Cut, WordPieces, cut, open_texts
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.federation.rounds import as_expected
+from fedtap.simulator.federation.exchanges import ExchangeReader
 from fedtap.simulator.leaks import Leak, Protocol, float_buffers, stack
 from fedtap.simulator.models.language import LanguageModel, build_language, minilm_folder
 from fedtap.simulator.wire.messages import without
 from fedtap.simulator.wire.records import reading
 from fedtap.simulator.wire.roll import call
-from fedtap.simulator.wire.threat_models import hear
 from fedtap.simulator.wire.wiretap import Wiretap
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def play_texts(setting: TextGradients, grid: Grid, number: int, corpus: Federate
     """
     net, protocol = network_of(setting, corpus), _protocol_of(setting, corpus)
     skeleton = build_language(protocol.model, setting.tokens, protocol.classes)
-    who = call(grid)
+    who, exchanges = call(grid), ExchangeReader(skeleton, protocol)
     leaks: dict[int, Leak] = {}
     failed: dict[int, str] = {}
     reasons: dict[int, object] = dict.fromkeys(
@@ -129,8 +128,7 @@ def play_texts(setting: TextGradients, grid: Grid, number: int, corpus: Federate
             return
         try:
             with reading(client):
-                as_expected(order.content, answer.content, client, skeleton)
-                leaks[client] = hear(order.content, answer.content, protocol, skeleton, client, 1)
+                leaks[client] = exchanges.leak(order.content, answer.content, client, 1)
         except FedtapError as error:
             reasons[client] = f"FedtapError: {error}"
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,15 @@ from fedtap.simulator.defences.defence import HOW_TO_FIX, ServerDefence
 from fedtap.simulator.defences.layers import in_training
 from fedtap.simulator.defences.notation import averaged, described
 from fedtap.simulator.errors import ClientError, FedtapError, short
+from fedtap.simulator.federation.exchanges import METRICS, ExchangeReader, kind_of_array
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.settings import SECURE, Federation
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from fedtap.simulator.models.registry import build, with_weights
 from fedtap.simulator.wire.records import reading, tensors_of
-from fedtap.simulator.wire.roll import call, check_name
-from fedtap.simulator.wire.threat_models import Masked, difference, hear, isolated, threat_model
+from fedtap.simulator.wire.roll import call
+from fedtap.simulator.wire.threat_models import Masked, difference, isolated, threat_model
 from fedtap.simulator.wire.wiretap import Wiretap
-
-METRICS = ("num-examples", "partition")
-"""What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
 
 DRIFT_SHARE = 3
 """The compromised client trains on one public image in so many, drawn anew each time. Trainings on all of them end at
@@ -135,6 +133,7 @@ def play(
         with_weights(net, Path(scenario.weights))
     hearing = threat_model(scenario.threat_model)
     server = servers(scenario.defence)
+    exchanges = ExchangeReader(skeleton, protocol, metrics_of(scenario), server)
     who = call(grid)
     heard = Heard(nodes=who.nodes)
     masked: dict[int, dict[int, Masked]] = {}
@@ -153,8 +152,7 @@ def play(
             return
         try:
             with reading(client):
-                as_expected(order.content, answer.content, client, skeleton, metrics_of(scenario), server)
-                leak = hear(order.content, answer.content, protocol, skeleton, client, rnd)
+                leak = exchanges.leak(order.content, answer.content, client, rnd)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {short(error, _LONGEST)}"
             raise
@@ -266,59 +264,6 @@ def check_summed(network: nn.Module) -> None:
 def metrics_of(scenario: Federation) -> tuple[str, ...]:
     """Names of the numbers that clients report: of all the same, as FedAvg demands."""
     return (*METRICS, "drift_norm") if scenario.local_samples else METRICS
-
-
-def as_expected(
-    order: RecordDict,
-    answer: RecordDict,
-    client: int,
-    network: nn.Module,
-    reported: Sequence[str] = METRICS,
-    server: Sequence[ServerDefence] = (),
-) -> None:
-    """Refuse what a strategy could not average with the others' answers: it would end the run for all of them.
-
-    Arrays are those of the network: the same names, shapes and dtypes, in the same order, by which Flower's wrappers
-    pair them. Metrics are finite numbers.
-
-    Args:
-        reported: names of the metrics.
-        server: what the server does to the change of the weights.
-    """
-    wanted = dict(network.named_parameters()) | float_buffers(network)
-    for kind, mine, theirs in (
-        ("arrays", answer.array_records, {"arrays": list(wanted)}),
-        ("metrics", answer.metric_records, {"metrics": sorted(reported)}),
-    ):
-        arrange = sorted if kind == "metrics" else list
-        if {name: arrange(record) for name, record in mine.items()} != theirs:
-            raise FedtapError(
-                f"Client {client} sent other {kind} than the rest, so they cannot be averaged: "
-                f"send one record named {kind!r} with the keys that fedtap's clients send, in their order."
-            )
-    check_name(answer, client)
-    metrics = answer.metric_records["metrics"]
-    for name, value in metrics.items():
-        if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type]
-            raise FedtapError(f"Client {client} sent {short(value)} as its {name}: send a finite number.")
-    if type(metrics["num-examples"]) is not int or metrics["num-examples"] < 1:
-        raise FedtapError(f"Client {client} says that it has {metrics['num-examples']} examples: send a count from 1.")
-    got = tensors_of(answer.array_records["arrays"])
-    for name, tensor in got.items():
-        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
-            raise FedtapError(
-                f"Client {client} answered {short(name)} as {_said(tensor)} in the place of {_said(wanted[name])}: "
-                "client and server must name the same --model."
-            )
-    if server:
-        sent = tensors_of(order["arrays"])  # type: ignore[arg-type]
-        change = {name: got[name] - sent[name] for name in got}
-        for defence in server:
-            defence.check_change(change, client)
-
-
-def _said(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {short(tuple(tensor.shape))}"
 
 
 def accuracy(net: nn.Module, arrays: ArrayRecord, side: Side, most: int = 0) -> float:
@@ -439,7 +384,7 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
     for name in dict.fromkeys([*wanted, *found]):
         tensor, shape = found.get(name), wanted.get(name)
         if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
-            got = "nothing" if tensor is None else _said(tensor)
+            got = "nothing" if tensor is None else kind_of_array(tensor)
         elif not bool((tensor.abs() < HUGE).all()):
             got = "NaN, infinity, or numbers without a square,"
         else:

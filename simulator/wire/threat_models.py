@@ -12,7 +12,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
@@ -129,21 +128,6 @@ def _revealed(replies: Mapping[int, Masked], clients: int, others: str) -> dict[
         elif others == "colluding":
             revealed[client] = its_own
     return revealed
-
-
-def hear(message: RecordDict, reply: RecordDict, protocol: Protocol, network: nn.Module, client: int, rnd: int) -> Leak:
-    """The leak of one exchange with a client of fedtap's own, which FedAvg averages: weights out, weights back.
-
-    Raises:
-        FedtapError: the answer is not what a client of this protocol sends.
-    """
-    if len(reply.metric_records) != 1 or not _counts(reply):
-        raise FedtapError(
-            f"Client {client} reported no positive num-examples, without which its answer cannot be averaged: "
-            "send exactly one MetricRecord with that key."
-        )
-    before, after = weights_in(message, "message"), weights_in(reply, "reply")
-    return leak_of_exchange(before, after, protocol, network, client, rnd, round(_examples(reply)))
 
 
 def leak_of_exchange(
@@ -312,15 +296,6 @@ def weights_in(content: RecordDict, what: str) -> dict[str, Tensor]:
         return tensors_of(record)
     except Exception as error:  # the bytes are a client's, and numpy raises what it likes about them
         raise FedtapError(f"The {what} holds arrays that are no tensors ({short(error)}): send float32.") from error
-
-
-def _counts(reply: RecordDict) -> bool:
-    count = _examples(reply)
-    return isinstance(count, int | float) and 0 < count < 2**53
-
-
-def _examples(reply: RecordDict) -> Any:
-    return next(iter(reply.metric_records.values())).get("num-examples")
 
 
 def _whole(found: Tensors, wanted: list[str], what: str, client: int) -> None:
