@@ -7,7 +7,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,12 @@ def run(
     data_root: Path,
     resume: bool = False,
     overwrite: bool = False,
+    only: Collection[int] | None = None,
 ) -> list[Row]:
     """Observe each setting over its grid, and attack what was observed; `out` holds what a run leaves.
 
     Args:
+        only: the settings' places that are played, where it is not all: `out` then holds what a stopped run leaves.
         resume: go on with the run that `out` holds; its finished attacks are not made again.
         overwrite: replace a run with other settings that `out` holds.
 
@@ -72,7 +74,7 @@ def run(
     check_folder(out, about, resume=resume, overwrite=overwrite)  # before an hour is spent
     for setting in settings:
         setting.check(settings)
-    return _Run(settings, grid_for, out, about, device, data_root, resume, overwrite).played()
+    return _Run(settings, grid_for, out, about, device, data_root, resume, overwrite).played(only)
 
 
 class _Run:
@@ -98,10 +100,12 @@ class _Run:
         self.threats: dict[str, None] = {}
         self._observed: dict[int, tuple[Session, Any]] = {}
 
-    def played(self) -> list[Row]:
-        """Play every setting; the rows."""
+    def played(self, only: Collection[int] | None) -> list[Row]:
+        """Play every setting, or those of these numbers; the rows."""
         for number, setting in enumerate(progress(self.settings, "setting")):
-            last = number == len(self.settings) - 1
+            if only is not None and number not in only:
+                continue
+            last = only is None and number == len(self.settings) - 1
             more = setting.compared(number, self.settings, self)
             if more is None:
                 rows = setting.unattacked(number, self.settings, self)
@@ -113,7 +117,8 @@ class _Run:
                 self._observed.pop(number, None)
             self._write(finished=last)
         folder = self._folder()
-        folder.finish()
+        if only is None:
+            folder.finish()
         return folder.rows
 
     def __getitem__(self, number: int) -> Any:

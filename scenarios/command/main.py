@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -38,6 +38,7 @@ from fedtap.simulator.scenario import Scenario, question_of
 
 if TYPE_CHECKING:
     from flwr.app import UserConfig
+    from flwr.serverapp import Grid
 
     from fedtap.simulator.attack import Attack
     from fedtap.simulator.leaks import Leak
@@ -84,6 +85,7 @@ def run_command(
     device: Device = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
     overwrite: Overwrite = False,
+    parallel: Annotated[int, typer.Option(min=1, help="Processes among which the values of a sweep are dealt.")] = 1,
 ) -> None:
     """Play a scenario in this process. `fedtap run NAME --help` shows its options; values joined by commas are
     swept."""
@@ -97,7 +99,7 @@ def run_command(
         _own_code(name)
         _explain(name)
         return
-    _played(name, context.args, out, data_root, device, resume, overwrite)
+    _played(name, context.args, out, data_root, device, resume, overwrite, parallel)
 
 
 @cli.command("tune", context_settings=EXTRA)
@@ -130,39 +132,82 @@ def tune_command(
 
 
 def _played(
-    name: str, words: list[str], out: Path | None, data_root: Path, device: str, resume: bool, overwrite: bool
+    name: str,
+    words: list[str],
+    out: Path | None,
+    data_root: Path,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    processes: int = 1,
 ) -> None:
     """Play a scenario with these options in this process, and say what came of it."""
-    options = pairs(words)
-    _own_code(*code_in(name, shlex.join(words)))
-    settings = plan(name, options)
-    _prepared()
-    from fedtap.clients.app import client_app
-    from fedtap.scenarios.command.plan import plan_of
+    settings = _planned(name, words)
     from fedtap.simulator.report.folder import place
     from fedtap.simulator.run import described_run, device_named, run
-    from fedtap.simulator.wire.grid import LocalGrid
 
-    _own_code(*models_of(settings))
     used = device_named(device)
-    where = place(
-        described_run(settings, used), out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite
-    )
-    config: UserConfig = {"scenario": name, "options": shlex.join(words), "data-root": str(data_root)}
-
-    def grid(setting: Scenario) -> LocalGrid:
-        return LocalGrid(client_app(plan_of), setting.nodes, config)
-
+    about = described_run(settings, used)
+    where = place(about, out, Path("runs") / settings[0].plain_name, resume=resume, overwrite=overwrite)
     console.print(settings[0].question.splitlines()[0], highlight=False)
     for line in _overview(settings):
         console.print(f"  {line}", highlight=False, markup=False)
     with _stoppable(where, resumable=True):
+        if processes > 1 and len(settings) > 1 and not resume:
+            from fedtap.scenarios.command.parallel import play_apart
+            from fedtap.simulator.report.folder import Folder
+
+            for setting in settings:
+                setting.check(settings)
+            Folder(where, about, overwrite=overwrite)  # what it held before is gone
+            play_apart(name, words, len(settings), processes, where, data_root, device)
+            resume = True
+        grid = _grids(name, words, data_root)
         rows = run(settings, grid, where, device=used, data_root=data_root, resume=resume, overwrite=overwrite)
     _say(rows, settings)
     files(console, "Page", where)
     for setting in settings:
         setting.verdict(rows)
     _all_failed(rows)
+
+
+def play_some(name: str, words: list[str], numbers: Collection[int], out: Path, data_root: Path, device: str) -> None:
+    """Play the settings of these numbers alone, into a folder of their own.
+
+    Raises:
+        FedtapError: as `run`.
+    """
+    settings = _planned(name, words)
+    from fedtap.simulator.run import device_named, run
+
+    run(
+        settings,
+        _grids(name, words, data_root),
+        out,
+        device=device_named(device),
+        data_root=data_root,
+        only=numbers,
+    )
+
+
+def _planned(name: str, words: list[str]) -> tuple[Scenario, ...]:
+    """The settings that these options ask for, after all that has to be done before they are played."""
+    options = pairs(words)
+    _own_code(*code_in(name, shlex.join(words)))
+    settings = plan(name, options)
+    _prepared()
+    _own_code(*models_of(settings))
+    return settings
+
+
+def _grids(name: str, words: list[str], data_root: Path) -> Callable[[Scenario], Grid]:
+    """For each setting a federation in this process."""
+    from fedtap.clients.app import client_app
+    from fedtap.scenarios.command.plan import plan_of
+    from fedtap.simulator.wire.grid import LocalGrid
+
+    config: UserConfig = {"scenario": name, "options": shlex.join(words), "data-root": str(data_root)}
+    return lambda setting: LocalGrid(client_app(plan_of), setting.nodes, config)
 
 
 @cli.command("attack")
