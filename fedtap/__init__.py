@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedtap.simulator.attack import Attack, Reconstructed
     from fedtap.simulator.leaks import GradientLeak, Leak
     from fedtap.simulator.scenario import Row
+    from fedtap.simulator.wire.canary_clients import CanaryTap
     from fedtap.simulator.wire.captured import Captured
     from fedtap.simulator.wire.wiretap import Wiretap
 
@@ -93,6 +94,22 @@ def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:
     return attack(leak, seed=seed)
 
 
+@overload
+def tap(
+    grid: Grid,
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    classes: int,
+    canaries: int,
+    **others: Any,
+) -> CanaryTap: ...
+@overload
+def tap(
+    grid: Grid, folder: str | Path, model: nn.Module, *, name: str, shape: tuple[int, ...], classes: int, **others: Any
+) -> Wiretap: ...
 def tap(
     grid: Grid,
     folder: str | Path,
@@ -103,8 +120,10 @@ def tap(
     classes: int,
     rounds: Container[int] | None = None,
     clients: Iterable[int] | None = None,
+    canaries: int = 0,
+    clip: float | None = None,
     **known: Any,
-) -> Wiretap:
+) -> Wiretap | CanaryTap:
     """`grid`, with what each client leaks saved under `folder`: give it to your strategy in the place of `grid`.
 
     Args:
@@ -114,18 +133,23 @@ def tap(
         classes: that the model tells apart.
         rounds: those to record, `range(1, 4)`; all unless said.
         clients: those to record, `list(grid.get_node_ids())[:10]`; all unless said.
+        canaries: clients to add whose updates are known, each with probability 1/2; `bound(arrays)` of what is returned
+            gives a lower bound on ε when the strategy has ended.
+        clip: the L2 norm that updates are clipped to, and so that of a canary's; the others' median unless said.
         known: `batch`, `local_steps`, `learning_rate` and what else the app prescribes
             (`fedtap.simulator.leaks.Protocol`).
 
     Raises:
-        FedtapError: no client could train like that, or rounds or clients name none.
+        FedtapError: no client could train like that, rounds or clients name none, or so few canaries show nothing.
     """
     from fedtap.simulator.leaks import Protocol
+    from fedtap.simulator.wire.canary_clients import CanaryTap
     from fedtap.simulator.wire.recorder import recorder
     from fedtap.simulator.wire.wiretap import Wiretap
 
     protocol = Protocol(name, tuple(shape), classes, **{"batch": 1, **known})
-    return Wiretap(grid, recorder(Path(folder), protocol, model, rounds=rounds, clients=clients))
+    recording = Wiretap(grid, recorder(Path(folder), protocol, model, rounds=rounds, clients=clients))
+    return CanaryTap(recording, canaries, clip) if canaries else recording
 
 
 def load(path: str | Path, model: str | None = None) -> Leak:

@@ -41,10 +41,10 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     for name, array in record.items():
         if not array.data.startswith(NPY):
             raise ValueError(f"the bytes of {name} are no array")
-    return {name: torch.from_numpy(_numbers(array)) for name, array in record.items()}
+    return {name: torch.from_numpy(numbers_of(array)) for name, array in record.items()}
 
 
-def _numbers(array: Array) -> np.ndarray:
+def numbers_of(array: Array) -> np.ndarray:
     """As `array.numpy()`, but a header that was met before is not parsed again, which takes longer than the rest."""
     start = len(NPY) + 4 + int.from_bytes(array.data[8:10], "little")  # version and length of the header
     if array.stype != "numpy.ndarray" or array.data[6:8] != b"\1\0" or start > LARGEST_HEADER:

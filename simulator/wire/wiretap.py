@@ -76,7 +76,7 @@ class Wiretap(GridAround):
                 the wrapped grid's own holds.
         """
         orders = list(messages)
-        kept = {id(order): _keep(order) for order in orders}  # a grid may empty a message as it sends it
+        kept = {id(order): kept_message(order) for order in orders}  # a grid may empty a message as it sends it
         if not isinstance(self._grid, Limited):
             answers = list(self._grid.send_and_receive(orders, timeout=timeout))
             return _sorted(self._overhear(answers, {_id(order): kept[id(order)] for order in orders}))
@@ -103,7 +103,7 @@ class Wiretap(GridAround):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Push through the wrapped grid, remembering each message until its reply comes, or as `Unpulled` says."""
         orders = list(messages)
-        kept = {id(order): _keep(order) for order in orders}
+        kept = {id(order): kept_message(order) for order in orders}
         ids = list(self._grid.push_messages(orders))
         self._orders.put({_id(order): kept[id(order)] for order in orders}, lambda order: order.metadata.dst_node_id)
         return ids
@@ -185,7 +185,8 @@ def _id(order: Message) -> str:
     return order.metadata.message_id
 
 
-def _keep(order: Message) -> Message:
+def kept_message(order: Message) -> Message:
+    """A copy with the same metadata, which stays whole where a grid empties a message as it sends it."""
     kept = copy.copy(order)  # a new message would make metadata anew
     kept.__dict__["_content"] = order.content.copy()
     return kept
