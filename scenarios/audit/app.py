@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import UserConfig
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.app import MessageType, UserConfig
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.config import get_fused_config_from_dir, get_project_config, parse_config_args
 from flwr.supercore.object_ref import load_app
 
@@ -48,6 +48,30 @@ def reconfigured(app: FlowerApp, path: Path, overrides: Sequence[str], client: C
         FedtapError: it has no such key.
     """
     return replace(app, run_config=_config(path, overrides), client=client)
+
+
+def mods_of(client: object) -> list[Mod]:
+    """A ClientApp's mods on the way of a train reply, each once: of the whole app, and of ``@app.train(mods=[…])``.
+
+    Flower keeps the latter in nothing but the closures of the functions that it makes of them.
+    """
+    found = list(getattr(client, "_mods", None) or ())
+    functions = getattr(client, "_registered_funcs", None) or {}
+    for name, function in functions.items():
+        while name.split(".")[0] == MessageType.TRAIN and function is not None:
+            inside = _closure_of(function)
+            if inside.get("_mod") is not None and not any(mod is inside["_mod"] for mod in found):
+                found.append(inside["_mod"])
+            function = inside.get("_ffn")
+    return found
+
+
+def _closure_of(function: object) -> dict[str, Any]:
+    """The values that a function has from where it was made, by name."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
 
 
 class _Unloadable(Exception):

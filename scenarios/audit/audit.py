@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 
-from fedtap.scenarios.audit.app import FlowerApp, flower_app, reconfigured
+from fedtap.scenarios.audit.app import FlowerApp, flower_app, mods_of, reconfigured
 from fedtap.scenarios.audit.attacks import Ranges, attackable, attacked, best_explained, note_inputs, suitable
 from fedtap.scenarios.audit.changes import (
     EPSILONS,
@@ -256,7 +256,7 @@ class Audit:
         if exchange.verdict == NOISED and self.privacy is None:
             assert self.app is not None
             rounds = planned_rounds(self.app.run_config, self.settings.rounds)
-            self.privacy = privacy_of(training, exchange.noise, rounds)
+            self.privacy = privacy_of(training, exchange.noise, rounds, mods_of(self.app.client))
         self.exchanges.append(exchange.told() | {"input_range": None, "attacks": []})
         kept = sum(one.training.size for one in self._seen)
         if exchange.attackable and (not kept or kept + exchange.training.size <= ROOM):

@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.clientapp.mod import LocalDpMod
@@ -35,12 +35,15 @@ def planned_rounds(run_config: Mapping[str, Any], played: int) -> int:
     return next((value for value in named if isinstance(value, int) and value > 0), played)
 
 
-def privacy_of(training: LocalTraining, noise: float, rounds: int) -> dict[str, Any] | None:
+def privacy_of(
+    training: LocalTraining, noise: float, rounds: int, mods: Sequence[object] = ()
+) -> dict[str, Any] | None:
     """What is known of the noise in a client's replies, as audit.json has it; None where there is none.
 
     Args:
         noise: standard deviation that was measured in each weight; 0 for none.
         rounds: replies of the same client that are planned.
+        mods: the app's own; a mod that another one calls is found among all objects of this process.
     """
     if (seen := training.dp_sgd) is not None:
         clip, multiplier = seen.max_grad_norm, seen.noise_multiplier
@@ -60,7 +63,7 @@ def privacy_of(training: LocalTraining, noise: float, rounds: int) -> dict[str, 
         return told
     if not noise:
         return None
-    for mod in (one for one in gc.get_objects() if type(one) is LocalDpMod):
+    for mod in (one for one in [*mods, *gc.get_objects()] if type(one) is LocalDpMod):
         once = flower_local_dp(mod.clipping_norm, mod.sensitivity, mod.epsilon, mod.delta, "add/remove")
         return _told(once, rounds) | {
             "mechanism": f"Flower's LocalDpMod: the update clipped to {mod.clipping_norm:g}, Gaussian noise of "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtap.scenarios.audit.app import flower_app
+from fedtap.scenarios.audit.app import flower_app, mods_of
 from fedtap.scenarios.audit.play import play_app
 from fedtap.scenarios.audit_dp.promise import promised_by_multiplier
 from fedtap.scenarios.audit_dp.target import AuditedUpdate, Mechanism, as_mechanism
@@ -32,7 +32,7 @@ def mechanism_in_app(path: Path, said: Mapping[str, Any]) -> Mechanism:
         FedtapError: it is no app, cannot be played, or has no mechanism that is found.
     """
     app = flower_app(path)
-    mods = [mod for mod in getattr(app.client, "_mods", ()) if _adds_noise(mod)]
+    mods = [mod for mod in mods_of(app.client) if _adds_noise(mod)]
     if mods:
         mechanism = as_mechanism(mods[-1], said, f"the mod of {short(app.name)}")
         mechanism.notes.append(f"the client mod {type(mods[-1]).__name__} of {app.name} was audited")

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from flwr.clientapp.mod import LocalDpMod
 from torch import nn
 
 from fedtap.scenarios.audit import attacks
@@ -25,6 +26,7 @@ from fedtap.scenarios.audit.stand_in import NOT_ASKED, standing_in
 from fedtap.simulator.data.vision import torchvision_datasets
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run as fedtap
+from tests.support.app_with_mod import app_with_mod
 
 APPS = Path(__file__).parents[1] / "apps"
 
@@ -158,6 +160,15 @@ def test_the_honest_client_of_the_same_app_is_replayed_and_its_rows_come_back(tm
     assert [told["replay_error"] for told in document["exchanges"]] == [0.0, 0.0]
     assert document["risk"]["level"] == "identical"
     assert document["risk"]["blind"] == 0
+
+
+def test_the_noise_of_a_mod_of_the_train_function_is_the_apps_own(tmp_path: Path) -> None:
+    decoy = LocalDpMod(1.0, 1.0, 3.0, 1e-5)  # an object of the same kind that the app does not use
+    path = app_with_mod(tmp_path / "noisy_train", "LocalDpMod(1.0, 1.0, 0.5, 1e-5)")
+    document = audited(str(path), tmp_path / "out")
+    assert {one["verdict"] for one in document["exchanges"]} == {"noised"}
+    assert document["privacy"]["announced"].startswith("ε = 0.5 at δ = 1e-05")
+    assert decoy.epsilon == 3.0
 
 
 def test_a_client_that_sends_differences_is_understood(tmp_path: Path) -> None:
@@ -304,6 +315,7 @@ def written(folder: Path, source: str, toml: str = "") -> Path:
 
 CLIENT = """
 import torch
+from flwr.clientapp.mod import LocalDpMod
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
@@ -19,6 +21,7 @@ from flwr.serverapp.strategy import (
 )
 from scipy.stats import laplace
 
+from fedtap.scenarios.audit.app import mods_of
 from fedtap.scenarios.audit_dp import auditor
 from fedtap.scenarios.audit_dp.apps import of_opacus
 from fedtap.scenarios.audit_dp.audit import PromiseAudit, PromiseAuditSettings
@@ -35,6 +38,7 @@ from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run as fedtap
 from tests.support import dp_mechanisms
+from tests.support.app_with_mod import app_with_mod
 
 PROMISED: dict[str, Any] = {"epsilon": 1.0, "delta": 1e-5, "clip": 1.0}
 
@@ -358,3 +362,34 @@ def test_a_folder_that_is_no_app_is_refused(folder: Path) -> None:
     audit = PromiseAudit(PromiseAuditSettings(str(folder), folder / "out", PROMISED, seconds=20))
     with pytest.raises(FedtapError, match="no Flower app"):
         audit.run()
+
+
+@pytest.mark.parametrize(("epsilon", "fault"), [(1.0, None), (10.0, "classical_formula")])
+def test_a_mod_of_the_train_function_alone_is_found(tmp_path: Path, epsilon: float, fault: str | None) -> None:
+    path = app_with_mod(tmp_path / f"own_mod_{epsilon:g}", f"LocalDpMod(1.0, 1.0, {epsilon}, 1e-5)")
+    audit = PromiseAudit(PromiseAuditSettings(str(path), tmp_path / "out", dict.fromkeys(PROMISED), seconds=60))
+    audit.run()
+    assert [one.fault for one in audit.faults] == [fault] * (fault is not None)
+    assert audit.promise is not None
+    assert audit.promise.epsilon == epsilon
+    assert f"the client mod LocalDpMod of own_mod_{epsilon:g} was audited" in audit.notes
+
+
+def test_the_mods_of_an_app_are_those_of_all_its_train_functions() -> None:
+    one, two, three, other = (LocalDpMod(1.0, 1.0, epsilon, 1e-5) for epsilon in (1.0, 2.0, 3.0, 4.0))
+    app = ClientApp(mods=[one])
+
+    @app.train(mods=[two])
+    def train(message: Message, context: Context) -> Message:
+        return message
+
+    @app.train("again", mods=[three, two])
+    def again(message: Message, context: Context) -> Message:
+        return message
+
+    @app.evaluate(mods=[other])
+    def evaluate(message: Message, context: Context) -> Message:
+        return message
+
+    assert mods_of(app) == [one, two, three]
+    assert mods_of(lambda message, context: message) == []
