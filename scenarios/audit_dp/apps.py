@@ -122,6 +122,11 @@ def of_opacus(told: Mapping[str, Any], said: Mapping[str, Any]) -> Mechanism:
 
     examples, clip = int(told["examples"]), float(told["max_grad_norm"])
     mechanism = Mechanism(call, {"gradient": torch.zeros(examples, _INPUTS)}, examples, kind="Opacus")
+    if not said.get("rate"):
+        mechanism.notes.append(
+            f"Opacus draws batches by Poisson sampling unless told otherwise: --rate {told['batch'] / examples:.4g}, "
+            "and --rounds with the number of steps, say what the steps add up to"
+        )
     mechanism.attributes = promised_by_multiplier(told["noise_multiplier"], clip, "example", said)
     return mechanism
 

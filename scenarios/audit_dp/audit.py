@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from fedtap.scenarios.audit.process import seconds_left
-from fedtap.scenarios.audit_dp.auditor import Auditor
+from fedtap.scenarios.audit_dp.auditor import GAUSSIAN, Auditor
 from fedtap.scenarios.audit_dp.faults import Fault, faults_of
 from fedtap.scenarios.audit_dp.page import audit_dp_page
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
 from fedtap.scenarios.audit_dp.seeds import of_another_client, seed_everything
 from fedtap.scenarios.audit_dp.target import Mechanism, mechanism_named, quiet
-from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED
+from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED, epsilon_of_distance
+from fedtap.simulator.defences.gaussian import sampled_limits
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.run import environment, finite
@@ -144,6 +145,7 @@ class PromiseAudit:
             "e_value_needed": math.exp(auditor.threshold) if auditor and auditor.hypotheses else None,
             "history": auditor.history if auditor else [],
             "sigma_found": self._sigma(),
+            "composition": self._composition(),
             "notes": self.notes,
             "seconds": self.settings.seconds,
             **environment(torch.device("cpu")),
@@ -156,6 +158,34 @@ class PromiseAudit:
             return None
         times, squares = self.auditor._pooled
         return math.sqrt(float(squares.sum()) / (times * float(self.auditor.counts.sum())))
+
+    def _composition(self) -> dict[str, Any] | None:
+        """What the accountant says of the noise that is there, over the rounds; None where it is no Gaussian noise."""
+        sigma, promise = self._sigma(), self.promise
+        if not sigma or not promise or not promise.announced or not promise.delta:
+            return None
+        if self.auditor is None or self.auditor.kind != GAUSSIAN:
+            return None
+        distance, rounds = promise.announced / sigma, promise.rounds
+        told = {
+            "noise_multiplier": 1 / distance,
+            "epsilon_of_one_round": epsilon_of_distance(distance, promise.delta),
+            "epsilon_without_sampling": epsilon_of_distance(math.sqrt(rounds) * distance, promise.delta),
+            "promised": promise.epsilon,
+        }
+        said = f"ε = {told['epsilon_without_sampling']:.4g} over {rounds} round{'s' * (rounds > 1)} without sampling"
+        if promise.rate < 1:
+            low, high = sampled_limits(1 / distance, promise.rate, rounds, promise.delta)
+            told |= {"epsilon_with_sampling": high, "epsilon_with_sampling_at_least": low}
+            said += (
+                f", and {high:.4g} where each {promise.unit} is in a round with probability {promise.rate:g} (Poisson "
+                "sampling, for an observer that does not see who takes part)"
+            )
+        sentence = (
+            f"By the accountant, noise of σ = {sigma:.4g} between neighbours {promise.announced:.4g} apart is {said}; "
+            f"ε = {promise.epsilon:.4g} is promised."
+        )
+        return told | {"sentence": sentence}
 
     def write(self) -> None:
         """Write what is known by now.

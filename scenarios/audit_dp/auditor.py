@@ -21,8 +21,9 @@ from fedtap.scenarios.audit_dp.promise import Promise
 from fedtap.scenarios.audit_dp.seeds import FEW_BITS, same_noise, seeds_of, seeds_seen, standing
 from fedtap.scenarios.audit_dp.target import AuditedUpdate, Mechanism, RaisedError, quiet
 from fedtap.simulator.auditing.allowed import laplace_limit, largest_ratio
-from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED, epsilon_of_distance
+from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED
 from fedtap.simulator.auditing.evidence import MOST_EVIDENCE, Guesses, MeanShift, Scale, against_equal
+from fedtap.simulator.defences.gaussian import sampled_by
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.scores import lower_limit
 
@@ -394,9 +395,7 @@ class Auditor:
         """What `Scale.against_enough` takes: Σ Δ² over each group and μ² for Gaussian noise, Σ|Δ| and ε for Laplace."""
         eased = np.where(self.discrete, 0.0, np.abs(shift)) * (1 - _TOLERATED)
         if self.kind == LAPLACE:
-            return np.bincount(self.part, eased, self.groups), laplace_limit(
-                eased, self.promise.epsilon, self.promise.delta, self.promise.rounds
-            )
+            return np.bincount(self.part, eased, self.groups), laplace_limit(eased, *self.promise.alone)
         return np.bincount(self.part, eased**2, self.groups), max(self.promise.distance**2, 1e-300)
 
     def _enough(self, pair: Neighbours) -> Callable[[], float]:
@@ -427,8 +426,9 @@ class Auditor:
         def ratio(group: int) -> float:
             if rounded[group]:
                 return 1e100
-            size = each * self.counts[group] * self.promise.rounds
-            return (1 + _TOLERATED) * largest_ratio(size, self.promise.epsilon, self.promise.delta)
+            epsilon, delta, rounds = self.promise.alone
+            size = each * self.counts[group] * rounds
+            return (1 + _TOLERATED) * largest_ratio(size, epsilon, delta, self.promise.rate < 1)
 
         return lambda: against_equal(self._at["absent"].scale, self._at[probe].scale, ratio)
 
@@ -444,7 +444,8 @@ class Auditor:
 
     def _encode(self) -> None:
         """Where messages are hidden: in a whole update, and in entries that have no noise."""
-        bits = bits_for(self.promise.epsilon, self.promise.delta)
+        epsilon, delta, _ = self.promise.alone
+        bits = bits_for(epsilon, delta)
         pair = next(pair for pair in self.neighbours if pair.other == "a long update")
         shift = pair.shift if pair.shift is not None else pair.direction
         if shift is None:
@@ -458,7 +459,7 @@ class Auditor:
             if size < 2 or (key == "entries without noise" and size == int((direction != 0).sum())):
                 continue
             code = Code(size, bits, self._draw)
-            self._codes[key] = (code, Guesses(code.chance(self.promise.epsilon, self.promise.delta)), where)
+            self._codes[key] = (code, Guesses(code.chance(epsilon, delta)), where)
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
@@ -678,11 +679,9 @@ class Auditor:
         if self.kind in (GAUSSIAN, NO_NOISE) and not self.correlated:
             rates = [self._rates(pair, threshold) for pair in self.neighbours if pair.shift is not None]
             rates += [shift.least(threshold) for shift in self._shifts.values()]
-            found["gaussian"] = epsilon_of_distance(
-                math.sqrt(self.promise.rounds) * max(rates, default=0.0), self.promise.delta
-            )
+            found["gaussian"] = self.promise.epsilon_of(max(rates, default=0.0))
         if self.kind == LAPLACE and not self.promise.delta and not self.correlated:
-            found["laplace"] = self.promise.rounds * max(
+            least = max(
                 (
                     sum(
                         np.abs(pair.shift[self.part == group]).sum() * self._at["absent"].scale.most(group, threshold)
@@ -693,11 +692,12 @@ class Auditor:
                 ),
                 default=0.0,
             )
+            found["laplace"] = self.promise.rounds * sampled_by(least, self.promise.rate)
         for code, guesses, _ in self._codes.values():
             if guesses.made:
-                low = lower_limit(guesses.right, guesses.made, math.exp(-threshold)) - self.promise.delta
+                low = lower_limit(guesses.right, guesses.made, math.exp(-threshold)) - self.promise.alone[1]
                 read = math.log(low) + code.bits * math.log(2) if low > 0 else 0.0
-                found["messages"] = max(found.get("messages", 0.0), read)
+                found["messages"] = max(found.get("messages", 0.0), sampled_by(max(read, 0.0), self.promise.rate))
         return {name: float(min(max(value, 0.0), UNBOUNDED)) for name, value in found.items()}
 
     def _rates(self, pair: Neighbours, threshold: float) -> float:
@@ -710,7 +710,8 @@ class Auditor:
 
     def _note(self) -> None:
         """A point of the history; ever fewer of them."""
-        if self.history and self.observations < 1.15 * self.history[-1]["observations"]:
+        apart = 1.15 if self.promise.rate == 1 else 1.6  # the accountant of sampled noise takes seconds
+        if self.history and self.observations < apart * self.history[-1]["observations"]:
             return
         best = max(self.bounds().values(), default=0.0)
         self.history.append({"observations": self.observations, "epsilon": best})

@@ -41,6 +41,9 @@ def audit_dp_command(
         str | None, typer.Option(help="What neighbours differ in: add_remove or replacement of one unit.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Releases about the same unit, which the promise covers.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Probability with which a unit is in a round, where that is Poisson sampling.")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(help="Probability with which an honest mechanism is refuted, at most.")
     ] = 1e-3,
@@ -53,7 +56,7 @@ def audit_dp_command(
     """Hold the noise of a mechanism against the differential privacy that it promises. Its code is run, many times,
     with updates of the auditor's. Exit code 0: not refuted; 3: refuted; 2: it could not be audited."""
     said: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "clip": clip, "sensitivity": sensitivity}
-    said |= {"unit": unit, "adjacency": adjacency, "rounds": rounds}
+    said |= {"unit": unit, "adjacency": adjacency, "rounds": rounds, "rate": rate}
     if not 0 < alpha < 1:
         raise FedtapError(f"--alpha {alpha:g} is no probability: give one such as 1e-3.")
     if not 0 < seconds < math.inf:
@@ -72,6 +75,8 @@ def audit_dp_command(
             f"shown, and {document['promised']['epsilon']:.4g} is promised.",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
+    if document["composition"]:
+        console.print(document["composition"]["sentence"], markup=False, highlight=False, soft_wrap=True)
     said_where = f"Page: {where / 'audit_dp.html'}   figures: {where / 'audit_dp.json'}"
     console.print(said_where, markup=False, highlight=False, soft_wrap=True)
     if document["refuted"]:

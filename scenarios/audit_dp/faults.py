@@ -409,7 +409,7 @@ class _Naming:
             pair = next(pair for pair in self.auditor.neighbours if pair.other == probe)
             assert pair.shift is not None
             total = float(np.abs(pair.shift).sum())
-            limit = laplace_limit(pair.shift, self.promise.epsilon, self.promise.delta, self.promise.rounds)
+            limit = laplace_limit(pair.shift, *self.promise.alone)
             return total / limit, total, limit
 
         worst = max((one for one in because if one.probe), key=lambda one: excess(one.probe)[0])
@@ -483,7 +483,7 @@ def _formulas(promise: Promise, distance: float, sigma: float) -> Iterator[tuple
     classical = math.sqrt(2 * math.log(1.25 / promise.delta)) / promise.epsilon
 
     def exact(length: float, rounds: int) -> float:
-        return promise.sigma(length) * math.sqrt(rounds / promise.rounds)
+        return promise.sigma(length, rounds)
 
     told = promise.sensitivity
     lengths: list[tuple[float, float, str, str]] = [(0.0, distance, "", "")]
@@ -519,7 +519,7 @@ def _formulas(promise: Promise, distance: float, sigma: float) -> Iterator[tuple
     yield 1.4, right**2, "noise_too_small", "The variance that is needed was taken for the standard deviation."
     yield 1.4, math.sqrt(right), "noise_too_small", "The root of the standard deviation was taken in its place."
     for rounds in {1, promise.rounds} if sigma > 0 else ():
-        for unit in (promise.sigma(1.0) * math.sqrt(rounds / promise.rounds), classical * math.sqrt(rounds)):
+        for unit in (promise.sigma(1.0, rounds), classical * math.sqrt(rounds)):
             implied = sigma / unit
             if implied < 0.6 * distance / max(promise.distances, 1):
                 about = _round_number(implied, promise)

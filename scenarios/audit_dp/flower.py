@@ -195,6 +195,13 @@ def of_strategy(strategy: Any, said: Mapping[str, Any]) -> Mechanism:
         f"{clients} clients a round with the same number of examples each; FedAvg weighs by that number, and a client "
         "that claims more moves the model farther"
     )
+    fraction = getattr(getattr(strategy, "strategy", None), "fraction_train", 1.0)
+    if isinstance(fraction, int | float) and 0 < fraction < 1:
+        mechanism.notes.append(
+            f"fraction_train is {fraction:g}, and Flower draws that number of clients in each round: no amplification "
+            f"is claimed for it, and if each client took part by a coin of its own, --rate {fraction:g} would say what "
+            "the rounds add up to"
+        )
     return mechanism
 
 

@@ -89,7 +89,10 @@ def audit_dp_page(document: Mapping[str, Any]) -> str:
             charts=charts,
             alarms=[f"{document['error']}"] * bool(document["error"]),
             answers=[one["sentence"] for one in refuted],
-            notes=list(document["notes"]),
+            notes=[
+                *document["notes"],
+                *([composition["sentence"]] if (composition := document["composition"]) else []),
+            ],
         ),
         rows,
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedtap.simulator.auditing.epsilon_bounds import epsilon_of_distance
 from fedtap.simulator.defences import gaussian
 from fedtap.simulator.defences.accountant import ADJACENCIES, Gaussian, noise_for
 from fedtap.simulator.errors import FedtapError
@@ -49,6 +50,8 @@ class Promise:
     """One of NEIGHBOURS."""
     rounds: int = 1
     """Releases about the same unit, which the mechanism makes one by one."""
+    rate: float = 1.0
+    """Probability with which a unit is in a round, drawn by Poisson sampling that no observer sees; 1 is always."""
     source: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Name of a value -> where it was read."""
 
@@ -66,6 +69,13 @@ class Promise:
             raise FedtapError(f"--adjacency {self.adjacency} is neither add_remove nor replacement: give one of them.")
         if self.rounds < 1:
             raise FedtapError(f"--rounds {self.rounds} releases nothing: give 1 or more.")
+        if not 0 < self.rate <= 1:
+            raise FedtapError(f"--rate {self.rate:g} is no probability above 0: give the share of units in a round.")
+        if self.rate < 1 and self.adjacency == "replacement":
+            raise FedtapError(
+                "--rate below 1 is Poisson sampling, which the accountant covers for add/remove alone: use add_remove, "
+                "or claim no amplification, with a rate of 1."
+            )
 
     @property
     def distances(self) -> int:
@@ -87,13 +97,40 @@ class Promise:
     @property
     def distance(self) -> float:
         """μ: neighbours' distance in one release over the noise's deviation, at most, for Gaussian noise."""
+        if self.rate < 1:
+            return (
+                gaussian.sampled_distances(self.epsilon, self.delta, self.rate, self.rounds)[0] if self.delta else 0.0
+            )
         return gaussian.distance_for(self.epsilon, self.delta) / math.sqrt(self.rounds) if self.delta else 0.0
 
-    def sigma(self, sensitivity: float) -> float:
-        """The deviation of Gaussian noise in each round that the promise needs at this distance of neighbours."""
+    @property
+    def alone(self) -> tuple[float, float, int]:
+        """ε and δ of so many releases that all have the unit in them, which the promise allows at most.
+
+        Under sampling it is one: (1 - q) P + q Q ≤ e^ε P + δ says Q ≤ (1 + (e^ε - 1) / q) P + δ / q.
+        """
+        if self.rate == 1:
+            return self.epsilon, self.delta, self.rounds
+        return math.log1p(math.expm1(self.epsilon) / self.rate), min(self.delta / self.rate, 1 - 1e-12), 1
+
+    def sigma(self, sensitivity: float, rounds: int | None = None) -> float:
+        """The deviation of Gaussian noise in each round that the promise needs at this distance of neighbours.
+
+        Args:
+            rounds: in the place of the promise's.
+        """
+        rounds = rounds or self.rounds
         if not self.delta:
             return math.inf
-        return noise_for(self.epsilon, self.delta, sensitivity * math.sqrt(self.rounds))
+        if self.rate < 1:
+            return sensitivity / gaussian.sampled_distances(self.epsilon, self.delta, self.rate, rounds)[1]
+        return noise_for(self.epsilon, self.delta, sensitivity * math.sqrt(rounds))
+
+    def epsilon_of(self, distance: float) -> float:
+        """ε of all rounds, at least, of Gaussian releases at this distance of neighbours over the deviation."""
+        if self.rate < 1 and self.delta and 0 < distance < math.inf:
+            return gaussian.sampled_limits(1 / distance, self.rate, self.rounds, self.delta)[0]
+        return epsilon_of_distance(math.sqrt(self.rounds) * distance, self.delta)
 
     def told(self) -> dict[str, Any]:
         """As audit_dp.json has it."""
@@ -106,15 +143,25 @@ class Promise:
             "clip": self.clip,
             "sensitivity": self.sensitivity,
             "rounds": self.rounds,
-            "composition": f"{self.rounds} release{'s' * (self.rounds > 1)} of the same {self.unit}, without sampling",
+            "rate": self.rate,
+            "composition": self._composition,
             "epsilon_of_one_round": self.of_one_round,
             "sigma_needed": needed,
             "source": dict(self.source),
         }
 
     @property
+    def _composition(self) -> str:
+        releases = f"{self.rounds} release{'s' * (self.rounds > 1)}"
+        if self.rate == 1:
+            return f"{releases} of the same {self.unit}, without sampling"
+        return f"{releases}, each {self.unit} in each with probability {self.rate:g} (Poisson sampling)"
+
+    @property
     def of_one_round(self) -> float | None:
         """ε of one round where noise is Gaussian and just enough for all of them; None where no Gaussian noise is."""
+        if self.delta and self.rate < 1:
+            return gaussian.sampled_limits(1 / self.distance, self.rate, 1, self.delta)[1]
         return gaussian.epsilon_of(self.distance, self.delta) if self.delta else None
 
 
@@ -163,6 +210,8 @@ def promised_by_multiplier(multiplier: float, clip: float, unit: str, said: Mapp
     found = {"clip": clip}
     if said.get("delta"):
         adjacency = NEIGHBOURS.get(str(said.get("adjacency") or "add_remove"), "add/remove")
-        release = Gaussian(multiplier * clip, clip, unit, adjacency, int(said.get("rounds") or 1))
+        release = Gaussian(
+            multiplier * clip, clip, unit, adjacency, int(said.get("rounds") or 1), float(said.get("rate") or 1)
+        )
         found["epsilon"] = release.guarantee(float(said["delta"])).epsilon
     return found

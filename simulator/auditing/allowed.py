@@ -11,11 +11,15 @@ from scipy.stats import gamma
 
 
 @lru_cache(maxsize=4096)
-def largest_ratio(size: float, epsilon: float, delta: float) -> float:
+def largest_ratio(size: float, epsilon: float, delta: float, one_way: bool = False) -> float:
     """The largest factor between two scales' w that (ε, δ) allows: noise whose summed size is Gamma(size) / w.
 
     Between densities w1^k exp(-w1 b) and w2^k exp(-w2 b) the privacy loss is k log(w1/w2) - (w1 - w2) b, both ways.
+
+    Args:
+        one_way: whether (ε, δ) bounds the probabilities of one of the two by those of the other, and not the reverse.
     """
+    stricter = min if one_way else max
 
     def delta_of(factor: float) -> float:
         # P has w = factor and Q has w = 1: loss > ε where b < at; and the other way where b > at
@@ -24,7 +28,7 @@ def largest_ratio(size: float, epsilon: float, delta: float) -> float:
         one = gamma.cdf(low * factor, size) - _times(epsilon, gamma.logcdf(low, size)) if low > 0 else 0.0
         high = (size * math.log(factor) + epsilon) / step
         other = gamma.sf(high, size) - _times(epsilon, gamma.logsf(high * factor, size))
-        return float(max(one, other)) - max(delta, 1e-12)
+        return float(stricter(one, other)) - max(delta, 1e-12)
 
     high = 2.0
     while delta_of(high) < 0:

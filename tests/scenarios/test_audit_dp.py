@@ -27,14 +27,16 @@ from fedtap.scenarios.audit_dp.apps import of_opacus
 from fedtap.scenarios.audit_dp.audit import PromiseAudit, PromiseAuditSettings
 from fedtap.scenarios.audit_dp.auditor import Auditor
 from fedtap.scenarios.audit_dp.faults import Fault, faults_of
+from fedtap.scenarios.audit_dp.page import audit_dp_page
 from fedtap.scenarios.audit_dp.probes import Code
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
 from fedtap.scenarios.audit_dp.seeds import same_noise, seeds_seen
 from fedtap.scenarios.audit_dp.target import Mechanism, as_mechanism
 from fedtap.scenarios.gradients.canary import Canary
 from fedtap.simulator.auditing.allowed import laplace_limit, largest_ratio
-from fedtap.simulator.defences.accountant import noise_for
+from fedtap.simulator.defences.accountant import Gaussian, noise_for
 from fedtap.simulator.defences.chained import parse
+from fedtap.simulator.defences.gaussian import sampled_by
 from fedtap.simulator.errors import FedtapError
 from tests.scenarios.test_cli import run as fedtap
 from tests.support import dp_mechanisms
@@ -393,3 +395,56 @@ def test_the_mods_of_an_app_are_those_of_all_its_train_functions() -> None:
 
     assert mods_of(app) == [one, two, three]
     assert mods_of(lambda message, context: message) == []
+
+
+def test_sampled_rounds_need_the_noise_of_the_accountant() -> None:
+    promise = Promise(1.0, 1e-5, 1.0, rounds=100, rate=0.1)
+    multiplier = promise.sigma(1.0)
+    opacus = Gaussian(multiplier, 1.0, "client", "add/remove", 100, 0.1).guarantee(1e-5).epsilon
+    assert opacus == pytest.approx(1.0, abs=0.02)
+    assert promise.sigma(1.0) < 0.15 * Promise(1.0, 1e-5, 1.0, rounds=100).sigma(1.0)
+    assert 1.0 < promise.distance * multiplier < 1.05  # refuted a little later than needed, and never earlier
+    assert promise.epsilon_of(1 / multiplier) <= 1.0 <= promise.epsilon_of(1.05 / multiplier)
+    assert "probability 0.1 (Poisson sampling)" in promise.told()["composition"]
+
+
+def test_sampling_everyone_is_no_sampling() -> None:
+    one, other = Promise(2.0, 1e-5, 1.0, rounds=5), Promise(2.0, 1e-5, 1.0, rounds=5, rate=1 - 1e-9)
+    assert other.sigma(1.0) == pytest.approx(one.sigma(1.0), rel=0.02)
+    assert other.alone == pytest.approx((2.0, 1e-5, 1))
+    assert sampled_by(2.0, 1.0) == 2.0
+    assert sampled_by(2.0, 0.25) == pytest.approx(math.log(1 + 0.25 * math.expm1(2.0)))
+
+
+@pytest.mark.parametrize(("share", "refuted"), [(1.0, False), (0.5, True)])
+def test_noise_for_sampled_rounds_is_audited(share: float, refuted: bool, tmp_path: Path) -> None:
+    said = {"epsilon": 1.0, "delta": 1e-5, "clip": 1.0, "rounds": 100, "rate": 0.1}
+    sigma = share * Promise(**said).sigma(1.0)  # type: ignore[arg-type]
+
+    def mechanism(update: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dp_mechanisms.noised(dp_mechanisms.clipped(update), sigma)
+
+    audit = PromiseAudit(PromiseAuditSettings("mechanism", tmp_path, said), promise_of(said, {}))
+    found = as_mechanism(mechanism, said, "mechanism")
+    audit.audit(found, time.monotonic() + 60)
+    assert [one.fault for one in audit.faults] == ["noise_too_small"] * refuted
+    told = audit.document()["composition"]
+    assert told["promised"] == 1.0
+    assert (told["epsilon_with_sampling"] > 1.05) == refuted
+    assert told["epsilon_without_sampling"] > 10
+    assert "ε = 1 is promised" in told["sentence"]
+    assert audit.document()["epsilon_lower_bound"] > (1.0 if refuted else 0.8)
+    assert "Poisson" in audit_dp_page(audit.document())
+
+
+def test_a_rate_that_is_none_is_refused() -> None:
+    with pytest.raises(FedtapError, match="no probability above 0"):
+        Promise(1.0, 1e-5, rate=0.0)
+    with pytest.raises(FedtapError, match="add/remove alone"):
+        Promise(1.0, 1e-5, rate=0.5, adjacency="replacement")
+
+
+def test_a_strategy_that_draws_clients_says_what_is_not_claimed() -> None:
+    strategy = DifferentialPrivacyServerSideFixedClipping(FedAvg(fraction_train=0.25), 1.0, 1.0, 4)
+    found = as_mechanism(strategy, {"delta": 1e-5}, "strategy")
+    assert any("fraction_train is 0.25" in note for note in found.notes)
