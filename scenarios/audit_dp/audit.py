@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from fedtap.scenarios.audit.process import seconds_left
-from fedtap.scenarios.audit_dp.auditor import GAUSSIAN, Auditor
+from fedtap.scenarios.audit_dp.auditor import Auditor
 from fedtap.scenarios.audit_dp.faults import Fault, faults_of
+from fedtap.scenarios.audit_dp.noise import GAUSSIAN
 from fedtap.scenarios.audit_dp.page import audit_dp_page
 from fedtap.scenarios.audit_dp.promise import Promise, promise_of
 from fedtap.scenarios.audit_dp.seeds import of_another_client, seed_everything
@@ -156,8 +157,8 @@ class PromiseAudit:
     def _sigma(self) -> float | None:
         if self.auditor is None or not self.auditor.hypotheses:
             return None
-        times, squares = self.auditor._pooled
-        return math.sqrt(float(squares.sum()) / (times * float(self.auditor.counts.sum())))
+        times, squares = self.auditor.residuals.pooled
+        return math.sqrt(float(squares.sum()) / (times * float(self.auditor.entries.counts.sum())))
 
     def _composition(self) -> dict[str, Any] | None:
         """What the accountant says of the noise that is there, over the rounds; None where it is no Gaussian noise."""

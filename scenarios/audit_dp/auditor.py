@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import chi2
 
-from fedtap.scenarios.audit_dp.probes import AuditInputs, Code, Probe, bits_for
+from fedtap.scenarios.audit_dp.messages import HiddenMessages
+from fedtap.scenarios.audit_dp.noise import FIRST, GAUSSIAN, LAPLACE, NO_NOISE, entries_of, freedom_of, noise_kind_of
+from fedtap.scenarios.audit_dp.probes import LONG, AuditInputs, Probe
 from fedtap.scenarios.audit_dp.promise import Promise
+from fedtap.scenarios.audit_dp.releases import Hypothesis, Neighbours, NoiseResiduals
+from fedtap.scenarios.audit_dp.repeats import Repeats
 from fedtap.scenarios.audit_dp.seeds import FEW_BITS, same_noise, seeds_of, seeds_seen, standing
 from fedtap.scenarios.audit_dp.target import AuditedUpdate, Mechanism, RaisedError, quiet
+from fedtap.scenarios.audit_dp.weakest_direction import WeakestDirection
 from fedtap.simulator.auditing.allowed import laplace_limit, largest_ratio
 from fedtap.simulator.auditing.epsilon_bounds import UNBOUNDED
-from fedtap.simulator.auditing.evidence import MOST_EVIDENCE, Guesses, MeanShift, Scale, against_equal
+from fedtap.simulator.auditing.evidence import MOST_EVIDENCE, MeanShift, against_equal
 from fedtap.simulator.defences.gaussian import sampled_by
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.scores import lower_limit
-
-GAUSSIAN, LAPLACE, NO_NOISE, OTHER_NOISE = "Gaussian", "Laplace", "none", "neither Gaussian nor Laplace"
-
-_FIRST = 24
-"""Releases of the same update by which the kind of noise is found, before any is evidence."""
-
-_WEAK = 0.1
-"""Entries whose noise has less than this share of their tensor's variance in the first releases are tested apart."""
 
 _FEWEST, ENOUGH, _PATIENT = 400, 1500, 12_000
 """Releases after which an audit ends: if something was refuted, if nothing was, and if nothing was and how far
@@ -42,77 +35,11 @@ neighbours lie apart can only be found by averaging."""
 _TOLERATED = 2e-3
 """Share by which noise may be smaller than it has to be: promises are made with so many digits."""
 
-_KEPT = 500
-"""Releases of the same update that are kept, to be compared with each other."""
-
 _INDEPENDENT = 0.25
 """Share of the entries that have to be independent, as far as distances of releases tell."""
 
-_COMPARED = 256
-"""Entries of a release that are compared, at most."""
-
-_SUBSET, _LEARNT = 48, 220
-"""Entries in which a direction without noise is sought, and releases from which it is learnt."""
-
-_EQUAL = 1e-12
-"""Probability with which two honest releases are so near to each other as those that count as equal, at most."""
-
-
-@dataclass
-class Hypothesis:
-    """One thing that the promise implies, and the evidence against it."""
-
-    name: str
-    """What is tested, in some words."""
-    fault: str
-    """What it is called if it falls, before it is looked at more closely."""
-    log_e: Callable[[], float]
-    """The evidence so far."""
-    probe: str = ""
-    """Name of the probe that it is about."""
-    highest: float = 0.0
-    """The most evidence there was."""
-    fell: int = 0
-    """Releases after which it fell; 0 where it did not."""
-
-
-@dataclass
-class Releases:
-    """What one input gave."""
-
-    size: int
-    """Entries of a release."""
-    groups: int
-    """Groups of entries."""
-    count: int = 0
-    """Releases."""
-    mean: np.ndarray = field(init=False)
-    """Of all of them."""
-    scale: Scale = field(init=False)
-    """Evidence on the noise in each group."""
-    freedom: np.ndarray = field(init=False)
-    """Residuals in each group."""
-    squares: np.ndarray = field(init=False)
-    """Their sums of squares."""
-
-    def __post_init__(self) -> None:
-        self.mean = np.zeros(self.size)
-        self.scale = Scale(self.groups)
-        self.freedom, self.squares = np.zeros(self.groups), np.zeros(self.groups)
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """How far the means of two neighbours' releases lie apart."""
-
-    one: str
-    """Name of a probe, or `absent`."""
-    other: str
-    """Name of a probe."""
-    shift: np.ndarray | None
-    """The difference of the means; None where it is no constant that the same noise shows."""
-    direction: np.ndarray | None
-    """The direction of the difference of the inputs, of length 1, in a release's entries; None where they have none."""
+_LEARNT = 220
+"""Releases from which the direction of least noise is learnt."""
 
 
 class Auditor:
@@ -139,7 +66,7 @@ class Auditor:
         self.mechanism, self.promise, self.alpha, self.until = mechanism, promise, alpha, until
         self.inputs = AuditInputs(mechanism.template, mechanism.records, promise.length, mechanism.counts)
         self.observations = 0
-        self.keys: list[str] = []
+        self.sizes: dict[str, int] = {}
         self.kind = NO_NOISE
         self.hypotheses: list[Hypothesis] = []
         self.neighbours: list[Neighbours] = []
@@ -150,15 +77,10 @@ class Auditor:
         self._theirs = theirs
         self._enough_releases = observations
         self._draw = np.random.default_rng()
-        self._at: dict[str, Releases] = {}
-        self._same: list[np.ndarray] = []
-        self._equal = self._shared = 0.0
         self._shifts: dict[str, MeanShift] = {}
         self._last: np.ndarray = np.zeros(0)
-        self._codes: dict[str, tuple[Code, Guesses, np.ndarray]] = {}
-        self._weakest = Scale(1)
-        self._weakest_shift = 0.0
-        self._weakest_direction: np.ndarray | None = None
+        self._messages: dict[str, HiddenMessages] = {}
+        self._weakest = WeakestDirection()
         self.ended = ""
 
     # -- releases ------------------------------------------------------------------------------------------------------
@@ -171,15 +93,14 @@ class Auditor:
         """
         out = self.mechanism.release(update)
         self.observations += 1
-        if not self.keys:
-            self.keys = list(out)
-            self.sizes = [len(out[key]) for key in self.keys]
-        if list(out) != self.keys or [len(out[key]) for key in self.keys] != self.sizes:
+        if not self.sizes:
+            self.sizes = {key: len(entries) for key, entries in out.items()}
+        if list(out) != list(self.sizes) or [len(entries) for entries in out.values()] != list(self.sizes.values()):
             raise FedtapError(
                 "The mechanism sends entries of other names or shapes from call to call, which is no release of one "
                 "update and may itself tell of the data: send the same tensors every time."
             )
-        return np.concatenate([out[key] for key in self.keys]) if self.keys else np.zeros(0)
+        return np.concatenate(list(out.values())) if self.sizes else np.zeros(0)
 
     def first_releases(self) -> np.ndarray:
         """A few releases of the absent unit, one a row; a tiny update stands in where that one cannot be released.
@@ -195,7 +116,7 @@ class Auditor:
             rows = [np.full(1, np.nan)]
         if not np.isfinite(rows[0]).all():  # a clip divides by the length
             self.inputs.absent = self.inputs.along(self.inputs.signs, 1e-9)
-            self.keys = []
+            self.sizes = {}
             rows = [self.release(self.inputs.absent)]
         rows += [self.release(self.inputs.absent) for _ in range(5)]
         return np.stack(rows)
@@ -231,70 +152,25 @@ class Auditor:
                 before = len(seen)
                 first.append(self.release(self.inputs.absent))
                 self.seeds.append(seen[before:])
-        while len(first) < _FIRST:
+        while len(first) < FIRST:
             first.append(self.release(self.inputs.absent))
         rows = np.stack(first)
         if not np.isfinite(rows).all():
             raise FedtapError(
                 "The mechanism sends numbers that are not finite for an update of zeros: see what it divides by."
             )
-        self.center = rows.mean(0)
-        self._group(rows)
-        self.freedom = _freedom(rows[:, self.noisy])
-        self.kind = _kind((rows - self.center)[:, self.noisy], self.freedom * len(rows))
-        self._size = np.sqrt(np.maximum(rows.var(0, ddof=1), 0))
-        self.correlated = self.freedom < _INDEPENDENT * self.noisy.sum()
-        self._same = list(rows)
-        self._compared = np.nonzero(self.noisy)[0]
-        if len(self._compared) > _COMPARED:
-            self._compared = np.sort(self._draw.choice(self._compared, _COMPARED, replace=False))
-        self._reduced = np.zeros((_KEPT, len(self._compared)))
-        self._reduced[: len(rows)] = rows[:, self._compared] / np.maximum(self._size[self._compared], 1e-300)
+        self.entries = entries_of(rows, list(self.sizes), list(self.sizes.values()))
+        noisy = self.entries.noisy
+        freedom = freedom_of(rows[:, noisy])
+        self.kind = noise_kind_of((rows - rows.mean(0))[:, noisy], freedom * len(rows))
+        least = (1e-9 * self.promise.length) ** 2
+        self.residuals = NoiseResiduals(rows, self.entries, self.kind == LAPLACE, least)
+        self.correlated = freedom < _INDEPENDENT * noisy.sum()
+        self._repeats = Repeats(rows, noisy, self.residuals.size, freedom, self._draw)
         for row in rows:
             self.largest_norm = max(self.largest_norm, float(np.linalg.norm(row)))
-        self._compare_with(rows[:6])
-
-    def _group(self, rows: np.ndarray) -> None:
-        """Each tensor is a group of entries; those with less noise than the rest of it are a group of their own."""
-        variance = rows.var(0, ddof=1)
-        # noise that rounding leaves of a number as long as this one is none
-        floor = (1e-12 * np.abs(rows).max(0)) ** 2
-        variance = np.where(variance <= floor, 0.0, variance)
-        self.part = np.zeros(rows.shape[1], dtype=np.int64)
-        self.group_names: list[str] = []
-        start = 0
-        for key, size in zip(self.keys, self.sizes, strict=True):
-            here = slice(start, start + size)
-            weak = variance[here] < _WEAK * np.median(variance[here]) if size else np.zeros(0, bool)
-            if size and not np.median(variance[here]) and variance[here].any():
-                weak = variance[here] == 0
-            self.part[here] = len(self.group_names)
-            self.group_names.append(key)
-            if weak.any() and not weak.all():
-                self.part[here] += weak
-                self.group_names.append(f"{int(weak.sum())} of the {size} entries of {key}")
-            start += size
-        self.groups = len(self.group_names)
-        self.counts = np.bincount(self.part, minlength=self.groups)
-        self.noisy = variance > 0
-        # whole numbers, which are rounded after the noise: less or more noise there is no evidence, none at all is
-        self.discrete = self.noisy & (rows == np.rint(rows)).all(0)
-        self._pooled = _FIRST - 1.0, np.bincount(self.part, rows.var(0, ddof=1) * (_FIRST - 1), self.groups)
-
-    def _compare_with(self, rows: np.ndarray) -> None:
-        """Whether another client's process had the same noise."""
-        if self._theirs is None or self._theirs.shape != rows.shape:
-            return
-        noise = np.where(self.noisy, self._size, 0.0)
-        if not self.noisy.any():  # noise that is the same in each call, or none at all
-            noise = np.abs(rows[0])
-        used = noise > 0
-        if len(np.unique(rows[0][used])) < _FIRST:  # a few constants, such as a number of examples, are no noise
-            return
-        for mine in rows:
-            for other in self._theirs:
-                near = float((((mine - other)[used] / noise[used]) ** 2).sum()) / 2
-                self._shared = max(self._shared, _nearness(near, int(used.sum()), self.freedom, len(rows) ** 2))
+        if self._theirs is not None:
+            self._repeats.compare_with(self._theirs, 6)
 
     def _measure(self) -> None:
         """How far the means of neighbours lie apart: the same noise is drawn for both."""
@@ -313,9 +189,7 @@ class Auditor:
         if self.promise.adjacency == "add_remove":
             for probe in self.inputs.of_other_sizes():
                 self.probes[probe.name] = probe
-        for name in self.probes:
-            self._at[name] = Releases(len(self.part), self.groups)
-        self._at["absent"].count, self._at["absent"].mean = _FIRST, self.center.copy()
+        self.residuals.begin(self.probes)
 
     def _steady(self) -> bool:
         """Whether the same noise can be drawn twice."""
@@ -327,7 +201,7 @@ class Auditor:
 
     def _apart(self, one: Probe, other: Probe) -> Neighbours:
         """The shift between two inputs, which has to be the same under two draws of the noise."""
-        direction = self._direction(other)
+        direction = self._unit_direction(other)
         if not self.still:
             return Neighbours(one.name, other.name, None, direction)
         found = []
@@ -344,18 +218,8 @@ class Auditor:
         additive = float(np.linalg.norm(found[0] - found[1])) <= 1e-4 * length + rounding
         return Neighbours(one.name, other.name, (found[0] + found[1]) / 2 if additive else None, direction)
 
-    def _direction(self, probe: Probe) -> np.ndarray | None:
-        """The unit's direction in a release's entries, of which those count that have the name and size of an input."""
-        parts = []
-        for key, size in zip(self.keys, self.sizes, strict=True):
-            tensor = probe.update.get(key)
-            if tensor is not None and self.mechanism.records:
-                tensor = tensor[-1]
-            fits = tensor is not None and tensor.numel() == size
-            parts.append(tensor.double().numpy().reshape(-1) if fits and tensor is not None else np.zeros(size))
-        whole = np.concatenate(parts)
-        length = float(np.linalg.norm(whole))
-        return whole / length if length else None
+    def _unit_direction(self, probe: Probe) -> np.ndarray | None:
+        return self.inputs.direction(probe, self.sizes)
 
     # -- hypotheses ----------------------------------------------------------------------------------------------------
 
@@ -375,10 +239,10 @@ class Auditor:
                 if probe != "absent" and (self.kind == GAUSSIAN or self._shift_of(probe) is not None):
                     self._add(f"one scale of the noise for absent and {probe}", "scale", self._alike(probe), probe)
         self._encode()
-        for key, (_, guesses, _) in self._codes.items():
-            self._add(f"messages in {key} are not read", "read", lambda guesses=guesses: guesses.log_e)  # type: ignore[misc]
-        self._add("no two releases have the same noise", "repeated", lambda: self._equal)
-        self._add("another client's process has other noise", "shared", lambda: self._shared)
+        for key, messages in self._messages.items():
+            self._add(f"messages in {key} are not read", "read", messages.log_e)
+        self._add("no two releases have the same noise", "repeated", lambda: self._repeats.equal)
+        self._add("another client's process has other noise", "shared", lambda: self._repeats.shared)
         self._add(f"seeds have more than {FEW_BITS} bits", "seed", self._few_bits)
         if self.kind == GAUSSIAN and self.still:
             self._add("noise in every direction", "direction", self._without_direction)
@@ -393,44 +257,38 @@ class Auditor:
 
     def _cost(self, shift: np.ndarray) -> tuple[np.ndarray, float]:
         """What `Scale.against_enough` takes: Σ Δ² over each group and μ² for Gaussian noise, Σ|Δ| and ε for Laplace."""
-        eased = np.where(self.discrete, 0.0, np.abs(shift)) * (1 - _TOLERATED)
+        eased = np.where(self.entries.discrete, 0.0, np.abs(shift)) * (1 - _TOLERATED)
         if self.kind == LAPLACE:
-            return np.bincount(self.part, eased, self.groups), laplace_limit(eased, *self.promise.alone)
-        return np.bincount(self.part, eased**2, self.groups), max(self.promise.distance**2, 1e-300)
+            return self.entries.sums(eased), laplace_limit(eased, *self.promise.alone)
+        return self.entries.sums(eased**2), max(self.promise.distance**2, 1e-300)
 
     def _enough(self, pair: Neighbours) -> Callable[[], float]:
         assert pair.shift is not None
         cost, most = self._cost(pair.shift)
         names = {"absent", pair.one, pair.other}
-        return lambda: self._scale_at(names).against_enough(cost, most)
-
-    def _scale_at(self, names: Iterable[str]) -> Scale:
-        scale = Scale(self.groups)
-        for name in names:
-            scale = scale + self._at[name].scale
-        return scale
+        return lambda: self.residuals.scale_of(names).against_enough(cost, most)
 
     def falls_without(self, probe: str, weak: np.ndarray) -> bool:
         """Whether there is too little noise for a probe even if some groups of entries were not sent."""
         pair = next(pair for pair in self.neighbours if pair.other == probe)
         if pair.shift is None:
             return True
-        cost, most = self._cost(np.where(weak[self.part], 0.0, pair.shift))
-        return self._scale_at({"absent", pair.one, pair.other}).against_enough(cost, most) >= self.threshold
+        cost, most = self._cost(np.where(weak[self.entries.part], 0.0, pair.shift))
+        return self.residuals.scale_of({"absent", pair.one, pair.other}).against_enough(cost, most) >= self.threshold
 
     def _alike(self, probe: str) -> Callable[[], float]:
         each = 1.0 if self.kind == LAPLACE else 0.5
 
-        rounded = np.bincount(self.part, self.discrete, self.groups) > 0
+        rounded = self.entries.sums(self.entries.discrete) > 0
 
         def ratio(group: int) -> float:
             if rounded[group]:
                 return 1e100
             epsilon, delta, rounds = self.promise.alone
-            size = each * self.counts[group] * rounds
+            size = each * self.entries.counts[group] * rounds
             return (1 + _TOLERATED) * largest_ratio(size, epsilon, delta, self.promise.rate < 1)
 
-        return lambda: against_equal(self._at["absent"].scale, self._at[probe].scale, ratio)
+        return lambda: against_equal(self.residuals.at["absent"].scale, self.residuals.at[probe].scale, ratio)
 
     def _few_bits(self) -> float:
         """Seeds of 64 bits would all be this small with probability 2^-32 each."""
@@ -444,22 +302,18 @@ class Auditor:
 
     def _encode(self) -> None:
         """Where messages are hidden: in a whole update, and in entries that have no noise."""
-        epsilon, delta, _ = self.promise.alone
-        bits = bits_for(epsilon, delta)
         pair = next(pair for pair in self.neighbours if pair.other == "a long update")
         shift = pair.shift if pair.shift is not None else pair.direction
-        if shift is None:
+        direction = self._unit_direction(self.probes["a long update"])
+        if shift is None or direction is None:
             return
-        direction = self._direction(self.probes["a long update"])
-        if direction is None:
-            return
-        places = {"a whole update": direction != 0, "entries without noise": (direction != 0) & ~self.noisy}
+        epsilon, delta, _ = self.promise.alone
+        places = {"a whole update": direction != 0, "entries without noise": (direction != 0) & ~self.entries.noisy}
+        if places["entries without noise"].sum() == places["a whole update"].sum():
+            del places["entries without noise"]
         for key, where in places.items():
-            size = int(where.sum())
-            if size < 2 or (key == "entries without noise" and size == int((direction != 0).sum())):
-                continue
-            code = Code(size, bits, self._draw)
-            self._codes[key] = (code, Guesses(code.chance(epsilon, delta)), where)
+            if where.sum() >= 2:
+                self._messages[key] = HiddenMessages(where, np.sign(shift[where]), epsilon, delta, self._draw)
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
@@ -479,7 +333,7 @@ class Auditor:
                     self._judge()
             self._judge()
             self._note()
-            if turn * 2 >= _LEARNT and self._weakest_direction is None and self.kind == GAUSSIAN and self.still:
+            if turn * 2 >= _LEARNT and self._weakest.direction is None and self.kind == GAUSSIAN and self.still:
                 self._learn_direction()
 
     def _over(self) -> bool:
@@ -494,58 +348,15 @@ class Auditor:
         if not np.isfinite(row).all():
             return
         self.largest_norm = max(self.largest_norm, float(np.linalg.norm(row)))
-        at = self._at[name]
         if name == "absent":
-            self._compare(row)
-            if self._weakest_direction is not None:
-                self._take_direction(row)
+            self._repeats.add(row)
+            if self._weakest.direction is not None:
+                self._weakest.add(row, self.residuals.least)
         elif name in self._shifts:
             self._take_shift(name, row)
-        if self.kind == LAPLACE:
-            self._take_laplace(name, at, row)
-        else:
-            self._take_gaussian(at, row)
-        at.count += 1
-        at.mean += (row - at.mean) / at.count
+        self.residuals.add(name, row, self._shift_of(name) if self.kind == LAPLACE else None)
         if name == "absent":
             self._last = row
-
-    def _take_gaussian(self, at: Releases, row: np.ndarray) -> None:
-        """Residuals after the mean so far, times √(k / (k + 1)), are independent Gaussian noise (Helmert)."""
-        if not at.count:
-            return
-        rest = (row - at.mean) * math.sqrt(at.count / (at.count + 1))
-        rest[np.abs(rest) <= 1e-12 * np.abs(row)] = 0.0  # what rounding leaves of the mean
-        squares = np.bincount(self.part, rest**2, self.groups)
-        times, all_squares = self._pooled
-        common = all_squares / (times * self.counts)
-        weight = 4.0
-        variance = (at.squares + weight * common) / (at.freedom + weight)
-        at.scale.add(self.counts / 2, squares / 2, 1 / np.maximum(variance, self._floor()))
-        at.freedom += self.counts
-        at.squares += squares
-        self._pooled = times + 1, all_squares + squares
-
-    def _take_laplace(self, name: str, at: Releases, row: np.ndarray) -> None:
-        shift = np.zeros(len(row)) if name == "absent" else self._shift_of(name)
-        if shift is None:
-            return
-        sizes = np.bincount(self.part, np.abs(row - self._laplace_center() - shift), self.groups)
-        common = np.sqrt(self._pooled[1] / (self._pooled[0] * self.counts) / 2)  # of the first releases, b = σ/√2
-        weight = 4.0
-        scale = (at.squares + weight * common) / (at.freedom + weight)
-        at.scale.add(self.counts.astype(float), sizes, 1 / np.maximum(scale, np.sqrt(self._floor())))
-        at.freedom += self.counts
-        at.squares += sizes
-
-    def _laplace_center(self) -> np.ndarray:
-        """The releases' center without a unit: 0 where nothing speaks against it."""
-        doubtful = np.abs(self.center) > 7 * self._size / math.sqrt(_FIRST)
-        return np.where(doubtful, self.center, 0.0)
-
-    def _floor(self) -> np.ndarray:
-        """Variances below this are taken for it."""
-        return np.full(self.groups, (1e-9 * self.promise.length) ** 2)
 
     def _take_shift(self, name: str, row: np.ndarray) -> None:
         pair = next(pair for pair in self.neighbours if pair.other == name)
@@ -560,100 +371,34 @@ class Auditor:
         self._shifts[name].add(along, max(float(apart @ apart) - along**2, 0.0), int(used.sum()) - 1)
         self._last = np.zeros(0)
 
-    def _compare(self, row: np.ndarray) -> None:
-        """Whether an earlier release of the same update was the same."""
-        if len(self._same) >= _KEPT or not self.noisy.any():
-            return
-        count = len(self._same)
-        reduced = row[self._compared] / np.maximum(self._size[self._compared], 1e-300)
-        nearest = float(((self._reduced[:count] - reduced) ** 2).sum(1).min()) / 2
-        self._reduced[count] = reduced
-        self._same.append(row)
-        self._equal = max(self._equal, _nearness(nearest, len(reduced), self.freedom, count * (count + 1) // 2))
-
     def _ask(self) -> None:
         """One message in each place."""
         canary = self.probes["a long update"].update
-        for code, guesses, where in self._codes.values():
-            message = self._draw.choice([-1.0, 1.0], code.bits)
-            signs = np.zeros(len(where))
-            signs[where] = code.written(message)
-            row = self.release(self._signed(canary, signs))
-            pair = next(pair for pair in self.neighbours if pair.other == "a long update")
-            shift = pair.shift if pair.shift is not None else pair.direction
-            assert shift is not None
-            center = self._at["absent"].mean
-            read = code.read((row - center)[where], np.sign(shift[where]))
-            guesses.add(bool((read == message).all()))
-
-    def _signed(self, canary: AuditedUpdate, signs: np.ndarray) -> AuditedUpdate:
-        """The canary with the sign of each entry changed; entries that no release has are zeros."""
-        update = {name: tensor.clone() for name, tensor in self.inputs.absent.items()}
-        start = 0
-        import torch
-
-        for key, size in zip(self.keys, self.sizes, strict=True):
-            tensor = canary.get(key)
-            if tensor is not None and tensor.is_floating_point():
-                unit = tensor[-1] if self.mechanism.records else tensor
-                if unit.numel() == size:
-                    sign = torch.from_numpy(signs[start : start + size]).reshape(unit.shape).to(unit.dtype)
-                    if self.mechanism.records:
-                        update[key][-1] = unit * sign
-                    else:
-                        update[key] = unit * sign
-            start += size
-        return update
+        for messages in self._messages.values():
+            message, signs = messages.drawn()
+            row = self.release(self.inputs.signed(canary, signs, self.sizes))
+            messages.read(message, row - self.residuals.at["absent"].mean)
 
     def _learn_direction(self) -> None:
-        """The direction of least noise in some entries of each group, from releases so far."""
-        offsets = np.concatenate([np.nonzero(self.part == group)[0] for group in range(self.groups)])
-        some = self._draw.permutation(offsets)[: _SUBSET // 3]
-        first = [
-            np.nonzero(self.part == group)[0][: max(2, _SUBSET // (2 * self.groups))] for group in range(self.groups)
-        ]
-        chosen = np.unique(np.concatenate([some, *first]))
-        direction = self._direction(self.probes["a long update"])
-        if direction is not None:
-            chosen = chosen[(direction[chosen] != 0) & self.noisy[chosen]]
-        if len(chosen) < 2:
+        """The direction of least noise, and how far neighbours lie apart along it."""
+        long = self.probes["a long update"]
+        signs = self._weakest.learn(
+            np.stack(self._repeats.rows), self.entries, self.residuals.size, self._unit_direction(long), self._draw
+        )
+        if signs is None:
             return
-        rows = np.stack(self._same)[:, chosen] / self._size[chosen]
-        _, vectors = np.linalg.eigh(np.cov(rows.T))
-        found = np.zeros(len(self.part))
-        found[chosen] = vectors[:, 0] / self._size[chosen]
-        found /= np.linalg.norm(found)
-        self._weakest_direction = found
-        self._weakest_seen = [float(row @ found) for row in self._same]
-        canary = self.probes["a long update"].update
-        sign = np.zeros(len(found))
-        nonzero = direction is not None
-        if nonzero:
-            assert direction is not None
-            sign[chosen] = found[chosen] / direction[chosen]
-        update = self._signed(canary, sign)
+        update = self.inputs.signed(long.update, signs, self.sizes)
         length = math.sqrt(sum(float(t.double().square().sum()) for t in update.values()))
         if not length:
             return
-        factor = 1000 * self.promise.length / length
+        factor = LONG * self.promise.length / length
         update = {name: tensor * factor if tensor.is_floating_point() else tensor for name, tensor in update.items()}
         pair = self._apart(self.probes["absent"], Probe("a direction", update))
         if pair.shift is not None:
-            self._weakest_shift = abs(float(pair.shift @ found)) * self.promise.distances
-
-    def _take_direction(self, row: np.ndarray) -> None:
-        assert self._weakest_direction is not None
-        value, before = float(row @ self._weakest_direction), self._weakest_seen
-        mean, count = float(np.mean(before)), len(before)
-        variance = max(float(np.var(before, ddof=1)), (1e-9 * self.promise.length) ** 2)
-        rest = (value - mean) * math.sqrt(count / (count + 1))
-        recent = self._weakest.b[0] * 2, self._weakest.a[0] * 2
-        learnt = (recent[0] + 4 * variance) / (recent[1] + 4)
-        self._weakest.add(np.array([0.5]), np.array([rest**2 / 2]), np.array([1 / max(learnt, 1e-300)]))
-        before.append(value)
+            self._weakest.shift = abs(float(pair.shift @ self._weakest.direction)) * self.promise.distances
 
     def _without_direction(self) -> float:
-        cost = np.array([(self._weakest_shift * (1 - _TOLERATED)) ** 2])
+        cost = (self._weakest.shift * (1 - _TOLERATED)) ** 2
         return self._weakest.against_enough(cost, max(self.promise.distance**2, 1e-300))
 
     # -- judging -------------------------------------------------------------------------------------------------------
@@ -674,7 +419,7 @@ class Auditor:
 
     def bounds(self) -> dict[str, float]:
         """Lower bounds on ε, which hold together with probability 1 - α."""
-        threshold = math.log((2 * self.groups + 2 + len(self._shifts)) / self.alpha)
+        threshold = math.log((2 * self.entries.groups + 2 + len(self._shifts)) / self.alpha)
         found = {}
         if self.kind in (GAUSSIAN, NO_NOISE) and not self.correlated:
             rates = [self._rates(pair, threshold) for pair in self.neighbours if pair.shift is not None]
@@ -684,8 +429,9 @@ class Auditor:
             least = max(
                 (
                     sum(
-                        np.abs(pair.shift[self.part == group]).sum() * self._at["absent"].scale.most(group, threshold)
-                        for group in range(self.groups)
+                        np.abs(pair.shift[self.entries.part == group]).sum()
+                        * self.residuals.at["absent"].scale.most(group, threshold)
+                        for group in range(self.entries.groups)
                     )
                     for pair in self.neighbours
                     if pair.shift is not None
@@ -693,18 +439,16 @@ class Auditor:
                 default=0.0,
             )
             found["laplace"] = self.promise.rounds * sampled_by(least, self.promise.rate)
-        for code, guesses, _ in self._codes.values():
-            if guesses.made:
-                low = lower_limit(guesses.right, guesses.made, math.exp(-threshold)) - self.promise.alone[1]
-                read = math.log(low) + code.bits * math.log(2) if low > 0 else 0.0
-                found["messages"] = max(found.get("messages", 0.0), sampled_by(max(read, 0.0), self.promise.rate))
+        for messages in (one for one in self._messages.values() if one.asked):
+            read = messages.least(math.exp(-threshold), self.promise.alone[1])
+            found["messages"] = max(found.get("messages", 0.0), sampled_by(read, self.promise.rate))
         return {name: float(min(max(value, 0.0), UNBOUNDED)) for name, value in found.items()}
 
     def _rates(self, pair: Neighbours, threshold: float) -> float:
         """μ of one release, at least."""
         assert pair.shift is not None
-        squares = np.bincount(self.part, np.where(self.discrete, 0.0, pair.shift) ** 2, self.groups)
-        scale = self._at["absent"].scale + self._at[pair.other].scale
+        squares = self.entries.sums(np.where(self.entries.discrete, 0.0, pair.shift) ** 2)
+        scale = self.residuals.at["absent"].scale + self.residuals.at[pair.other].scale
         with np.errstate(over="ignore"):
             return math.sqrt(sum(squares[g] * scale.most(g, threshold) for g in np.nonzero(squares)[0].tolist()))
 
@@ -735,10 +479,10 @@ class Auditor:
     def needed(self) -> int:
         """Observations after which half of the noise that is needed would have been refuted."""
         if not self.hypotheses:
-            return _FIRST + 4 * len(self.inputs.probes()) + 12
-        fixed = _FIRST + 4 * len(self.probes)
+            return FIRST + 4 * len(self.inputs.probes()) + 12
+        fixed = FIRST + 4 * len(self.probes)
         if self.still or self.kind != GAUSSIAN:
-            each = max(int(self.counts.sum()), 1) * 0.3
+            each = max(int(self.entries.counts.sum()), 1) * 0.3
             return fixed + math.ceil(2 * self.threshold / each) * max(len(self.probes) - 1, 1)
         # a mean of n differences has the deviation √(2/n) σ, and has to pass μσ while it is 2μσ
         return fixed + math.ceil(8 * (2 * self.threshold) / max(self.promise.distance, 1e-6) ** 2)
@@ -747,61 +491,9 @@ class Auditor:
         """How the mechanism was called, for audit_dp.json."""
         return {
             "kind": self.mechanism.kind,
-            "entries": int(self.counts.sum()),
-            "tensors": self.group_names,
+            "entries": int(self.entries.counts.sum()),
+            "tensors": self.entries.names,
             "examples": self.mechanism.records or None,
             "noise": self.kind,
             "same_noise_can_be_drawn_twice": self.still,
         }
-
-
-def _nearness(near: float, size: int, freedom: float, pairs: int) -> float:
-    """Evidence against independence of noise, where the nearest of so many pairs is so near.
-
-    Args:
-        near: sum of squares of half the differences, in deviations, over so many entries.
-        freedom: how many independent entries are as good as all of a release; the noise of these may be correlated.
-    """
-    limit, log_chance = _equal_limit(max(int(min(size, freedom / 2)), 1))
-    return 0.0 if near * min(freedom / 2 / size, 1.0) > limit else min(-log_chance - math.log(pairs), MOST_EVIDENCE)
-
-
-def _freedom(rows: np.ndarray) -> float:
-    """How many independent entries are as good as these, from the spread of distances between releases (Satterthwaite);
-    1 at least."""
-    size = rows.std(0, ddof=1)
-    if not rows.shape[1] or not (size > 0).any():
-        return 1.0
-    scaled = rows[:, size > 0] / size[size > 0]
-    lengths = (scaled**2).sum(1)
-    apart = (lengths[:, None] + lengths - 2 * scaled @ scaled.T)[np.triu_indices(len(rows), 1)]
-    spread = float(apart.var())
-    return max(min(2 * float(apart.mean()) ** 2 / spread if spread > 0 else math.inf, float(scaled.shape[1])), 1.0)
-
-
-@lru_cache(maxsize=64)
-def _equal_limit(size: int) -> tuple[float, float]:
-    """The squared distance below which two releases count as equal, and the logarithm of its probability."""
-    limit = min(size / 2, float(chi2.ppf(_EQUAL, size)))
-    return limit, max(float(chi2.logcdf(limit, size)), -2 * MOST_EVIDENCE)
-
-
-def _kind(rest: np.ndarray, independent: float) -> str:
-    """The kind of noise of residuals, each entry by its own deviation; one of the four.
-
-    Args:
-        independent: how many independent residuals are as good as these.
-    """
-    size = rest.std(0, ddof=1)
-    if not rest.size or not (size > 0).any():
-        return NO_NOISE
-    values = (rest / size)[:, size > 0].reshape(-1)
-    doubt = 6 / math.sqrt(min(len(values), independent))
-    flat = float(np.abs(values).mean())  # √(2/π) = 0.798 of Gaussian noise, 1/√2 of Laplace's, 0.866 of uniform noise
-    excess = float((values**4).mean()) - 3
-    # few releases an entry make its own deviation uncertain: of n the fourth moment is 3 (n - 1) / (n + 1) and not 3
-    if abs(flat - 0.798) <= 0.012 + doubt and abs(excess) <= 0.35 + 10 * doubt:
-        return GAUSSIAN
-    if abs(flat - 0.715) <= 0.02 + doubt and 0.8 - 20 * doubt <= excess <= 4.0 + 20 * doubt:
-        return LAPLACE
-    return OTHER_NOISE

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtap.scenarios.audit_dp.auditor import LAPLACE, NO_NOISE, Auditor, Hypothesis
+from fedtap.scenarios.audit_dp.auditor import Auditor
+from fedtap.scenarios.audit_dp.noise import LAPLACE, NO_NOISE
 from fedtap.scenarios.audit_dp.probes import LONG
 from fedtap.scenarios.audit_dp.promise import Promise
+from fedtap.scenarios.audit_dp.releases import Hypothesis
 from fedtap.scenarios.audit_dp.seeds import FEW_BITS, seeds_of
 from fedtap.scenarios.audit_dp.target import MOD
 from fedtap.simulator.auditing.allowed import laplace_limit
@@ -109,14 +111,14 @@ class _Naming:
 
     def _still(self) -> np.ndarray:
         """Entries whose noise is the same in each call: not zero without a unit, and without variance."""
-        center = self.auditor.center
-        still: np.ndarray = (~self.auditor.noisy) & (np.abs(center) > 1e-6 * self.promise.length)
+        center = self.auditor.residuals.center
+        still: np.ndarray = (~self.auditor.entries.noisy) & (np.abs(center) > 1e-6 * self.promise.length)
         moved: np.ndarray = still & self._moved()
         return moved
 
     def _moved(self) -> np.ndarray:
         """Entries that differ between neighbours."""
-        moved = np.zeros(len(self.auditor.part), dtype=bool)
+        moved = np.zeros(len(self.auditor.entries.part), dtype=bool)
         for pair in self.auditor.neighbours:
             if pair.shift is not None:
                 moved |= pair.shift != 0
@@ -185,12 +187,12 @@ class _Naming:
         if pair is None:
             return 0.0
         if pair.shift is not None:
-            return float(np.linalg.norm(pair.shift[~self.weak[self.auditor.part]]))
-        one, other = self.auditor._at[pair.one], self.auditor._at[pair.other]
+            return float(np.linalg.norm(pair.shift[~self.weak[self.auditor.entries.part]]))
+        one, other = self.auditor.residuals.at[pair.one], self.auditor.residuals.at[pair.other]
         if not one.count or not other.count or pair.direction is None:
             return 0.0
         along = float((other.mean - one.mean) @ pair.direction)
-        spread = float(np.median(self.auditor._size)) * math.sqrt(1 / one.count + 1 / other.count)
+        spread = float(np.median(self.auditor.residuals.size)) * math.sqrt(1 / one.count + 1 / other.count)
         return max(abs(along) - 4 * spread, 0.0)
 
     def _clip(self) -> Iterator[Fault]:
@@ -243,25 +245,25 @@ class _Naming:
     def _vanishing(self) -> bool:
         """Whether the noise on a long update is less than that on none."""
         own = self._sigmas("a long update")
-        return own is not None and own < 0.5 * float(np.sqrt(np.mean(self.auditor._size**2)))
+        return own is not None and own < 0.5 * float(np.sqrt(np.mean(self.auditor.residuals.size**2)))
 
     def _sigmas(self, probe: str) -> float | None:
         """Deviation of all entries of this probe's releases together."""
-        at = self.auditor._at.get(probe)
+        at = self.auditor.residuals.at.get(probe)
         return None if at is None or not at.freedom.sum() else math.sqrt(at.squares.sum() / at.freedom.sum())
 
     # -- entries -------------------------------------------------------------------------------------------------------
 
     def _group_sigmas(self) -> np.ndarray:
-        times, squares = self.auditor._pooled
-        sigmas: np.ndarray = np.sqrt(squares / (times * self.auditor.counts))
+        times, squares = self.auditor.residuals.pooled
+        sigmas: np.ndarray = np.sqrt(squares / (times * self.auditor.entries.counts))
         return sigmas
 
     def _weak(self) -> np.ndarray:
         """Groups of entries that move with an update, and whose noise is far less than is usual."""
-        sigmas, counts = self._group_sigmas(), self.auditor.counts
+        sigmas, counts = self._group_sigmas(), self.auditor.entries.counts
         usual = float(np.sqrt((sigmas**2 * counts).sum() / counts.sum()))
-        moved = np.bincount(self.auditor.part, self._moved(), self.auditor.groups) > 0
+        moved = np.bincount(self.auditor.entries.part, self._moved(), self.auditor.entries.groups) > 0
         weak = moved & (sigmas < 0.2 * usual)
         return weak if not weak.all() else np.zeros_like(weak)
 
@@ -280,7 +282,7 @@ class _Naming:
         if not any(one.fault == "noise" for one in self.left):
             self._take("read")
         sigmas = self._group_sigmas()
-        without = [self.auditor.group_names[group] for group in np.nonzero(weak)[0]]
+        without = [self.auditor.entries.names[group] for group in np.nonzero(weak)[0]]
         most, usual = float(sigmas[weak].max()), float(np.median(sigmas[~weak]))
         how = "without any noise" if not most else f"with noise of σ = {most:.2g} where others have {usual:.3g}"
         yield self._fault(
@@ -294,11 +296,13 @@ class _Naming:
 
     def _probes_of(self, entries: np.ndarray) -> list[str]:
         """Probes that are all in tensors of these entries."""
-        names = {self.auditor.group_names[group].rpartition(" ")[2] for group in set(self.auditor.part[entries])}
+        names = {
+            self.auditor.entries.names[group].rpartition(" ")[2] for group in set(self.auditor.entries.part[entries])
+        }
         return [name for name, probe in self.auditor.probes.items() if probe.about in names]
 
     def _names(self, entries: np.ndarray) -> str:
-        return _listed([self.auditor.group_names[group] for group in sorted(set(self.auditor.part[entries]))])
+        return _listed([self.auditor.entries.names[group] for group in sorted(set(self.auditor.entries.part[entries]))])
 
     # -- scale ---------------------------------------------------------------------------------------------------------
 
@@ -376,7 +380,7 @@ class _Naming:
         vector = pair.shift if pair.shift is not None else pair.direction
         if vector is None or not distance:
             return distance, float(np.median(sigmas))
-        squares = np.bincount(self.auditor.part, vector**2, self.auditor.groups)
+        squares = np.bincount(self.auditor.entries.part, vector**2, self.auditor.entries.groups)
         with np.errstate(divide="ignore", invalid="ignore"):
             weighed = np.where(squares > 0, squares / sigmas**2, 0.0).sum()
         sigma = math.sqrt(squares.sum() / weighed) if math.isfinite(weighed) and weighed > 0 else 0.0
@@ -414,7 +418,7 @@ class _Naming:
 
         worst = max((one for one in because if one.probe), key=lambda one: excess(one.probe)[0])
         needed, total, _ = excess(worst.probe)
-        at = self.auditor._at["absent"]
+        at = self.auditor.residuals.at["absent"]
         scale = float(at.squares.sum() / max(at.freedom.sum(), 1))
         share, name, why = scale / needed, "noise_too_small", f"The noise is {scale / needed:.3g} of what is needed."
         single = next((excess(one.name)[1] for one in self.auditor.probes.values() if "single" in one.name), total)

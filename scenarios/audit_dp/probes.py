@@ -105,6 +105,45 @@ class AuditInputs:
             found.append(Probe(f"an update in {name} alone", self.of_unit({name: full}), name))
         return found
 
+    def direction(self, probe: Probe, sizes: Mapping[str, int]) -> np.ndarray | None:
+        """The unit's direction in a release's entries, of which those count that have the name and size of an input.
+
+        Args:
+            sizes: entries of each tensor of a release.
+        """
+        parts = []
+        for key, size in sizes.items():
+            tensor = probe.update.get(key)
+            if tensor is not None and self.records:
+                tensor = tensor[-1]
+            fits = tensor is not None and tensor.numel() == size
+            parts.append(tensor.double().numpy().reshape(-1) if fits and tensor is not None else np.zeros(size))
+        whole = np.concatenate(parts)
+        length = float(np.linalg.norm(whole))
+        return whole / length if length else None
+
+    def signed(self, canary: AuditedUpdate, signs: np.ndarray, sizes: Mapping[str, int]) -> AuditedUpdate:
+        """The canary with each entry multiplied; entries that no release has are zeros.
+
+        Args:
+            signs: of each entry of a release.
+            sizes: entries of each tensor of a release.
+        """
+        update = {name: tensor.clone() for name, tensor in self.absent.items()}
+        start = 0
+        for key, size in sizes.items():
+            tensor = canary.get(key)
+            if tensor is not None and tensor.is_floating_point():
+                unit = tensor[-1] if self.records else tensor
+                if unit.numel() == size:
+                    sign = torch.from_numpy(signs[start : start + size]).reshape(unit.shape).to(unit.dtype)
+                    if self.records:
+                        update[key][-1] = unit * sign
+                    else:
+                        update[key] = unit * sign
+            start += size
+        return update
+
     def opposite(self, probe: Probe) -> Probe:
         """The same with the other sign."""
         update = {name: tensor if name in self.counts else -tensor for name, tensor in probe.update.items()}
