@@ -47,6 +47,25 @@ def of_trials(present: Sequence[float], absent: Sequence[float], threshold: floa
     return _of_rates(low, high, delta)
 
 
+def of_gaussian_trials(
+    present: Sequence[float] | np.ndarray,
+    absent: Sequence[float] | np.ndarray,
+    threshold: float,
+    doubt: float,
+    delta: float,
+) -> float:
+    """From independent trials of a Gaussian mechanism: μ = Φ⁻¹(rate of true positives) - Φ⁻¹(rate of false ones), at
+    Clopper and Pearson's limits, as an ε at δ (Nasr et al., USENIX Security 2023, https://arxiv.org/abs/2302.07956).
+
+    Args:
+        threshold: chosen without these scores, or without knowing which of them are in; a canary counts as seen from it
+            on.
+    """
+    seen, wrong = (int((np.asarray(some) >= threshold).sum()) for some in (present, absent))
+    low, high = lower_limit(seen, len(present), doubt / 2), limits(wrong, len(absent), doubt / 2)[1]
+    return epsilon_of_distance(float(ndtri(low) - ndtri(high)), delta) if low > 0 and high < 1 else 0.0
+
+
 def of_split_trials(present: Sequence[float], absent: Sequence[float], doubt: float, delta: float) -> float:
     """`of_trials` on one half of the trials, at the threshold that is best on the other half."""
     if min(len(present), len(absent)) < 4:

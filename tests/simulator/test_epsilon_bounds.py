@@ -11,6 +11,7 @@ from fedtap.simulator.auditing.epsilon_bounds import (
     epsilon_of_distance,
     of_f_dp_one_run,
     of_gaussian_one_run,
+    of_gaussian_trials,
     of_one_run,
     of_split_trials,
     of_trials,
@@ -62,3 +63,14 @@ def test_scores_without_a_difference_bound_nothing_and_without_noise_everything(
     assert of_gaussian_one_run([1.0] * 5, [0.0] * 5, 0.05, DELTA) == UNBOUNDED
     assert epsilon_of_distance(1e9, DELTA) == UNBOUNDED
     assert of_one_run(100, 50, 20, 0.05, DELTA) == 0
+
+
+def test_gaussian_trials_come_near_epsilon_and_are_seldom_above() -> None:
+    draw, true = np.random.default_rng(0), epsilon_of(0.5, DELTA)
+    found = [
+        of_gaussian_trials(draw.normal(0.5, 1, 2000), draw.normal(0, 1, 2000), 0.25, 0.05, DELTA) for _ in range(100)
+    ]
+    assert np.mean(found) > 0.7 * true
+    assert sum(one > true for one in found) <= 10
+    assert of_gaussian_trials([1.0] * 5, [1.0] * 5, 0.0, 0.05, DELTA) == 0
+    assert of_gaussian_trials([0.0] * 5, [1.0] * 5, 0.5, 0.05, DELTA) == 0
