@@ -163,11 +163,15 @@ class PromiseAudit:
     def _composition(self) -> dict[str, Any] | None:
         """What the accountant says of the noise that is there, over the rounds; None where it is no Gaussian noise."""
         sigma, promise = self._sigma(), self.promise
-        if not sigma or not promise or not promise.announced or not promise.delta:
+        if not sigma or not promise or not promise.delta:
             return None
         if self.auditor is None or self.auditor.kind != GAUSSIAN:
             return None
-        distance, rounds = promise.announced / sigma, promise.rounds
+        rounds, pairs = promise.rounds, self.auditor.neighbours
+        measured = [self.auditor.residuals.distance(pair.shift) for pair in pairs if pair.shift is not None]
+        distance = max(measured, default=(promise.announced or 0.0) / sigma)
+        if not 0 < distance < math.inf:
+            return None
         told = {
             "noise_multiplier": 1 / distance,
             "epsilon_of_one_round": epsilon_of_distance(distance, promise.delta),
@@ -183,7 +187,7 @@ class PromiseAudit:
                 "sampling, for an observer that does not see who takes part)"
             )
         sentence = (
-            f"By the accountant, noise of σ = {sigma:.4g} between neighbours {promise.announced:.4g} apart is {said}; "
+            f"By the accountant, noise whose σ is {1 / distance:.4g} times the distance of neighbours gives {said}; "
             f"ε = {promise.epsilon:.4g} is promised."
         )
         return told | {"sentence": sentence}

@@ -118,6 +118,12 @@ class NoiseResiduals:
             scale = scale + self.at[name].scale
         return scale
 
+    def distance(self, shift: np.ndarray) -> float:
+        """How many deviations of the noise without a unit lie between neighbours whose means differ by `shift`."""
+        absent = self.at["absent"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return math.sqrt(np.nansum(self._entries.sums(shift**2) * absent.freedom / absent.squares))
+
     def _add_gaussian(self, at: Releases, row: np.ndarray) -> None:
         """NoiseResiduals after the mean so far, times √(k / (k + 1)), are independent Gaussian noise (Helmert)."""
         if not at.count:

@@ -98,12 +98,14 @@ class CanaryTap(GridAround):
         return replies + self._replies(ours, replies)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Push through the wrapped grid; the canaries' messages stay here, and their ids come last."""
-        ours, others = self._apart(messages)
-        names = list(self._grid.push_messages(others))
+        """Push through the wrapped grid; the canaries' messages stay here. Ids are in the messages' order."""
+        every = list(messages)
+        ours, others = self._apart(every)
+        names = iter(self._grid.push_messages(others))
         kept = {secrets.token_hex(16): message for message in ours}
         self._waiting.put(kept, lambda message: message.metadata.dst_node_id)
-        return [*names, *kept]
+        own = iter(kept)
+        return [next(own if message.metadata.dst_node_id in self._number else names) for message in every]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Pull from the wrapped grid; canaries reply as soon as another client has."""
@@ -123,7 +125,7 @@ class CanaryTap(GridAround):
             alpha: probability with which the bound is above ε, at most.
 
         Raises:
-            FedtapError: no canary was asked to train, or these are the arrays of another model.
+            FedtapError: no client has trained, or these are the arrays of another model, or of one that has diverged.
         """
         if self._layout is None:
             raise FedtapError(
@@ -131,6 +133,11 @@ class CanaryTap(GridAround):
                 "the strategy the tap in the place of the grid, and ask for the bound when it has ended."
             )
         moved = self._flat(arrays) - self._first
+        if not np.isfinite(moved).all():
+            raise FedtapError(
+                "The final model has numbers that are not finite, so nothing can be read in it: see why training "
+                "diverges, by a lower learning rate or less noise."
+            )
         if self._others.any():  # what the others did hides canaries, and an attacker may know it
             moved -= self._others * float(moved @ self._others / (self._others @ self._others))
         moved *= self._signs

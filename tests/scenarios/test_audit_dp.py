@@ -437,6 +437,17 @@ def test_noise_for_sampled_rounds_is_audited(share: float, refuted: bool, tmp_pa
     assert "Poisson" in audit_dp_page(audit.document())
 
 
+def test_what_an_average_adds_up_to_is_of_the_distance_that_was_measured(tmp_path: Path) -> None:
+    strategy = DifferentialPrivacyServerSideFixedClipping(FedAvg(), 2.0, 1.0, 4)  # σ = 2/4, neighbours 1/4 apart
+    said = {"delta": 1e-5, "rounds": 3}
+    mechanism = as_mechanism(strategy, said, "strategy")
+    audit = PromiseAudit(PromiseAuditSettings("strategy", tmp_path, said), promise_of(said, mechanism.attributes))
+    audit.audit(mechanism, time.monotonic() + 60)
+    told = audit.document()["composition"]
+    assert told["noise_multiplier"] == pytest.approx(2.0, rel=0.02)
+    assert told["epsilon_without_sampling"] == pytest.approx(told["promised"], rel=0.03)
+
+
 def test_a_rate_that_is_none_is_refused() -> None:
     with pytest.raises(FedtapError, match="no probability above 0"):
         Promise(1.0, 1e-5, rate=0.0)

@@ -133,6 +133,18 @@ def test_the_bound_is_near_epsilon_and_not_above() -> None:
     assert "canary clients took part" in str(bound)
 
 
+def test_canaries_that_are_drawn_in_some_rounds_show_less() -> None:
+    bounds = []
+    for fraction in (1.0, 0.5):
+        tap = CanaryTap(federation(), 128, CLIP, seed=5)
+        arrays = ArrayRecord({name: array for name, array in start().items() if name != "counter"})
+        nodes = int(len(tap.get_node_ids()) * fraction)
+        inner = FedAvg(fraction_train=fraction, fraction_evaluate=0.0)
+        strategy = DifferentialPrivacyServerSideFixedClipping(inner, 0.5, CLIP, nodes)
+        bounds.append(tap.bound(strategy.start(tap, arrays, num_rounds=6).arrays, DELTA).epsilon)
+    assert 0 < bounds[1] < bounds[0]
+
+
 def test_without_noise_epsilon_is_large() -> None:
     tap = CanaryTap(federation(), 32, CLIP, seed=5)
     assert tap.bound(trained(tap, math.inf), DELTA).epsilon > 100
@@ -162,7 +174,7 @@ def test_metrics_that_are_averaged_stay_what_they_were() -> None:
 def test_an_app_that_pushes_and_pulls_gets_the_canaries_replies_too() -> None:
     tap = CanaryTap(federation(), 8, CLIP, seed=3)
     nodes = list(tap.get_node_ids())
-    names = tap.push_messages(messages(tap))
+    names = tap.push_messages(messages(tap)[::-1])[::-1]  # ids are in the messages' order
     assert len(names) == len(nodes)
     ours = names[CLIENTS:]
     assert not tap.pull_messages(ours)  # no other client has replied
@@ -246,6 +258,8 @@ def test_arrays_of_another_model_are_refused() -> None:
     tap.send_and_receive(messages(tap))
     with pytest.raises(FedtapError, match="have no w of shape"):
         tap.bound(ArrayRecord({"w": Array(np.zeros(3))}))
+    with pytest.raises(FedtapError, match="not finite"):
+        tap.bound(ArrayRecord({**start(), "w": Array(np.full(ENTRIES - 100, np.inf, np.float32))}))
 
 
 @settings(max_examples=50, deadline=None)
