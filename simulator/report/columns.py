@@ -248,7 +248,10 @@ def listing(groups: Sequence[Group], columns: Iterable[Column]) -> str:
             cells.append([_drawn(cell, kind) for cell in some])
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*cells, strict=True))
     caption = f"<caption>{lines}, {len(cells)} columns</caption>"
-    return scrolled(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", f"Table of {lines}")
+    return scrolled(
+        f"<table class='sortable'>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        f"Table of {lines}",
+    )
 
 
 def scrolled(table: str, words: str, style: str = "") -> str:

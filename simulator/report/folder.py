@@ -36,7 +36,7 @@ SCHEMA = 2
 SETTINGS = ("schema", "name", "settings", "seed", "leak", "device", "versions")
 """What is the same in run.json of two runs that give the same rows."""
 
-FILES = ("rows.jsonl", "strip.png", "report.html")
+FILES = ("rows.jsonl", "rows.csv", "strip.png", "report.html")
 """Beside run.json, what a run leaves in its folder."""
 
 FOLDERS = {

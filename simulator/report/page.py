@@ -1,4 +1,4 @@
-"""What a run leaves for people: one page for every kind of leak, with no script and nothing fetched from anywhere.
+"""What a run leaves for people: one page for every kind of leak, with nothing fetched from anywhere.
 
 The answer comes first, then one chart, the first victims' pictures, the tables, what was expected, the threat model and
 the settings; what few readers need is folded.
@@ -6,6 +6,9 @@ the settings; what few readers need is folded.
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,6 +19,7 @@ from rich.table import Table
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.report.columns import Column, Group, legend, listing, single, summary
 from fedtap.simulator.report.pictures import Picture, gallery, strip
+from fedtap.simulator.report.script import SCRIPT
 
 REASONS = 3
 """Reasons of failures that are given, at most."""
@@ -27,7 +31,7 @@ _STYLE = """
   --panel: #1d2025; --alarm: #ff8a80; --mark: #f0c35e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 24px 24px 96px; }
+main { max-width: 1240px; margin: 0 auto; padding: 24px 24px 96px; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
 h2 { font-size: 1.2rem; margin: 2em 0 .6em; letter-spacing: -.01em; }
 p { max-width: 46em; margin: .5em 0; white-space: pre-line; } .lead { font-size: 1.15rem; }
@@ -43,8 +47,18 @@ caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pa
 .scroll { position: relative; overflow: auto; max-height: 70vh; margin: 1em 0;
   border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; vertical-align: bottom; }
+th, td { padding: 7px 6px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; background: var(--panel); font-weight: 600; z-index: 1; vertical-align: bottom;
+  white-space: normal; }
+button { font: inherit; color: inherit; background: none; border: 0; padding: 0; text-align: inherit; cursor: pointer; }
+th button { text-decoration: underline dotted var(--pale); text-underline-offset: 3px; }
+th[aria-sort=ascending] button::after { content: " ↑"; } th[aria-sort=descending] button::after { content: " ↓"; }
+:is(button, input, summary, .scroll, .figure):focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
+.keep { margin: 0; font-size: .8rem; }
+.keep :is(button, a) { color: var(--pale); text-decoration: underline; margin-right: 1em; }
+.slides { position: relative; display: block; max-width: 144px; margin: 0 auto 4px; }
+.slides img:last-child { position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--shown, 0%)) 0 0); }
+input[type=range] { display: block; width: 100%; max-width: 144px; margin: 0 auto 2px; accent-color: var(--mark); }
 tr:last-child td { border-bottom: 0; } .number { text-align: right; }
 td.words, td.sentence { white-space: normal; min-width: 13em; } td.sentence { min-width: 18em; }
 .pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
@@ -61,11 +75,12 @@ dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; font-family: ui-
 svg { display: block; width: 100%; height: auto; }
 @media (max-width: 600px) { main { padding: 16px 16px 64px; } h1 { font-size: 1.5rem; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } }
-.dots { position: relative; display: block; width: 150px; height: 26px; border-bottom: 1px solid var(--line); }
+.dots { position: relative; display: block; width: 112px; height: 26px; border-bottom: 1px solid var(--line); }
 .dots i { position: absolute; width: 6px; height: 6px; margin: -3px; border-radius: 3px; background: var(--ink);
   opacity: .35; }
 .dots b { position: absolute; top: 2px; bottom: 0; border-left: 2px solid var(--mark); }
-@media print { .scroll { max-height: none; overflow: visible; } }
+@media print { .scroll { max-height: none; overflow: visible; } input, .keep { display: none; }
+  th, td { padding: 3px 4px; } table { font-size: .7rem; } tr { break-inside: avoid; } }
 """
 
 
@@ -98,13 +113,14 @@ class Page:
 
 
 def write(folder: Path, page: Page, rows: Group) -> None:
-    """`report.html` in this folder, and `strip.png` where there are pictures.
+    """`report.html` and `rows.csv` in this folder, and `strip.png` where there are pictures.
 
     Raises:
         FedtapError: the folder cannot be written.
     """
     if page.pictures:
         write_atomically(folder / "strip.png", strip(page.pictures))
+    write_atomically(folder / "rows.csv", as_csv(rows).encode(errors="replace"))
     write_atomically(folder / "report.html", html(page, rows).encode())
 
 
@@ -130,6 +146,7 @@ def html(page: Page, rows: Group) -> str:
         *(f"<h2>{escape(heading)}</h2>{chart}" for heading, chart in charts if "<svg" not in chart),
         *(_folded(heading, _figure(heading, chart)) for heading, chart in charts if "<svg" in chart),
         *(f"<h2>{heading}</h2>{listing(*made)}" for heading, made in tables.items()),
+        "<p class='keep'>All rows, with every column: <a href='rows.jsonl'>JSON</a> <a href='rows.csv'>CSV</a></p>",
         *below,
         f"<h2>What was expected</h2><p>{escape(expected)}</p>" if expected else "",
         f"<h2>Threat model</h2><p>{escape(page.threat)}</p>",
@@ -142,9 +159,28 @@ def html(page: Page, rows: Group) -> str:
         f"<title>fedtap: {escape(page.title)}</title><style>{_STYLE}</style></head><body><main>"
         "<p class='pale'>fedtap: what a federation's server can learn from what its clients send</p>"
         + "\n".join(filter(None, sections))
-        + "</main></body></html>\n"
+        + f"</main><script>{SCRIPT}</script></body></html>\n"
     )
     return whole.encode(errors="replace").decode()  # the name of a file need not be text
+
+
+def as_csv(rows: Group) -> str:
+    """The rows as a table for spreadsheets: a column for each name, and lists and mappings as JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(names)
+    for row in rows:
+        values = (row.get(name) for name in names)
+        table.writerow(["" if value is None else _plain(value) for value in values])
+    return text.getvalue()
+
+
+def _plain(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula."""
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def failures(rows: Group) -> list[str]:

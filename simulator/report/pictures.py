@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from importlib.resources import as_file, files
 from io import BytesIO
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -28,6 +30,9 @@ _SHOWN = 8
 
 _AT_ONCE = 2
 """Victims whose pictures the page shows at once; the others' are folded."""
+
+_TILES = 9
+"""Images of a batch that the page shows large; of more, the nearest to the originals and the farthest."""
 
 CELL, GAP, CAPTION, MARGIN, TITLE = 192, 20, 64, 32, 150
 """Of the strip, in pixels: a picture's side, what is between two, below one, and around all; and a title's width."""
@@ -74,6 +79,27 @@ class Picture:
         many = f"{sum(level != LEVELS[0] for level in found)} of {len(found)} {MEASURE}"
         return [*([many] if len(found) > 1 else found), f"{decibels:.1f} dB"]
 
+    def some(self) -> Picture:
+        """Of a large batch the images that came back best, and the last of them worst; itself where it is small.
+
+        The first attack with levels or a PSNR says which those are.
+        """
+        known = [found for found, decibels in self.reconstructions.values() if decibels is not None]
+        if self.original is None or len(self.original) <= _TILES or not known:
+            return self
+        order = mse(known[0].cpu(), self.original.cpu()).argsort()
+        chosen = torch.cat([order[: (_TILES + 1) // 2], order[-(_TILES // 2) :]])
+        best, worst = (_TILES + 1) // 2, _TILES // 2
+        return dataclasses.replace(
+            self,
+            title=f"{self.title}\nthe {best} best and {worst} worst of {len(order)}",
+            original=self.original[chosen],
+            reconstructions={
+                name: (found[chosen], decibels) for name, (found, decibels) in self.reconstructions.items()
+            },
+            blind=self.blind[chosen] if self.blind is not None and self.blind.shape[0] == len(order) else self.blind,
+        )
+
 
 def columns_of(pictures: Sequence[Picture]) -> list[str]:
     """`original` where one is known, every attack's label, `blind guess` where there is one."""
@@ -94,24 +120,36 @@ def gallery(pictures: Sequence[Picture], blind: str = "public images") -> str:
     columns = columns_of(pictures)
     said = (
         "<p class='pale'>Below each reconstruction stands what it shows, and its PSNR (of a batch: that of its mean "
-        f"squared error). The blind guess is made without any leak, from {escape(blind)}.</p>"
+        "squared error). The slider lays the original over it from the left. The blind guess is made without any leak, "
+        f"from {escape(blind)}.</p>"
     ) * any(picture.original is not None for picture in pictures)
     more = pictures[_AT_ONCE:]
     folded = f"<details><summary>{len(more)} more</summary>{_rows_of(more, columns)}</details>" if more else ""
+    cut = [picture for picture in pictures[:_AT_ONCE] if picture.some() is not picture]
+    if cut:
+        folded += f"<details><summary>All images of these batches</summary>{_rows_of(cut, columns, False)}</details>"
     return f"<h2>Pictures</h2>{_rows_of(pictures[:_AT_ONCE], columns)}{folded}{said}"
 
 
-def _rows_of(pictures: Sequence[Picture], columns: Sequence[str]) -> str:
-    """A table of pictures with a row for each victim."""
+def _rows_of(pictures: Sequence[Picture], columns: Sequence[str], large: bool = True) -> str:
+    """A table of pictures with a row for each victim.
+
+    Args:
+        large: whether of a large batch some images are shown, and not all.
+    """
     head = "<td></td>" + "".join(f"<th scope='col'>{breakable(column)}</th>" for column in columns)
     body = ""
-    for picture in pictures:
+    for whole in pictures:
+        picture = whole.some() if large else whole
         body += f"<tr><th scope='row'>{escape(picture.title)}</th>"
         for column in columns:
             images, _ = picture.cell(column)
             shown = picture_html(images, f"{column}, {picture.title}") if images is not None else "–"
-            caption = escape(", ".join(picture.caption(column)))
-            body += f"<td>{shown}<span class='{'leak' if picture.leaked(column) else 'pale'}'>{caption}</span></td>"
+            if column in picture.reconstructions and picture.original is not None:
+                over = picture_html(picture.original, "")
+                shown = f"<span class='slides'>{shown}{over}</span>"
+            caption = escape(", ".join(whole.caption(column)))
+            body += f"<td>{shown}<span class='{'leak' if whole.leaked(column) else 'pale'}'>{caption}</span></td>"
         body += "</tr>"
     width = f"style='min-width: {110 * (len(columns) + 1)}px'"
     return scrolled(

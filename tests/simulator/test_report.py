@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import re
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ from fedtap.simulator.report import images, pictures
 from fedtap.simulator.report.charts import COLORS
 from fedtap.simulator.report.columns import Column, summary, table
 from fedtap.simulator.report.outcomes import outcome
-from fedtap.simulator.report.page import Page, html, write
-from fedtap.simulator.report.pictures import Picture, strip
+from fedtap.simulator.report.page import Page, as_csv, html, write
+from fedtap.simulator.report.pictures import Picture, gallery, strip
+from fedtap.simulator.report.script import SCRIPT
 from fedtap.simulator.report.sentences import figures_said
 from fedtap.simulator.scores import median_interval
 
@@ -414,7 +416,8 @@ def test_the_page_is_whole_and_self_contained() -> None:
     text = page_of([row(client=n) for n in range(3)], [picture(), picture(batch=4)])
     page = Parsed(text)
     assert page.open == []
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"link", "iframe", "object"} & set(page.tags)
+    assert text.count("<script") == text.count(f"<script>{SCRIPT}</script>") == 1
     assert "//" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
     assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
     for words in ("Does a gradient give away", "A curious server.", "lenet", "40.0", "Every row", "Environment"):
@@ -439,7 +442,7 @@ def test_nothing_in_a_run_becomes_markup() -> None:
     named = about(title=EVIL, question=EVIL, threat=EVIL, charts={EVIL: ""}, pictures=shown, **told)
     rows = [row(attack=EVIL, defence=EVIL), failed(error=EVIL, client=EVIL)]
     page = Parsed(html(*images.page_of(named, rows)))
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert "bold" not in page.tags
     assert page.text.count("alert('x')") >= 8
 
@@ -461,7 +464,11 @@ def test_a_leak_attacked_without_the_truth_has_a_page_too() -> None:
 
 def test_write_leaves_a_strip_and_a_page_and_nothing_half_done(tmp_path: Path) -> None:
     write(tmp_path / "out", about(pictures=[picture()]), [row()])
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "strip.png"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "rows.csv",
+        "strip.png",
+    ]
     (tmp_path / "file").write_text("")
     with pytest.raises(FedtapError, match="could not be written"):
         write(tmp_path / "file", about(pictures=[picture()]), [row()])
@@ -554,3 +561,26 @@ def test_an_answer_about_other_data_tells_the_first_figure_beside_the_blind_gues
     assert "over 10 settings from 0 (layers 0) to 0.9 (layers 9)" in ends
     assert figures_said(rows, columns, leads="blind")[0].startswith("dager: blind")
     assert figures_said([{"attack": "dager", "error": "no reply"}], columns) == []
+
+
+def test_a_table_for_spreadsheets_has_every_value_and_no_formula() -> None:
+    rows = [{"a": 1.5, "b": "=1+1", "levels": ["nothing", "identical"]}, {"a": None, "c": True}]
+    read = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert [dict(row) for row in read] == [
+        {"a": "1.5", "b": "'=1+1", "levels": '["nothing", "identical"]', "c": ""},
+        {"a": "", "b": "", "levels": "", "c": "True"},
+    ]
+
+
+def test_of_a_large_batch_the_best_and_the_worst_are_shown() -> None:
+    original = torch.full((20, 3, 8, 8), 0.5)
+    found = original + torch.linspace(0.4, 0.0, 20).view(-1, 1, 1, 1)
+    picture = Picture("client 0", original, {"idlg": (found, 10.0)}, original[:1])
+    some = picture.some()
+    assert some.original is not None
+    assert torch.equal(some.reconstructions["idlg"][0], found[[19, 18, 17, 16, 15, 3, 2, 1, 0]])
+    assert "5 best and 4 worst of 20" in some.title
+    small = Picture("client 0", original[:9], {"idlg": (found[:9], 10.0)}, None)
+    assert small.some() is small
+    assert "All images of these batches" in gallery([picture])
+    assert "All images of these batches" not in gallery([small])
