@@ -204,6 +204,33 @@ def columns_of_found(rows: Sequence[Row]) -> tuple[Column, ...]:
     return (*(known.get(name, Column(name, over="rows")) for name in names), known["error"])
 
 
+def told_of_found(rows: Sequence[Row], where: Path) -> list[str]:
+    """A sentence for each attack on gradients: its labels, whether the gradients are explained, where the pictures are.
+
+    Args:
+        where: the run's folder.
+    """
+    said = []
+    for attack in dict.fromkeys(row["attack"] for row in rows if row.get("attack")):
+        found = [row for row in rows if row.get("attack") == attack and row.get("unexplained") is not None]
+        if not found:
+            continue
+        explained = [row for row in found if row["unexplained"] <= EXPLAINED]
+        if len(found) == 1:
+            (row,) = found
+            share = f"{row['unexplained']:.2g} of it is left"
+            what = "explains the gradient" if explained else f"does not explain the gradient: {CAUSES}"
+            labels = ", ".join(map(str, row["labels"])) if row.get("labels") else "none"
+            said.append(f"{attack}: labels {labels}; what it brought back {what} ({share}).")
+        else:
+            rest = "" if len(explained) == len(found) else f"; the others: {CAUSES}"
+            said.append(f"{attack}: {len(explained)} of {len(found)} gradients are explained{rest}.")
+    pictures = [str(where / row["picture"]) for row in rows if row.get("picture")]
+    if len(pictures) > 1:
+        said.append(f"Pictures: {where / 'pictures'}")
+    return said + [f"Picture: {path}" for path in pictures if len(pictures) == 1]
+
+
 DIVERGED = "the attack diverged: its objective is no finite number"
 
 

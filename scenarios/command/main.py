@@ -272,7 +272,7 @@ def attack_command(
     from fedtap.simulator.report.folder import place
     from fedtap.simulator.report.page import failures
     from fedtap.simulator.run import device_named
-    from fedtap.simulator.saved_leak import ATTACK, attack_saved, columns_of_found, described_attack
+    from fedtap.simulator.saved_leak import ATTACK, attack_saved, columns_of_found, described_attack, told_of_found
 
     named = parse(with_trained(attack, trained_attack)) if attack or trained_attack else ()
     _own_code(model, *(name for attack in named for name in models_named(attack)))
@@ -290,6 +290,8 @@ def attack_command(
     with _stoppable(where):
         rows = attack_saved(found, attacks_on, where, device=used, seed=seed, overwrite=overwrite)
     console.print(table(rows, columns_of_found(rows), failures(rows)))
+    for sentence in told_of_found(rows, where):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     files(console, "Page", where)
     _all_failed(rows)
 
@@ -550,6 +552,9 @@ def _prepared() -> None:
     import flwr.app  # noqa: F401  (it sets its log's level as it is imported)
     import torch
 
+    from fedtap.simulator.progress import in_lines
+
+    in_lines()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     logging.getLogger("flwr").setLevel(logging.ERROR)  # the rows say what matters of a round

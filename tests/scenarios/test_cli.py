@@ -57,6 +57,7 @@ def test_a_run_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {path.name for path in tmp_path.iterdir()} == {
         "run.json",
         "rows.jsonl",
+        "rows.csv",
         "leaks",
         "reconstructions",
         "strip.png",
@@ -180,6 +181,26 @@ def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "b/strip.png").is_file()
     same = (tmp_path / "a/reconstructions/part_0-0-linear.safetensors").read_bytes()
     assert (tmp_path / "b/reconstructions/0-linear.safetensors").read_bytes() == same
+
+
+def test_an_attack_on_a_saved_leak_ends_with_labels_explanation_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "a")) == 0
+    leak, out = str(tmp_path / "a/leaks/part_0.safetensors"), str(tmp_path / "b")
+    capsys.readouterr()
+    assert run(monkeypatch, "attack", leak, "--attack", "linear", "--client", "1", "--out", out) == 0
+    said = capsys.readouterr().out.splitlines()
+    (found,) = rows(tmp_path / "b")
+    assert f"linear: labels {found['labels'][0]}; what it brought back explains the gradient (0 of it is left)." in said
+    assert f"Picture: {tmp_path / 'b' / found['picture']}" in said
+    assert (tmp_path / "b" / found["picture"]).is_file()
+    attack = "linear,idlg(steps=1)"
+    assert run(monkeypatch, "attack", leak, "--attack", attack, "--out", out, "--overwrite") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "linear: 2 of 2 gradients are explained." in said
+    assert any(line.startswith("idlg: 0 of 2 gradients are explained; the others: not converged") for line in said)
+    assert f"Pictures: {tmp_path / 'b/pictures'}" in said
 
 
 def test_a_folder_of_recorded_leaks_is_attacked_with_those_of_other_formats(
