@@ -28,13 +28,13 @@ from fedtap.scenarios.audit.command import audit_command
 from fedtap.scenarios.audit_dp.command import audit_dp_command
 from fedtap.scenarios.command.bench import bench_cli
 from fedtap.scenarios.command.catalogue import LISTS, in_full, listed
+from fedtap.scenarios.command.help import explain
 from fedtap.scenarios.command.options import pairs
-from fedtap.scenarios.command.plan import code_in, models_of, plan, scenario_named
+from fedtap.scenarios.command.plan import code_in, models_of, plan
 from fedtap.scenarios.command.runs import COMMANDS_ON_RUNS, answer, files
 from fedtap.scenarios.course.command import course_cli, grade_command
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
-from fedtap.simulator.options import GROUPS, options_of
-from fedtap.simulator.scenario import Scenario, question_of
+from fedtap.simulator.scenario import Scenario
 
 if TYPE_CHECKING:
     from flwr.app import UserConfig
@@ -95,9 +95,9 @@ def run_command(
         return
     if name.startswith("-"):
         raise FedtapError(f"The scenario comes before its options, and {name} is one: fedtap run NAME {name} VALUE.")
-    if {"--help", "-h"} & set(context.args):
+    if {"--help", "-h", "--help-all"} & set(context.args):
         _own_code(name)
-        _explain(name)
+        explain(name, whole="--help-all" in context.args)
         return
     _played(name, context.args, out, data_root, device, resume, overwrite, parallel)
 
@@ -426,7 +426,7 @@ def list_command(
 ) -> None:
     """Scenarios with their questions, attacks with their papers, defences, datasets, models; or one of them in full."""
     if what and what not in LISTS:
-        in_full(console, what, _explain)
+        in_full(console, what, explain)
         return
     for heading, entries in listed(what).items():
         _catalogue(heading, entries)
@@ -558,40 +558,6 @@ def _prepared() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on small nets' tensors a second thread costs many times what it brings
     logging.getLogger("flwr").setLevel(logging.ERROR)  # the rows say what matters of a round
-
-
-def _explain(name: str) -> None:
-    """A scenario's question and its options, by what they are about."""
-    scenario = scenario_named(name)
-    console.print(question_of(scenario), highlight=False)
-    table = Table("option", "default", "meaning", title=f"fedtap run {name}", title_justify="left", box=None)
-    known = options_of(scenario)
-    for group in reversed(GROUPS):
-        options = [option for option in known.values() if option.option.group == group]
-        if options:
-            table.add_row(f"[bold]{group}[/bold]")
-        for option in options:
-            kind = "NAME" if option.choices else _KINDS[option.type]
-            values = ",".join(map(str, option.values))
-            about = f"{option.option.help}: {', '.join(option.choices)}" if option.choices else option.option.help
-            table.add_row(f"{option.flag} {kind}", values or "(as the scenario says)", about)
-    table.add_row("[bold]output[/bold]")
-    for flag, default, help in _OUTPUT:
-        table.add_row(flag, default, help)
-    console.print(table)
-
-
-_KINDS = {int: "N", float: "NUMBER", str: "TEXT"}
-"""What an option takes, in the help."""
-
-_OUTPUT = (
-    ("--out DIR", "runs/NAME", "folder for what the run leaves"),
-    ("--data-root DIR", "data", "folder that holds the data sets"),
-    ("--device cpu|cuda|cuda:N", "cuda if there is one", "where attacks run"),
-    ("--resume", "", "go on with the run that is in the folder"),
-    ("--overwrite", "", "replace a run with other settings in the folder"),
-)
-"""Options that every scenario has."""
 
 
 def _overview(settings: Sequence[Scenario]) -> list[str]:

@@ -282,6 +282,22 @@ def test_help_explains_a_scenarios_options(monkeypatch: pytest.MonkeyPatch, caps
     assert "eavesdropper" in shown
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_help_of_a_scenario_goes_on_one_screen_and_names_every_option(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = [option.flag for option in options_of(SCENARIOS[name]).values()]
+    for word, most in (("--help", 45), ("--help-all", 120)):
+        assert run(monkeypatch, "run", name, word) == 0
+        said = capsys.readouterr().out
+        assert len(said.splitlines()) <= most
+        told = said.split("With their meaning by --help-all:")
+        assert len(told) == 1 or word == "--help"
+        assert all(flag in re.findall(r"--[a-z-]+", said) for flag in flags)
+        assert "--attack" not in flags or "--attack" in told[0]
+
+
 @pytest.mark.parametrize("words", ["--version", "list", "run git --help", "run attention --help"])
 def test_help_and_lists_need_no_torch(words: str) -> None:
     code = (
