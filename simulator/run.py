@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from flwr.serverapp import Grid
 
 from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
+from fedtap.simulator.film import Film, filming
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.options import options_of
 from fedtap.simulator.progress import progress
+from fedtap.simulator.report.film import film_html, gif
 from fedtap.simulator.report.folder import SCHEMA, Folder, check_folder
 from fedtap.simulator.report.page import Page, write
 from fedtap.simulator.report.pictures import Picture
@@ -59,11 +62,13 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     only: Collection[int] | None = None,
+    film: bool = False,
 ) -> list[Row]:
     """Observe each setting over its grid, and attack what was observed; `out` holds what a run leaves.
 
     Args:
         only: the settings' places that are played, where it is not all: `out` then holds what a stopped run leaves.
+        film: whether iterative attacks are filmed, for the page and for films/.
         resume: go on with the run that `out` holds; its finished attacks are not made again.
         overwrite: replace a run with other settings that `out` holds.
 
@@ -74,7 +79,7 @@ def run(
     check_folder(out, about, resume=resume, overwrite=overwrite)  # before an hour is spent
     for setting in settings:
         setting.check(settings)
-    return _Run(settings, grid_for, out, about, device, data_root, resume, overwrite).played(only)
+    return _Run(settings, grid_for, out, about, device, data_root, resume, overwrite, film).played(only)
 
 
 class _Run:
@@ -90,7 +95,9 @@ class _Run:
         data_root: Path,
         resume: bool,
         overwrite: bool,
+        film: bool,
     ) -> None:
+        self.film = film
         self.settings, self.grid_for, self.out, self.about = settings, grid_for, out, about
         self.device, self.data_root, self.resume, self.overwrite = device, data_root, resume, overwrite
         self.folder: Folder | None = None
@@ -189,6 +196,7 @@ class _Run:
                 if kept is not None and observed.leak is not None:
                     trial = Trial(session, observed, attack, observed.leak.to(session.device), kept, label)
                     self._show(setting, setting.shown(trial), label)
+                    self._show_film(setting, unit, label, None)
                 return
 
         common = settled | setting.measured(session, observed) | compared
@@ -215,7 +223,8 @@ class _Run:
                 leak = observed.leak.to(session.device)
                 began = time.perf_counter()
                 try:
-                    found = ready(leak, seed=setting.seed, start=setting.start(leak))
+                    with filming() if self.film else nullcontext() as film:
+                        found = ready(leak, seed=setting.seed, start=setting.start(leak))
                 except FedtapError as error:  # of what it finds only as it works
                     if not setting.refusal_is_result:
                         raise
@@ -228,6 +237,10 @@ class _Run:
                     rows += [common | timing | row for row in _judged(scored.rows, found, left, doubted)]
                     folder.keep(unit, found)
                     self._show(setting, scored, label)
+                    if film is not None and film.frames:
+                        truths = getattr(observed, "truths", None)
+                        folder.write(f"films/{unit}.gif", gif(film, truths[0][0] if truths else None))
+                        self._show_film(setting, unit, label, film)
         folder.complete(unit, [self._named(setting, row, unit) for row in setting.finished(rows)])
 
     def _trained(
@@ -256,6 +269,14 @@ class _Run:
         said = [f"{name.replace('_', ' ')} {value}" for name, value in setting.swept]
         where = ", ".join(said + [label] * (len(setting.attacks) > 1))
         self.sections |= {f"{head}{f' ({where})' if where else ''}": one for head, one in scored.sections.items()}
+
+    def _show_film(self, setting: Scenario, unit: str, label: str, film: Film | None) -> None:
+        """Add to the page what was filmed of an attack, in this run or in the one that is resumed."""
+        path = self._folder().path / f"films/{unit}.gif"
+        if self.film and path.is_file():
+            where = ", ".join(f"{name} {getattr(setting, name, value)}" for name, value in setting.swept)
+            heading = f"Film of {label}{f' ({where})' if where else ''}"
+            self.sections[heading] = film_html(path.read_bytes(), label, film)
 
     def _write(self, *, finished: bool) -> None:
         """strip.png and report.html of all that is done by now."""

@@ -73,7 +73,13 @@ class DLG(Attack):
         # logits of zero give every class the probability 1 / classes
         points = torch.cat([start.flatten(1), start.new_zeros(len(start), batch * classes)], dim=1)
         points, _ = minimise(
-            objective, points, self.steps, history=self.history, tolerance=match.tolerance, label="DLG"
+            objective,
+            points,
+            self.steps,
+            history=self.history,
+            tolerance=match.tolerance,
+            label="DLG",
+            image=start.shape[1:],
         )
         images, logits = split(points)
         images, labels = images.clamp(0, 1), logits.argmax(dim=-1)

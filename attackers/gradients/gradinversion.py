@@ -20,6 +20,7 @@ from fedtap.attackers.parts.labels import recovered
 from fedtap.attackers.parts.priors import isotropic_variation, length, statistics_gap
 from fedtap.attackers.parts.repeated import Repeated, adam, capture_on
 from fedtap.simulator.attack import Attack, Images, Reconstruction
+from fedtap.simulator.film import shown
 from fedtap.simulator.leaks import Leak, Tensors
 from fedtap.simulator.progress import progress
 from fedtap.simulator.wire.replay import BatchStatistics, stateless
@@ -78,8 +79,11 @@ class GradInversion(Attack):
         optimiser = adam(x, self.step_size, capture)
         decay = CosineAnnealingLR(optimiser, self.steps)
 
+        losses = x.new_zeros(len(x))
+
         def descend() -> None:
             loss = match(x, labels) + prior(x)
+            losses.copy_(loss.detach())
             # no start's loss depends on another's images: its group's mean is detached
             (x.grad,) = torch.autograd.grad(loss.sum(), x)
             optimiser.step()
@@ -89,6 +93,7 @@ class GradInversion(Attack):
         for _ in progress(self.steps, "GradInversion"):
             step()
             decay.step()
+            shown(lambda: (x[0], losses[0]))
         x = x.detach()
         # the seed with the lowest objective is kept: nothing here knows the truth
         objective = (match(x, labels) + prior(x)).reshape(-1, self.seeds)

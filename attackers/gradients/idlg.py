@@ -64,7 +64,13 @@ class IDLG(Attack):
             return matching_loss, input_gradient.flatten(1)
 
         points, _ = minimise(
-            objective, start.flatten(1), self.steps, history=self.history, tolerance=match.tolerance, label="iDLG"
+            objective,
+            start.flatten(1),
+            self.steps,
+            history=self.history,
+            tolerance=match.tolerance,
+            label="iDLG",
+            image=start.shape[1:],
         )
         images = points.reshape(-1, *start.shape[1:]).clamp(0, 1)
         return Reconstruction(images, labels, objective=match(images, labels))

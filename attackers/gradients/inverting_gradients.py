@@ -21,6 +21,7 @@ from fedtap.attackers.parts.priors import total_variation
 from fedtap.attackers.parts.repeated import Repeated, adam, capture_on
 from fedtap.simulator.attack import Attack, Images, Reconstruction
 from fedtap.simulator.defences.defence import Defence
+from fedtap.simulator.film import shown
 from fedtap.simulator.leaks import Leak
 from fedtap.simulator.progress import progress
 
@@ -65,9 +66,12 @@ class InvertingGradients(Attack):
         optimiser = adam(x, self.step_size, capture)
         decay = MultiStepLR(optimiser, [self.steps * eighths // 8 for eighths in (3, 5, 7)], gamma=0.1)
 
+        losses = x.new_zeros(len(x))
+
         def descend() -> None:
             # equation 4 of the paper: 1 - <g, leak> / (|g| |leak|) + alpha TV(x)
             loss = match(x, labels) + smoothness * total_variation(x)
+            losses.copy_(loss.detach())
             (input_gradient,) = torch.autograd.grad(loss.sum(), x)  # no victim's loss depends on another's image
             x.grad = input_gradient.sign()
             optimiser.step()
@@ -77,5 +81,6 @@ class InvertingGradients(Attack):
         for _ in progress(self.steps, "Inverting Gradients"):
             step()
             decay.step()
+            shown(lambda: (x[0], losses[0]))
         x = x.detach()
         return Reconstruction(x, labels, objective=match(x, labels) + smoothness * total_variation(x))

@@ -8,7 +8,8 @@ whose point was refused tries another step length in the call in which others ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedtap.attackers.parts.repeated import Repeated, capture_on
+from fedtap.simulator.film import shown
 from fedtap.simulator.progress import progress
 
 Iterates = Float[Tensor, "elements size"]
@@ -44,12 +46,14 @@ def minimise(
     history: int = 60,
     tolerance: float = 0.0,
     label: str = "L-BFGS",
+    image: Sequence[int] = (),
 ) -> tuple[Iterates, Float[Tensor, "elements"]]:
     """Lowest point found for each element within `steps` evaluations, and its value.
 
     Args:
         history: pairs of (step, change of gradient) that an element remembers.
         tolerance: value at or below which an element ends.
+        image: shape of the images at the beginning of a point, for who films them; none where there are none.
     """
     points, values = start.clone(), start.new_empty(len(start))
     capture = capture_on(start.device)
@@ -71,8 +75,19 @@ def minimise(
                     search.keep(going.nonzero().squeeze(1))
                     step = Repeated(search.advance, capture)
             step()
+            if image and int(block[0]) == 0:
+                shown(lambda: _first(search, points, values, image))  # noqa: B023  (called at once)
         points[search.elements], values[search.elements] = search.x, search.value
     return points, values
+
+
+def _first(
+    search: _Search, points: Iterates, values: Float[Tensor, "elements"], image: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The first element's images and value: where its search is, or where it came to its end."""
+    still = bool(search.elements[0] == 0)
+    point, value = (search.x[0], search.value[0]) if still else (points[0], values[0])
+    return point[: math.prod(image)].reshape(*image), value
 
 
 class _Search:

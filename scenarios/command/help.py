@@ -74,6 +74,7 @@ _OUTPUT = (
     ("--out DIR", "runs/NAME", "folder for what the run leaves"),
     ("--data-root DIR", "data", "folder that holds the data sets"),
     ("--device cpu|cuda|cuda:N", "cuda if there is one", "where attacks run"),
+    ("--film", "", "film iterative attacks, for the page and as GIF"),
     ("--parallel N", "1", "processes among which the values of a sweep are dealt"),
     ("--resume", "", "go on with the run that is in the folder"),
     ("--overwrite", "", "replace a run with other settings in the folder"),

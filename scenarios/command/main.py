@@ -85,6 +85,7 @@ def run_command(
     device: Device = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
     overwrite: Overwrite = False,
+    film: Annotated[bool, typer.Option("--film", help="Film iterative attacks: films/*.gif, and on the page.")] = False,
     parallel: Annotated[int, typer.Option(min=1, help="Processes among which the values of a sweep are dealt.")] = 1,
 ) -> None:
     """Play a scenario in this process. `fedtap run NAME --help` shows its options; values joined by commas are
@@ -99,7 +100,7 @@ def run_command(
         _own_code(name)
         explain(name, whole="--help-all" in context.args)
         return
-    _played(name, context.args, out, data_root, device, resume, overwrite, parallel)
+    _played(name, context.args, out, data_root, device, resume, overwrite, parallel, film)
 
 
 @cli.command("tune", context_settings=EXTRA)
@@ -140,6 +141,7 @@ def _played(
     resume: bool,
     overwrite: bool,
     processes: int = 1,
+    film: bool = False,
 ) -> None:
     """Play a scenario with these options in this process, and say what came of it."""
     settings = _planned(name, words)
@@ -160,10 +162,19 @@ def _played(
             for setting in settings:
                 setting.check(settings)
             Folder(where, about, overwrite=overwrite)  # what it held before is gone
-            play_apart(name, words, len(settings), processes, where, data_root, device)
+            play_apart(name, words, len(settings), processes, where, data_root, device, film)
             resume = True
         grid = _grids(name, words, data_root)
-        rows = run(settings, grid, where, device=used, data_root=data_root, resume=resume, overwrite=overwrite)
+        rows = run(
+            settings,
+            grid,
+            where,
+            device=used,
+            data_root=data_root,
+            resume=resume,
+            overwrite=overwrite,
+            film=film,
+        )
     _say(rows, settings)
     files(console, "Page", where)
     for setting in settings:
@@ -171,7 +182,9 @@ def _played(
     _all_failed(rows)
 
 
-def play_some(name: str, words: list[str], numbers: Collection[int], out: Path, data_root: Path, device: str) -> None:
+def play_some(
+    name: str, words: list[str], numbers: Collection[int], out: Path, data_root: Path, device: str, film: bool
+) -> None:
     """Play the settings of these numbers alone, into a folder of their own.
 
     Raises:
@@ -187,6 +200,7 @@ def play_some(name: str, words: list[str], numbers: Collection[int], out: Path, 
         device=device_named(device),
         data_root=data_root,
         only=numbers,
+        film=film,
     )
 
 

@@ -38,10 +38,18 @@ class Share:
     """The folder of this process alone."""
     data_root: Path
     device: str
+    film: bool
 
 
 def play_apart(
-    name: str, words: Sequence[str], settings: int, processes: int, where: Path, data_root: Path, device: str
+    name: str,
+    words: Sequence[str],
+    settings: int,
+    processes: int,
+    where: Path,
+    data_root: Path,
+    device: str,
+    film: bool,
 ) -> None:
     """Deal so many settings out among the processes, and leave in `where` what a stopped run of all would.
 
@@ -52,7 +60,7 @@ def play_apart(
     with tempfile.TemporaryDirectory(prefix=f".{where.name}-", dir=where.parent) as apart:
         dealt = [tuple(range(first, settings, processes)) for first in range(min(processes, settings))]
         shares = [
-            Share(name, tuple(words), mine, Path(apart) / str(place), data_root, device)
+            Share(name, tuple(words), mine, Path(apart) / str(place), data_root, device, film)
             for place, mine in enumerate(dealt)
         ]
         try:
@@ -73,7 +81,7 @@ def _play_share(share: Share) -> str | None:
     from fedtap.scenarios.command.main import play_some
 
     try:
-        play_some(share.name, list(share.words), share.numbers, share.out, share.data_root, share.device)
+        play_some(share.name, list(share.words), share.numbers, share.out, share.data_root, share.device, share.film)
     except FedtapError as error:
         return str(error)
     return None

@@ -43,6 +43,7 @@ FOLDERS = {
     "leaks": re.compile(r"part_\d+(-round_\d+-client_\d+)?\.(safetensors|json)"),
     "reconstructions": re.compile(r"(part_\d+-)?\d+-[a-z0-9_]*\.safetensors"),
     "pictures": re.compile(r"\d+-[a-z0-9_]*-victim_\d+\.png"),
+    "films": re.compile(r"part_\d+-\d+-[a-z0-9_]*\.gif"),
     "trained_attacks": re.compile(r"part_\d+(-\d+)+-[a-z0-9_]*\.(safetensors|json)"),
 }
 """Its folders, and how the files are named that it leaves in them."""

@@ -176,11 +176,11 @@ def strip(pictures: Sequence[Picture]) -> bytes:
     """A PNG with a row for each victim, SHOWN at most: original, captioned reconstructions, blind guess."""
     pictures = pictures[:_SHOWN]
     columns = columns_of(pictures)
-    bold, usual = _font(18, bold=True), _font(16)
+    bold, usual = font(18, bold=True), font(16)
     headings = [_wrapped(column, bold, CELL) for column in columns]
     head = 24 * max(map(len, headings), default=1) + 12
     shown = [
-        [None if (images := picture.cell(column)[0]) is None else _enlarged(images) for column in columns]
+        [None if (images := picture.cell(column)[0]) is None else enlarged(images) for column in columns]
         for picture in pictures
     ]
     tall = [max((image.height for image in row if image), default=CELL) for row in shown]
@@ -223,8 +223,11 @@ def _grid(images: _Batch) -> Image.Image:
     return sheet
 
 
-def _enlarged(images: _Batch) -> Image.Image:
-    """The batch, CELL pixels at its longer side. Small images keep crisp pixels: enlarged further, then averaged."""
+def enlarged(images: _Batch) -> Image.Image:
+    """The batch as one picture, CELL pixels at its longer side.
+
+    Small images keep crisp pixels: they are enlarged further, and then averaged.
+    """
     picture = _grid(images)
     larger = CELL / max(picture.size)
     size = (max(1, round(picture.width * larger)), max(1, round(picture.height * larger)))
@@ -240,7 +243,7 @@ def _bytes(picture: Image.Image) -> bytes:
 
 
 @cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans out of matplotlib: it has the letters of every name that a model or attack may carry."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     with as_file(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / name) as path:

@@ -1,0 +1,64 @@
+"""An attack's film, for people: an animated GIF, the original beside it, and the falling objective."""
+
+from __future__ import annotations
+
+import base64
+import math
+from html import escape
+from io import BytesIO
+
+from jaxtyping import Float
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fedtap.simulator.film import Film
+from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.pictures import GAP, INK, PAPER, enlarged, font
+from fedtap.simulator.scores import match, mse, psnr
+
+_SECONDS, _LAST_SECONDS, _LINE = 0.12, 3.0, 28
+"""How long a frame is shown, and the last one; the height of the line below it, in pixels."""
+
+
+def gif(film: Film, truth: Float[Tensor, "batch channel height width"] | None) -> bytes:
+    """The film as an animated GIF: the original on the left where it is known, and the step below.
+
+    Args:
+        truth: the original; its images are put in the order of the last frame's.
+    """
+    original = None
+    if truth is not None:
+        order = match(film.frames[-1], truth)  # of each original the image that came back for it
+        truth = truth[order.argsort()]
+        original = enlarged(truth)
+    sheets = []
+    for frame, step in zip(film.frames, film.steps, strict=True):
+        picture = enlarged(frame)
+        left = 0 if original is None else original.width + GAP
+        sheet = Image.new("RGB", (left + picture.width, picture.height + _LINE), PAPER)
+        if original is not None:
+            sheet.paste(original, (0, 0), original)
+        sheet.paste(picture, (left, 0), picture)
+        said = f"step {step}"
+        if truth is not None:
+            said += f", {float(psnr(mse(frame, truth).mean())):.1f} dB"
+        ImageDraw.Draw(sheet).text((left, picture.height + 6), said, INK, font(14))
+        sheets.append(sheet.quantize(128))
+    content, times = BytesIO(), [1000 * _SECONDS] * (len(sheets) - 1) + [1000 * _LAST_SECONDS]
+    sheets[0].save(content, "GIF", save_all=True, append_images=sheets[1:], duration=times, loop=0)
+    return content.getvalue()
+
+
+def film_html(content: bytes, attack: str, film: Film | None) -> str:
+    """The film as an element of the page, with the falling objective where the film was made in this run."""
+    words = f"{attack}: the first victim on the way"
+    url = base64.b64encode(content).decode()
+    shown = f"<img style='max-width: 100%' alt='{escape(words)}' src='data:image/gif;base64,{url}'>"
+    known = (
+        [] if film is None else [(s, v) for s, v in zip(film.steps, film.objectives, strict=True) if math.isfinite(v)]
+    )
+    if len(known) < 2:
+        return shown
+    steps, values = ([float(one[place]) for one in known] for place in (0, 1))
+    panel = Panel("step", "objective", [Series("objective", steps, values, kind="smooth")], log=min(values) > 0)
+    return shown + chart([panel], f"{attack}: the objective at each frame")
