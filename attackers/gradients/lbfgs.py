@@ -59,7 +59,8 @@ def minimise(
     capture = capture_on(start.device)
     captured = capture is not None
     every = CUDA_EVERY if captured else 1
-    for block in torch.split(torch.arange(len(start), device=start.device), CUDA_BLOCK if captured else CPU_BLOCK):
+    blocks = torch.split(torch.arange(len(start), device=start.device), CUDA_BLOCK if captured else CPU_BLOCK)
+    for place, block in enumerate(blocks):
         search = _Search(objective, start[block], block, history, tolerance, asks=not captured)
         step = Repeated(search.advance, capture)
         for number in progress(range(steps - 1), label):
@@ -75,7 +76,7 @@ def minimise(
                     search.keep(going.nonzero().squeeze(1))
                     step = Repeated(search.advance, capture)
             step()
-            if image and int(block[0]) == 0:
+            if image and place == 0:
                 shown(lambda: _first(search, points, values, image))  # noqa: B023  (called at once)
         points[search.elements], values[search.elements] = search.x, search.value
     return points, values

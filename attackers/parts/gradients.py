@@ -137,7 +137,7 @@ class Match:
         if elements is None:
             if len(images) in self.sizes:
                 return self._chunk(images, target, None, soft)
-            elements = torch.arange(len(self.leak))
+            elements = torch.arange(len(self.leak), device=images.device)
         where = elements.to(images.device)
         parts = [self._chunk(images[rows], target[rows], where[rows], soft) for rows in _chunks(len(where), self.chunk)]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
