@@ -31,6 +31,7 @@ from fedtap.scenarios.command.catalogue import LISTS, in_full, listed
 from fedtap.scenarios.command.help import explain
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan
+from fedtap.scenarios.command.results import results_cli
 from fedtap.scenarios.command.runs import COMMANDS_ON_RUNS, answer, files
 from fedtap.scenarios.course.command import course_cli, grade_command
 from fedtap.simulator.errors import FedtapError, Stopped, short, unknown
@@ -54,7 +55,7 @@ Out = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run with other settings in that folder.")]
 COMMANDS = (
-    *("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade", "bench"),
+    *("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade", "bench", "results"),
     *dict(COMMANDS_ON_RUNS),
 )
 SAYS = "This option and those below say what the client did, in place of the leak's JSON."
@@ -65,7 +66,7 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap audit APP, fedtap
     audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, fedtap bench,
-    and of what runs left fedtap show, open, compare, index."""
+    and of what runs left fedtap show, open, compare, index, and results add and build."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
@@ -377,6 +378,7 @@ cli.command("audit-dp")(audit_dp_command)
 cli.command("grade")(grade_command)
 cli.add_typer(course_cli, name="course")
 cli.add_typer(bench_cli, name="bench")
+cli.add_typer(results_cli, name="results")
 for _name, _command in COMMANDS_ON_RUNS:
     cli.command(_name)(_command)
 

@@ -110,6 +110,8 @@ class Page:
     """Tables that a terminal shows beside that of the rows."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Setting -> its default in words: the page folds what is left at it."""
+    has_files: bool = True
+    """Whether rows.jsonl and rows.csv lie beside it."""
 
 
 def write(folder: Path, page: Page, rows: Group) -> None:
@@ -146,7 +148,7 @@ def html(page: Page, rows: Group) -> str:
         *(f"<h2>{escape(heading)}</h2>{chart}" for heading, chart in charts if "<svg" not in chart),
         *(_folded(heading, _figure(heading, chart)) for heading, chart in charts if "<svg" in chart),
         *(f"<h2>{heading}</h2>{listing(*made)}" for heading, made in tables.items()),
-        "<p class='keep'>All rows, with every column: <a href='rows.jsonl'>JSON</a> <a href='rows.csv'>CSV</a></p>",
+        _ROWS if page.has_files else "",
         *below,
         f"<h2>What was expected</h2><p>{escape(expected)}</p>" if expected else "",
         f"<h2>Threat model</h2><p>{escape(page.threat)}</p>",
@@ -181,6 +183,9 @@ def _plain(value: object) -> object:
     if isinstance(value, list | dict):
         return json.dumps(value)
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+_ROWS = "<p class='keep'>All rows, with every column: <a href='rows.jsonl'>JSON</a> <a href='rows.csv'>CSV</a></p>"
 
 
 def failures(rows: Group) -> list[str]:
