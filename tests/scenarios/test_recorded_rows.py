@@ -1,4 +1,7 @@
-"""Rows that fedtap 0.1 left, of runs whose figures do not depend on the machine: they are the same now, to 1e-6."""
+"""Rows that fedtap 0.1 left, of runs whose figures do not depend on the machine: they are the same now, to 1e-5.
+
+Clients that take one step are computed together since, in which the last digits of float32 differ.
+"""
 
 from __future__ import annotations
 
@@ -26,5 +29,5 @@ def test_figures_are_those_that_were_recorded(run: dict[str, Any], tmp_path: Pat
     assert len(rows) == len(run["rows"])
     for row, recorded in zip(rows, run["rows"], strict=True):
         for name, value in recorded.items():
-            expected = pytest.approx(value, rel=1e-6, abs=1e-6) if isinstance(value, float | list) else value
+            expected = pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float | list) else value
             assert row[name] == expected, name

@@ -310,7 +310,8 @@ def test_a_run_in_which_every_row_is_an_error_ends_in_exit_code_1(
     def fails(*_: object, **__: object) -> object:
         raise ValueError("no data today")
 
-    monkeypatch.setattr("fedtap.clients.honest.sgd", fails)
+    for step in ("gradients", "sgd"):  # of clients together, and of each
+        monkeypatch.setattr(f"fedtap.clients.honest.{step}", fails)
     words = ["run", "first_leak", "--victims", "1", "--size", "8", "--attack", "linear", "--model", "mlp"]
     monkeypatch.setattr(sys, "argv", ["fedtap", *words, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

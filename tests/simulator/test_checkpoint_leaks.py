@@ -74,7 +74,7 @@ def test_a_tuned_lora_computes_what_its_client_did() -> None:
     ids, _ = public()
     with torch.no_grad():
         wanted = theirs.losses(ids[:9], None)
-        torch.testing.assert_close(ours.losses(ids[:9], None), wanted)  # type: ignore[operator]
+        torch.testing.assert_close(ours.losses(ids[:9], None), wanted, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
         assert not torch.allclose(broadcast("decoder", adapter=True).losses(ids[:9], None), wanted, atol=1e-2)
 
 

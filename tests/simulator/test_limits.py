@@ -84,7 +84,7 @@ def test_a_late_reply_is_heard_in_no_round_and_the_others_go_on(unasked: bool) -
         return sound(order, context)
 
     expected = heard_by(Engine(app_of(failing), 3))
-    tardy = Tardy(sound, 3, unasked)
+    tardy = Tardy(app_of(sound), 3, unasked)  # whose clients are computed one by one, as those that fail are
     heard = heard_by(Limited(tardy, 1.0))
     assert len(tardy.late) == 1
     assert {*heard.leaks} == {*expected.leaks} == {(0, 1), (1, 1), (0, 2), (0, 3), (1, 3)}
