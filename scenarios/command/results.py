@@ -78,7 +78,6 @@ def results_build_command(
                 name: f"fedtap {run.about['versions']['fedtap']}, {run.about.get('device')}"
                 for name, run in entries.items()
             },
-            has_files=False,
         ),
         rows,
     )

@@ -110,8 +110,6 @@ class Page:
     """Tables that a terminal shows beside that of the rows."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Setting -> its default in words: the page folds what is left at it."""
-    has_files: bool = True
-    """Whether rows.jsonl and rows.csv lie beside it."""
 
 
 def write(folder: Path, page: Page, rows: Group) -> None:
@@ -123,11 +121,15 @@ def write(folder: Path, page: Page, rows: Group) -> None:
     if page.pictures:
         write_atomically(folder / "strip.png", strip(page.pictures))
     write_atomically(folder / "rows.csv", as_csv(rows).encode(errors="replace"))
-    write_atomically(folder / "report.html", html(page, rows).encode())
+    write_atomically(folder / "report.html", html(page, rows, files=_ROWS).encode())
 
 
-def html(page: Page, rows: Group) -> str:
-    """The page of these rows."""
+def html(page: Page, rows: Group, files: str = "") -> str:
+    """The page of these rows.
+
+    Args:
+        files: where else they are, in HTML.
+    """
     question, _, expected = page.question.partition("\n\n")
     unfinished = ["This run is not finished: the page is about what was done by then."] * (not page.finished)
     tables = {"Summary": summary(rows, page.columns), "Every row": single(rows, page.columns)}
@@ -148,7 +150,7 @@ def html(page: Page, rows: Group) -> str:
         *(f"<h2>{escape(heading)}</h2>{chart}" for heading, chart in charts if "<svg" not in chart),
         *(_folded(heading, _figure(heading, chart)) for heading, chart in charts if "<svg" in chart),
         *(f"<h2>{heading}</h2>{listing(*made)}" for heading, made in tables.items()),
-        _ROWS if page.has_files else "",
+        files,
         *below,
         f"<h2>What was expected</h2><p>{escape(expected)}</p>" if expected else "",
         f"<h2>Threat model</h2><p>{escape(page.threat)}</p>",
