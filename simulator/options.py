@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -83,6 +84,24 @@ def options_of(scenario: type[Any]) -> Mapping[str, Known]:
         values = field.metadata.get("sweep", (field.default,))
         found[field.name] = Known(field.name, str if choices else kind, choices, option, values)
     return found
+
+
+def command_line(name: str, values: Mapping[str, Sequence[Any]], options: Mapping[str, Known]) -> str:
+    """`fedtap run NAME` with the options that are not at their defaults, quoted for a shell.
+
+    Args:
+        values: option -> all values that it has in the run, each once; what is no option is left out.
+    """
+    words = ["fedtap", "run", name]
+    for option, known in options.items():
+        written = ",".join(map(_written, values.get(option, known.values)))
+        if written != ",".join(map(_written, known.values)):
+            words += [known.flag, written]
+    return shlex.join(words)
+
+
+def _written(value: Any) -> str:
+    return format(value, ".12g") if isinstance(value, float) else str(value)
 
 
 def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:

@@ -17,14 +17,16 @@ import torch
 from flwr.serverapp import Grid
 
 from fedtap.simulator.attack import Attack, Reconstructed, Reconstruction
+from fedtap.simulator.defences.notation import described
 from fedtap.simulator.errors import ClientError, DamagedError, FedtapError, short
 from fedtap.simulator.film import Film, filming
 from fedtap.simulator.leaks import Leak
-from fedtap.simulator.options import options_of
+from fedtap.simulator.options import command_line, options_of
 from fedtap.simulator.progress import progress
 from fedtap.simulator.report.film import film_html, gif
 from fedtap.simulator.report.folder import SCHEMA, Folder, check_folder
 from fedtap.simulator.report.page import Page, write
+from fedtap.simulator.report.papers import papers_of
 from fedtap.simulator.report.pictures import Picture
 from fedtap.simulator.scenario import Name, Observed, Row, Scenario, Scored, Session, Trial
 from fedtap.simulator.wire.soundness import doubts, unexplained, warned
@@ -281,12 +283,13 @@ class _Run:
     def _write(self, *, finished: bool) -> None:
         """strip.png and report.html of all that is done by now."""
         folder, first = self._folder(), self.settings[0]
+        options = options_of(type(first))
         sound = [row for row in folder.rows if not is_failure(row)]
         swept = dict(first.swept)
-        told: dict[str, dict[str, None]] = {}
+        told: dict[str, dict[str, Any]] = {}
         for setting in self.settings:
             for name, value in setting.told().items():
-                told.setdefault(name, {})[str(value)] = None
+                told.setdefault(name, {})[str(value)] = value
         page = Page(
             title=first.name,
             question=first.question,
@@ -297,9 +300,10 @@ class _Run:
             finished=finished,
             charts=(dict(first.charts(sound)) if sound else {}) | self.sections,
             pictures=list(self.pictures.values()),
-            defaults={
-                name: str(known.values[0]) for name, known in options_of(type(first)).items() if len(known.values) == 1
-            },
+            defaults={name: str(known.values[0]) for name, known in options.items() if len(known.values) == 1},
+            command=command_line(first.name, {name: list(values.values()) for name, values in told.items()}, options),
+            papers=papers_of(attack for setting in self.settings for attack in setting.attacks)
+            | papers_of(part for setting in self.settings for part in described(getattr(setting, "defence", "none"))),
         )
         write(folder.path, *first.shown_on(page, folder.rows))
 

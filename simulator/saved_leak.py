@@ -19,6 +19,7 @@ from fedtap.simulator.leaks import Leak, Protocol
 from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.folder import SCHEMA, Folder, check_folder
 from fedtap.simulator.report.page import Page, write
+from fedtap.simulator.report.papers import papers_of
 from fedtap.simulator.report.pictures import Picture, png
 from fedtap.simulator.run import doubts_of, environment, finite, hyperparameters, label_of, unexplained_of, unit_of
 from fedtap.simulator.scenario import Row
@@ -176,6 +177,7 @@ def attack_saved(
         environment=folder.about["versions"] | {"device": folder.about["device"]},
         columns=columns_of_found(folder.rows),
         pictures=[*pictures.values()],
+        papers=papers_of(panel),
         notes=["Reconstructions are in reconstructions/, images also in pictures/."],
     )
     write(folder.path, page, folder.rows)

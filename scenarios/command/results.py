@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fedtap.scenarios import SCENARIOS
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.options import options_of
-from fedtap.simulator.report.columns import Column, said
+from fedtap.simulator.options import command_line, options_of
+from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.saved_run import SavedRun, read_run, runs_below
 
 results_cli = typer.Typer(no_args_is_help=True, help="Runs of many people in one table, with command and hash of each.")
@@ -122,14 +121,5 @@ def hash_of(run: SavedRun) -> str:
 
 def command_of(run: SavedRun) -> str:
     """The command line that gives these rows, as far as run.json says: options that are not at their defaults."""
-    words = ["fedtap", "run", run.name]
-    if run.name in SCENARIOS:
-        known = options_of(SCENARIOS[run.name])
-        for name, values in run.options.items():
-            if name in known and [said(value) for value in values] != [said(value) for value in known[name].values]:
-                words += [known[name].flag, ",".join(_written(value) for value in values)]
-    return shlex.join(words)
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    known = options_of(SCENARIOS[run.name]) if run.name in SCENARIOS else {}
+    return command_line(run.name, run.options, known)

@@ -1,6 +1,6 @@
 """DP-SGD by Opacus.
 
-Abadi et al. 2016, https://arxiv.org/abs/1607.00133; Opacus, Yousefpour et al. 2021, https://arxiv.org/abs/2109.12298.
+Abadi et al. 2016, https://arxiv.org/abs/1607.00133; Opacus: Yousefpour et al. 2021, https://arxiv.org/abs/2109.12298.
 Departs from the paper in one way: a batch is the client's own, of one size, and not a Poisson sample.
 """
 
@@ -44,7 +44,7 @@ from fedtap.simulator.leaks import Tensors
 class DPSGD(StepDefence):
     """Clips each example's gradient and adds Gaussian noise to their sum, all over the batch's size: DP-SGD by Opacus.
 
-    Abadi et al. 2016, https://arxiv.org/abs/1607.00133; Opacus, Yousefpour et al. 2021,
+    Abadi et al. 2016, https://arxiv.org/abs/1607.00133; Opacus: Yousefpour et al. 2021,
     https://arxiv.org/abs/2109.12298. Departs from the paper in one way: a batch is the client's own, of one size, and
     not a Poisson sample.
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.report.columns import Column, Group, legend, listing, single, summary
+from fedtap.simulator.report.papers import Paper, papers_html
 from fedtap.simulator.report.pictures import Picture, gallery, strip
 from fedtap.simulator.report.script import SCRIPT
 
@@ -72,6 +73,9 @@ td.words, td.sentence { white-space: normal; min-width: 13em; } td.sentence { mi
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
 dt { color: var(--pale); }
 dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; font-family: ui-monospace, monospace; }
+dl.papers dd { font-family: inherit; } dd a { color: inherit; }
+pre { margin: 0; padding: 10px 12px; font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 10px; background: var(--panel); }
 svg { display: block; width: 100%; height: auto; }
 @media (max-width: 600px) { main { padding: 16px 16px 64px; } h1 { font-size: 1.5rem; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } }
@@ -79,8 +83,9 @@ svg { display: block; width: 100%; height: auto; }
 .dots i { position: absolute; width: 6px; height: 6px; margin: -3px; border-radius: 3px; background: var(--ink);
   opacity: .35; }
 .dots b { position: absolute; top: 2px; bottom: 0; border-left: 2px solid var(--mark); }
-@media print { .scroll { max-height: none; overflow: visible; } input, .keep { display: none; }
-  th, td { padding: 3px 4px; } table { font-size: .7rem; } tr { break-inside: avoid; } }
+@media print { main { padding: 0; } .scroll { max-height: none; overflow: visible; } input, .keep { display: none; }
+  th, td { padding: 2px 3px; } table { font-size: .6rem; } tr { break-inside: avoid; } .dots { width: 64px; }
+  :is(td.words, td.sentence, .pictures, .figure svg, .figure svg.panels) { min-width: 0 !important; } }
 """
 
 
@@ -110,6 +115,10 @@ class Page:
     """Tables that a terminal shows beside that of the rows."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Setting -> its default in words: the page folds what is left at it."""
+    command: str = ""
+    """The command line that gives the rows, for a shell; empty where there is none."""
+    papers: Mapping[str, Sequence[Paper]] = field(default_factory=dict)
+    """Attack or defence -> the papers that it comes from."""
 
 
 def write(folder: Path, page: Page, rows: Group) -> None:
@@ -154,7 +163,9 @@ def html(page: Page, rows: Group, files: str = "") -> str:
         *below,
         f"<h2>What was expected</h2><p>{escape(expected)}</p>" if expected else "",
         f"<h2>Threat model</h2><p>{escape(page.threat)}</p>",
+        f"<h2>Papers</h2>{papers_html(page.papers)}" if page.papers else "",
         f"<h2>Settings</h2>{_settings(page)}",
+        f"<h2>Command</h2><pre class='copied'>{escape(page.command)}</pre>" if page.command else "",
         _folded("Environment", _definitions(page.environment)),
     ]
     whole = (

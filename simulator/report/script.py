@@ -1,4 +1,5 @@
-"""The page's own script: tables that sort, pictures that slide to the original, charts to keep as files.
+"""The page's own script: tables that sort, pictures that slide to the original, charts to keep as files,
+commands and BibTeX to copy.
 
 It is part of the page and asks nobody for anything; without it the page shows the same.
 """
@@ -31,6 +32,18 @@ for (const box of document.querySelectorAll('.slides')) {
   Object.assign(slider, {type: 'range', min: 0, max: 100, value: 0, ariaLabel: 'how much of the original is shown'});
   slider.oninput = () => box.style.setProperty('--shown', slider.value + '%');
   box.after(slider);
+}
+for (const text of document.querySelectorAll('pre.copied')) {
+  const bar = document.createElement('p'), button = document.createElement('button');
+  bar.className = 'keep';
+  bar.ariaLive = 'polite';
+  button.textContent = 'Copy';
+  button.onclick = async () => {
+    getSelection().selectAllChildren(text);  /* where the clipboard is closed, it is marked */
+    await navigator.clipboard?.writeText(text.textContent).then(() => button.textContent = 'Copied', () => {});
+  };
+  bar.append(button);
+  text.after(bar);
 }
 const keep = (url, name) => Object.assign(document.createElement('a'), {href: url, download: name}).click();
 for (const box of document.querySelectorAll('.figure')) {

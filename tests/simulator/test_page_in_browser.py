@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fedtap.scenarios.command.results import command_of
+from fedtap.simulator.report.saved_run import read_run
 from tests.support.played import command
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -20,14 +22,31 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 RUNS = {
     "first_leak": ("--attack", "idlg(steps=3),linear", "--model", "mlp"),
-    "batch_size": ("--attack", "idlg(steps=3),inverting_gradients(steps=3)", "--batch", "1,16", "--victims", "2"),
+    "batch_size": (
+        "--attack",
+        "idlg(steps=3),inverting_gradients(steps=3)",
+        "--batch",
+        "1,16",
+        "--victims",
+        "2",
+        "--defence",
+        "prune(0.5)",
+    ),
     "secagg": ("--attack", "idlg(steps=3)", "--clients", "3", "--victims", "2"),
 }
 
+LISTENER = """<script>
+const seen = {errors: []};
+window.addEventListener('error', event => seen.errors.push(event.message));
+window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
+console.error = console.warn = (...words) => seen.errors.push(words.join(' '));
+</script>"""
+"""Stands before all else on the page, so that errors of the page's own script are heard."""
+
 PROBE = """
 <script>
-const seen = {errors: [], requests: performance.getEntriesByType('resource').map(one => one.name)};
-window.addEventListener('error', event => seen.errors.push(event.message));
+seen.requests = performance.getEntriesByType('resource').map(one => one.name);
+seen.width = innerWidth;
 seen.across = document.documentElement.scrollWidth - innerWidth;
 seen.cut = [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)
   .map(box => box.ariaLabel);
@@ -47,8 +66,15 @@ seen.clip = getComputedStyle(slider.previousElementSibling.lastElementChild).cli
 seen.unnamed = [...document.querySelectorAll('button, input, img, [role=region]')].filter(one =>
   !(one.textContent.trim() || one.ariaLabel || one.hasAttribute('alt'))).length;
 seen.charts = document.querySelectorAll('.figure svg').length;
-seen.keep = [...document.querySelectorAll('.keep button')].map(one => one.textContent);
-document.documentElement.dataset.seen = JSON.stringify(seen);
+seen.keep = [...document.querySelectorAll('.keep button')].map(one => one.textContent).filter(one => one !== 'Copy');
+for (const folded of document.querySelectorAll('details')) folded.open = true;
+seen.unfolded = document.documentElement.scrollWidth - innerWidth;
+seen.copied = [...document.querySelectorAll('pre.copied')].map(text => {
+  text.closest('details')?.setAttribute('open', '');
+  text.nextElementSibling.querySelector('button').click();
+  return [text.textContent, String(getSelection())];
+});
+setTimeout(() => parent.postMessage(JSON.stringify(seen), '*'), 200);
 </script>
 """
 
@@ -61,14 +87,29 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder / "report.html"
 
 
-def probed(page: Path, width: int) -> dict[str, Any]:
-    """What the probe saw at this width, in pixels."""
-    copy = page.with_name(f"probe-{width}.html")
-    copy.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+def probed(page: Path, width: int, printed: bool) -> dict[str, Any]:
+    """What the probe saw in a frame of this width, in pixels: a window of Chromium's is no narrower than 500.
+
+    Args:
+        printed: whether the page looks as it does on paper.
+    """
+    copy, frame = page.with_name(f"probe-{width}.html"), page.with_name(f"frame-{width}.html")
+    text = page.read_text().replace("<head>", "<head>" + LISTENER).replace("</body>", PROBE + "</body>")
+    copy.write_text(text.replace("@media print", "@media all") if printed else text)
+    frame.write_text(
+        "<script>addEventListener('message', event => document.documentElement.dataset.seen = event.data)</script>"
+        f"<iframe src='{copy.name}' style='border: 0; width: {width}px; height: 1000px'></iframe>"
+    )
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom")
-    profile = f"--user-data-dir={page.with_name('profile')}"
     done = subprocess.run(
-        [str(CHROMIUM), *flags, profile, f"--window-size={width},1000", copy.as_uri()],
+        [
+            str(CHROMIUM),
+            *flags,
+            f"--user-data-dir={page.with_name('profile')}",
+            "--window-size=1400,1100",
+            "--virtual-time-budget=5000",
+            frame.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -77,16 +118,22 @@ def probed(page: Path, width: int) -> dict[str, Any]:
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stdout[-500:] + done.stderr[-500:]
     seen: dict[str, Any] = json.loads(unescape(found[1]))
+    assert seen["width"] == width
     return seen
 
 
-@pytest.mark.parametrize("width", [500, 1280])
+A4 = 718
+"""Of an A4 page between its margins, in CSS pixels."""
+
+
+@pytest.mark.parametrize("width", [390, 1280, A4])
 def test_a_page_fits_and_works(page: Path, width: int) -> None:
-    seen = probed(page, width)
+    seen = probed(page, width, printed=width == A4)
     assert seen["errors"] == []
     assert seen["requests"] == []
     assert seen["across"] <= 0
-    if width == 1280:
+    assert seen["unfolded"] <= 0
+    if width != 390:
         assert seen["cut"] == []
     assert seen["rising"] == sorted(seen["rising"])
     assert seen["falling"] == sorted(seen["rising"], reverse=True)
@@ -94,3 +141,7 @@ def test_a_page_fits_and_works(page: Path, width: int) -> None:
     assert seen["clip"] == "inset(0px 40% 0px 0px)"
     assert seen["unnamed"] == 0
     assert seen["keep"] == ["SVG", "PNG"] * seen["charts"]
+    (entries, line), chosen = zip(*seen["copied"], strict=True)
+    assert [text.strip() for text in chosen] == [entries.strip(), line]
+    assert entries.startswith("@misc{zhao2020,")
+    assert line == command_of(read_run(page.parent))
