@@ -23,7 +23,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 from pkgutil import extend_path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Sequence
@@ -168,6 +168,10 @@ def load(path: str | Path, model: str | None = None) -> Leak:
     return load(Path(path), architecture, model)
 
 
+@overload
+def run(scenario: str, *, as_frame: Literal[False], **others: Any) -> list[Row]: ...
+@overload
+def run(scenario: str, *, as_frame: bool | None = None, **others: Any) -> Any: ...
 def run(
     scenario: str,
     *,
@@ -175,9 +179,11 @@ def run(
     data_root: str | Path = "data",
     device: str = "",
     overwrite: bool = False,
+    as_frame: bool | None = None,
     **options: Any,
-) -> list[Row]:
-    """Play a scenario in this process, as `fedtap run` does, and return its rows.
+) -> Any:
+    """Play a scenario in this process, as `fedtap run` does, and return its rows: a pandas DataFrame if pandas is
+    installed (extra `pandas`), else a list of dictionaries.
 
     Args:
         scenario: its name, as `fedtap list` shows it.
@@ -185,12 +191,21 @@ def run(
         data_root: folder that holds the data sets.
         device: cpu, cuda or cuda:N; cuda if there is one, unless said.
         overwrite: replace a run with other settings that `out` holds.
+        as_frame: True: a DataFrame; False: a list, whatever is installed. A column that a row lacks is NaN in a frame.
         options: the scenario's own, `victims=3, attack="idlg(steps=20)"`; a list of values is swept.
 
     Raises:
-        FedtapError: there is no such scenario or option, or it cannot be played.
+        FedtapError: there is no such scenario or option, it cannot be played, or a frame is asked for without pandas.
     """
+    from importlib.util import find_spec
+
     from fedtap.scenarios.app import in_process
+    from fedtap.simulator.errors import FedtapError
+
+    if as_frame and not find_spec("pandas"):
+        raise FedtapError(
+            "pandas is not installed, which makes a DataFrame: pip install 'fedtap[pandas]', or leave as_frame out."
+        )
 
     run_config: UserConfig = {
         "out": str(out or ""),
@@ -198,4 +213,9 @@ def run(
         "device": device,
         "overwrite": overwrite,
     }
-    return in_process(scenario, options, run_config)
+    rows = in_process(scenario, options, run_config)
+    if as_frame is False or not find_spec("pandas"):
+        return rows
+    import pandas
+
+    return pandas.DataFrame(rows)

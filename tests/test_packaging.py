@@ -71,7 +71,7 @@ def test_an_attack_is_a_text_or_a_value(tmp_path: Path) -> None:
 
 def test_a_run_from_python_returns_the_rows_that_it_leaves(tmp_path: Path) -> None:
     options = {"victims": 1, "model": "mlp", "size": 8, "attack": "linear", "seed": [1, 2]}
-    found = fedtap.run("first_leak", out=tmp_path, device="cpu", **options)
+    found = fedtap.run("first_leak", out=tmp_path, device="cpu", as_frame=False, **options)
     assert [(row["attack"], row["seed"], row["label_correct"]) for row in found] == [("linear", 1, 1), ("linear", 2, 1)]
     assert json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0]) == found[0]
     leak = fedtap.load(tmp_path / "leaks" / "part_0.safetensors")
@@ -80,6 +80,25 @@ def test_a_run_from_python_returns_the_rows_that_it_leaves(tmp_path: Path) -> No
         fedtap.run("first_leak", out=tmp_path, **{**options, "victims": 2})
     with pytest.raises(FedtapError, match="did you mean --victims"):
         fedtap.run("first_leak", victim=1)
+
+
+def test_rows_are_a_frame_if_pandas_is_there(tmp_path: Path) -> None:
+    options = {"victims": 1, "model": "mlp", "size": 8, "attack": "linear,grey", "seed": [1, 2], "device": "cpu"}
+    pandas = pytest.importorskip("pandas")
+    frame = fedtap.run("first_leak", out=tmp_path, **options)
+    assert isinstance(frame, pandas.DataFrame)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [*frame["psnr"]] == [row["psnr"] for row in rows]
+    assert {*frame.columns} == {name for row in rows for name in row}
+    assert frame.groupby("attack")["psnr"].count().to_dict() == {"grey": 2, "linear": 2}
+
+
+def test_rows_are_a_list_without_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    options = {"victims": 1, "model": "mlp", "size": 8, "attack": "linear", "device": "cpu"}
+    assert type(fedtap.run("first_leak", out=tmp_path, **options)) is list
+    with pytest.raises(FedtapError, match=r"pip install 'fedtap\[pandas\]'"):
+        fedtap.run("first_leak", out=tmp_path, as_frame=True, **options)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ class LocalRows:
 
     def to_pandas(self) -> Any:
         """As a DataFrame."""
-        import pandas  # type: ignore[import-untyped]
+        import pandas
 
         return pandas.DataFrame(dict(self[:]))
 

@@ -47,7 +47,8 @@ def kept(document: Mapping[str, Any], form: Mapping[str, Any]) -> bool:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that swept two values, given as a sequence."""
     out = tmp_path_factory.mktemp("swept") / "out"
-    rows = fedtap.run("noise", sigma=[0, 1e-2], victims=1, attack="linear", model="mlp", out=out, device="cpu")
+    options = {"victims": 1, "attack": "linear", "model": "mlp"}
+    rows = fedtap.run("noise", sigma=[0, 1e-2], out=out, device="cpu", as_frame=False, **options)
     assert [(row["sigma"], row["attack"]) for row in rows] == [(0.0, "linear"), (0.01, "linear")]
     assert all(type(row) is dict for row in rows)
     return out

@@ -55,8 +55,8 @@ answers["crossing"] = None  # a batch size
 
 # %%
 attack = "idlg(steps=5)" if QUICK else "idlg(steps=100)"
-rows = fedtap.run("batch_size", batch=[1, 2], victims=1, size=16, attack=attack, out="batches", overwrite=True)
-for row in rows:
+settings = {"batch": [1, 2], "victims": 1, "size": 16, "attack": attack}
+for row in fedtap.run("batch_size", **settings, out="batches", overwrite=True, as_frame=False):
     print(row["batch"], row["psnr_images"])
 
 # %% [markdown]

@@ -85,8 +85,8 @@ answers["accuracy"] = None  # a number
 # %%
 import fedtap
 
-rows = fedtap.run("canary", canaries=2, epsilon=[1.0, 4.0], trials=TRIALS, exchanges=2, out="canaries", overwrite=True)
-for row in rows:
+settings = {"canaries": 2, "epsilon": [1.0, 4.0], "trials": TRIALS, "exchanges": 2}
+for row in fedtap.run("canary", **settings, out="canaries", overwrite=True, as_frame=False):
     print(f"ε = {row['epsilon']}: won {row['success']:.1%}, theory allows {row['bound']:.1%}")
 
 # %% [markdown]
