@@ -69,6 +69,7 @@ td.words, td.sentence { white-space: normal; min-width: 13em; } td.sentence { mi
 .pictures tbody th { position: static; background: none; text-align: left; color: var(--pale); font-weight: 400;
   white-space: pre-line; overflow-wrap: anywhere; }
 .pictures img { display: block; width: 100%; max-width: 144px; margin: 0 auto 4px; border-radius: 4px; }
+.many :is(img, .slides, input) { max-width: 216px; } .whole :is(img, .slides, input) { max-width: 480px; }
 .pixels { image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: .9rem; }
 dt { color: var(--pale); }

@@ -125,7 +125,7 @@ def gallery(pictures: Sequence[Picture], blind: str = "public images") -> str:
     ) * any(picture.original is not None for picture in pictures)
     more = pictures[_AT_ONCE:]
     folded = f"<details><summary>{len(more)} more</summary>{_rows_of(more, columns)}</details>" if more else ""
-    cut = [picture for picture in pictures[:_AT_ONCE] if picture.some() is not picture]
+    cut = [picture for picture in pictures if picture.some() is not picture]
     if cut:
         folded += f"<details><summary>All images of these batches</summary>{_rows_of(cut, columns, False)}</details>"
     return f"<h2>Pictures</h2>{_rows_of(pictures[:_AT_ONCE], columns)}{folded}{said}"
@@ -149,11 +149,12 @@ def _rows_of(pictures: Sequence[Picture], columns: Sequence[str], large: bool = 
                 over = picture_html(picture.original, "")
                 shown = f"<span class='slides'>{shown}{over}</span>"
             caption = escape(", ".join(whole.caption(column)))
-            body += f"<td>{shown}<span class='{'leak' if whole.leaked(column) else 'pale'}'>{caption}</span></td>"
+            many = " class='many'" * (images is not None and len(images) > 1)
+            body += f"<td{many}>{shown}<span class='{'leak' if whole.leaked(column) else 'pale'}'>{caption}</span></td>"
         body += "</tr>"
-    width = f"style='min-width: {110 * (len(columns) + 1)}px'"
+    width = f"style='min-width: {110 * (len(columns) + 1) if large else 120 + 250 * len(columns)}px'"
     return scrolled(
-        f"<table class='pictures' {width}><caption>A row for each victim</caption>"
+        f"<table class='pictures{'' if large else ' whole'}' {width}><caption>A row for each victim</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
         f"Pictures of {len(pictures)} victims",
         "max-height: none",

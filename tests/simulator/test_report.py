@@ -583,4 +583,5 @@ def test_of_a_large_batch_the_best_and_the_worst_are_shown() -> None:
     small = Picture("client 0", original[:9], {"idlg": (found[:9], 10.0)}, None)
     assert small.some() is small
     assert "All images of these batches" in gallery([picture])
+    assert "All images of these batches" in gallery([small, small, picture])  # also of one that is folded itself
     assert "All images of these batches" not in gallery([small])
