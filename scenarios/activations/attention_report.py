@@ -35,7 +35,7 @@ def attention_charts(rows: Group, swept: Mapping[str, str]) -> dict[str, str]:
         swept: the settings that have several values in it.
     """
     groups = _labelled(rows, [*swept])
-    columns = [Column("", of=lambda some: next(name for name, one in groups.items() if one == some)), *_COLUMNS]
+    columns = [Column("attack", of=lambda some: next(name for name, one in groups.items() if one == some)), *_COLUMNS]
     some = [*groups.values()]
     made = {"How often, and how fast": f"{listing(some, columns)}<p class='pale'>{escape(legend(columns, some))}</p>"}
     if any(row["path"] for row in rows):

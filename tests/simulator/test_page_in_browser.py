@@ -12,13 +12,20 @@ from typing import Any
 
 import pytest
 
+from fedtap.scenarios.command.plan import plan
 from fedtap.scenarios.command.results import command_of
 from fedtap.simulator.report.saved_run import read_run
-from tests.support.played import command
+from tests.scenarios.test_recorded_rows import DATA, RECORDED
+from tests.support.played import command, play
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+A4 = 718
+"""Of an A4 page between its margins, in CSS pixels."""
+
+WIDTHS = (390, 1280, A4)
 
 RUNS = {
     "first_leak": ("--attack", "idlg(steps=3),linear", "--model", "mlp"),
@@ -43,13 +50,20 @@ console.error = console.warn = (...words) => seen.errors.push(words.join(' '));
 </script>"""
 """Stands before all else on the page, so that errors of the page's own script are heard."""
 
-PROBE = """
-<script>
+LOOK = """<script>
 seen.requests = performance.getEntriesByType('resource').map(one => one.name);
 seen.width = innerWidth;
 seen.across = document.documentElement.scrollWidth - innerWidth;
 seen.cut = [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)
   .map(box => box.ariaLabel);
+for (const folded of document.querySelectorAll('details')) folded.open = true;
+seen.unfolded = document.documentElement.scrollWidth - innerWidth;
+seen.unnamed = [...document.querySelectorAll('button, input, img, [role=region]')].filter(one =>
+  !(one.textContent.trim() || one.ariaLabel || one.hasAttribute('alt'))).length;
+</script>"""
+"""What every page is looked at for: widths with nothing folded but the cut tables, which are those shown at once."""
+
+USE = """<script>
 const table = document.querySelector('table.sortable');
 const place = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent.startsWith('PSNR dB'));
 const column = () => [...table.tBodies[0].rows].map(row => parseFloat(row.cells[place].textContent));
@@ -63,20 +77,16 @@ const slider = document.querySelector('input[type=range]');
 slider.value = 60;
 slider.dispatchEvent(new Event('input'));
 seen.clip = getComputedStyle(slider.previousElementSibling.lastElementChild).clipPath;
-seen.unnamed = [...document.querySelectorAll('button, input, img, [role=region]')].filter(one =>
-  !(one.textContent.trim() || one.ariaLabel || one.hasAttribute('alt'))).length;
 seen.charts = document.querySelectorAll('.figure svg').length;
 seen.keep = [...document.querySelectorAll('.keep button')].map(one => one.textContent).filter(one => one !== 'Copy');
-for (const folded of document.querySelectorAll('details')) folded.open = true;
-seen.unfolded = document.documentElement.scrollWidth - innerWidth;
 seen.copied = [...document.querySelectorAll('pre.copied')].map(text => {
-  text.closest('details')?.setAttribute('open', '');
   text.nextElementSibling.querySelector('button').click();
   return [text.textContent, String(getSelection())];
 });
-setTimeout(() => parent.postMessage(JSON.stringify(seen), '*'), 200);
-</script>
-"""
+</script>"""
+"""How the page of a scenario about images is used."""
+
+REPORT = "<script>setTimeout(() => parent.postMessage(JSON.stringify(seen), '*'), 200)</script>"
 
 
 @pytest.fixture(scope="module", params=list(RUNS))
@@ -87,15 +97,13 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder / "report.html"
 
 
-def probed(page: Path, width: int, printed: bool) -> dict[str, Any]:
+def probed(page: Path, width: int, probe: str) -> dict[str, Any]:
     """What the probe saw in a frame of this width, in pixels: a window of Chromium's is no narrower than 500.
-
-    Args:
-        printed: whether the page looks as it does on paper.
+    At the width of A4 the page looks as it does on paper.
     """
     copy, frame = page.with_name(f"probe-{width}.html"), page.with_name(f"frame-{width}.html")
-    text = page.read_text().replace("<head>", "<head>" + LISTENER).replace("</body>", PROBE + "</body>")
-    copy.write_text(text.replace("@media print", "@media all") if printed else text)
+    text = page.read_text().replace("<head>", "<head>" + LISTENER).replace("</body>", probe + REPORT + "</body>")
+    copy.write_text(text.replace("@media print", "@media all") if width == A4 else text)
     frame.write_text(
         "<script>addEventListener('message', event => document.documentElement.dataset.seen = event.data)</script>"
         f"<iframe src='{copy.name}' style='border: 0; width: {width}px; height: 1000px'></iframe>"
@@ -119,29 +127,34 @@ def probed(page: Path, width: int, printed: bool) -> dict[str, Any]:
     assert found, done.stdout[-500:] + done.stderr[-500:]
     seen: dict[str, Any] = json.loads(unescape(found[1]))
     assert seen["width"] == width
-    return seen
-
-
-A4 = 718
-"""Of an A4 page between its margins, in CSS pixels."""
-
-
-@pytest.mark.parametrize("width", [390, 1280, A4])
-def test_a_page_fits_and_works(page: Path, width: int) -> None:
-    seen = probed(page, width, printed=width == A4)
     assert seen["errors"] == []
     assert seen["requests"] == []
     assert seen["across"] <= 0
     assert seen["unfolded"] <= 0
+    assert seen["unnamed"] == 0
     if width != 390:
         assert seen["cut"] == []
+    return seen
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_fits_and_works(page: Path, width: int) -> None:
+    seen = probed(page, width, LOOK + USE)
     assert seen["rising"] == sorted(seen["rising"])
     assert seen["falling"] == sorted(seen["rising"], reverse=True)
     assert seen["sorted"] == "ascending"
     assert seen["clip"] == "inset(0px 40% 0px 0px)"
-    assert seen["unnamed"] == 0
     assert seen["keep"] == ["SVG", "PNG"] * seen["charts"]
     (entries, line), chosen = zip(*seen["copied"], strict=True)
     assert [text.strip() for text in chosen] == [entries.strip(), line]
     assert entries.startswith("@misc{zhao2020,")
     assert line == command_of(read_run(page.parent))
+
+
+@pytest.mark.parametrize("run", RECORDED[1:], ids=lambda run: run["scenario"])
+def test_the_pages_of_other_scenarios_fit(run: dict[str, Any], tmp_path: Path) -> None:
+    if run["scenario"] == "text_gradients" and not (DATA / "ag_news_test.csv").is_file():
+        pytest.skip(f"{DATA / 'ag_news_test.csv'} is absent: set FEDTAP_DATA_ROOT to the folder that holds it")
+    play(plan(run["scenario"], run["options"]), tmp_path / "out", data_root=DATA)
+    for width in WIDTHS:
+        probed(tmp_path / "out/report.html", width, LOOK)
