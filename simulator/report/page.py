@@ -84,7 +84,8 @@ svg { display: block; width: 100%; height: auto; }
 .dots i { position: absolute; width: 6px; height: 6px; margin: -3px; border-radius: 3px; background: var(--ink);
   opacity: .35; }
 .dots b { position: absolute; top: 2px; bottom: 0; border-left: 2px solid var(--mark); }
-@media print { main { padding: 0; } .scroll { max-height: none; overflow: visible; } input, .keep { display: none; }
+@media print { main { padding: 0; } .scroll { max-height: none; overflow: visible; }
+  input[type=range], .keep { display: none; }
   th, td { padding: 2px 3px; } table { font-size: .6rem; } tr { break-inside: avoid; } .dots { width: 64px; }
   :is(td.words, td.sentence, .pictures, .figure svg, .figure svg.panels) { min-width: 0 !important; } }
 """

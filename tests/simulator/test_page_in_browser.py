@@ -74,6 +74,7 @@ seen.sorted = table.tHead.rows[0].cells[place].ariaSort;
 button.click();
 seen.falling = column();
 const slider = document.querySelector('input[type=range]');
+seen.slides = slider.offsetParent !== null;
 slider.value = 60;
 slider.dispatchEvent(new Event('input'));
 seen.clip = getComputedStyle(slider.previousElementSibling.lastElementChild).clipPath;
@@ -143,6 +144,7 @@ def test_a_page_fits_and_works(page: Path, width: int) -> None:
     assert seen["rising"] == sorted(seen["rising"])
     assert seen["falling"] == sorted(seen["rising"], reverse=True)
     assert seen["sorted"] == "ascending"
+    assert seen["slides"] == (width != A4)  # not on paper
     assert seen["clip"] == "inset(0px 40% 0px 0px)"
     assert seen["keep"] == ["SVG", "PNG"] * seen["charts"]
     (entries, line), chosen = zip(*seen["copied"], strict=True)
