@@ -100,8 +100,12 @@ def parsed(line: str) -> None:
         subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert words[:2] == ["install", "-e"]
-        assert set(re.findall(r"\w+", words[2].removeprefix("."))) <= extras.keys()
+        command, *rest = words
+        (package,) = (word for word in rest if re.fullmatch(r"(fedtap|\.)(\[[\w,]+\])?", word))
+        options = {word for word in rest if word.startswith("-")}
+        assert options in ({"-e"}, {"--wheel-dir"}, {"--no-index", "--find-links"})
+        assert command == ("wheel" if "--wheel-dir" in options else "install")
+        assert set(re.findall(r"\w+", package.removeprefix("fedtap"))) <= extras.keys()
     elif program == "fedtap":
         parsed_fedtap(words)
     elif words[:2] == ["-m", "fedtap.scenarios.certificates"]:

@@ -53,15 +53,21 @@ def new_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
     student: Student = "",
     teacher: Annotated[bool, typer.Option("--teacher", help="With the teacher's notes.")] = False,
+    nbgrader: Annotated[
+        bool, typer.Option("--nbgrader", help="With assignments for nbgrader, notebook.ipynb.")
+    ] = False,
 ) -> None:
     """Copy the course into a folder: a notebook, slides and an empty answers file for each unit."""
     from fedtap.scenarios.course import course_unit
     from fedtap.scenarios.course.grade import write_answers
-    from fedtap.scenarios.course.notebooks import copy_units
+    from fedtap.scenarios.course.notebooks import copy_units, write_for_nbgrader
 
     for place in copy_units(folder, teacher):
         if place.name[0].isdigit():
-            write_answers(place / "answers.json", course_unit(int(place.name[0])), student, overwrite=False)
+            unit = course_unit(int(place.name[0]))
+            write_answers(place / "answers.json", unit, student, overwrite=False)
+            if nbgrader:
+                write_for_nbgrader(place, unit)
         typer.echo(place)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fedtap.scenarios.course.exercise import Unit
 from fedtap.simulator.errors import FedtapError, short
 
 UNITS_FOLDER = Path(__file__).parent / "units"
@@ -75,6 +78,59 @@ def copy_units(where: Path, teacher: bool) -> list[Path]:
     except (OSError, ValueError, shutil.Error) as error:
         raise FedtapError(f"{short(where, 120)} cannot be written ({short(error)}): name another folder.") from error
     return sorted(where.iterdir())
+
+
+def for_nbgrader(path: Path, unit: Unit) -> dict[str, Any]:
+    """A unit's notebook as nbgrader takes an assignment (nbformat 4.5): cells where answers are written may be changed,
+    and a locked cell for each exercise gives its points, in part if need be.
+
+    Metadata by https://nbgrader.readthedocs.io/en/stable/contributor_guide/metadata.html, schema 3.
+    """
+    made = []
+    cells = cells_of(path)
+    last = max(number for number, cell in enumerate(cells) if cell.text)  # "Hand in" comes after all exercises
+    for number, cell in enumerate(cells):
+        if number == last:
+            made += [_graded_cell(unit, one.name, one.minutes) for one in unit.exercises]
+        answers = [one.name for one in unit.exercises if f'answers["{one.name}"] = ' in cell.code]
+        marks = {"nbgrader": _marks(f"answer-{answers[0]}", solution=True)} if answers else {}
+        made.append(_cell(f"cell-{number}", cell.code, marks) if cell.code else _cell(f"cell-{number}", cell.text))
+        if not cell.code:
+            made[-1] |= {"cell_type": "markdown"}
+            del made[-1]["outputs"], made[-1]["execution_count"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}, "cells": made}
+
+
+def _graded_cell(unit: Unit, name: str, minutes: int) -> dict[str, Any]:
+    """A locked cell whose value is the exercise's points, which nbgrader reads."""
+    code = (
+        "from fedtap.scenarios.course.grade import points\n\n"
+        f'points({unit.number}, STUDENT, answers, "{name}")  # of {minutes}'
+    )
+    return _cell(f"points-{name}", code, {"nbgrader": _marks(f"points-{name}", minutes)})
+
+
+def _cell(name: str, source: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A code cell that has not been run."""
+    name = name.replace("_", "-")
+    made = {"cell_type": "code", "id": name, "metadata": metadata or {}, "source": source}
+    return made | {"outputs": [], "execution_count": None}
+
+
+def _marks(name: str, points: int = 0, solution: bool = False) -> dict[str, Any]:
+    """What nbgrader keeps of a cell, which is either one to answer in or one that is graded."""
+    marks: dict[str, Any] = {"schema_version": 3, "grade_id": name, "task": False, "cell_type": "code"}
+    marks |= {"solution": solution, "grade": not solution, "locked": not solution}
+    return marks if solution else marks | {"points": points}
+
+
+def write_for_nbgrader(folder: Path, unit: Unit) -> Path:
+    """Write a unit's assignment beside its notebook, and return where it is."""
+    path = folder / "notebook.ipynb"
+    made = json.dumps(for_nbgrader(folder / "notebook.py", unit), indent=1, ensure_ascii=False)
+    path.write_text(f"{made}\n", encoding="utf-8")
+    return path
 
 
 @dataclass(frozen=True)

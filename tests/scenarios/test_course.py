@@ -16,8 +16,23 @@ from fedtap.scenarios.command.main import main
 from fedtap.scenarios.course import COURSE_UNITS, course_unit, given
 from fedtap.scenarios.course.conformance import broken_rules
 from fedtap.scenarios.course.exercise import Graded, grade_answer, graded_with
-from fedtap.scenarios.course.grade import empty_answers, grade_file, graded, graded_class, hand_in, write_answers
-from fedtap.scenarios.course.notebooks import QUICK, cells_of, copy_units, run_notebook, unit_folders
+from fedtap.scenarios.course.grade import (
+    empty_answers,
+    grade_file,
+    graded,
+    graded_class,
+    hand_in,
+    points,
+    write_answers,
+)
+from fedtap.scenarios.course.notebooks import (
+    QUICK,
+    cells_of,
+    copy_units,
+    for_nbgrader,
+    run_notebook,
+    unit_folders,
+)
 from fedtap.simulator.defences.noise import Noise
 from fedtap.simulator.defences.prune import Prune
 from fedtap.simulator.errors import FedtapError
@@ -204,6 +219,27 @@ def test_answers_with_tensors_are_handed_in(tmp_path: Path) -> None:
     assert grade_file(1, path) == result
 
 
+@pytest.mark.parametrize("number", COURSE_UNITS)
+def test_nbgrader_gives_points_in_cells_that_students_cannot_change(number: int) -> None:
+    (folder,) = (one for one in unit_folders() if one.name.startswith(f"{number}_"))
+    cells = for_nbgrader(folder / "notebook.py", course_unit(number))["cells"]
+    marks = [cell["metadata"]["nbgrader"] for cell in cells if cell["metadata"]]
+    exercises = course_unit(number).exercises
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    assert len({one["grade_id"] for one in marks}) == len(marks)
+    assert [one["points"] for one in marks if one["grade"]] == [one.minutes for one in exercises]
+    assert all(one["locked"] is one["grade"] is not one["solution"] for one in marks)
+    assert sum(one["solution"] for one in marks) == len(exercises)
+    told = given(number, STUDENT)
+    for exercise in exercises:
+        (cell,) = (cell for cell in cells if cell["metadata"] and f'"{exercise.name}")  # of' in cell["source"])
+        answers = {exercise.name: SOLUTIONS[number][exercise.name](told[exercise.name])}
+        names = {"STUDENT": STUDENT, "points": points}
+        call = cell["source"].splitlines()[-1]
+        assert eval(call, names | {"answers": answers}) == exercise.minutes
+        assert eval(call, names | {"answers": {exercise.name: None}}) == 0
+
+
 def test_a_class_is_ranked_by_score_and_then_by_held_out_error(tmp_path: Path) -> None:
     for name, answer in (("Ada", "ridge"), ("Bob", "beat_ridge"), ("=Eve", "none")):
         told = given(5, name)["beat_ridge"]
@@ -246,6 +282,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert said("course", "new", "made", "--student", STUDENT)[0] == 0
     (made,) = Path("made").glob("2_*/answers.json")
     assert json.loads(made.read_text())["student"] == STUDENT
+    assert not [*Path("made").rglob("*.ipynb")]
+    assert said("course", "new", "graded", "--nbgrader")[0] == 0
+    assert len([*Path("graded").glob("*/notebook.ipynb")]) == 6
     monkeypatch.setenv(QUICK, "1")
     code, out, err = said("course", "check", "--unit", "6")
     assert code == 0, err
