@@ -87,16 +87,14 @@ def options_of(scenario: type[Any]) -> Mapping[str, Known]:
 
 
 def command_line(name: str, values: Mapping[str, Sequence[Any]], options: Mapping[str, Known]) -> str:
-    """`fedtap run NAME` with the options that are not at their defaults, quoted for a shell.
+    """`fedtap run NAME` with these options, quoted for a shell.
 
     Args:
-        values: option -> all values that it has in the run, each once; what is no option is left out.
+        values: of each option that was given, all values that it has in the run, each once.
     """
     words = ["fedtap", "run", name]
-    for option, known in options.items():
-        written = ",".join(map(_written, values.get(option, known.values)))
-        if written != ",".join(map(_written, known.values)):
-            words += [known.flag, written]
+    for option, several in values.items():
+        words += [options[option].flag, ",".join(map(_written, several))]
     return shlex.join(words)
 
 

@@ -286,10 +286,10 @@ class _Run:
         options = options_of(type(first))
         sound = [row for row in folder.rows if not is_failure(row)]
         swept = dict(first.swept)
-        told: dict[str, dict[str, Any]] = {}
+        told: dict[str, dict[str, None]] = {}
         for setting in self.settings:
             for name, value in setting.told().items():
-                told.setdefault(name, {})[str(value)] = value
+                told.setdefault(name, {})[str(value)] = None
         page = Page(
             title=first.name,
             question=first.question,
@@ -301,7 +301,7 @@ class _Run:
             charts=(dict(first.charts(sound)) if sound else {}) | self.sections,
             pictures=list(self.pictures.values()),
             defaults={name: str(known.values[0]) for name, known in options.items() if len(known.values) == 1},
-            command=command_line(first.name, {name: list(values.values()) for name, values in told.items()}, options),
+            command=folder.about["command"],
             papers=papers_of(attack for setting in self.settings for attack in setting.attacks)
             | papers_of(part for setting in self.settings for part in described(getattr(setting, "defence", "none"))),
         )
@@ -389,9 +389,24 @@ def described_run(settings: Sequence[Scenario], device: torch.device) -> dict[st
         "schema": SCHEMA,
         "name": first.name,
         "question": first.question,
+        "command": command_of(settings),
         "settings": [{"scenario": type(setting).__name__} | finite(setting.told()) for setting in settings],
         "seed": first.seed,
     } | environment(device)
+
+
+def command_of(settings: Sequence[Scenario]) -> str:
+    """The command line that plays these settings: with the options that were given, or, of settings that no command
+    line made, with those that are not at their defaults."""
+    first = settings[0]
+    options = options_of(type(first))
+    values: dict[str, list[Any]] = {}
+    for name in options:  # a setting of another kind may lack it
+        found = [getattr(setting, name) for setting in settings if hasattr(setting, name)]
+        values[name] = list({str(value): value for value in found}.values())
+    given = [name for name in options if first.given is None and values[name] != list(options[name].values)]
+    given += [name for name in first.given or () if name in options]
+    return command_line(first.name, {name: values[name] for name in given}, options)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

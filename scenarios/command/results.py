@@ -14,9 +14,7 @@ from typing import Annotated
 
 import typer
 
-from fedtap.scenarios import SCENARIOS
 from fedtap.simulator.errors import FedtapError, short
-from fedtap.simulator.options import command_line, options_of
 from fedtap.simulator.report.columns import Column
 from fedtap.simulator.report.saved_run import SavedRun, read_run, runs_below
 
@@ -43,7 +41,7 @@ def results_add_command(
     rows = b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in checked.rows)
     write_atomically(kept / "rows.jsonl", rows)
     write_atomically(kept / "run.json", json.dumps(about, indent=2, allow_nan=False).encode() + b"\n")
-    typer.echo(f"Kept: {kept}   {command_of(checked)}")
+    typer.echo(f"Kept: {kept}   {replayed_by(checked)}")
 
 
 @results_cli.command("build")
@@ -72,7 +70,7 @@ def results_build_command(
             question="What do attacks bring back, under which defence, of which model?\n\nEach line is of one run: the "
             "hash is that of its rows, and among the settings below stands the command that gives them.",
             threat="The column says who observes, where runs differ in it.",
-            settings={f"{run.name} {name}": command_of(run) for name, run in entries.items()},
+            settings={f"{run.name} {name}": replayed_by(run) for name, run in entries.items()},
             environment={
                 name: f"fedtap {run.about['versions']['fedtap']}, {run.about.get('device')}"
                 for name, run in entries.items()
@@ -119,7 +117,7 @@ def hash_of(run: SavedRun) -> str:
     return hashlib.blake2b(content, digest_size=5).hexdigest()
 
 
-def command_of(run: SavedRun) -> str:
-    """The command line that gives these rows, as far as run.json says: options that are not at their defaults."""
-    known = options_of(SCENARIOS[run.name]) if run.name in SCENARIOS else {}
-    return command_line(run.name, run.options, known)
+def replayed_by(run: SavedRun) -> str:
+    """The command line that gives these rows, as run.json has it; runs of earlier versions have none."""
+    said = run.about.get("command")
+    return said if isinstance(said, str) else f"fedtap run {run.name}, with the settings in its run.json"

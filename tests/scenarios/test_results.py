@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 
-from fedtap.scenarios.command.results import command_of, entry, hash_of
+from fedtap.scenarios import SCENARIOS
+from fedtap.scenarios.command.options import pairs
+from fedtap.scenarios.command.plan import plan
+from fedtap.scenarios.command.results import entry, hash_of, replayed_by
 from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.options import options_of
 from fedtap.simulator.report.saved_run import read_run
+from fedtap.simulator.run import command_of
 from tests.support.played import command
 
 WORDS = ("first_leak", "--victims", "2", "--attack", "linear,idlg(steps=3)", "--model", "mlp")
@@ -44,10 +49,28 @@ def test_a_run_is_kept_once_and_stands_on_the_page(
 
 
 def test_the_command_gives_the_rows_again(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(command_of(read_run(played)))
+    words = shlex.split(replayed_by(read_run(played)))
     assert words[:3] == ["fedtap", "run", "first_leak"]
     assert command(monkeypatch, *words[1:], "--out", str(tmp_path / "again")) == 0
     assert hash_of(read_run(tmp_path / "again")) == hash_of(read_run(played))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_command_of_every_scenario_plans_the_same_settings(name: str) -> None:
+    options = options_of(SCENARIOS[name])
+    tried: list[dict[str, str]] = [{}, {"seed": "3"}]
+    tried += [{"victims": "2", "batch": "1,2"}] if {"victims", "batch"} <= options.keys() else []
+    tried += [{"sigma": "0,1e-3"}] if "sigma" in options else []
+    for given in tried:
+        try:
+            settings = plan(name, given)
+        except FedtapError:  # a scenario that takes no such values
+            continue
+        words = shlex.split(command_of(settings))
+        assert words[:3] == ["fedtap", "run", name]
+        again = plan(name, pairs(words[3:]))
+        assert [setting.told() for setting in again] == [setting.told() for setting in settings]
+        assert given or len(words) == 3
 
 
 def _edited(played: Path, to: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:

@@ -286,7 +286,7 @@ TINY = Scene(attack="linear,training_mean", name="tiny", model="mlp", victims=2,
 def plain_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its drawing would take most of the time; it is written all the same."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    monkeypatch.setattr(report, "html", lambda *_: "a page")
+    monkeypatch.setattr(report, "html", lambda *_, **__: "a page")
     monkeypatch.setattr(report, "strip", lambda *_: b"a strip")
 
 
