@@ -29,6 +29,8 @@ QUICK = "FEDTAP_COURSE_QUICK"
 """Environment variable by which notebooks take few steps, for a test of all cells."""
 
 _TEACHER = "teacher.md"
+_SOLUTION = "\n### BEGIN SOLUTION\n### END SOLUTION"
+"""Of a cell to answer in, nbgrader clears what is between these lines; without them, all of it."""
 _CELL = re.compile(r"^# %%(.*)$", re.MULTILINE)
 
 
@@ -94,7 +96,7 @@ def for_nbgrader(path: Path, unit: Unit) -> dict[str, Any]:
             made += [_graded_cell(unit, one.name, one.minutes) for one in unit.exercises]
         answers = [one.name for one in unit.exercises if f'answers["{one.name}"] = ' in cell.code]
         marks = {"nbgrader": _marks(f"answer-{answers[0]}", solution=True)} if answers else {}
-        made.append(_cell(f"cell-{number}", cell.code, marks) if cell.code else _cell(f"cell-{number}", cell.text))
+        made.append(_cell(f"cell-{number}", (cell.code or cell.text) + _SOLUTION * bool(answers), marks))
         if not cell.code:
             made[-1] |= {"cell_type": "markdown"}
             del made[-1]["outputs"], made[-1]["execution_count"]

@@ -230,6 +230,8 @@ def test_nbgrader_gives_points_in_cells_that_students_cannot_change(number: int)
     assert [one["points"] for one in marks if one["grade"]] == [one.minutes for one in exercises]
     assert all(one["locked"] is one["grade"] is not one["solution"] for one in marks)
     assert sum(one["solution"] for one in marks) == len(exercises)
+    answered = [cell["source"] for cell in cells if cell["metadata"].get("nbgrader", {}).get("solution")]
+    assert all("\n### BEGIN SOLUTION\n### END SOLUTION" in source for source in answered)  # else nbgrader clears all
     told = given(number, STUDENT)
     for exercise in exercises:
         (cell,) = (cell for cell in cells if cell["metadata"] and f'"{exercise.name}")  # of' in cell["source"])
