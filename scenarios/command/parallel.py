@@ -21,7 +21,6 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.files import write_atomically
 from fedtap.simulator.progress import progress
 from fedtap.simulator.report.folder import FOLDERS, left_by_us
-from fedtap.simulator.report.saved_run import read_rows
 
 
 @dataclass(frozen=True)
@@ -94,19 +93,16 @@ def _put_together(parts: Sequence[Path], where: Path) -> None:
         return
     where.mkdir(parents=True, exist_ok=True)
     done: dict[str, str] = {}
-    rows: list[tuple[int, bytes]] = []
+    rows: list[bytes] = []
     for part, about in abouts:
         done |= about.get("done") or {}
         if (part / "rows.jsonl").is_file():
-            for row in read_rows(part / "rows.jsonl"):
-                place = int(str(row["unit"]).removeprefix("part_").split("-")[0])
-                rows.append((place, json.dumps(row).encode() + b"\n"))
+            rows.append((part / "rows.jsonl").read_bytes())
         for name in (*FOLDERS, "auxiliary"):
             for file in sorted((part / name).glob("*")):
                 (where / name).mkdir(exist_ok=True)
                 if not (where / name / file.name).exists():
                     shutil.move(file, where / name / file.name)
-    rows.sort(key=lambda row: row[0])
-    write_atomically(where / "rows.jsonl", b"".join(row for _, row in rows))
+    write_atomically(where / "rows.jsonl", b"".join(rows))
     whole = abouts[0][1] | {"done": done, "finished": False}
     write_atomically(where / "run.json", json.dumps(whole, indent=2).encode() + b"\n")

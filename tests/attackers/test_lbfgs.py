@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from scipy.optimize import minimize
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from fedtap.attackers.gradients import lbfgs
 from fedtap.attackers.gradients.lbfgs import minimise
+from tests.support.tape import tape
 
 
 def rosenbrock(points: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,3 +142,38 @@ def test_a_direction_is_that_of_the_inverse_hessian_written_out() -> None:
             assert torch.allclose(found[element], -inverse @ after[element], rtol=1e-6, atol=1e-8)
         slope = after
     assert all(len(each) == history for each in pairs)
+
+
+def test_an_element_that_has_ended_stays_where_it_is_in_a_captured_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU none leaves a small batch, and a look at who still runs comes every ten steps."""
+    start = starts(3, 20)
+    tolerance = 0.5
+    alone, least = minimise(bowl, start, 60, tolerance=tolerance)
+    assert bool((least <= tolerance).all())
+    monkeypatch.setattr(lbfgs, "capture_on", lambda device: tape)
+    together, values = minimise(bowl, start, 60, tolerance=tolerance)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(values, least, rtol=1e-9, atol=1e-12)
+
+
+def test_a_memory_that_was_forgotten_is_as_a_new_one() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scales, history = torch.logspace(0, 2, 12, dtype=torch.float64), 4
+    points = [torch.randn(2, 12, dtype=torch.float64, generator=draw) for _ in range(9)]
+    everyone = torch.tensor([True, True])
+
+    def fed(memory: lbfgs._Memory, some: list[Tensor]) -> Tensor:
+        move = torch.zeros(2, 12, dtype=torch.float64)
+        for before, after in itertools.pairwise(some):
+            move = memory.direction(everyone, after - before, scales * before, scales * after)
+        return move
+
+    forgetful, steady, new = (lbfgs._Memory(points[0], history) for _ in range(3))
+    for memory in (forgetful, steady):
+        fed(memory, points[:6])
+    forgetful.forget(torch.tensor([True, False]))
+    for some in (points[5:7], points[6:9]):  # fewer pairs than it held before, and then more
+        moves = [fed(memory, some) for memory in (forgetful, steady, new)]
+        torch.testing.assert_close(moves[0][0], moves[2][0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(moves[0][1], moves[1][1], rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(moves[0][0], moves[1][0], rtol=1e-3)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedtap.scenarios.command.plan import plan
-from fedtap.scenarios.command.results import command_of
+from fedtap.scenarios.command.results import replayed_by
 from fedtap.simulator.report.saved_run import read_run
 from tests.scenarios.test_recorded_rows import DATA, RECORDED
 from tests.support.played import command, play
@@ -150,7 +150,7 @@ def test_a_page_fits_and_works(page: Path, width: int) -> None:
     (entries, line), chosen = zip(*seen["copied"], strict=True)
     assert [text.strip() for text in chosen] == [entries.strip(), line]
     assert entries.startswith("@misc{zhao2020,")
-    assert line == command_of(read_run(page.parent))
+    assert line == replayed_by(read_run(page.parent))
 
 
 @pytest.mark.parametrize("run", RECORDED[1:], ids=lambda run: run["scenario"])
