@@ -418,6 +418,7 @@ def test_sampling_everyone_is_no_sampling() -> None:
 
 @pytest.mark.parametrize(("share", "refuted"), [(1.0, False), (0.5, True)])
 def test_noise_for_sampled_rounds_is_audited(share: float, refuted: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     said = {"epsilon": 1.0, "delta": 1e-5, "clip": 1.0, "rounds": 100, "rate": 0.1}
     sigma = share * Promise(**said).sigma(1.0)  # type: ignore[arg-type]
 
@@ -430,7 +431,8 @@ def test_noise_for_sampled_rounds_is_audited(share: float, refuted: bool, tmp_pa
     assert [one.fault for one in audit.faults] == ["noise_too_small"] * refuted
     told = audit.document()["composition"]
     assert told["promised"] == 1.0
-    assert (told["epsilon_with_sampling"] > 1.05) == refuted
+    # of the noise as it was measured, to a few per cent; half of it would spend 2.36
+    assert (told["epsilon_with_sampling"] > 1.2) == refuted
     assert told["epsilon_without_sampling"] > 10
     assert "ε = 1 is promised" in told["sentence"]
     assert audit.document()["epsilon_lower_bound"] > (1.0 if refuted else 0.8)
