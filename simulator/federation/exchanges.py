@@ -12,7 +12,7 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, float_buffers
 from fedtap.simulator.wire.records import tensors_of
 from fedtap.simulator.wire.roll import check_name
-from fedtap.simulator.wire.threat_models import Broadcast, vector_of, weights_in
+from fedtap.simulator.wire.threat_models import Broadcast, weights_in
 
 METRICS = ("num-examples", "partition")
 """What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
@@ -56,11 +56,8 @@ class ExchangeReader:
             change = {name: after[name] - before[name] for name in after}
             for defence in self._server:
                 defence.check_change(change, client)
-        broadcast.check(after, client)
-        types = broadcast.types.union(after[name].dtype for name in broadcast.weights)
         examples = int(answer.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
-        change_of_all = vector_of(after, broadcast.weights) - broadcast.vector
-        return broadcast.leak(change_of_all, types, self._protocol, client, rnd, examples)
+        return broadcast.answered(after, self._protocol, client, rnd, examples)
 
     def _checked(self, answer: RecordDict, client: int) -> Tensors:
         """The arrays of a reply that a strategy can average with the others': it would end the run for all of them.

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fedtap.simulator.film import Film
-from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.charts import Panel, Series, chart, unzipped
 from fedtap.simulator.report.pictures import GAP, INK, PAPER, enlarged, font
 from fedtap.simulator.scores import match, mse, psnr
 
@@ -54,11 +54,10 @@ def film_html(content: bytes, attack: str, film: Film | None) -> str:
     words = f"{attack}: the first victim on the way"
     url = base64.b64encode(content).decode()
     shown = f"<img style='max-width: 100%' alt='{escape(words)}' src='data:image/gif;base64,{url}'>"
-    known = (
-        [] if film is None else [(s, v) for s, v in zip(film.steps, film.objectives, strict=True) if math.isfinite(v)]
-    )
+    taken = [] if film is None else zip(film.steps, film.objectives, strict=True)
+    known = [(float(step), value) for step, value in taken if math.isfinite(value)]
     if len(known) < 2:
         return shown
-    steps, values = ([float(one[place]) for one in known] for place in (0, 1))
+    steps, values = unzipped(known)
     panel = Panel("step", "objective", [Series("objective", steps, values, kind="smooth")], log=min(values) > 0)
     return shown + chart([panel], f"{attack}: the objective at each frame")

@@ -151,11 +151,7 @@ def leak_of_exchange(
     Raises:
         FedtapError: they are not weights of this model, or not finite.
     """
-    broadcast = Broadcast.of(before, network, client)
-    broadcast.check(after, client)
-    change = vector_of(after, broadcast.weights) - broadcast.vector
-    types = broadcast.types.union(after[name].dtype for name in broadcast.weights)
-    return broadcast.leak(change, types, protocol, client, rnd, examples)
+    return Broadcast.of(before, network, client).answered(after, protocol, client, rnd, examples)
 
 
 @dataclass(frozen=True)
@@ -202,6 +198,17 @@ class Broadcast:
         for name in self.buffers:
             if not bool(after[name].float().isfinite().all()):
                 raise _no_number(name, client)
+
+    def answered(self, after: Tensors, protocol: Protocol, client: int, rnd: int, examples: int | None) -> Leak:
+        """The leak of a client that sent these weights back, as `leak_of_exchange`.
+
+        Raises:
+            FedtapError: they are not weights of this model, or not finite.
+        """
+        self.check(after, client)
+        change = vector_of(after, self.weights) - self.vector
+        types = self.types.union(after[name].dtype for name in self.weights)
+        return self.leak(change, types, protocol, client, rnd, examples)
 
     def leak(
         self,
