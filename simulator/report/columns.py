@@ -26,6 +26,9 @@ WIDTH, MOST_ROWS = 80, 60
 WRAPPED = (14, 10)
 """Letters from which on a terminal wraps words: the first of these with which all columns fit, or the first."""
 
+MANY_COLUMNS, MOST_COLUMNS = 13, 18
+"""Columns from which on the page sets a table closer, and breaks its lines; and prints it in landscape."""
+
 SENTENCE = 60
 """Letters from which on the page gives a cell the width of a sentence."""
 
@@ -236,8 +239,12 @@ def legend(columns: Iterable[Column], groups: Sequence[Group]) -> str:
     return "; ".join(f"{column.title}: {column.meaning}" for column in shown)
 
 
-def listing(groups: Sequence[Group], columns: Iterable[Column]) -> str:
-    """The page's table, a line for each group; columns that are empty are left out. It scrolls within its own box."""
+def listing(groups: Sequence[Group], columns: Iterable[Column], name: str = "Table") -> str:
+    """The page's table, a line for each group; columns that are empty are left out. It scrolls within its own box.
+
+    Args:
+        name: what it is called for those who do not see it.
+    """
     head, cells = "", []
     lines = f"{len(groups)} {'line' if len(groups) == 1 else 'lines'}"
     for column in columns:
@@ -247,10 +254,11 @@ def listing(groups: Sequence[Group], columns: Iterable[Column]) -> str:
             head += f"<th scope='col' class='{kind}'>{escape(column.title)}</th>"
             cells.append([_drawn(cell, kind) for cell in some])
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*cells, strict=True))
-    caption = f"<caption>{lines}, {len(cells)} columns</caption>"
+    wide = " many" * (len(cells) >= MANY_COLUMNS) + " most" * (len(cells) >= MOST_COLUMNS)
+    caption = f"<caption>{escape(name)}: {lines}, {len(cells)} columns</caption>"
     return scrolled(
-        f"<table class='sortable'>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        f"Table of {lines}",
+        f"<table class='sortable{wide}'>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        f"{name}, {lines}",
     )
 
 
@@ -276,6 +284,8 @@ def _kind(cells: Sequence[str]) -> str:
 
 def _drawn(cell: str, kind: str) -> str:
     words = breakable(cell) if kind in ("words", "sentence") else escape(cell)  # a wbr breaks where nothing else may
+    if kind == "number":  # neither an interval nor a power of ten is broken at its dash
+        words = re.sub(r"\[[^\]]*\]|\S+e-\d+", r"<span>\g<0></span>", words)
     words = cell if isinstance(cell, Html) else words.replace("\n", "<br>")
     return f"<td class='{kind}{' leak' if isinstance(cell, Alarm) else ''}'>{words}</td>"
 

@@ -60,8 +60,15 @@ th[aria-sort=ascending] button::after { content: " ↑"; } th[aria-sort=descendi
 .slides { position: relative; display: block; max-width: 144px; margin: 0 auto 4px; }
 .slides img:last-child { position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--shown, 0%)) 0 0); }
 input[type=range] { display: block; width: 100%; max-width: 144px; margin: 0 auto 2px; accent-color: var(--mark); }
+.filter { margin: 1em 0 -.5em; font-size: .875rem; color: var(--pale); }
+.filter input { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--pale);
+  border-radius: 6px; padding: 4px 8px; margin-right: 1em; width: 16em; max-width: 100%; }
 tr:last-child td { border-bottom: 0; } .number { text-align: right; }
 td.words, td.sentence { white-space: normal; min-width: 13em; } td.sentence { min-width: 18em; }
+.many :is(th, td) { white-space: normal; padding: 7px 4px; } .many td.words { min-width: 7em; }
+.many { font-size: .8rem; } .most { font-size: .7rem; }
+.most :is(th, td) { padding: 6px 2px; } .most td.words { min-width: 6em; overflow-wrap: anywhere; }
+td.number span { white-space: nowrap; }
 .pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
   white-space: normal; }
 .pictures { table-layout: fixed; } .pictures :is(th, td):first-child { width: 7.5em; }
@@ -84,9 +91,11 @@ svg { display: block; width: 100%; height: auto; }
 .dots i { position: absolute; width: 6px; height: 6px; margin: -3px; border-radius: 3px; background: var(--ink);
   opacity: .35; }
 .dots b { position: absolute; top: 2px; bottom: 0; border-left: 2px solid var(--mark); }
+@page wide { size: landscape; }
 @media print { main { padding: 0; } .scroll { max-height: none; overflow: visible; }
-  input[type=range], .keep { display: none; }
-  th, td { padding: 2px 3px; } table { font-size: .6rem; } tr { break-inside: avoid; } .dots { width: 64px; }
+  input[type=range], .keep, .filter { display: none; }
+  :is(th, td, .many th, .many td) { padding: 2px; white-space: normal; } table { font-size: .6rem; }
+  .many { font-size: .5rem; } .scroll:has(.most) { page: wide; } tr { break-inside: avoid; } .dots { width: 64px; }
   :is(td.words, td.sentence, .pictures, .figure svg, .figure svg.panels) { min-width: 0 !important; } }
 """
 
@@ -160,7 +169,7 @@ def html(page: Page, rows: Group, files: str = "") -> str:
         gallery(page.pictures),
         *(f"<h2>{escape(heading)}</h2>{chart}" for heading, chart in charts if "<svg" not in chart),
         *(_folded(heading, _figure(heading, chart)) for heading, chart in charts if "<svg" in chart),
-        *(f"<h2>{heading}</h2>{listing(*made)}" for heading, made in tables.items()),
+        *(f"<h2>{heading}</h2>{listing(*made, heading)}" for heading, made in tables.items()),
         files,
         *below,
         f"<h2>What was expected</h2><p>{escape(expected)}</p>" if expected else "",

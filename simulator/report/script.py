@@ -1,5 +1,5 @@
-"""The page's own script: tables that sort, pictures that slide to the original, charts to keep as files,
-commands and BibTeX to copy.
+"""The page's own script: tables sort and are filtered, pictures slide to the original, charts are kept as files,
+commands and BibTeX are copied.
 
 It is part of the page and asks nobody for anything; without it the page shows the same.
 """
@@ -26,6 +26,23 @@ for (const table of document.querySelectorAll('table.sortable')) {
       table.tBodies[0].append(...rows.map(([, row]) => row));
     };
   }
+  const lines = [...table.tBodies[0].rows], box = table.closest('.scroll');
+  if (lines.length < 6) continue;  /* a screen shows as many */
+  const bar = document.createElement('p'), words = document.createElement('input');
+  const told = document.createElement('span');
+  bar.className = 'filter';
+  told.role = 'status';
+  Object.assign(words, {type: 'search', placeholder: 'Filter lines', ariaLabel: `Filter ${box.ariaLabel}`});
+  words.oninput = () => {
+    const asked = words.value.toLowerCase().split(/\s+/);
+    for (const line of lines) {
+      const text = [...line.cells].map(cell => cell.textContent).join(' ').toLowerCase();
+      line.hidden = !asked.every(word => text.includes(word));
+    }
+    told.textContent = words.value.trim() && `${lines.filter(line => !line.hidden).length} of ${lines.length} lines`;
+  };
+  bar.append(words, told);
+  box.before(bar);
 }
 for (const box of document.querySelectorAll('.slides')) {
   const slider = document.createElement('input');
@@ -46,9 +63,9 @@ for (const text of document.querySelectorAll('pre.copied')) {
   text.after(bar);
 }
 const keep = (url, name) => Object.assign(document.createElement('a'), {href: url, download: name}).click();
-for (const box of document.querySelectorAll('.figure')) {
-  const drawn = box.querySelector('svg'), name = box.ariaLabel.replace(/[^a-z0-9]+/gi, '_');
-  if (!drawn) continue;
+for (const drawn of document.querySelectorAll('.figure svg')) {
+  const box = drawn.closest('.figure'), place = [...box.querySelectorAll('svg')].indexOf(drawn);
+  const name = box.ariaLabel.replace(/[^a-z0-9]+/gi, '_') + (place ? `_${place + 1}` : '');
   const file = () => {
     const copy = drawn.cloneNode(true), {width, height} = drawn.viewBox.baseVal, look = getComputedStyle(drawn);
     copy.setAttribute('width', width);
@@ -72,7 +89,7 @@ for (const box of document.querySelectorAll('.figure')) {
     };
     image.src = url;
   });
-  box.after(bar);
+  drawn.after(bar);
 }
 """
 """JavaScript, as it stands at the end of the page."""
