@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedtap.clients.mod import defended
@@ -19,7 +19,7 @@ from fedtap.simulator.attack import generator
 from fedtap.simulator.auxiliary import digest, gradients
 from fedtap.simulator.defences.chained import parse
 from fedtap.simulator.federation.private_data import PrivateData
-from fedtap.simulator.wire.records import tensors_of
+from fedtap.simulator.wire.records import record_of, tensors_of
 
 
 def compute_auxiliary(message: Message, private: PrivateData) -> Message:
@@ -33,12 +33,14 @@ def compute_auxiliary(message: Message, private: PrivateData) -> Message:
     received = receive(net, message.content.array_records["arrays"])
     before = {name: received[name] for name, _ in net.named_parameters()}
     examples = tensors_of(message.content.array_records["examples"])
-    seed, fed = private.scenario.seed, digest(examples)
+    seed, images, labels = private.scenario.seed, examples["images"], examples["labels"]
+    defences = parse(private.scenario.defence)
+    guarded = defences.step is not None or bool(defences.update)
+    # what is drawn differs from message to message; where no pair draws for itself, not all pixels need to be read
+    fed = digest(examples if guarded else {"images": images[:1], "labels": labels})
     asked = str(message.content.config_records["config"].get("device", "cpu"))
     device = asked if torch.cuda.is_available() else "cpu"  # the adversary's own machine may have no GPU
     with seeded(seed, "auxiliary", fed):
-        images, labels, defences = examples["images"], examples["labels"], parse(private.scenario.defence)
-        guarded = defences.step is not None or bool(defences.update)
         pairs = range(len(images) if guarded else 0)  # each is an exchange, and draws for itself
         draws = [generator(seed, "defence", fed, pair) for pair in pairs]
         stops: Iterable[slice] = [slice(None)]
@@ -50,7 +52,7 @@ def compute_auxiliary(message: Message, private: PrivateData) -> Message:
             some = images[due], labels[due]
             gradient = step.stacked(net, *some, draws[due]) if step else gradients(net, *some, device)
             here = {name: parameter.detach() for name, parameter in net.named_parameters()}
-            after = {name: gradient[name].mul_(-rate).add_(here[name]) for name in before}
+            after = {name: torch.sub(here[name], gradient[name], alpha=rate) for name in before}
             if drifts:  # as a drifted victim: the server's weights, and the change on top of them
                 after = {name: before[name] - (here[name] - after[name]) for name in before}
             parts.append(after)
@@ -58,7 +60,7 @@ def compute_auxiliary(message: Message, private: PrivateData) -> Message:
         if defences.update:
             sent = defended(defences.update.stacked, before, sent, rate, draws)
     content = RecordDict(
-        {"weights": ArrayRecord(sent), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
+        {"weights": record_of(sent), "metrics": MetricRecord({"num-examples": len(examples["images"])})}
     )
     return Message(content, reply_to=message)
 

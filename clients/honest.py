@@ -100,14 +100,14 @@ def train_at_once(orders: Sequence[tuple[Message, Context]], private: PrivateDat
         if same and private.conduct(client, rnd) != "silent":
             images, labels = private(client, rnd)
             lanes.setdefault(tuple(images.shape), []).append((place, images, labels))
-    before = receive(net, arrays)
-    kept = float_buffers(net)
+    receive(net, arrays)
+    here, kept = {name: weight.detach() for name, weight in net.named_parameters()}, float_buffers(net)
     replies = {}
     for group in lanes.values():
         for first in range(0, len(group), LANES):
             some = group[first : first + LANES]
             found = gradients(net, torch.stack([own for _, own, _ in some]), torch.stack([own for *_, own in some]))
-            after = {name: found[name].mul_(-scenario.learning_rate).add_(before[name]) for name in found}
+            after = {name: torch.sub(here[name], found[name], alpha=scenario.learning_rate) for name in found}
             after |= {name: buffer.expand(len(some), *buffer.shape) for name, buffer in kept.items()}
             for (place, images, _), record in zip(some, rows_as_records(after), strict=True):
                 message, context = orders[place]

@@ -16,7 +16,7 @@ from fedtap.simulator.defences.layers import in_training, inserted, training_los
 from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models.registry import Shape, build
-from fedtap.simulator.wire.records import tensors_of
+from fedtap.simulator.wire.records import record_of, tensors_of
 
 
 @lru_cache(maxsize=4)
@@ -69,7 +69,7 @@ def receive(net: nn.Module, arrays: ArrayRecord) -> dict[str, Tensor]:
 def carried(net: nn.Module) -> ArrayRecord:
     """What is sent: parameters and floating point buffers."""
     tensors = dict(net.named_parameters()) | float_buffers(net)
-    return ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()})
+    return record_of(tensors)
 
 
 Backward = Callable[[nn.Module, Tensor, Tensor], Tensor]

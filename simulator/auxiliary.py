@@ -29,10 +29,13 @@ PAIRS_FORMAT = 3
 """Version of the saved form; a reader refuses any other. In version 1, pairs were gradients that had not crossed the
 wire."""
 
-CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS = 2**24, 2**27
-"""Numbers in a chunk's gradients: 64 MiB of float32, and 512 MiB where a GPU computes them."""
+CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS = 2**22, 2**27
+"""Numbers in a chunk's gradients: 16 MiB of float32, which caches hold, and 512 MiB where a GPU computes them."""
 
-_AT_ONCE, _CUDA_AT_ONCE = 128, 1024
+MOST_CHUNK_NUMBERS = 2**24
+"""The same of a model so large that fewer pairs would be computed together."""
+
+_AT_ONCE, _CUDA_AT_ONCE = 256, 1024
 """Pairs whose gradients are computed together."""
 
 MOST_PAIRS = 10**9
@@ -279,8 +282,10 @@ def trainings(pairs: int, many: int) -> tuple[Int[Tensor, " pairs"], ...]:
 
 def chunk_size(network: nn.Module, device: torch.device | str = "cpu") -> int:
     """Pairs in a chunk; more where a GPU computes them, which takes as long for few."""
-    numbers = CHUNK_NUMBERS if str(device) == "cpu" else CUDA_CHUNK_NUMBERS
-    return max(1, numbers // sum(parameter.numel() for parameter in network.parameters()))
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    if str(device) != "cpu":
+        return max(1, CUDA_CHUNK_NUMBERS // weights)
+    return max(1, CHUNK_NUMBERS // weights, min(_AT_ONCE, MOST_CHUNK_NUMBERS // weights))
 
 
 def gradients(
@@ -309,11 +314,12 @@ def gradients(
 
     trained = {name: known[name] for name, weight in stateless.named_parameters() if weight.requires_grad}
     batched = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-    out = {name: weight.new_zeros(len(images), *weight.shape) for name, weight in stateless.named_parameters()}
     at_once = _AT_ONCE if str(device) == "cpu" else _CUDA_AT_ONCE
+    parts = zip(*(side.chunk(max(1, -(-len(images) // at_once))) for side in (images, labels)), strict=True)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be batched
-        for some in (slice(first, first + at_once) for first in range(0, len(images), at_once)):
-            found = batched(trained, images[some].to(device), labels[some].to(device))
-            for name, gradient in found.items():
-                out[name][some] = gradient
+        found = [batched(trained, some.to(device), named.to(device)) for some, named in parts]
+    out = {}
+    for name, weight in stateless.named_parameters():
+        stacks = [part[name] for part in found if name in part] or [weight.new_zeros(len(images), *weight.shape)]
+        out[name] = (stacks[0] if len(stacks) == 1 else torch.cat(stacks)).cpu()
     return out

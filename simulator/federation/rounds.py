@@ -28,7 +28,7 @@ from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.settings import SECURE, Federation
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from fedtap.simulator.models.registry import build, with_weights
-from fedtap.simulator.wire.records import reading, tensors_of
+from fedtap.simulator.wire.records import reading, record_of, tensors_of
 from fedtap.simulator.wire.roll import call
 from fedtap.simulator.wire.threat_models import Masked, difference, isolated, threat_model
 from fedtap.simulator.wire.wiretap import Wiretap
@@ -205,7 +205,7 @@ def play(
     with numpy_seeded(generator(scenario.seed, "central_dp").initial_seed()):
         strategy.start(
             tap,
-            ArrayRecord({name: tensor.detach() for name, tensor in tensors.items()}),
+            record_of(tensors),
             num_rounds=scenario.rounds + scenario.attacked_rounds(clients),
             train_config=ConfigRecord({"part": part}),
             evaluate_fn=evaluate,
@@ -317,7 +317,8 @@ def auxiliary(
             network = build(scenario.architecture, private.dataset.shape, len(private.dataset.classes), seed=0)
             in_training(network, scenario.batchnorm).load_state_dict(arrays, strict=False)
             found = gradients(network, some, named, device)
-            sent = {name: arrays[name] - scenario.learning_rate * gradient for name, gradient in found.items()}
+            rate = scenario.learning_rate
+            sent = {name: torch.sub(arrays[name], gradient, alpha=rate) for name, gradient in found.items()}
         else:
             sent = _fed(grid, private, heard, some, named, number, ConfigRecord({"part": part, "device": str(device)}))
             _as_fed(sent, skeleton, len(some), private.clients)
@@ -347,7 +348,7 @@ def _fed(
     content = RecordDict(
         {
             "arrays": heard.auxiliary_weights(private.scenario.auxiliary_at),
-            "examples": ArrayRecord({"images": images, "labels": labels}),
+            "examples": record_of({"images": images, "labels": labels}),
             "config": config,
         }
     )
@@ -355,7 +356,7 @@ def _fed(
         draw, public = generator(private.scenario.seed, "drift", number), private.dataset.auxiliary
         which = torch.randperm(len(public), generator=draw)[: -(-len(public) // DRIFT_SHARE)]
         steps = stops(draw).repeat(-(-len(images) // DRIFT_STOPS))[: len(images)].sort().values
-        content["drift"] = ArrayRecord({"images": public.images[which], "labels": public.labels[which], "steps": steps})
+        content["drift"] = record_of({"images": public.images[which], "labels": public.labels[which], "steps": steps})
     order = Message(content, heard.nodes[private.clients], PRACTICE)
     answers = Wiretap(grid, lambda order, answer: None).send_and_receive([order])
     if not answers or answers[0].has_error():
@@ -385,7 +386,7 @@ def _as_fed(found: dict[str, Tensor], skeleton: nn.Module, pairs: int, client: i
         tensor, shape = found.get(name), wanted.get(name)
         if tensor is None or (tensor.shape, tensor.dtype) != (shape, torch.float32):
             got = "nothing" if tensor is None else kind_of_array(tensor)
-        elif not bool((tensor.abs() < HUGE).all()):
+        elif not -HUGE < (ends := tensor.aminmax()).min <= ends.max < HUGE:  # NaN is neither
             got = "NaN, infinity, or numbers without a square,"
         else:
             continue

@@ -164,7 +164,8 @@ def test_the_federation_hears_the_same_from_clients_together(monkeypatch: pytest
 @settings(max_examples=40, deadline=None)
 @given(
     stack=arrays_of.arrays(
-        st.sampled_from([np.float32, np.float64, np.int64]), arrays_of.array_shapes(min_dims=1, max_dims=4, max_side=4)
+        st.sampled_from([np.float32, np.float64, np.int64]),
+        arrays_of.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=4).filter(lambda shape: shape[0]),
     )
 )
 def test_rows_become_the_records_that_flower_makes_of_them(stack: np.ndarray) -> None:
