@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedtap.clients.app import client_app
 from fedtap.clients.cost import exchange
-from fedtap.clients.honest import train_at_once, train_on_images
+from fedtap.clients.honest import LANES, train_at_once, train_on_images
 from fedtap.scenarios.bench.ratios import Ratio, in_turns
 from fedtap.scenarios.gradients.images import ImageScenario
 from fedtap.simulator.federation.private_data import PrivateData, private_data
@@ -46,8 +46,8 @@ def federation_ratios() -> Iterator[Ratio]:
         lambda: _auxiliary(scenario, private),
         group="federation",
     )
-    alone = dataclasses.replace(scenario, local_steps=1, batch=1)
-    orders, held = _orders(alone), dataclasses.replace(private, scenario=alone)
+    alone = dataclasses.replace(scenario, local_steps=1, batch=1, clients=LANES)
+    orders, held = _orders(alone), PrivateData(alone, private.dataset, LANES)
     yield in_turns(
         f"a plain step of {len(orders)} LeNet clients, messages included: one by one / as lanes of one gradient",
         lambda: [train_on_images(message, context, held) for message, context in orders],
@@ -121,7 +121,7 @@ def _federation(scenario: ImageScenario, private: PrivateData) -> None:
 
 def _orders(scenario: ImageScenario) -> list[tuple[Message, Context]]:
     """A round's messages to all honest clients."""
-    grid = LocalGrid(client_app(lambda config: (scenario,)), CLIENTS)
+    grid = LocalGrid(client_app(lambda config: (scenario,)), LANES + 1)
     net = build("lenet", (3, 32, 32), 10, seed=1234)
     arrays = ArrayRecord({name: weight.detach() for name, weight in net.named_parameters()})
     content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, "part": 0})})

@@ -52,9 +52,13 @@ def in_training(network: nn.Module, batchnorm: str) -> nn.Module:
 
 
 def functional_batchnorm(network: nn.Module) -> nn.Module:
-    """A copy whose BatchNorm, where it is in training mode, keeps no statistics, as `torch.func.vmap` needs it."""
-    copied = copy.deepcopy(network)
-    return replace_all_batch_norm_modules_(copied) if any(one.training for one in batchnorms(copied)) else copied
+    """The network, or where its BatchNorm trains a copy that keeps no statistics, as `torch.func.vmap` needs it.
+
+    To be called by `functional_call`, which leaves it as it is.
+    """
+    if not any(one.training for one in batchnorms(network)):
+        return network
+    return replace_all_batch_norm_modules_(copy.deepcopy(network))
 
 
 def training_loss(

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict, UserConfig
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # Flower offers no public way to be a server in one's own process
 
 from fedtap.simulator.errors import short
+from fedtap.simulator.wire.records import array_with
 from fedtap.simulator.wire.wiretap import Unpulled
 
 SERVER_NODE = 1
@@ -152,15 +153,10 @@ def _arrived(content: RecordDict) -> RecordDict:
     Raises:
         Exception: they cannot be sent.
     """
-    arrays = {
-        name: ArrayRecord(
-            {
-                key: Array(str(array.dtype), tuple(array.shape), str(array.stype), bytes(array.data))
-                for key, array in record.items()
-            }
-        )
-        for name, record in content.array_records.items()
-    }
+    arrays = {name: ArrayRecord() for name in content.array_records}
+    for name, record in arrays.items():
+        for key, sent in content.array_records[name].items():
+            record[key] = array_with(str(sent.dtype), tuple(sent.shape), str(sent.stype), bytes(sent.data))
     # Flower checks values as they are put into a record, and a client may have put them there by another way
     others: dict[str, Any] = {name: record for name, record in content.items() if name not in arrays}
     rest = {name: type(record).inflate(type(record)(dict(record)).deflate()) for name, record in others.items()}

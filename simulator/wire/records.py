@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,35 +57,49 @@ def numbers_of(array: Array) -> np.ndarray:
     return np.frombuffer(array.data, dtype, count, start if count else 0).reshape(shape).copy()
 
 
-def array_of(tensor: Tensor) -> Array:
-    """As `Array(tensor)`, the numbers copied once in place of three times; always in C's order."""
-    numbers = np.require(tensor.detach().numpy(), requirements="C")
-    return Array(str(numbers.dtype), numbers.shape, "numpy.ndarray", _written(numbers))
-
-
-def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """As `ArrayRecord(tensors)`, each by `array_of`."""
-    return ArrayRecord({name: array_of(tensor) for name, tensor in tensors.items()})
-
-
-def rows_as_records(stacks: Mapping[str, Tensor]) -> Iterator[ArrayRecord]:
-    """Of stacks of tensors, name -> `clients *shape`, each client's as the record that ArrayRecord makes of them."""
-    for client in range(len(next(iter(stacks.values())))):
-        yield record_of({name: stack[client] for name, stack in stacks.items()})
-
-
-def _written(numbers: np.ndarray) -> bytes:
-    """As `numpy.save` writes an array in C's order."""
-    return b"".join((_beginning(numbers.dtype, numbers.shape), numbers.data))
+def array_with(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
+    """As `Array(dtype, shape, stype, data)`, whose checks are made once of each kind, and take longer than the rest."""
+    array = copy.copy(_without_data(dtype, shape, stype))
+    array.data = data
+    return array
 
 
 @lru_cache(maxsize=4096)
-def _beginning(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """With what `numpy.save` begins an array in C's order of this type and shape."""
+def _without_data(dtype: str, shape: tuple[int, ...], stype: str) -> Array:
+    return Array(dtype, shape, stype, b"")
+
+
+def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """As `ArrayRecord(tensors)`, with the numbers copied once in place of three times; always in C's order."""
+    return _record({name: _in_order(tensor) for name, tensor in tensors.items()})
+
+
+def rows_as_records(stacks: Mapping[str, Tensor]) -> Iterator[ArrayRecord]:
+    """Of stacks of tensors, name -> `clients *shape`, each client's by `record_of`."""
+    whole = {name: _in_order(stack) for name, stack in stacks.items()}
+    for client in range(len(next(iter(whole.values())))):
+        yield _record({name: stack[client, ...] for name, stack in whole.items()})
+
+
+def _in_order(tensor: Tensor) -> np.ndarray:
+    return np.require(tensor.detach().numpy(), requirements="C")
+
+
+def _record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    record = ArrayRecord()  # which copies arrays that are handed to it all at once
+    for name, numbers in arrays.items():
+        kind, beginning = _beginning(numbers.dtype, numbers.shape)
+        record[name] = array_with(kind, numbers.shape, "numpy.ndarray", b"".join((beginning, numbers.data)))
+    return record
+
+
+@lru_cache(maxsize=4096)
+def _beginning(dtype: np.dtype, shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """The type's name, and with what `numpy.save` begins an array in C's order of this type and shape."""
     header = BytesIO()
     about = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     npy.write_array_header_1_0(header, about)
-    return header.getvalue()
+    return str(dtype), header.getvalue()
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from fedtap.simulator.federation.rounds import play
 from fedtap.simulator.leaks import float_buffers
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
-from fedtap.simulator.wire.records import rows_as_records, tensors_of
+from fedtap.simulator.wire.records import record_of, rows_as_records, tensors_of
 from tests.support.scenes import Scene
 
 BASE = Scene(attack="", name="test", victims=3, size=16)
@@ -170,8 +170,11 @@ def test_the_federation_hears_the_same_from_clients_together(monkeypatch: pytest
 )
 def test_rows_become_the_records_that_flower_makes_of_them(stack: np.ndarray) -> None:
     stacks = {"a": torch.from_numpy(stack), "b": torch.from_numpy(stack).flip(0)}
+    made = [(record_of(stacks), stacks)]
     for client, record in enumerate(rows_as_records(stacks)):
-        wanted = ArrayRecord({name: tensor[client].clone() for name, tensor in stacks.items()})
+        made.append((record, {name: tensor[client].clone() for name, tensor in stacks.items()}))
+    for record, tensors in made:
+        wanted = ArrayRecord(tensors)
         assert record.keys() == wanted.keys()
         for name, array in record.items():
             assert (array.dtype, tuple(array.shape), array.stype) == (
