@@ -450,6 +450,10 @@ def list_command(
         console.print(f"{what} is a scenario too: fedtap run {what} --help", highlight=False)
 
 
+_MISUSE: type[Exception] = typer.BadParameter.__mro__[2]
+"""ClickException, wherever this version of typer has it."""
+
+
 def _called(words: list[str]) -> int:
     """Run the command that the words name; its exit code.
 
@@ -458,7 +462,7 @@ def _called(words: list[str]) -> int:
     """
     try:
         code = cli(words, prog_name="fedtap", standalone_mode=False)
-    except typer.BadParameter.__mro__[2] as error:  # ClickException, wherever this version of typer keeps it
+    except _MISUSE as error:
         said = error.format_message()  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)
         if type(error).__name__ == "NoArgsIsHelpError":
