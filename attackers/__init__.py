@@ -10,7 +10,7 @@ import typing
 from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedtap.simulator.errors import FedtapError, short, unknown
+from fedtap.simulator.errors import FedtapError, short, unknown, why_not_read
 from fedtap.simulator.registry import ATTACK_GROUP, Registry
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def parse(text: str, trusted: bool = True) -> tuple[Attack, ...]:
     try:
         tree = ast.parse(f"({_CODE.sub(kept, text.strip()) if trusted else text.strip()},)", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise FedtapError(f"--attack {short(text)!r} cannot be read ({short(error)}): {_HOW}.") from error
+        raise FedtapError(f"--attack {short(text)!r} cannot be read ({why_not_read(error)}): {_HOW}.") from error
     if not isinstance(tree, ast.Tuple) or not tree.elts:
         raise FedtapError(f"--attack {short(text)!r} names no attack: {_HOW}.")
     attacks = tuple(_attack(node, own) for node in tree.elts)

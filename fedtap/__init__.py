@@ -84,6 +84,7 @@ def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:
         FedtapError: there is no such attack, several are named, or it cannot use this leak.
     """
     from fedtap.attackers import parse
+    from fedtap.simulator.attack import Attack
     from fedtap.simulator.errors import FedtapError, short
 
     if isinstance(attack, str):
@@ -91,6 +92,10 @@ def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:
         if len(named) != 1:
             raise FedtapError(f"{short(attack)!r} names {len(named)} attacks, and one is run at a time: name one.")
         (attack,) = named
+    if not isinstance(attack, Attack):
+        raise FedtapError(
+            f"{short(attack)} is no attack: give its name, 'idlg(steps=300)', or a value of its class, IDLG(steps=300)."
+        )
     return attack(leak, seed=seed)
 
 

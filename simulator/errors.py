@@ -35,6 +35,11 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
     return FedtapError(f"There is no {kind} named {short(name)!r}: {hint}")
 
 
+def why_not_read(error: Exception) -> str:
+    """Why Python's parser refused a text, without its own terms: the address of a node, the name of no file."""
+    return "a value in it is no constant" if "malformed node" in str(error) else short(str(error).partition(" (<")[0])
+
+
 def short(value: object, most: int = 60) -> str:
     """A value as an error names it: on one line that any terminal can print, `most` characters at most."""
     try:

@@ -360,8 +360,9 @@ class Leak:
             "resolution": self.resolution,
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `path` (.safetensors) and the protocol beside it (.json), each atomically."""
+        path = Path(path)
         write_atomically(path, self.packed())
         write_atomically(path.with_suffix(".json"), json.dumps(self.description(), indent=2).encode() + b"\n")
 

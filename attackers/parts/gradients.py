@@ -297,6 +297,10 @@ def how_to_write(error: Exception, network: nn.Module | None = None) -> str:
     recurrent = next((m for m in network.modules() if isinstance(m, nn.GRU | nn.RNN)), None) if network else None
     if recurrent is not None:
         return f"nn.{type(recurrent).__name__} is not written for that: use nn.LSTM, or write the recurrence out"
+    if "autograd.Function" in str(error):
+        return (
+            "give its torch.autograd.Function a setup_context and generate_vmap_rule = True, or use torch's functions"
+        )
     if any(word in str(error) for word in ("meta", "same device", "expected device")):
         return "it keeps a tensor that is no parameter, so register it as a buffer of floating point numbers"
     return "write it without random numbers, operations in place and branches on data"

@@ -450,6 +450,33 @@ def list_command(
         console.print(f"{what} is a scenario too: fedtap run {what} --help", highlight=False)
 
 
+_MISUSE: type[Exception] = typer.BadParameter.__mro__[2]
+"""ClickException, wherever this version of typer has it."""
+
+
+def _called(words: list[str]) -> int:
+    """Run the command that the words name; its exit code.
+
+    Raises:
+        FedtapError: the words are no command with its options, in one sentence in the place of typer's frame.
+    """
+    try:
+        code = cli(words, prog_name="fedtap", standalone_mode=False)
+    except _MISUSE as error:
+        said = error.format_message()  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        command = context.command_path if context is not None else "fedtap"
+        fault, _, near = said.partition(" Did you mean ")
+        hint = f"did you mean {near.partition('?')[0]}? See" if near else "see"
+        raise FedtapError(f"{fault.rstrip('.')}: {hint} {command} --help.") from None
+    if code == Stopped.code:
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
 def main() -> None:
     """Run the command line; a FedtapError is one sentence on standard error and exit code 2."""
     words = sys.argv[1:]
@@ -461,7 +488,7 @@ def main() -> None:
             words = ["run", *words]
         elif words and words[0] not in COMMANDS and not words[0].startswith("-"):
             raise unknown("command or scenario", words[0], (*COMMANDS, *SCENARIOS))
-        cli(words, prog_name="fedtap")
+        raise SystemExit(_called(words))
     except FedtapError as error:
         _complain(short(error, _LONGEST))
         raise SystemExit(error.code) from None

@@ -116,7 +116,7 @@ def open_dataset(name: str, data_root: Path, size: int = 32) -> Dataset:
             raise FedtapError(
                 f"The dataset {short(name, 120)} is not there: give the path of a folder, a .zip or an .npz that is."
             )
-        raise unknown("dataset", name, DATASETS)
+        raise unknown("dataset", name, (*DATASETS, "or a folder, a .zip or an .npz by its path"))
     if path.suffix == ".npz":
         return npz(path)
     if path.is_dir() or path.suffix == ".zip":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from fedtap.simulator.defences import DEFENCES
 from fedtap.simulator.defences.defence import HOOKS, Argument, Defence
-from fedtap.simulator.errors import FedtapError, short, unknown
+from fedtap.simulator.errors import FedtapError, short, unknown, why_not_read
 
 HOW = "write none, or defences joined by +, as clip(1.0)+noise(0.01)"
 
@@ -52,7 +52,7 @@ def described(text: str) -> tuple[Defence, ...]:
     try:
         parts = _parts(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise FedtapError(f"--defence {short(text)!r} cannot be read ({short(error)}): {HOW}.") from error
+        raise FedtapError(f"--defence {short(text)!r} cannot be read ({why_not_read(error)}): {HOW}.") from error
     for before, after in itertools.pairwise(parts):
         here, there = HOOKS.index(before.hook), HOOKS.index(after.hook)
         if there < here:

@@ -105,17 +105,20 @@ class Federation(Scenario):
     ] = "train"
     weights: WeightsFile = ""
     weights_seed: WeightsSeed = 1234
-    victims: Annotated[int, Option("how many clients' replies are attacked", 1, group="federation")] = 8
+    victims: Annotated[int, Option("how many clients' replies are attacked", 1, 10**6, group="federation")] = 8
     clients: Annotated[
         int,
         Option(
-            "honest clients beside the compromised one; 0: as many as nodes, or one a victim", 0, group="federation"
+            "honest clients beside the compromised one; 0: as many as nodes, or one a victim",
+            0,
+            10**6,
+            "federation",
         ),
     ] = 0
     batch: Annotated[int, Option("private images in each local step", 1, group="federation")] = 1
-    local_steps: Annotated[int, Option("local steps of SGD before a client replies", 1, group="federation")] = 1
+    local_steps: Annotated[int, Option("local steps of SGD before a client replies", 1, 10**6, group="federation")] = 1
     learning_rate: Annotated[float, Option("learning rate of the clients' SGD", 1e-6, 1e3, "federation")] = 0.1
-    rounds: Annotated[int, Option("rounds of training before the attacked ones", 0, group="federation")] = 0
+    rounds: Annotated[int, Option("rounds of training before the attacked ones", 0, 10**6, group="federation")] = 0
     training_batch: Annotated[
         int, Option("private images in each local step of those rounds; 0: --batch", 0, group="federation")
     ] = 0
@@ -129,7 +132,7 @@ class Federation(Scenario):
     local_samples: Annotated[
         int, Option("images of its own that a victim trains on before it shares a gradient", 0, group="federation")
     ] = 0
-    local_epochs: Annotated[int, Option("times that it trains on all of them", 1, group="federation")] = 1
+    local_epochs: Annotated[int, Option("times that it trains on all of them", 1, 10**6, group="federation")] = 1
     local_trainings: Annotated[
         int,
         Option("such trainings, on other images each, among the victims; 1: all have the same", 1, group="federation"),

@@ -314,6 +314,8 @@ def build(name: str, shape: Shape, classes: int, seed: int | None = None) -> nn.
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(seed or 0)
             network = factory(shape, classes)
+            if own and isinstance(network, nn.Module):
+                network.float()  # weights travel as float32
             if isinstance(network, LeNet) and seed is not None:
                 network.reset_parameters(torch.Generator().manual_seed(seed))
             if defence:

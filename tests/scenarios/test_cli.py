@@ -171,6 +171,36 @@ def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().out.count(".") == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show"], "Missing argument 'RUN': see fedtap show --help."),
+        (["--versoin"], "see fedtap --help."),
+        (["results", "biuld"], "No such command 'biuld': "),
+        (["run", "first_leak", "--parallel", "0"], "0 is not in the range x>=1: see fedtap run --help."),
+        (["run", "first_leak", "--victims", "9" * 20], "at most 1e+06"),
+        (["run", "first_leak", "--rounds", "9" * 20], "at most 1e+06"),
+        (["run", "first_leak", "--clients", "9" * 20], "at most 1e+06"),
+        (["run", "first_leak", "--defence", "clip(nan)"], "(a value in it is no constant): write none, or"),
+        (["run", "first_leak", "--attack", "idlg("], "cannot be read (invalid syntax): write attacks as"),
+        (["run", "first_leak", "--dataset", "my_pictures"], "or a folder, a .zip or an .npz by its path"),
+    ],
+)
+def test_words_that_cannot_be_used_are_told_of_in_one_line(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert said.casefold() in told.casefold()  # typer's versions differ in what they suggest
+    assert told.startswith("fedtap: ")
+    assert told.count("\n") == 1
+
+
 def test_a_saved_leak_is_attacked_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "run", "first_leak", *QUICK, "--out", str(tmp_path / "a")) == 0
     leak = str(tmp_path / "a/leaks/part_0.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fedtap
 from fedtap.attackers.gradients.exact_git import ExactGIT
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.linear import Linear
@@ -192,6 +194,17 @@ def test_closed_forms_refuse_a_weight_that_layers_share(attack: Attack, said: st
         (lambda m, g: leak(m[:3], g[:2], shape=SHAPE, classes=10), "returns 16 logits and not 10"),
         (lambda m, g: leak(nn.Conv2d(3, 4, 3), g, shape=SHAPE), r"returns \(2, 4, 14, 14\) for two inputs"),
         (lambda m, g: leak(m, [t[:1] for t in g], shape=SHAPE), "needs"),
+        (lambda m, g: leak(m, torch.optim.Adam(m.parameters()).state_dict(), shape=SHAPE), "a value of type"),
+        (lambda m, g: leak(m, torch.optim.Adam(m.parameters()), shape=SHAPE), "of type Adam: give what torch"),
+        (lambda m, g: leak(m, g[0], shape=SHAPE), "of type Tensor"),
+        (lambda m, g: leak(m, {m[1].weight: g[0]}, shape=SHAPE), "of type dict"),
+        (lambda m, g: leak(m, 0, shape=SHAPE), "of type int"),
+        (lambda m, g: leak(m, [t.to("meta") for t in g], shape=SHAPE), "meta device"),
+        (lambda m, g: leak(m, [t.cfloat() for t in g], shape=SHAPE), "complex"),
+        (lambda m, g: leak(m, g, shape=SHAPE, bacth=2), "did you mean batch"),
+        (lambda m, g: leak(m, g, shape=SHAPE, batch=0), "whole numbers from 1"),
+        (lambda m, g: leak(m.state_dict(), g, shape=SHAPE), "of type OrderedDict, and what was trained"),
+        (lambda m, g: fedtap.attack(leak(m, g, shape=SHAPE), IDLG), "is no attack: give its name"),  # type: ignore[call-overload]
     ],
 )
 def test_a_gradient_of_something_else_is_refused_in_a_sentence(
@@ -202,6 +215,94 @@ def test_a_gradient_of_something_else_is_refused_in_a_sentence(
     with pytest.raises(FedtapError, match=said) as caught:
         call(model, captured(model, images[0], labels[0]))  # type: ignore[arg-type]
     assert len(str(caught.value)) < 300
+
+
+def test_arrays_sparse_tensors_and_generators_are_the_same_gradient() -> None:
+    images, labels = pictures(1, 1)
+    model = plain()
+    grads = [part for part in captured(model, images[0], labels[0]) if part is not None]
+    expected = leak(model, grads, shape=SHAPE).observed
+    for given in ([g.numpy() for g in grads], [g.to_sparse() for g in grads], iter(grads)):
+        found = leak(model, given, shape=SHAPE).observed
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_precision_is_attacked(kind: torch.dtype) -> None:
+    images, labels = pictures(1, 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.Sigmoid(), nn.Linear(64, 10)).to(kind)
+    grads = captured(model, images[0].to(kind), labels[0])
+    found = fedtap.attack(leak(model, grads, shape=SHAPE), "idlg(steps=200)")
+    assert float((found.images[0] - images[0]).abs().max()) < (1e-3 if kind == torch.float64 else 0.2)
+    assert model[1].weight.dtype == kind
+
+
+def test_units_dropped_at_random_are_told_of() -> None:
+    images, labels = pictures(1, 1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.Dropout(0.5), nn.Linear(16, 10))
+    with pytest.warns(UserWarning, match="drops units at random"):
+        leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
+
+
+class Sigmoid(torch.autograd.Function):
+    """Written as most are, with what is saved in forward."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        y = x.sigmoid()
+        context.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(context: Any, above: Tensor) -> Tensor:  # type: ignore[override]
+        (y,) = context.saved_tensors
+        return above * y * (1 - y)  # type: ignore[no-any-return]
+
+
+class VmappedSigmoid(Sigmoid):
+    """Written as the error asks."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.sigmoid()
+
+    @staticmethod
+    def setup_context(context: Any, inputs: Any, output: Tensor) -> None:
+        context.save_for_backward(output)
+
+
+def test_a_custom_autograd_function_is_attacked_once_it_is_written_as_the_error_says() -> None:
+    images, labels = pictures(1, 1)
+
+    class Custom(nn.Module):
+        def __init__(self, function: type[Sigmoid]) -> None:
+            super().__init__()
+            self.first, self.last, self.function = nn.Linear(768, 64), nn.Linear(64, 10), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.function.apply(self.first(x.flatten(1))))  # type: ignore[no-any-return, no-untyped-call]
+
+    model = Custom(Sigmoid)
+    grads = captured(model, images[0], labels[0])
+    with pytest.raises(FedtapError, match="setup_context and generate_vmap_rule = True"):
+        fedtap.attack(leak(model, grads, shape=SHAPE), "idlg(steps=200)")
+    model.function = VmappedSigmoid
+    found = fedtap.attack(leak(model, grads, shape=SHAPE), "idlg(steps=200)")
+    assert float((found.images[0] - images[0]).abs().max()) < 1e-2
+
+
+def test_a_leak_is_saved_at_a_path_given_as_text(tmp_path: Path) -> None:
+    images, labels = pictures(1, 1)
+    model = plain()
+    leak(model, captured(model, images[0], labels[0]), shape=SHAPE).save(str(tmp_path / "a.safetensors"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.json"}
 
 
 def test_a_file_without_a_victims_axis_or_weights_names_its_own_cause(tmp_path: Path) -> None:
