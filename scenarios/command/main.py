@@ -450,7 +450,7 @@ def list_command(
         console.print(f"{what} is a scenario too: fedtap run {what} --help", highlight=False)
 
 
-_MISUSE: type[Exception] = typer.BadParameter.__mro__[2]
+_MISUSE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """ClickException, wherever this version of typer has it."""
 
 
