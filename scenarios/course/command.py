@@ -93,6 +93,20 @@ def _no_formula(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
+@course_cli.command("slider")
+def slider_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of one attack that sweeps numbers.")],
+    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("slider.html"),
+    source: Annotated[str, typer.Option(help="Whose pictures they are, and by which licence they are shown.")] = "",
+) -> None:
+    """Write a page with a slider for each number that a run swept: original, reconstruction, PSNR and blind guess."""
+    from fedtap.scenarios.course.slider import slider_page
+    from fedtap.simulator.files import write_atomically
+
+    write_atomically(out, slider_page(run, source).html.encode())
+    typer.echo(out)
+
+
 @course_cli.command("check")
 def check_command(
     unit: Annotated[list[str] | None, typer.Option(help="Of this unit alone; may be given again.")] = None,

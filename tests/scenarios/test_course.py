@@ -177,7 +177,7 @@ def test_whatever_an_answers_file_holds_one_object_is_printed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "answers.json"
-    answers = st.fixed_dictionaries({}, optional={name: JSON for name in (*SOLUTIONS[number], "more")})
+    answers = st.fixed_dictionaries({}, optional=dict.fromkeys((*SOLUTIONS[number], "more"), JSON))
     fields = {"unit": st.just(number) | JSON, "student": st.just(STUDENT) | JSON, "answers": answers | JSON}
     documents = st.fixed_dictionaries({}, optional=fields | {"form": JSON})
 
