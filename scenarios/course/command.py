@@ -109,11 +109,11 @@ def slider_command(
 
 @course_cli.command("check")
 def check_command(
-    unit: Annotated[list[str] | None, typer.Option(help="Of this unit alone; may be given again.")] = None,
+    unit: Annotated[list[str] | None, typer.Option(help="Of this unit, or lab, alone; may be given again.")] = None,
 ) -> None:
     """The day before: versions, free disk, and how long each notebook takes here, with its slowest cell. Exit code 0:
     all is well; 2: a cell fails or takes over a minute, or the disk is full."""
-    chosen = [_number(one) for one in unit or map(str, COURSE_UNITS)]
+    chosen = [one if one == _LAB else str(_number(one)) for one in unit or (*map(str, COURSE_UNITS), _LAB)]
     _one_thread()
     from fedtap.scenarios.course.notebooks import run_notebook, unit_folders, versions
 
@@ -122,7 +122,7 @@ def check_command(
     typer.echo(f"free disk: {free / 1e9:.1f} GB")
     slow = []
     for folder in unit_folders():
-        if not folder.name[0].isdigit() or int(folder.name[0]) not in chosen:
+        if folder.name.partition("_")[0] not in chosen:
             continue
         timed = run_notebook(folder / "notebook.py")
         typer.echo(f"{folder.name}: {timed.seconds:.1f} s, slowest cell {timed.slowest:.1f} s (line {timed.line})")
@@ -137,6 +137,8 @@ def check_command(
         raise FedtapError(f"{free / 1e9:.1f} GB of disk are free, and a class needs {_DISK / 1e9:g}: make room.")
 
 
+_LAB = "lab"
+"""What the folder of the lab of 90 minutes begins with, as those of units begin with their numbers."""
 _SLOWEST, _DISK = 60, 1e9
 """Seconds of a cell, at most; bytes of disk, at least."""
 

@@ -82,7 +82,7 @@ def slider_page(folder: Path, source: str = "") -> SliderPage:
 def _swept(run: SavedRun) -> dict[str, list[Any]]:
     """Setting -> its values, of the settings that the run swept over numbers, in ascending order."""
     attacks = {row.get("attack") for row in run.rows}
-    values = {name: {row.get(name) for row in run.rows} for name in run.options}
+    values: dict[str, set[Any]] = {name: {row.get(name) for row in run.rows} for name in run.options}
     swept = {
         name: sorted(found)
         for name, found in values.items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +89,9 @@ def test_praise_goes_with_a_whole_score_alone(score: float, said: str) -> None:
     assert graded_with(score, "well done", "look again") == Graded(score, said)
 
 
-def test_three_typical_wrong_answers_of_each_unit_are_stated() -> None:
-    assert all(sum(case[0] == number for case in WRONG) >= 3 for number in COURSE_UNITS)
+def test_three_typical_wrong_answers_to_each_exercise_are_stated() -> None:
+    stated = Counter(case[:2] for case in WRONG)
+    assert stated == {(number, name): 3 for number, solutions in SOLUTIONS.items() for name in solutions}
 
 
 JSON = st.recursive(
@@ -390,6 +393,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0, err
     assert "free disk" in out
     assert "slowest cell" in out
+    assert "lab_90" not in out
+    code, out, err = said("course", "check", "--unit", "lab")
+    assert code == 0, err
+    assert re.findall(r"^(\w+): .* slowest cell", out, re.MULTILINE) == ["lab_90_minutes"]
+    assert said("course", "check", "--unit", "laboratory")[0] == 2
 
 
 def test_defences_of_fedtap_keep_the_contract() -> None:
