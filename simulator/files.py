@@ -161,7 +161,7 @@ def parse_json(content: bytes, path: Path) -> Any:
     try:
         if content.count(b"[") + content.count(b"{") > MOST_INSIDE:
             raise ValueError(f"it holds more than {MOST_INSIDE:,} lists and objects")
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8-sig"))  # some editors put a byte order mark first (RFC 8259, 8.1)
         _check(value)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, and a number of 5,000 digits
         deep = isinstance(error, RecursionError)

@@ -140,7 +140,7 @@ def test_the_wheel_holds_the_package_and_its_data_alone(wheel: Path) -> None:
         "/".join(("fedtap", *file.relative_to(ROOT).parts)) for name in FOLDERS for file in (ROOT / name).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == {"fedtap/__init__.py", *code}
-    assert sum(name.startswith("fedtap/scenarios/course/units/") for name in names) == 7 + 6 + 7 + 1
+    assert sum(name.startswith("fedtap/scenarios/course/units/") for name in names) == 7 + 6 + 7 + 1 + 2
     forms = {f"fedtap/simulator/report/{form}.schema.json" for form in ("row", "run")}
     assert {"fedtap/py.typed", *forms} <= names
     assert {Path(name).name for name in names if "lpips" in name} == {

@@ -93,13 +93,27 @@ def _no_formula(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
+@course_cli.command("slider")
+def slider_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of one attack that sweeps numbers.")],
+    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("slider.html"),
+    source: Annotated[str, typer.Option(help="Whose pictures they are, and by which licence they are shown.")] = "",
+) -> None:
+    """Write a page with a slider for each number that a run swept: original, reconstruction, PSNR and blind guess."""
+    from fedtap.scenarios.course.slider import slider_page
+    from fedtap.simulator.files import write_atomically
+
+    write_atomically(out, slider_page(run, source).html.encode())
+    typer.echo(out)
+
+
 @course_cli.command("check")
 def check_command(
-    unit: Annotated[list[str] | None, typer.Option(help="Of this unit alone; may be given again.")] = None,
+    unit: Annotated[list[str] | None, typer.Option(help="Of this unit, or lab, alone; may be given again.")] = None,
 ) -> None:
     """The day before: versions, free disk, and how long each notebook takes here, with its slowest cell. Exit code 0:
     all is well; 2: a cell fails or takes over a minute, or the disk is full."""
-    chosen = [_number(one) for one in unit or map(str, COURSE_UNITS)]
+    chosen = [one if one == _LAB else str(_number(one)) for one in unit or (*map(str, COURSE_UNITS), _LAB)]
     _one_thread()
     from fedtap.scenarios.course.notebooks import run_notebook, unit_folders, versions
 
@@ -108,7 +122,7 @@ def check_command(
     typer.echo(f"free disk: {free / 1e9:.1f} GB")
     slow = []
     for folder in unit_folders():
-        if not folder.name[0].isdigit() or int(folder.name[0]) not in chosen:
+        if folder.name.partition("_")[0] not in chosen:
             continue
         timed = run_notebook(folder / "notebook.py")
         typer.echo(f"{folder.name}: {timed.seconds:.1f} s, slowest cell {timed.slowest:.1f} s (line {timed.line})")
@@ -123,6 +137,8 @@ def check_command(
         raise FedtapError(f"{free / 1e9:.1f} GB of disk are free, and a class needs {_DISK / 1e9:g}: make room.")
 
 
+_LAB = "lab"
+"""What the folder of the lab of 90 minutes begins with, as those of units begin with their numbers."""
 _SLOWEST, _DISK = 60, 1e9
 """Seconds of a cell, at most; bytes of disk, at least."""
 

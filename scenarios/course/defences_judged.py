@@ -6,6 +6,7 @@ add is sparse ternary compression: Sattler et al. 2019, https://arxiv.org/abs/19
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -32,6 +33,8 @@ from fedtap.simulator.leaks import GradientLeak
 
 _PLAIN = "idlg(steps=40)"
 """The attack that does not know of the defence; it gets no better with more steps."""
+_BETTER = 0.1
+"""Decibels over the plain attack that are no matter of rounding."""
 _LIKENESS = 0.5
 """Correlation with the truth from which a picture shows what is on it, and is no constant colour."""
 _SHAPES = {"weight": (4, 6), "bias": (6,)}
@@ -61,7 +64,7 @@ def _break_sign(answer: Any, student: str) -> Graded:
     found = numbers_in(answer, *truth.shape)
     seen, plain, alike = decibels(found, truth), _plain_decibels(student), _correlation(found.clamp(0, 1), truth)
     said = f"{seen:.1f} dB and a correlation of {alike:.2f}, where the plain attack has {plain:.1f} dB"
-    if seen <= plain:
+    if seen <= plain + _BETTER:
         return Graded(0.0, f"{said}: let your picture's own gradient go through the defence before you compare.")
     if alike < _LIKENESS:
         return Graded(0.25, f"{said}: that is better, but shows too little of the picture; sign() has no slope.")
@@ -104,7 +107,7 @@ def _defence(answer: Any, student: str) -> Graded:
         score += 0.2
     else:
         hints.append("How long can what is sent be, if the gradient has that norm? Compare the norm before and after.")
-    if same_word(said["epsilon"], "inf", "infinite", "infinity", "∞"):
+    if same_word(said["epsilon"], "inf", "infinite", "infinity", "∞") or said["epsilon"] == math.inf:
         score += 0.2
     else:
         hints.append("Which ε does a mechanism have that draws nothing at random?")

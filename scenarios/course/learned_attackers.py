@@ -106,10 +106,9 @@ def _quiz(answer: Any, student: str) -> Graded:
         right.append(choice is not None and _hashed(question, choice) in _RIGHT)
     if all(right):
         return Graded(1.0, "All are right.")
-    wrong = ", ".join(str(number) for number, found in enumerate(right, 1) if not found)
-    return Graded(
-        sum(right) / len(right), f"Think again about question {wrong}: who stands where, and what passes by there?"
-    )
+    wrong = [str(number) for number, found in enumerate(right, 1) if not found]
+    asked = f"question{'s' * (len(wrong) > 1)} {', '.join(wrong)}"
+    return Graded(sum(right) / len(right), f"Think again about {asked}: who stands where, and what passes by there?")
 
 
 @lru_cache(maxsize=4)

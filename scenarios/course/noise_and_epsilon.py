@@ -94,7 +94,11 @@ def _sigma(answer: Any, student: str) -> Graded:
     if 1 < share <= 1.6:
         return Graded(0.5, "The promise is kept, with more noise than it takes: there is an exact formula for ε.")
     if share > 1.6:
-        return Graded(0.0, "That is far more noise than the promise takes: is the sensitivity counted twice?")
+        return Graded(
+            0.0,
+            "That is far more noise than the promise takes: is the sensitivity counted twice, and by how much does it "
+            "grow with the rounds?",
+        )
     return Graded(
         0.0,
         "That noise breaks the promise: how far apart can two neighbours' releases lie under this adjacency, and how "
@@ -176,7 +180,13 @@ UNIT = Unit(
     "ε is a game with a bound: no attacker, whatever it knows, wins more often.",
     (
         Exercise("attacker", 15, f'a list of {_PLAYED} letters, "a" or "b", one a release', _duel, _attacker),
-        Exercise("sigma", 20, "a number: the least σ of each round's noise, in the clip's units", _promise, _sigma),
+        Exercise(
+            "sigma",
+            20,
+            "a number: the least σ of each round's noise, on the scale of the clip and not divided by it",
+            _promise,
+            _sigma,
+        ),
         Exercise(
             "broken",
             25,

@@ -153,7 +153,8 @@ UNIT = Unit(
         Exercise(
             "crossing",
             30,
-            "a number: the smallest of the batch sizes at which less than half of the images come back with 30 dB",
+            "a number: the smallest of the batch sizes at which less than half of the images come back with 30 dB "
+            "(twice the largest where there is none)",
             _series,
             _crossing,
         ),

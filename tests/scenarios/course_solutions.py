@@ -1,4 +1,4 @@
-"""Model solutions of the course's exercises, and three typical wrong answers of each unit: from what a student is given
+"""Model solutions of the course's exercises, and three typical wrong answers to each: from what a student is given
 alone. They stand with the tests, so that the package holds none."""
 
 from __future__ import annotations
@@ -202,33 +202,106 @@ def grey(*shape: int) -> Any:
 
 WRONG: tuple[tuple[int, str, str, Callable[[Given], Any], float], ...] = (
     (1, "pixels", "a row of ∂W as it is", lambda told: told["weight_gradient"][0].tolist(), 0.0),
-    (1, "labels", "the most negative entry of weights too", lambda told: naive_labels(told), 0.75),
-    (1, "labels", "classes counted from 1", lambda told: [one + 1 for one in labels(told)], 0.0),
+    (1, "pixels", "the dead unit's row over its ∂b", lambda told: dead_unit(told), 0.0),
+    (1, "pixels", "one pixel misread", lambda told: [pixels(told)[0] + 0.1, *pixels(told)[1:]], 5 / 6),
     (1, "dlg", "one colour", lambda told: grey(3, 16, 16), 0.0),
+    (1, "dlg", "the random start", lambda told: random_picture(), 0.0),
+    (1, "dlg", "a pale likeness", lambda told: pale(dlg(told)), 0.5),
+    (1, "labels", "weights taken for a gradient", lambda told: naive_labels(told), 0.75),
+    (1, "labels", "classes counted from 1", lambda told: [one + 1 for one in labels(told)], 0.0),
+    (1, "labels", "the largest entry", lambda told: largest_labels(told), 0.0),
     (1, "predict", "a prediction alone", lambda told: {"predicted": 10}, 0.25),
+    (1, "predict", "a measurement alone", lambda told: {"measured": predict(told)["measured"]}, 0.75),
+    (1, "predict", "measured in float32", lambda told: {"predicted": 20, "measured": 100.0}, 0.25),
     (2, "crossing", "twice too late", lambda told: 2 * crossing(told), 0.5),
+    (2, "crossing", "half as large", lambda told: crossing(told) / 2, 0.5),
+    (2, "crossing", "four times too late", lambda told: 4 * crossing(told), 0.0),
     (2, "collusion", "means for sums", lambda told: (told["first_mean"] - told["second_mean"]).tolist(), 0.0),
+    (2, "collusion", "the colluder forgotten", lambda told: forgotten(told), 0.0),
+    (2, "collusion", "one entry's sign", lambda told: [-collusion(told)[0], *collusion(told)[1:]], 0.75),
     (2, "essay", "a text without the last point", lambda told: ESSAY.partition("Finally")[0], 0.8),
+    (2, "essay", "one sentence", lambda told: ESSAY.partition(". ")[0], 0.0),
+    (2, "essay", "a sentence again and again", lambda told: "A batch hides what epochs and sums show. " * 20, 0.0),
     (3, "attacker", "always a", lambda told: ["a"] * 12, 0.0),
+    (3, "attacker", "one mistaken", lambda told: [*swapped(attacker(told)[:1]), *attacker(told)[1:]], 5 / 6),
+    (3, "attacker", "the farther canary", lambda told: swapped(attacker(told)), 0.0),
     (3, "sigma", "one round's noise for all", lambda told: sigma(told | {"rounds": 1}), 0.0),
     (3, "sigma", "a fifth too much", lambda told: 1.2 * sigma(told), 0.5),
+    (3, "sigma", "rounds added as they are, not by the root", lambda told: sigma(told) * told["rounds"] ** 0.5, 0.0),
     (3, "broken", "the right one for no reason", lambda told: broken(told) | {"fault": "noise"}, 0.5),
+    (3, "broken", "a fault of another one", lambda told: broken(told) | {"mechanism": "E"}, 0.5),
+    (3, "broken", "none", lambda told: {"mechanism": "none", "fault": "none"}, 0.0),
+    (3, "accuracy", "half as large", lambda told: accuracy(told) / 2, 0.5),
+    (3, "accuracy", "ten times too large", lambda told: 10 * accuracy(told), 0.0),
+    (3, "accuracy", "no privacy for no loss", lambda told: 0, 0.0),
     (4, "break_sign", "one colour", lambda told: grey(3, 16, 16), 0.25),
+    (4, "break_sign", "the plain attack", lambda told: plain_attack(told), 0.0),
+    (4, "break_sign", "a column too few", lambda told: torch.zeros(3, 16, 15).tolist(), 0.0),
     (4, "defence", "entries as they are", lambda told: defence(told) | {"sent": plain_top(told)}, 0.4),
     (4, "defence", "an ε of 1", lambda told: defence(told) | {"epsilon": 1.0}, 0.8),
-    (5, "quiz", "the first two letters swapped for z", lambda told: ["z", "z", *quiz(told)[2:]], 4 / 6),
+    (4, "defence", "twice the norm", lambda told: defence(told) | {"bound": 2 * told["norm"]}, 0.8),
+    (5, "quiz", "two letters that are none", lambda told: ["z", "z", *quiz(told)[2:]], 4 / 6),
+    (5, "quiz", "the last one wrong", lambda told: [*quiz(told)[:-1], "z"], 5 / 6),
+    (5, "quiz", "one left out", lambda told: quiz(told)[1:], 0.0),
     (5, "beat_ridge", "the baseline itself", ridge, 0.5),
     (5, "beat_ridge", "one colour", lambda told: grey(16, 1, 8, 8), 0.0),
+    (5, "beat_ridge", "pictures of the pairs", lambda told: told["pairs"].images[:16, 0].tolist(), 0.0),
     (6, "tokens", "the first text alone", lambda told: tokens(told)[:1], 1 / 8),
-    (6, "statistics", "n - 1 for n", lambda told: statistics(told) | {"variance": 0}, 2 / 3),
+    (6, "tokens", "numbers for words", lambda told: fedtap.attack(told["leak"], "dager").ids[0].tolist(), 0.0),
+    (6, "tokens", "each text backwards", lambda told: [text.split()[::-1] for text in tokens(told)], 0.0),
+    (6, "statistics", "the variance left out", lambda told: statistics(told) | {"variance": None}, 2 / 3),
+    (6, "statistics", "σ² forgotten", lambda told: statistics(told | {"sigma": 1.0}), 2 / 3),
+    (6, "statistics", "a standard deviation", lambda told: spread(statistics(told)), 2 / 3),
     (6, "audit", "a gradient throughout", lambda told: dict.fromkeys("ABCDE", "gradient"), 0.2),
+    (6, "audit", "noise taken for a mask", lambda told: renamed(audit(told), "noised", "masked"), 0.8),
+    (6, "audit", "five steps taken for noise", lambda told: renamed(audit(told), "update", "noised"), 0.8),
 )
 """Unit, exercise, what is wrong, from what is given to the answer, and its score."""
 
 
 def naive_labels(told: Given) -> Any:
-    """The last client's weights taken for a gradient, whose most negative entry is not the label here."""
-    return [*labels(told)[:3], (labels(told)[3] + 1) % 10]
+    """The last client's step taken for its gradient, which has the other sign."""
+    return [*labels(told)[:3], int((told["after"] - told["before"]).argmin())]
+
+
+def largest_labels(told: Given) -> Any:
+    return [*told["bias_gradients"].argmax(1).tolist(), int((told["before"] - told["after"]).argmax())]
+
+
+def dead_unit(told: Given) -> Any:
+    unit = int(told["bias_gradient"].abs().argmin())
+    return (told["weight_gradient"][unit] / told["bias_gradient"][unit]).tolist()
+
+
+def random_picture() -> Any:
+    return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def pale(picture: Any) -> Any:
+    """Half way to one colour."""
+    found = torch.tensor(picture)
+    return ((found + found.mean((1, 2), keepdim=True)) / 2).tolist()
+
+
+def forgotten(told: Given) -> Any:
+    """The difference of the sums, the colluder's update still in it."""
+    return (told["first_mean"] * len(told["first_round"]) - told["second_mean"] * len(told["second_round"])).tolist()
+
+
+def swapped(letters: list[str]) -> list[str]:
+    return ["b" if letter == "a" else "a" for letter in letters]
+
+
+def plain_attack(told: Given) -> Any:
+    return fedtap.attack(told["leak"], told["plain"]).images[0, 0].tolist()
+
+
+def spread(found: dict[str, float]) -> Any:
+    return found | {"variance": math.sqrt(found["variance"])}
+
+
+def renamed(found: dict[str, str], verdict: str, other: str) -> Any:
+    return {app: other if said == verdict else said for app, said in found.items()}
 
 
 def plain_top(told: Given) -> Any:

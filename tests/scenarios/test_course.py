@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from fedtap.scenarios.command.main import main
-from fedtap.scenarios.course import COURSE_UNITS, course_unit, given
+from fedtap.scenarios.course import COURSE_UNITS, course_unit, given, grade
 from fedtap.scenarios.course.conformance import broken_rules
 from fedtap.scenarios.course.exercise import Graded, grade_answer, graded_with
 from fedtap.scenarios.course.grade import (
@@ -85,8 +89,9 @@ def test_praise_goes_with_a_whole_score_alone(score: float, said: str) -> None:
     assert graded_with(score, "well done", "look again") == Graded(score, said)
 
 
-def test_three_typical_wrong_answers_of_each_unit_are_stated() -> None:
-    assert all(sum(case[0] == number for case in WRONG) >= 3 for number in COURSE_UNITS)
+def test_three_typical_wrong_answers_to_each_exercise_are_stated() -> None:
+    stated = Counter(case[:2] for case in WRONG)
+    assert stated == {(number, name): 3 for number, solutions in SOLUTIONS.items() for name in solutions}
 
 
 JSON = st.recursive(
@@ -139,6 +144,97 @@ def test_what_is_no_json_object_is_refused(content: bytes, tmp_path: Path) -> No
         grade_file(1, tmp_path / "answers.json")
 
 
+def said_by(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line."""
+    monkeypatch.setattr("sys.argv", ["fedtap", *words])
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def check_graded(number: int, said: tuple[int, str, str]) -> None:
+    """Exit code 0 and one JSON object, or 2 and one line of error."""
+    code, out, err = said
+    if code == 2:
+        assert (out, err.count("\n")) == ("", 1)
+        return
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    result = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert result.keys() == {"unit", "score", "exercises"}
+    assert result["unit"] == number
+    assert 0 <= result["score"] <= 1
+    assert [row["name"] for row in result["exercises"]] == list(SOLUTIONS[number])
+    for row in result["exercises"]:
+        assert row.keys() == {"name", "score", "hint"}
+        assert 0 <= row["score"] <= 1
+        assert isinstance(row["hint"], str)
+        assert row["hint"]
+
+
+@pytest.mark.parametrize("number", COURSE_UNITS)
+def test_whatever_an_answers_file_holds_one_object_is_printed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.json"
+    answers = st.fixed_dictionaries({}, optional=dict.fromkeys((*SOLUTIONS[number], "more"), JSON))
+    fields = {"unit": st.just(number) | JSON, "student": st.just(STUDENT) | JSON, "answers": answers | JSON}
+    documents = st.fixed_dictionaries({}, optional=fields | {"form": JSON})
+
+    @settings(max_examples=25, deadline=None)
+    @drawn_by((documents | JSON).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        check_graded(number, said_by(monkeypatch, "grade", str(number), str(path)))
+
+    check()
+
+
+@pytest.mark.parametrize("number", COURSE_UNITS)
+def test_lists_of_a_wrong_shape_or_without_end_score_less_than_1(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.json"
+    wrong: list[Any] = [
+        [0] * 50_000,
+        [[[[[1]]]]],
+        [[1, 2], [3]],
+        [[]],
+        float("nan"),
+        -1e308,
+        1e-320,
+        True,
+        "x" * 50_000,
+    ]
+    wrong += [[value] * 12 for value in (float("inf"), None, "a b", {}, [0.5])]
+    wrong += [dict.fromkeys("ABCDE", value) for value in ([], {}, float("nan"))]
+    for answer in wrong:
+        document = {"unit": number, "student": STUDENT, "answers": dict.fromkeys(SOLUTIONS[number], answer)}
+        path.write_text(json.dumps(document))
+        said = said_by(monkeypatch, "grade", str(number), str(path))
+        assert said[0] == 0, (answer, said)
+        check_graded(number, said)
+        assert json.loads(said[1])["score"] < 0.5
+
+
+def test_a_byte_order_mark_changes_nothing_and_a_folder_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.json"
+    content = json.dumps(solved(2, STUDENT)).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + content)  # as some editors save it
+    code, out, err = said_by(monkeypatch, "grade", "2", str(path))
+    assert (code, json.loads(out)["score"], err) == (0, 1, "")
+    path.write_bytes(content.decode().encode("utf-16"))
+    for unit, answers, word in (("2", path, "JSON"), ("2", tmp_path, "no file"), ("lab", path, "no unit 'lab'")):
+        code, out, err = said_by(monkeypatch, "grade", unit, str(answers))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert word in err
+
+
 def test_what_is_given_differs_between_students_and_not_between_spellings() -> None:
     one, other, same = (given(1, name)["pixels"]["weight_gradient"] for name in ("Ada", "Eve", " aDA "))
     assert (one != other).any()
@@ -181,12 +277,22 @@ def test_a_notebook_runs_and_solves_nothing(
 ) -> None:
     monkeypatch.setenv(QUICK, "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
+    handed_in: list[dict[str, Any]] = []
+    once = grade.hand_in
+
+    def kept(*given: Any) -> dict[str, Any]:
+        result = once(*given)
+        handed_in.extend(result["exercises"])
+        return result
+
+    monkeypatch.setattr(grade, "hand_in", kept)
     timed = run_notebook(folder / "notebook.py")
     assert 0 < timed.slowest <= timed.seconds
     assert capsys.readouterr().out == ""
     texts = " ".join(cell.text for cell in cells_of(folder / "notebook.py"))
     assert 80 < len(texts.split()) < 700
     if folder.name[0].isdigit():
+        assert {row["score"] for row in handed_in} == {0.0}, "a notebook as it is given out earns nothing"
         number = int(folder.name[0])
         assert f"given({number}, STUDENT)" in (folder / "notebook.py").read_text()
         assert all(f'answers["{name}"]' in (folder / "notebook.py").read_text() for name in SOLUTIONS[number])
@@ -260,14 +366,9 @@ def test_a_class_is_ranked_by_score_and_then_by_held_out_error(tmp_path: Path) -
         graded_class(5, tmp_path / "empty")
 
 
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedtap", *words])
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return code, *capsys.readouterr()
+        return said_by(monkeypatch, *words)
 
     monkeypatch.chdir(tmp_path)
     assert said("course", "answers", "3", "--student", STUDENT)[0] == 0
@@ -292,6 +393,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert code == 0, err
     assert "free disk" in out
     assert "slowest cell" in out
+    assert "lab_90" not in out
+    code, out, err = said("course", "check", "--unit", "lab")
+    assert code == 0, err
+    assert re.findall(r"^(\w+): .* slowest cell", out, re.MULTILINE) == ["lab_90_minutes"]
+    assert said("course", "check", "--unit", "laboratory")[0] == 2
 
 
 def test_defences_of_fedtap_keep_the_contract() -> None:

@@ -23,6 +23,7 @@ import torch
 import fedtap
 from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
+from fedtap.scenarios.course.slider import unit_slider
 
 logging.getLogger("flwr").setLevel(logging.ERROR)  # without a line for each round
 STUDENT = "Ada Lovelace"
@@ -58,6 +59,13 @@ attack = "idlg(steps=5)" if QUICK else "idlg(steps=100)"
 settings = {"batch": [1, 2], "victims": 1, "size": 16, "attack": attack}
 for row in fedtap.run("batch_size", **settings, out="batches", overwrite=True, as_frame=False):
     print(row["batch"], row["psnr_images"])
+
+# %% [markdown]
+# A longer run of it was saved. Move the slider: at which batch size do you no longer see what is on the pictures, and
+# is your eye stricter than the curve? (The page is `slider.html`, which opens in any browser.)
+
+# %%
+unit_slider(2)
 
 # %% [markdown]
 # ## 2. The collusion puzzle (30 minutes)

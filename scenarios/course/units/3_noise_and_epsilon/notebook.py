@@ -21,6 +21,7 @@ import flwr.app  # noqa: F401  (it sets the level of its log as it is imported)
 
 from fedtap.scenarios.course import given
 from fedtap.scenarios.course.grade import hand_in
+from fedtap.scenarios.course.slider import unit_slider
 from fedtap.simulator.defences.accountant import Gaussian
 
 logging.getLogger("flwr").setLevel(logging.ERROR)  # without a line for each round
@@ -88,6 +89,16 @@ import fedtap
 settings = {"canaries": 2, "epsilon": [1.0, 4.0], "trials": TRIALS, "exchanges": 2}
 for row in fedtap.run("canary", **settings, out="canaries", overwrite=True, as_frame=False):
     print(f"ε = {row['epsilon']}: won {row['success']:.1%}, theory allows {row['bound']:.1%}")
+
+# %% [markdown]
+# ## What noise does to a picture
+#
+# Move σ and the batch size: at which σ is a picture gone, and at which when it is averaged with two others? The
+# attack is told σ and does not use it. So what you no longer see here, a stronger attack may see; ε speaks of all
+# attacks. (The page is `slider.html`, which opens in any browser.)
+
+# %%
+unit_slider(3)
 
 # %% [markdown]
 # ## Hand in
