@@ -205,10 +205,9 @@ def test_a_sweeps_answer_names_each_setting_or_the_two_ends() -> None:
 
     (few,), (many,) = images.answers(swept(2)), images.answers(swept(9))
     assert few == (
-        "dlg, images recognisable (blind guess 12.0 dB): "
-        "sigma 0: 1 of 1 image, 40.0 dB; sigma 0.1: 0 of 1 image, 39.0 dB."
+        "dlg, images recognisable (blind guess 12.0 dB): sigma 0: 1 of 1, 40.0 dB; sigma 0.1: 0 of 1, 39.0 dB."
     )
-    assert many.startswith("dlg: over 9 settings from 0 of 1 image (sigma 0.8) to 1 of 1 image (sigma 0) recognisable")
+    assert many.startswith("dlg: over 9 settings from 0 of 1 image (sigma 0.8) to 1 of 1 (sigma 0) recognisable")
 
 
 def test_a_failed_attack_is_no_answer_about_privacy() -> None:
