@@ -37,8 +37,9 @@ _HIDDEN = (
 SENTENCES = 8
 """Settings of an attack that its answer names one by one."""
 
-_LINES = 6
-"""Attacks and settings from which on a chart shows them one below the other; of fewer the pictures tell more."""
+_LINES, _MOST_LINES = 6, 24
+"""Attacks and settings from which on a chart shows them one below the other, since of fewer the pictures tell more; and
+lines up to which it does."""
 
 UNCONVERGED = 0.1
 """Share of an undefended gradient, left unexplained, above which an attack did not converge."""
@@ -188,7 +189,8 @@ def _by_share(attacks: Sequence[Group]) -> list[str]:
             for some, middle in zip(equal, middles, strict=True)
         )
         low, high = (f"{100 * end:.0f}" for end in back.interval) if back.images else ("", "")
-        what = f"{back.won} of {back.images} images {back.measure} (95 % interval {low}–{high} %)"
+        images = "images" if back.images > 1 else "image"
+        what = f"{back.won} of {back.images} {images} {back.measure} (95 % interval {low}–{high} %)"
         said.append(f"{what if share >= 0 else 'No result'}: {names}.")
     blinds = [value for some in attacks if (value := median(psnrs(some, "psnr_blind"))) is not None]
     return [
@@ -311,8 +313,9 @@ def _lines(groups: Sequence[Group], keys: Sequence[Column]) -> dict[str, str]:
     attack = setting("attack")
     names = telling([key for key in keys if key.name != "attack" and not follows(key, [attack], groups)], groups)
     attacks = list(dict.fromkeys(some[0]["attack"] for some in groups))
-    lines = list(dict.fromkeys(label(some, names) or "otherwise" for some in groups)) if names else attacks
-    if len(groups) < _LINES:
+    where = [names[0].cell(some) if len(names) == 1 else label(some, names) or "otherwise" for some in groups]
+    lines = list(dict.fromkeys(where)) if names else attacks
+    if len(groups) < _LINES or len(lines) > _MOST_LINES:
         return {}
     blinds = [value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None]
     mark, images = (statistics.median(blinds) if blinds else None), sorted({len(psnrs(some)) for some in groups})
@@ -320,19 +323,19 @@ def _lines(groups: Sequence[Group], keys: Sequence[Column]) -> dict[str, str]:
     series = []
     if names:
         for number, name in enumerate(attacks):
-            own = [some for some in groups if some[0]["attack"] == name]
+            own = [(some, line) for some, line in zip(groups, where, strict=True) if some[0]["attack"] == name]
             lower = 0.5 * (number + 0.5) / len(attacks) - 0.25  # so that equal ones do not hide each other
-            at = [lines.index(label(some, names) or "otherwise") + lower for some in own]
-            series.append(Series(name, [statistics.median(psnrs(some)) for some in own], at, "dots"))
+            points = [(statistics.median(psnrs(some)), lines.index(line) + lower) for some, line in own]
+            series.append(Series(name, *unzipped(points), "dots"))
     else:
-        points = [(value, lines.index(some[0]["attack"])) for some in groups for value in psnrs(some)]
-        series.append(Series("an image", *unzipped(points), "pale"))
+        each = [(value, lines.index(some[0]["attack"])) for some in groups for value in psnrs(some)]
+        series.append(Series("an image", *unzipped(each), "pale"))
         middles = [(statistics.median(psnrs(some)), lines.index(some[0]["attack"])) for some in groups]
         series.append(Series("median", *unzipped(middles), "open"))
     said = f"PSNR, dB ({f'median of {many} images' if names else f'{many} images'}; dashed: blind guess)"
     heading = f"PSNR of each {'setting' if len(names) > 1 else names[0].title if names else 'attack'}"
     panel = Panel(said, "", series, mark=mark, upnames=lines)
-    return {heading: chart([panel], heading, 1.3 + 0.19 * len(lines))}
+    return {heading: chart([panel], heading, 1.3 + 0.175 * len(lines))}
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

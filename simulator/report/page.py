@@ -37,7 +37,8 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; letter-spacing: -.02em; }
 h2 { font-size: 1.2rem; margin: 1.5em 0 .6em; letter-spacing: -.01em; }
 p { max-width: 46em; margin: .5em 0; white-space: pre-line; } .lead { font-size: 1.15rem; max-width: 62em; }
 .pale { color: var(--pale); font-size: .875rem; } .leak { color: var(--alarm); font-weight: 600; }
-.answer { border-left: 4px solid var(--ink); padding: 0 0 0 16px; margin: .8em 0; line-height: 1.45; }
+.answer { border-left: 4px solid var(--ink); padding: 0 0 0 16px; margin: .8em 0; line-height: 1.45;
+  font-size: .95rem; }
 .answer p { max-width: none; margin: .25em 0; } .answer + h2 { margin-top: 1em; }
 .banner { border: 2px solid var(--alarm); border-radius: 10px; padding: 4px 14px; margin: .8em 0; }
 .banner p { font-size: .875rem; max-width: none; margin: .2em 0; }
