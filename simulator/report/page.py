@@ -33,9 +33,10 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 8px 24px 96px; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; letter-spacing: -.02em; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; letter-spacing: -.02em; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 1.5em 0 .6em; letter-spacing: -.01em; }
-p { max-width: 46em; margin: .5em 0; white-space: pre-line; } .lead { font-size: 1.15rem; max-width: 62em; }
+p { max-width: 46em; margin: .5em 0; white-space: pre-line; overflow-wrap: break-word; }
+.lead { font-size: 1.15rem; max-width: 62em; }
 .pale { color: var(--pale); font-size: .875rem; } .leak { color: var(--alarm); font-weight: 600; }
 .answer { border-left: 4px solid var(--ink); padding: 0 0 0 16px; margin: .8em 0; line-height: 1.45;
   font-size: .95rem; }
