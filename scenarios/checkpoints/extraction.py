@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from fedtap.simulator.report.page import Page
 
 
+_SIMILARITIES = ("training_samples", "held_out_samples", "others_samples")
+"""Of a private, a held-out and another image to the nearest of all samples: tables have the gap of the first two."""
+
+
 @dataclass(frozen=True)
 class Extracting(Attacked):
     """Clients tune the diffusion model that the server broadcasts, and it draws their images from what comes back.
@@ -55,9 +59,6 @@ class Extracting(Attacked):
         Column("similarity_others", "of images of other kinds", form=".2f", page=True),
         Column("similarity_blind", "of a private image to the nearest of as many public ones", form=".2f"),
         Column("gap_samples", "as gap, of the nearest of all samples", form=".2f", page=True),
-        Column("training_samples", "similarity of a private image to the nearest sample", form=".2f", page=True),
-        Column("held_out_samples", "that of a held-out one", form=".2f", page=True),
-        Column("others_samples", "that of one of another kind", form=".2f", page=True),
         Column("caption_found", "whether the caption is the private one", over="same", page=True),
         Column(
             "contrast", "of the extracted images: standard deviation of pixels; 0.2 to 0.3 in photographs", form=".2f"
@@ -65,7 +66,7 @@ class Extracting(Attacked):
         Column("encoder", "by which images are compared", over="same", page=True),
         Column("epsilon", "for a client", form=".3g", page=True),
         Column("error", over="same"),
-        *(Column(name, over="hidden") for name in ("objective",)),
+        *(Column(name, over="hidden") for name in ("objective", *_SIMILARITIES)),
     )
 
     weights: Annotated[

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedtap.simulator.report.charts import Panel, Series, chart
-from fedtap.simulator.report.columns import Group, grouped, label, setting
+from fedtap.simulator.report.columns import Group, grouped, label, scrolled, setting
 from fedtap.simulator.report.pictures import picture_html
 from fedtap.simulator.scenario import Row
 
@@ -99,9 +99,10 @@ def beside(
             for image, below in list(zip(images, said, strict=True))[:SHOWN_IMAGES]
         )
         body += f"<tr><td>{name}</td>{cells}</tr>"
+    table = f"<table class='pictures'><tbody>{body}</tbody></table>"
     return (
-        f"<div class='scroll' style='max-height: none'><table class='pictures'><tbody>{body}</tbody></table></div>"
-        "<p class='pale'>Below each image stands its similarity to the extracted one.</p>"
+        scrolled(table, "Extracted images and those nearest to them", "max-height: none")
+        + "<p class='pale'>Below each image stands its similarity to the extracted one.</p>"
     )
 
 

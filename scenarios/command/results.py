@@ -6,9 +6,9 @@ rows. Nothing in it is executed: what it says of models and attacks is text.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,12 @@ results_cli = typer.Typer(no_args_is_help=True, help="Runs of many people in one
 
 RESULTS = Path("results")
 """Where entries are, unless said."""
+
+_LEFT_OUT = (
+    *("dots", "mse", "genie_mse", "ssim", "lpips", "bound", "bound_renyi", "expected", "objective", "unexplained"),
+    *("seconds", "epsilon_all", "protects", "labels", "adaptive_note", "doubts", "error"),
+)
+"""Columns that the page of the run itself has: with those of many runs no screen would show them all."""
 
 
 @results_cli.command("add")
@@ -78,7 +84,8 @@ def results_build_command(
         ),
         rows,
     )
-    whole = dataclasses.replace(page, charts={}, columns=[Column("run", over="same"), *page.columns], answers=())
+    columns = [replace(one, over="hidden") if one.name in _LEFT_OUT else one for one in page.columns]
+    whole = replace(page, charts={}, columns=[Column("run", over="same"), *columns], answers=())
     write_atomically(out, html(whole, shown).encode())
     typer.echo(f"Page: {out}   {len(entries)} runs, {len(rows)} rows")
 

@@ -92,6 +92,8 @@ class Panel:
     """The values that the axis across names, as `scale` does; matplotlib's unless said."""
     ticknames: Sequence[str] = ()
     """What stands at 0, 1, 2, … across, where these are no numbers."""
+    upnames: Sequence[str] = ()
+    """What stands at 0, 1, 2, … from the top down, where these are no numbers."""
 
 
 def unzipped(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -139,6 +141,9 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
                 axes.set_yscale("log")
             if panel.share:
                 axes.set_ylim(-0.05, 1.05)
+            if panel.upnames:
+                axes.set_yticks(range(len(panel.upnames)), map(_plain, panel.upnames))
+                axes.set_ylim(len(panel.upnames) - 0.5, -0.5)
             if panel.ticks:
                 scale(axes, sorted({*panel.ticks}))
             elif panel.ticknames:
@@ -183,7 +188,7 @@ def _draw(axes: Axes, series: Series, color: str) -> Any:
     if series.low:
         axes.fill_between(x, series.low, series.high, color=color, alpha=0.12, linewidth=0)
     how = {**_KINDS[series.kind], "color": color}
-    if series.kind == "line" and color.startswith("C"):  # told apart without colour too
+    if series.kind in ("line", "dots") and color.startswith("C"):  # told apart without colour too
         how["marker"] = "osD^v"[int(color[1:]) % 5]
     if series.names:  # points of several series at one place do not hide each other
         number = int(color[1:]) % 3

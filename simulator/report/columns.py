@@ -26,7 +26,7 @@ WIDTH, MOST_ROWS = 80, 60
 WRAPPED = (14, 10)
 """Letters from which on a terminal wraps words: the first of these with which all columns fit, or the first."""
 
-MANY_COLUMNS, MOST_COLUMNS = 13, 18
+MANY_COLUMNS, MOST_COLUMNS = 12, 16
 """Columns from which on the page sets a table closer, and breaks its lines; and prints it in landscape."""
 
 SENTENCE = 60
@@ -241,25 +241,29 @@ def legend(columns: Iterable[Column], groups: Sequence[Group]) -> str:
 
 def listing(groups: Sequence[Group], columns: Iterable[Column], name: str = "Table") -> str:
     """The page's table, a line for each group; columns that are empty are left out. It scrolls within its own box.
+    Where columns are many, the settings that are the same in every line are said below.
 
     Args:
         name: what it is called for those who do not see it.
     """
-    head, cells = "", []
+    head, cells, below = "", [], ""
     lines = f"{len(groups)} {'line' if len(groups) == 1 else 'lines'}"
-    for column in columns:
-        some = [column.cell(group) for group in groups]
-        if {*some} != {NONE}:
-            kind = _kind(some)
-            head += f"<th scope='col' class='{kind}'>{escape(column.title)}</th>"
-            cells.append([_drawn(cell, kind) for cell in some])
+    found = {column: [column.cell(group) for group in groups] for column in columns}
+    found = {column: some for column, some in found.items() if {*some} != {NONE}}
+    if len(found) >= MOST_COLUMNS and len(groups) > 1:
+        one = {column: some[0] for column, some in found.items() if column.over == "same" and len({*some}) == 1}
+        found = {column: some for column, some in found.items() if column not in one}
+        said = "; ".join(f"{column.title}: {cell}" for column, cell in one.items())
+        below = f"<p class='pale'>In every line {escape(said)}.</p>" if said else ""
+    for column, some in found.items():
+        kind = _kind(some)
+        head += f"<th scope='col' class='{kind}'>{escape(column.title)}</th>"
+        cells.append([_drawn(cell, kind) for cell in some])
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*cells, strict=True))
     wide = " many" * (len(cells) >= MANY_COLUMNS) + " most" * (len(cells) >= MOST_COLUMNS)
     caption = f"<caption>{escape(name)}: {lines}, {len(cells)} columns</caption>"
-    return scrolled(
-        f"<table class='sortable{wide}'>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        f"{name}, {lines}",
-    )
+    whole = f"<table class='sortable{wide}'>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return scrolled(whole, f"{name}, {lines}") + below
 
 
 def scrolled(table: str, words: str, style: str = "") -> str:

@@ -83,7 +83,7 @@ def trade_chart(points: Mapping[str, Sequence[Trade]], share: str) -> str:
             panel.append(Series(label, accuracy, height, "dots", names=names))
     across, up = "test accuracy of the trained model", "PSNR over a blind guess, dB (median)"
     panels = [Panel(across, up, series[0], levels={"blind guess": 0}), Panel(across, share, series[1], share=True)]
-    return chart(panels, "privacy against accuracy", height=4.8) if points else ""
+    return chart(panels, "privacy against accuracy", height=3.8) if points else ""
 
 
 def games_chart(rows: Group) -> str:

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.charts import Panel, Series, chart, unzipped
 from fedtap.simulator.report.columns import (
     Alarm,
     Column,
@@ -36,6 +36,10 @@ _HIDDEN = (
 
 SENTENCES = 8
 """Settings of an attack that its answer names one by one."""
+
+_LINES, _MOST_LINES = 6, 24
+"""Attacks and settings from which on a chart shows them one below the other, since of fewer the pictures tell more; and
+lines up to which it does."""
 
 UNCONVERGED = 0.1
 """Share of an undefended gradient, left unexplained, above which an attack did not converge."""
@@ -147,8 +151,10 @@ def _all(rows: Group) -> str | None:
     return f"{rounded(first['epsilon_all'])} ({first['releases']})" if "releases" in first else None
 
 
-def _protected(rows: Group) -> str:
+def _protected(rows: Group) -> str | None:
     first = rows[0]
+    if "protects" not in first:
+        return None
     whom = "an example" if first["protects"] == "example" else "a client"
     far = "no clip" if first["sensitivity"] is None else f"sensitivity {rounded(first['sensitivity'])}"
     return f"{whom}, {first['adjacency']}, {far}"
@@ -163,7 +169,34 @@ def chosen(rows: Group) -> list[Column]:
 def answers(rows: Group) -> list[str]:
     """A sentence for each attack, made of the rows alone; none where there is no truth to score them against."""
     keys, attacks = chosen(rows), grouped(rows, [setting("attack")])
-    return [_answer(some, keys) for some in attacks if outcome(some).images or any(row.get("error") for row in some)]
+    attacks = [some for some in attacks if outcome(some).images or any(row.get("error") for row in some)]
+    if len(attacks) > SENTENCES and all(len(grouped(some, keys)) == 1 for some in attacks):
+        return _by_share(attacks)
+    return [_answer(some, keys) for some in attacks]
+
+
+def _by_share(attacks: Sequence[Group]) -> list[str]:
+    """A sentence for all attacks that brought back as many images, the most first: too many for one each."""
+    found: dict[tuple[float, int], list[Group]] = {}
+    for some in attacks:
+        back = outcome(some)
+        found.setdefault((-1.0 if back.share is None else back.share, back.images), []).append(some)
+    said = []
+    for (share, _), equal in sorted(found.items(), reverse=True):
+        middles, back = [median(psnrs(some)) for some in equal], outcome(equal[0])
+        names = ", ".join(
+            some[0]["attack"] + ("" if middle is None else f" ({middle:.1f} dB)")
+            for some, middle in zip(equal, middles, strict=True)
+        )
+        low, high = (f"{100 * end:.0f}" for end in back.interval) if back.images else ("", "")
+        images = "images" if back.images > 1 else "image"
+        what = f"{back.won} of {back.images} {images} {back.measure} (95 % interval {low}–{high} %)"
+        said.append(f"{what if share >= 0 else 'No result'}: {names}.")
+    blinds = [value for some in attacks if (value := median(psnrs(some, "psnr_blind"))) is not None]
+    return [
+        *said,
+        *[f"Blind guess: {statistics.median(blinds):.1f} dB; figures in brackets are medians."] * bool(blinds),
+    ]
 
 
 def _answer(rows: Group, keys: Sequence[Column]) -> str:
@@ -186,10 +219,12 @@ def _answer(rows: Group, keys: Sequence[Column]) -> str:
     where = [label(some, names) or "otherwise" for some in groups]
     if len(groups) > SENTENCES:
         ranked = sorted(range(len(groups)), key=lambda at: (backs[at].share or 0.0, middles[at] or 0.0))
-        span = " to ".join(f"{counted[at]} ({where[at]})" for at in (ranked[0], ranked[-1]))
+        least, most = ranked[0], ranked[-1]
+        span = f"{counted[least]} ({where[least]}) to {backs[most].won} of {backs[most].images} ({where[most]})"
         return f"{attack}: over {len(groups)} settings from {span} {measure}{blind}{lost}."
     words = ["" if middle is None else f", {middle:.1f} dB" for middle in middles]
-    each = "; ".join(f"{one}: {many}{middle}" for one, many, middle in zip(where, counted, words, strict=True))
+    shares = (f"{back.won} of {back.images}{middle}" for back, middle in zip(backs, words, strict=True))
+    each = "; ".join(f"{one}: {share}" for one, share in zip(where, shares, strict=True))
     return f"{attack}, images {measure}{blind}: {each}{lost}."
 
 
@@ -270,7 +305,37 @@ def curves(rows: Group) -> dict[str, str]:
             [Panel(of, "PSNR, dB (median, quartiles)", quality, levels=levels, ticks=ticks)], psnr, 3.6
         )
         errors[mse] = chart([Panel(of, "MSE (mean)", error, log=True, ticks=ticks)], mse, 3.6)
-    return charts | errors
+    return charts | errors or _lines(groups, keys)
+
+
+def _lines(groups: Sequence[Group], keys: Sequence[Column]) -> dict[str, str]:
+    """A line for each setting with the medians of its attacks, or for each attack with its images; nothing of few."""
+    attack = setting("attack")
+    names = telling([key for key in keys if key.name != "attack" and not follows(key, [attack], groups)], groups)
+    attacks = list(dict.fromkeys(some[0]["attack"] for some in groups))
+    where = [names[0].cell(some) if len(names) == 1 else label(some, names) or "otherwise" for some in groups]
+    lines = list(dict.fromkeys(where)) if names else attacks
+    if len(groups) < _LINES or len(lines) > _MOST_LINES:
+        return {}
+    blinds = [value for some in groups if (value := median(psnrs(some, "psnr_blind"))) is not None]
+    mark, images = (statistics.median(blinds) if blinds else None), sorted({len(psnrs(some)) for some in groups})
+    many = "–".join(map(str, dict.fromkeys((images[0], images[-1]))))
+    series = []
+    if names:
+        for number, name in enumerate(attacks):
+            own = [(some, line) for some, line in zip(groups, where, strict=True) if some[0]["attack"] == name]
+            lower = 0.5 * (number + 0.5) / len(attacks) - 0.25  # so that equal ones do not hide each other
+            points = [(statistics.median(psnrs(some)), lines.index(line) + lower) for some, line in own]
+            series.append(Series(name, *unzipped(points), "dots"))
+    else:
+        each = [(value, lines.index(some[0]["attack"])) for some in groups for value in psnrs(some)]
+        series.append(Series("an image", *unzipped(each), "pale"))
+        middles = [(statistics.median(psnrs(some)), lines.index(some[0]["attack"])) for some in groups]
+        series.append(Series("median", *unzipped(middles), "open"))
+    said = f"PSNR, dB ({f'median of {many} images' if names else f'{many} images'}; dashed: blind guess)"
+    heading = f"PSNR of each {'setting' if len(names) > 1 else names[0].title if names else 'attack'}"
+    panel = Panel(said, "", series, mark=mark, upnames=lines)
+    return {heading: chart([panel], heading, 1.3 + 0.175 * len(lines))}
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -32,18 +32,20 @@ _STYLE = """
   --panel: #1d2025; --alarm: #ff8a80; --mark: #f0c35e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 24px 24px 96px; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3em; letter-spacing: -.02em; }
-h2 { font-size: 1.2rem; margin: 2em 0 .6em; letter-spacing: -.01em; }
-p { max-width: 46em; margin: .5em 0; white-space: pre-line; } .lead { font-size: 1.15rem; }
+main { max-width: 1240px; margin: 0 auto; padding: 8px 24px 96px; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; letter-spacing: -.02em; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 1.5em 0 .6em; letter-spacing: -.01em; }
+p { max-width: 46em; margin: .5em 0; white-space: pre-line; overflow-wrap: break-word; }
+.lead { font-size: 1.15rem; max-width: 62em; }
 .pale { color: var(--pale); font-size: .875rem; } .leak { color: var(--alarm); font-weight: 600; }
-.answer { border-left: 4px solid var(--ink); padding: 2px 0 2px 16px; margin: 1em 0; }
-.answer p { font-size: 1.05rem; max-width: 62em; }
-.banner { border: 2px solid var(--alarm); border-radius: 10px; padding: 6px 14px; margin: 1em 0; }
+.answer { border-left: 4px solid var(--ink); padding: 0 0 0 16px; margin: .8em 0; line-height: 1.45;
+  font-size: .95rem; }
+.answer p { max-width: none; margin: .25em 0; } .answer + h2 { margin-top: 1em; }
+.banner { border: 2px solid var(--alarm); border-radius: 10px; padding: 4px 14px; margin: .8em 0; }
 .banner p { font-size: .875rem; max-width: none; margin: .2em 0; }
 summary { cursor: pointer; padding: 6px 0; font-weight: 600; } details { margin: 1em 0; }
 .figure { overflow-x: auto; } .figure svg { min-width: 700px; max-width: 780px; color: var(--pale); }
-.figure svg.panels { min-width: 900px; max-width: none; }
+.figure svg.panels { min-width: 900px; max-width: 1000px; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .scroll { position: relative; overflow: auto; max-height: 70vh; margin: 1em 0;
   border: 1px solid var(--line); border-radius: 10px; }
@@ -72,7 +74,7 @@ td.number span { white-space: nowrap; }
 .pictures td, .pictures th { border: 0; text-align: center; vertical-align: top; padding: 6px 8px;
   white-space: normal; }
 .pictures { table-layout: fixed; } .pictures :is(th, td):first-child { width: 7.5em; }
-.pictures thead th { vertical-align: bottom; }
+.pictures thead th { vertical-align: bottom; overflow-wrap: anywhere; }
 .pictures tbody th { position: static; background: none; text-align: left; color: var(--pale); font-weight: 400;
   white-space: pre-line; overflow-wrap: anywhere; }
 .pictures img { display: block; width: 100%; max-width: 144px; margin: 0 auto 4px; border-radius: 4px; }
@@ -85,7 +87,7 @@ dl.papers dd { font-family: inherit; } dd a { color: inherit; }
 pre { margin: 0; padding: 10px 12px; font: .85rem/1.5 ui-monospace, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 10px; background: var(--panel); }
 svg { display: block; width: 100%; height: auto; }
-@media (max-width: 600px) { main { padding: 16px 16px 64px; } h1 { font-size: 1.5rem; }
+@media (max-width: 600px) { main { padding: 8px 16px 64px; } h1 { font-size: 1.5rem; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 8px; } }
 .dots { position: relative; display: block; width: 112px; height: 26px; border-bottom: 1px solid var(--line); }
 .dots i { position: absolute; width: 6px; height: 6px; margin: -3px; border-radius: 3px; background: var(--ink);

@@ -34,6 +34,10 @@ _AT_ONCE = 2
 _TILES = 9
 """Images of a batch that the page shows large; of more, the nearest to the originals and the farthest."""
 
+_WIDE, _LEAST = 1170, 74
+"""Of the page's table of pictures, in CSS pixels: up to which it grows with its columns, so that a screen of 1280 shows
+all; and what a column has at least."""
+
 CELL, GAP, CAPTION, MARGIN, TITLE = 192, 20, 64, 32, 150
 """Of the strip, in pixels: a picture's side, what is between two, below one, and around all; and a title's width."""
 
@@ -152,7 +156,8 @@ def _rows_of(pictures: Sequence[Picture], columns: Sequence[str], large: bool = 
             many = " class='many'" * (images is not None and len(images) > 1)
             body += f"<td{many}>{shown}<span class='{'leak' if whole.leaked(column) else 'pale'}'>{caption}</span></td>"
         body += "</tr>"
-    width = f"style='min-width: {110 * (len(columns) + 1) if large else 120 + 250 * len(columns)}px'"
+    wanted = 110 * (len(columns) + 1) if large else 120 + 250 * len(columns)
+    width = f"style='min-width: {max(min(wanted, _WIDE), _LEAST * (len(columns) + 1))}px'"
     return scrolled(
         f"<table class='pictures{'' if large else ' whole'}' {width}><caption>A row for each victim</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",

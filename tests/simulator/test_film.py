@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -58,16 +60,41 @@ def test_a_film_ends_near_the_reconstruction_and_changes_nothing(attack: Attack)
     shown(lambda: pytest.fail("nobody films"))
 
 
-def test_a_gif_has_the_original_beside_each_frame() -> None:
-    film, truth = Film(), torch.zeros(1, 3, 8, 8)
-    for level in (1.0, 0.5, 0.0):
-        film.take(lambda level=level: (torch.full((1, 3, 8, 8), level), torch.tensor(level)))  # type: ignore[misc]
+def fading(*objectives: float) -> Film:
+    """A frame for each objective, from white to black."""
+    film = Film()
+    for number, objective in enumerate(objectives):
+        level = 1 - number / (len(objectives) - 1)
+        film.take(lambda level=level, one=objective: (torch.full((1, 3, 8, 8), level), torch.tensor(one)))  # type: ignore[misc]
+    return film
+
+
+def marks(made: Image.Image, left: int) -> list[tuple[float, float]]:
+    """Of each frame the middle of what is red right of `left`, in pixels."""
+    found = []
+    for number in range(made.n_frames):  # type: ignore[attr-defined]
+        made.seek(number)
+        pixels = np.asarray(made.convert("RGB")).astype(int)
+        red = (pixels[..., 0] > pixels[..., 1] + 60) & (np.arange(made.width) >= left)
+        rows, columns = red.nonzero()
+        found.append((float(columns.mean()), float(rows.mean())))
+    return found
+
+
+def test_a_gif_has_the_original_and_the_objective_beside_each_frame() -> None:
+    film, truth = fading(1.0, 0.5, 1e-3), torch.zeros(1, 3, 8, 8)
     for original, wide in ((truth, 2 * 192 + 20), (None, 192)):
         made = Image.open(io.BytesIO(gif(film, original)))
-        assert (made.n_frames, made.width) == (3, wide)
+        assert (made.n_frames, made.width) == (3, wide + 20 + 192)
         made.seek(2)
         last = made.convert("RGB")
         assert max(last.getpixel((wide - 96, 96))) < 8  # type: ignore[arg-type]
+        across, down = zip(*marks(made, wide + 10), strict=True)
+        assert list(across) == sorted({*across})  # the mark goes on with the step, and falls with the objective
+        assert list(down) == sorted({*down})
+        assert (down[1] - down[0]) / (down[2] - down[0]) == pytest.approx(math.log(2) / math.log(1e3), abs=0.02)
+    without = Image.open(io.BytesIO(gif(fading(1.0, math.nan), truth)))
+    assert without.width == 2 * 192 + 20
     assert film_html(b"", "idlg", film).count("<svg") == 1
     assert "<svg" not in film_html(b"", "idlg", None)
 

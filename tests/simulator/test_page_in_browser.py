@@ -1,36 +1,31 @@
 """Pages in headless Chromium: nothing overflows, nothing is asked for, tables sort and are filtered, sliders show the
-original, and axe-core finds nothing serious."""
+original, charts are kept, answer and chart come first, and axe-core finds nothing serious."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import io
 import re
-import shutil
-import subprocess
-from html import unescape
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from fedtap.scenarios.command.plan import plan
 from fedtap.scenarios.command.results import replayed_by
+from fedtap.simulator.report.charts import Panel, Series, chart
+from fedtap.simulator.report.page import Page, html
 from fedtap.simulator.report.saved_run import read_run
 from tests.scenarios.test_recorded_rows import DATA, RECORDED
+from tests.support.answers import check_answers
+from tests.support.browser import A4, LIGHT, View, answer_and_chart_come_first, chromium, looked, needs_chromium
 from tests.support.played import command, play
+from tests.support.whole_pages import MADE, made
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-
-A4 = 718
-"""Of an A4 page between its margins, in CSS pixels."""
-
-LANDSCAPE = 1047
-"""Of an A4 page on its side, on which the widest tables are printed."""
-
-WIDTHS = (390, 1280, A4)
+pytestmark = needs_chromium
 
 RUNS = {
     "first_leak": ("--attack", "idlg(steps=3),linear", "--model", "mlp"),
@@ -47,28 +42,8 @@ RUNS = {
     "secagg": ("--attack", "idlg(steps=3)", "--clients", "3", "--victims", "2"),
 }
 
-LISTENER = """<script>
-const seen = {errors: []};
-window.addEventListener('error', event => seen.errors.push(event.message));
-window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
-console.error = console.warn = (...words) => seen.errors.push(words.join(' '));
-</script>"""
-"""Stands before all else on the page, so that errors of the page's own script are heard."""
-
-LOOK = """<script>
-seen.requests = performance.getEntriesByType('resource').map(one => one.name);
-seen.width = innerWidth;
-seen.across = document.documentElement.scrollWidth - innerWidth;
-seen.cut = [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)
-  .map(box => box.ariaLabel);
-seen.charts = document.querySelectorAll('.figure svg').length;
-seen.keep = [...document.querySelectorAll('.keep button')].map(one => one.textContent).filter(one => one !== 'Copy');
-for (const folded of document.querySelectorAll('details')) folded.open = true;
-seen.unfolded = document.documentElement.scrollWidth - innerWidth;
-seen.unnamed = [...document.querySelectorAll('button, input, img, [role=region]')].filter(one =>
-  !(one.textContent.trim() || one.ariaLabel || one.hasAttribute('alt'))).length;
-</script>"""
-"""What every page is looked at for: widths with nothing folded but the cut tables, which are those shown at once."""
+TWO = {"first": 1.0, "second": 9.0}
+"""Words of a chart -> where its line begins."""
 
 USE = """<script>
 const table = document.querySelector('table.sortable');
@@ -107,24 +82,18 @@ seen.copied = [...document.querySelectorAll('pre.copied')].map(text => {
 </script>"""
 """How the page of a scenario about images is used."""
 
-REPORT = """<script>
-Promise.resolve(seen.axe).then(found => {
-  seen.axe = found;
-  setTimeout(() => parent.postMessage(JSON.stringify(seen), '*'), 200);
+
+KEEP = """<script>
+seen.kept = new Promise(resolve => {
+  const files = [], asked = [...document.querySelectorAll('.figure .keep button')];
+  HTMLAnchorElement.prototype.click = function() {
+    files.push([this.download, this.href]);
+    if (files.length === asked.length) resolve(files);
+  };
+  for (const button of asked) button.click();
 });
 </script>"""
-
-_FOUND = importlib.util.find_spec("axe_playwright_python")
-AXE = Path(_FOUND.origin).with_name("axe.min.js") if _FOUND and _FOUND.origin else None
-"""axe-core, of which that package has a copy; the browser is driven without it."""
-
-AUDIT = """<script>
-seen.axe = axe.run({resultTypes: ['violations']}).then(({violations, passes}) => ({
-  passed: passes.map(one => one.id),
-  serious: violations.filter(one => ['serious', 'critical'].includes(one.impact))
-    .flatMap(one => one.nodes.map(node => `${one.id}: ${node.html.slice(0, 160)}`)),
-}));
-</script>"""
+"""Every chart is kept as SVG and as PNG: names and contents."""
 
 
 @pytest.fixture(scope="module", params=list(RUNS))
@@ -135,94 +104,37 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder / "report.html"
 
 
-def audited(page: Path) -> None:
-    """axe-core finds nothing serious, on a narrow light page and on a wide dark one, with nothing folded."""
-    assert AXE is not None
-    script = f"<script>{AXE.read_text(encoding='utf-8').replace('</script', '<' + chr(92) + '/script')}</script>"
-    for width, dark in ((390, False), (1280, True)):
-        found = probed(page, width, LOOK + script + AUDIT, dark=dark)["axe"]
-        assert "color-contrast" in found["passed"]  # it has looked
-        assert found["serious"] == []
-
-
-def probed(page: Path, width: int, probe: str, dark: bool = False) -> dict[str, Any]:
-    """What the probe saw in a frame of this width, in pixels: a window of Chromium's is no narrower than 500.
-    At the widths of A4 the page looks as it does on paper.
-
-    Args:
-        probe: the page's last scripts.
-        dark: whether the page looks as it does where dark pages are asked for.
-    """
-    copy, frame = page.with_name(f"probe-{width}.html"), page.with_name(f"frame-{width}.html")
-    text = page.read_text().replace("<head>", "<head>" + LISTENER).replace("</body>", probe + REPORT + "</body>")
-    text = text.replace("(prefers-color-scheme: dark)", "all") if dark else text
-    if width in (A4, LANDSCAPE):
-        text = text.replace("@media print {", "@media all {")
-    if width == A4:
-        text = text.replace(" page: wide;", " display: none;")  # these are on pages of their own
-    copy.write_text(text)
-    frame.write_text(
-        "<script>addEventListener('message', event => document.documentElement.dataset.seen = event.data)</script>"
-        f"<iframe src='{copy.name}' style='border: 0; width: {width}px; height: 1000px'></iframe>"
-    )
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom")
-    done = subprocess.run(
-        [
-            str(CHROMIUM),
-            *flags,
-            f"--user-data-dir={page.with_name('profile')}",
-            "--window-size=1400,1100",
-            "--virtual-time-budget=5000",
-            frame.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    found = re.search(r'data-seen="([^"]*)"', done.stdout)
-    assert found, done.stdout[-500:] + done.stderr[-500:]
-    seen: dict[str, Any] = json.loads(unescape(found[1]))
-    assert seen["width"] == width
-    assert seen["errors"] == []
-    assert seen["requests"] == []
-    assert seen["across"] <= 0
-    assert seen["unfolded"] <= 0
-    assert seen["unnamed"] == 0
-    assert seen["keep"] == ["SVG", "PNG"] * seen["charts"]
-    if width != 390:
-        assert seen["cut"] == []
-    return seen
-
-
 def paper(page: Path) -> list[tuple[float, float]]:
     """Width and height of each printed page, in points."""
-    made = page.with_name("printed.pdf")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--print-to-pdf={made}")
-    profile = f"--user-data-dir={page.with_name('profile')}"
-    subprocess.run([str(CHROMIUM), *flags, profile, page.as_uri()], capture_output=True, timeout=120, check=True)
-    boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", made.read_bytes())
+    printed = page.with_name("printed.pdf")
+    chromium(page.with_name("profile"), f"--print-to-pdf={printed}", page.as_uri())
+    boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", printed.read_bytes())
     return [(float(wide), float(tall)) for wide, tall in boxes]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_a_page_fits_and_works(page: Path, width: int) -> None:
-    seen = probed(page, width, LOOK + USE)
-    assert seen["rising"] == sorted(seen["rising"])
-    assert seen["falling"] == sorted(seen["rising"], reverse=True)
-    assert seen["sorted"] == "ascending"
-    assert len(set(seen["filters"])) == 1
-    for one in seen["filtered"]:
-        assert one["right"]
-        assert one["some"] >= 1
-        assert (one["none"], one["all"]) == (0, one["lines"])
-        assert (one["count"], one["silent"]) == (f"{one['some']} of {one['lines']} lines", "")
-    assert seen["slides"] == (width != A4)  # not on paper
-    assert seen["clip"] == "inset(0px 40% 0px 0px)"
-    (entries, line), chosen = zip(*seen["copied"], strict=True)
-    assert [text.strip() for text in chosen] == [entries.strip(), line]
-    assert entries.startswith("@misc{zhao2020,")
-    assert line == replayed_by(read_run(page.parent))
+def test_a_page_is_used(page: Path) -> None:
+    for view, seen in looked(page, LIGHT, USE, audit=False).items():
+        assert seen["rising"] == sorted(seen["rising"])
+        assert seen["falling"] == sorted(seen["rising"], reverse=True)
+        assert seen["sorted"] == "ascending"
+        assert len(set(seen["filters"])) == 1
+        for one in seen["filtered"]:
+            assert one["right"]
+            assert one["some"] >= 1
+            assert (one["none"], one["all"]) == (0, one["lines"])
+            assert (one["count"], one["silent"]) == (f"{one['some']} of {one['lines']} lines", "")
+        assert seen["slides"] == (view.width != A4)  # not on paper
+        assert seen["clip"] == "inset(0px 40% 0px 0px)"
+        (entries, line), chosen = zip(*seen["copied"], strict=True)
+        assert [text.strip() for text in chosen] == [entries.strip(), line]
+        assert entries.startswith("@misc{zhao2020,")
+        assert line == replayed_by(read_run(page.parent))
+
+
+def test_a_page_fits_and_its_answer_is_that_of_its_rows(page: Path) -> None:
+    seen = looked(page)
+    answer_and_chart_come_first(seen, "chart" if page.parent.name == "batch_size" else "picture")
+    assert check_answers(page.parent) >= 1
 
 
 def test_a_table_of_many_columns_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,14 +142,30 @@ def test_a_table_of_many_columns_fits(tmp_path: Path, monkeypatch: pytest.Monkey
     assert command(monkeypatch, "run", "dp", *words, "--out", str(tmp_path / "dp")) == 0
     page = tmp_path / "dp/report.html"
     assert page.read_text().count("<table class='sortable many most'>") == 2
-    for width in (*WIDTHS, LANDSCAPE):
-        probed(page, width, LOOK)
+    answer_and_chart_come_first(looked(page))
+    check_answers(page.parent)
     assert {wide > tall for wide, tall in paper(page)} == {False, True}
 
 
-@pytest.mark.skipif(AXE is None, reason="the extra `browser` is not installed")
-def test_axe_finds_nothing_serious(page: Path) -> None:
-    audited(page)
+def test_each_chart_of_a_figure_is_kept(tmp_path: Path) -> None:
+    """A figure of two charts among them: the second is not the first."""
+    charts = [chart([Panel("x", words, [Series("a", [1, 2], [high, 2.0])])], words) for words, high in TWO.items()]
+    page = Page("kept", "Are both?", "", {}, {}, charts={"Two in one": "".join(charts), "Folded": charts[0]})
+    (tmp_path / "report.html").write_text(html(page, []))
+    (seen,) = looked(tmp_path / "report.html", [View(1280)], KEEP, audit=False).values()
+    files = dict(seen["kept"])
+    assert {*files} == {
+        f"{name}.{kind}" for name in ("Two_in_one", "Two_in_one_2", "Folded") for kind in ("svg", "png")
+    }
+    for name, words in (("Two_in_one", "first"), ("Two_in_one_2", "second"), ("Folded", "first")):
+        drawn = ElementTree.fromstring(unquote(files[f"{name}.svg"].partition(",")[2]))
+        assert drawn.get("aria-label") == words
+        assert words in {"".join(text.itertext()).strip() for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+        pixels = Image.open(io.BytesIO(b64decode(files[f"{name}.png"].partition(",")[2])))
+        _, _, width, height = map(float, str(drawn.get("viewBox")).split())
+        assert pixels.size == pytest.approx((2 * width, 2 * height), abs=1)
+        assert len(pixels.convert("RGB").getcolors(2**24) or ()) > 20
+    assert files["Two_in_one.png"] == files["Folded.png"] != files["Two_in_one_2.png"]
 
 
 @pytest.mark.parametrize("run", RECORDED[1:], ids=lambda run: run["scenario"])
@@ -245,7 +173,11 @@ def test_the_pages_of_other_scenarios_fit(run: dict[str, Any], tmp_path: Path) -
     if run["scenario"] == "text_gradients" and not (DATA / "ag_news_test.csv").is_file():
         pytest.skip(f"{DATA / 'ag_news_test.csv'} is absent: set FEDTAP_DATA_ROOT to the folder that holds it")
     play(plan(run["scenario"], run["options"]), tmp_path / "out", data_root=DATA)
-    for width in WIDTHS:
-        probed(tmp_path / "out/report.html", width, LOOK)
-    if AXE is not None:
-        audited(tmp_path / "out/report.html")
+    looked(tmp_path / "out/report.html")
+    check_answers(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_answer_and_the_chart_of_a_whole_run_come_first(name: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(made(name))
+    answer_and_chart_come_first(looked(tmp_path / "report.html", LIGHT[1:], audit=False))

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.report import images, pictures
 from fedtap.simulator.report.charts import COLORS
-from fedtap.simulator.report.columns import Column, summary, table
+from fedtap.simulator.report.columns import Column, listing, summary, table
 from fedtap.simulator.report.outcomes import outcome
 from fedtap.simulator.report.page import Page, as_csv, html, write
 from fedtap.simulator.report.pictures import Picture, gallery, strip
@@ -205,10 +205,9 @@ def test_a_sweeps_answer_names_each_setting_or_the_two_ends() -> None:
 
     (few,), (many,) = images.answers(swept(2)), images.answers(swept(9))
     assert few == (
-        "dlg, images recognisable (blind guess 12.0 dB): "
-        "sigma 0: 1 of 1 image, 40.0 dB; sigma 0.1: 0 of 1 image, 39.0 dB."
+        "dlg, images recognisable (blind guess 12.0 dB): sigma 0: 1 of 1, 40.0 dB; sigma 0.1: 0 of 1, 39.0 dB."
     )
-    assert many.startswith("dlg: over 9 settings from 0 of 1 image (sigma 0.8) to 1 of 1 image (sigma 0) recognisable")
+    assert many.startswith("dlg: over 9 settings from 0 of 1 image (sigma 0.8) to 1 of 1 (sigma 0) recognisable")
 
 
 def test_a_failed_attack_is_no_answer_about_privacy() -> None:
@@ -585,3 +584,33 @@ def test_of_a_large_batch_the_best_and_the_worst_are_shown() -> None:
     assert "All images of these batches" in gallery([picture])
     assert "All images of these batches" in gallery([small, small, picture])  # also of one that is folded itself
     assert "All images of these batches" not in gallery([small])
+
+
+def test_a_run_without_a_promise_stands_beside_one_with_it() -> None:
+    promise = {"protects": "client", "adjacency": "replace", "sensitivity": 2.0, "success": 0.6, "epsilon": 1.0}
+    (column,) = (one for one in images.image_columns([row(**promise), row()]) if one.name == "protects")
+    assert [column.cell([one]) for one in (row(**promise), row())] == ["a client, replace, sensitivity 2", "–"]
+
+
+def test_many_attacks_share_the_sentence_of_those_that_bring_back_as_much() -> None:
+    rows = [row(f"a{number}", levels=["nothing" if number < 6 else "identical"]) for number in range(9)]
+    most, least, blind = images.answers([*rows, failed(attack="b")])[:2] + images.answers(rows)[-1:]
+    assert most.startswith("1 of 1 image recognisable (95 % interval 2–100 %): a6 (40.0 dB), a7 (40.0 dB)")
+    assert least.startswith("0 of 1 image recognisable (95 % interval 0–98 %): a0 (40.0 dB), a1")
+    assert blind == "Blind guess: 12.0 dB; figures in brackets are medians."
+    assert images.answers([*rows, failed(attack="b")])[2] == "No result: b."
+    assert [*images.curves(rows)] == ["PSNR of each attack"]
+    defended = [row(defence=defence) for defence in ("none", "sign()", "prune(0.9)", "clip(1)", "a", "b")]
+    assert [*images.curves(defended)] == ["PSNR of each defence"]
+    assert images.curves(defended[:3]) == {}
+
+
+def test_settings_that_are_the_same_in_every_line_of_a_wide_table_stand_below_it() -> None:
+    columns = [Column("kind", over="same"), Column("what", over="same"), *(Column(f"c{n}") for n in range(20))]
+    rows = [{"kind": "<b>", "what": n} | {f"c{m}": m + 0.5 for m in range(20)} for n in range(3)]
+    wide, narrow = (listing([[one] for one in rows], some) for some in (columns, columns[:6]))
+    assert "In every line kind: &lt;b&gt;." in wide
+    assert ">kind</th>" not in wide
+    assert ">what</th>" in wide
+    assert "In every line" not in narrow
+    assert ">kind</th>" in narrow
