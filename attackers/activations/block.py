@@ -128,7 +128,11 @@ class AttentionBlock:
         # [i = j] sum_k P_ik (y_k - F_i) (W u_k)'
         own = torch.einsum("lhikm,lhkc->lhimc", spread, keys) @ inner[:, None]
         query_bias = (queries[:, :, None] @ inner[:, None]).transpose(2, 3)  # elements heads i j q, or one j for all
-        jacobian = spread.transpose(-1, -2)[..., None] * query_bias[:, :, :, None]  # elements heads i m j q
+        # elements heads i m j q, laid out as the output's tokens: i before heads
+        elements, many, n, _, columns = spread.shape
+        laid = x.new_empty(elements, n, many, columns, n, inner.shape[-1])
+        jacobian = laid.transpose(1, 2)
+        torch.mul(spread.transpose(-1, -2)[..., None], query_bias[:, :, :, None], out=jacobian)
         through_values = (self.value.mT[:, None] @ inner[:, None]).transpose(
             2, 3
         )  # elements heads m j q, or one for all
@@ -136,7 +140,7 @@ class AttentionBlock:
         jacobian.addcmul_(attends[:, :, :, None, :, None], through_values[:, :, None])
         # the term [i = j] is on the diagonal of output token and input token
         jacobian.diagonal(dim1=2, dim2=4).add_(own.permute(0, 1, 3, 4, 2))
-        jacobian = jacobian.transpose(1, 2).flatten(2, 3)  # elements i (heads m) j q
+        jacobian = laid.flatten(2, 3)  # elements i (heads m) j q
         if self.project is not None:
             jacobian = torch.einsum("lipjq,pm->limjq", jacobian, self.project)
         if self.residual:
