@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedtap.attackers.parts.channel_means import ChannelMeans
 from fedtap.attackers.parts.patches import PatchSolution
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, ordered
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, Differentiated, coarse_products, ordered
 from fedtap.simulator.attack import generator as seeded
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.progress import progress
@@ -63,8 +63,8 @@ DRIFTED_STRENGTHS = (1e-6, 1e-3, 1e-1, 1.0)
 NORMED = 6
 """Convolutions before a norm, at the end of the network, whose mean inputs the image is regressed on."""
 
-INVERSES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "sigmoid": lambda a, edge: torch.logit(a, edge),
+INVERSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigmoid": lambda a, edge: a.clamp(edge, 1 - edge).logit(),
     "tanh": lambda a, edge: torch.atanh(a.clamp(edge - 1, 1 - edge)),
 }
 
@@ -128,7 +128,9 @@ class Leaf:
         length = error.square().sum(1, keepdim=True).clamp_min(1e-24)
         return torch.einsum("nof,no->nf", gradients[self.weight], error) / length
 
-    def features(self, row: Float[Tensor, "victims features"], edge: float) -> Float[Tensor, "victims known"]:
+    def features(
+        self, row: Float[Tensor, "victims features"], edge: Float[Tensor, ""]
+    ) -> Float[Tensor, "victims known"]:
         """Its input, preceded by the argument of the activation that yields it where INVERSES holds that."""
         inverse = INVERSES.get(self.activation)
         return row if inverse is None else torch.cat([inverse(row, edge), row], 1)
@@ -495,8 +497,7 @@ class Generator(nn.Module):
         error = gradients[ERROR]
         length = error.norm(dim=1, keepdim=True).clamp_min(1e-12)
         rows = torch.split(gradients[KNOWN], [leaf.input[0] for leaf in self.rows], 1)
-        edge = float(self.edge)
-        known = [leaf.features(row, edge) for leaf, row in zip(self.rows, rows, strict=True)]
+        known = [leaf.features(row, self.edge) for leaf, row in zip(self.rows, rows, strict=True)]
         return torch.cat(known, 1), length, error / length
 
     def _standardised(self, known: Tensor, length: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -683,7 +684,7 @@ def fit(
 
     def entries(some: Tensor) -> Tensor:
         """Those of these pairs' images."""
-        return (some[:, None] * together + torch.arange(together)).flatten()
+        return (some[:, None] * together + torch.arange(together, device=some.device)).flatten()
 
     def closest(truth: Tensor, predicted: Tensor) -> Tensor:
         """The true images of each batch in the order that lies closest to the predicted ones."""
@@ -698,16 +699,21 @@ def fit(
     steps, draw = max(1, kept // batch), seeded(seed, "minibatches")
     total = max(11, epochs * steps)  # with 10 the cycle's rise has no length, and torch divides by it
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=total, pct_start=0.1)
+
+    def loss(chosen: Tensor) -> Tensor:
+        some = entries(chosen)
+        predicted, surprise = generator.images(rows(some), starts[some], images[some])
+        return F.mse_loss(predicted, closest(images[some], predicted)) + SURPRISE * surprise
+
     generator.train()
-    for _ in progress(epochs, "learning"):
-        for chosen in torch.randperm(kept, generator=draw)[: steps * batch].chunk(steps):
-            some = entries(chosen)
-            predicted, surprise = generator.images(rows(some), starts[some], images[some])
-            loss = F.mse_loss(predicted, closest(images[some], predicted)) + SURPRISE * surprise
-            adam.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            adam.step()
-            cycle.step()
+    differentiate = Differentiated(generator.parameters(), loss, min(batch, kept), images.device, together == 1)
+    with coarse_products():
+        for _ in progress(epochs, "learning"):
+            order = torch.randperm(kept, generator=draw).to(images.device)
+            for chosen in order[: steps * batch].chunk(steps):
+                differentiate(chosen)
+                adam.step()
+                cycle.step()
     generator.eval()
     left = torch.arange(kept, pairs).split(batch)  # type: ignore[no-untyped-call]
     held = [(rows(some), images[some]) for some in map(entries, left)]

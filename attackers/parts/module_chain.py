@@ -51,9 +51,11 @@ class ModuleChain(nn.Module):
             return nn.Sequential(nn.Linear(inputs, units), nn.ReLU(), nn.Linear(units, batch * math.prod(shape)))
 
         self.bootstrap = perceptron(self.lengths[0], parts[0].output)
+        # a module's input is the output of the one below, unless a pooling layer lies between: then that is estimated
+        below = [*(stage.output for stage in parts[1:]), parts[-1].input]
         self.modules_back = nn.ModuleList(
-            perceptron(length + batch * math.prod(stage.output), stage.input)
-            for length, stage in zip(self.lengths, parts, strict=True)
+            perceptron(length + batch * math.prod(stage.output), estimated)
+            for length, stage, estimated in zip(self.lengths, parts, below, strict=True)
         )
         self.batch = batch
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedtap.attackers.parts.repeated import Repeated, capture_on
 from fedtap.simulator.attack import Reconstruction, generator
 from fedtap.simulator.auxiliary import Auxiliary
 from fedtap.simulator.errors import FedtapError
@@ -132,15 +134,20 @@ def teach(
     """
     kept = len(seen) - max(1, len(seen) // HELD_OUT_EVERY)
     draw = generator(seed, "minibatches")
+
+    def loss(some: Tensor) -> Tensor:
+        predicted = module(seen[some])
+        return F.mse_loss(predicted, ordered(images[some], predicted))
+
     module.train()
-    for _ in progress(epochs, "learning"):
-        for some in torch.split(torch.randperm(kept, generator=draw), batch):
-            predicted = module(seen[some])
-            loss = F.mse_loss(predicted, ordered(images[some], predicted))
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
+    differentiate = Differentiated(module.parameters(), loss, min(batch, kept), images.device, images.shape[1] == 1)
+    with coarse_products():
+        for _ in progress(epochs, "learning"):
+            order = torch.randperm(kept, generator=draw).to(images.device)
+            for some in torch.split(order, batch):
+                differentiate(some)
+                optimiser.step()
+                schedule.step()
     module.eval()
     with torch.no_grad():
         parts = [
@@ -149,6 +156,56 @@ def teach(
         ]
         errors = [(predicted - ordered(truth, predicted)).square().mean((1, 2)) for predicted, truth in parts]
     return torch.cat(errors).mean()
+
+
+class Differentiated:
+    """`differentiate(pairs)` leaves the gradient of the loss on these pairs in the parameters; on a GPU, by a graph.
+
+    Args:
+        loss: from the numbers of a minibatch's pairs to a scalar.
+        batch: pairs of a minibatch; fewer, as an epoch may end with, are differentiated without the graph.
+        whole: whether the loss is computed on the device as a whole, without asking the host.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        loss: Callable[[Tensor], Tensor],
+        batch: int,
+        device: torch.device,
+        whole: bool,
+    ) -> None:
+        self._parameters, self._loss = list(parameters), loss
+        for parameter in self._parameters:  # a graph writes to the same memory each time
+            parameter.grad = torch.zeros_like(parameter)
+        self._some = torch.zeros(batch, dtype=torch.long, device=device)
+        capture = capture_on(device) if whole else None
+        self._again = Repeated(lambda: self._differentiate(self._some), capture)
+
+    def __call__(self, some: Tensor) -> None:
+        if len(some) == len(self._some):
+            self._some.copy_(some)
+            self._again()
+        else:
+            self._differentiate(some)
+
+    def _differentiate(self, some: Tensor) -> None:
+        found = torch.autograd.grad(self._loss(some), self._parameters, allow_unused=True)
+        for parameter, gradient in zip(self._parameters, found, strict=True):
+            if gradient is not None:  # of an unused one it stays zero, by which Adam moves nothing
+                parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+
+
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    """TF32 in matrix products and convolutions on a GPU, whose three digits are finer than what an inverter learns."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = True
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def ordered(truth: Float[Tensor, "pairs batch pixels"], predicted: Float[Tensor, "pairs batch pixels"]) -> Tensor:

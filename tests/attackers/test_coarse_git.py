@@ -106,7 +106,9 @@ def test_a_rows_input_is_read_in_closed_form(bias: bool) -> None:
     row = leaf.row(found)
     if bias:
         torch.testing.assert_close(row, hidden, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(leaf.features(row, 1e-6)[:, :20], torch.atanh(hidden), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            leaf.features(row, torch.tensor(1e-6))[:, :20], torch.atanh(hidden), rtol=1e-2, atol=1e-3
+        )
     else:  # up to its length
         assert bool((F.cosine_similarity(row, hidden) > 0.999).all())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor
 
 from fedtap.attackers.gradients import gradinversion, inverting_gradients, lbfgs
+from fedtap.attackers.gradients.coarse_git import CoarseGIT
 from fedtap.attackers.gradients.dlg import DLG
 from fedtap.attackers.gradients.gradinversion import GradInversion
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.gradients.inverting_gradients import InvertingGradients
-from fedtap.attackers.parts import gradients
+from fedtap.attackers.gradients.lti import LTI
+from fedtap.attackers.parts import gradients, teaching
 from fedtap.attackers.parts.repeated import _WARM_UP, Capture, Repeated, capture_on
-from fedtap.simulator.attack import Attack
+from fedtap.simulator.attack import Attack, Learner, _learned
 from fedtap.simulator.models.registry import build
 from tests.attackers.test_gradients import leak_of, pictures
+from tests.support.attack_leaks import auxiliary_for
 from tests.support.tape import WaitsError, tape
 
 _CAPTURABLE = "_get_capturable_supported_devices"
@@ -127,3 +131,35 @@ def test_a_tape_replays_on_the_same_tensors() -> None:
 def test_the_tape_refuses_what_a_graph_cannot_hold(waits: Callable[[Tensor], object]) -> None:
     with pytest.raises(WaitsError):
         tape(lambda: print(waits(torch.ones(2))))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [CoarseGIT(width=4, hidden=4, hints=4, epochs=6, batch=16), CoarseGIT(published=True, epochs=4), LTI(epochs=6)],
+    ids=lambda attack: attack.written(),
+)
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+def test_a_captured_learner_learns_what_the_learner_learns(
+    attack: Learner, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = pictures(3, 1)
+    leak = leak_of(images, labels, build(model, (3, 16, 16), 10, seed=5), model)
+    auxiliary = auxiliary_for(leak, tmp_path, 60)
+    plain = _learned.__wrapped__(attack, auxiliary, 3)
+    captured: list[Callable[[], None]] = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        captured.append(tape(step))
+        return captured[-1]
+
+    monkeypatch.setattr(teaching, "capture_on", lambda device: capture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = _learned.__wrapped__(attack, auxiliary, 3)
+    assert captured
+    torch.testing.assert_close(again(leak).images, plain(leak).images, rtol=1e-3, atol=1e-4)
+    moved = [
+        float((one - two).abs().max())
+        for one, two in zip(plain.inverter.parameters(), again.inverter.parameters(), strict=True)
+    ]
+    assert max(moved) < 1e-4
