@@ -86,4 +86,5 @@ def film_html(content: bytes, attack: str, film: Film | None) -> str:
         return shown
     steps, values = unzipped(known)
     panel = Panel("step", "objective", [Series("objective", steps, values, kind="smooth")], log=min(values) > 0)
-    return shown + chart([panel], f"{attack}: the objective at each frame")
+    figure = chart([panel], f"{attack}: the objective at each frame")
+    return f"{shown}<details><summary>The objective, to be read and kept</summary>{figure}</details>"
