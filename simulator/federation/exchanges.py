@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedtap.simulator.defences.defence import ServerDefence
 from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, float_buffers
-from fedtap.simulator.wire.records import tensors_of
+from fedtap.simulator.wire.records import record_named, tensors_of
 from fedtap.simulator.wire.roll import check_name
 from fedtap.simulator.wire.threat_models import Broadcast, weights_in
 
@@ -35,9 +35,9 @@ class ExchangeReader:
         server: Sequence[ServerDefence] = (),
     ) -> None:
         self._network, self._protocol, self._server = network, protocol, server
-        self._reported = sorted(reported)
+        self._metrics = {"metrics": sorted(reported)}
         self._wanted = dict(network.named_parameters()) | float_buffers(network)
-        self._names = list(self._wanted)
+        self._arrays = {"arrays": list(self._wanted)}
         self._sent: tuple[ArrayRecord, Tensors, Broadcast] | None = None
 
     def leak(self, order: RecordDict, answer: RecordDict, client: int, rnd: int) -> Leak:
@@ -47,7 +47,7 @@ class ExchangeReader:
             FedtapError: the answer is not what a client of this protocol sends.
         """
         after = self._checked(answer, client)
-        record = order.array_records["arrays"]
+        record = record_named("arrays", order, ArrayRecord)
         if self._sent is None or self._sent[0] is not record:
             sent = weights_in(order, "message")
             self._sent = record, sent, Broadcast.of(sent, self._network, client)
@@ -56,7 +56,7 @@ class ExchangeReader:
             change = {name: after[name] - before[name] for name in after}
             for defence in self._server:
                 defence.check_change(change, client)
-        examples = int(answer.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
+        examples = int(record_named("metrics", answer, MetricRecord)["num-examples"])  # type: ignore[arg-type]
         return broadcast.answered(after, self._protocol, client, rnd, examples)
 
     def _checked(self, answer: RecordDict, client: int) -> Tensors:
@@ -68,10 +68,10 @@ class ExchangeReader:
         Raises:
             FedtapError: they are not.
         """
-        metric_records = answer.metric_records
+        sent = list(answer.items())
         for kind, mine, theirs in (
-            ("arrays", {name: list(record) for name, record in answer.array_records.items()}, {"arrays": self._names}),
-            ("metrics", {name: sorted(record) for name, record in metric_records.items()}, {"metrics": self._reported}),
+            ("arrays", {name: list(one) for name, one in sent if isinstance(one, ArrayRecord)}, self._arrays),
+            ("metrics", {name: sorted(one) for name, one in sent if isinstance(one, MetricRecord)}, self._metrics),
         ):
             if mine != theirs:
                 raise FedtapError(
@@ -79,7 +79,7 @@ class ExchangeReader:
                     f"send one record named {kind!r} with the keys that fedtap's clients send, in their order."
                 )
         check_name(answer, client)
-        metrics = metric_records["metrics"]
+        metrics = record_named("metrics", answer, MetricRecord)
         for name, value in metrics.items():
             if type(value) not in (int, float) or not abs(value) < 2**63:  # type: ignore[arg-type]
                 raise FedtapError(f"Client {client} sent {short(value)} as its {name}: send a finite number.")
@@ -87,7 +87,7 @@ class ExchangeReader:
             raise FedtapError(
                 f"Client {client} says that it has {metrics['num-examples']} examples: send a count from 1."
             )
-        got = tensors_of(answer.array_records["arrays"])
+        got = tensors_of(record_named("arrays", answer, ArrayRecord))
         for name, tensor in got.items():
             wanted = self._wanted[name]
             if (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):

@@ -28,7 +28,7 @@ from fedtap.simulator.federation.private_data import PrivateData
 from fedtap.simulator.federation.settings import SECURE, Federation
 from fedtap.simulator.leaks import ROUNDING, GradientLeak, Leak, float_buffers, mean
 from fedtap.simulator.models.registry import build, with_weights
-from fedtap.simulator.wire.records import reading, record_of, tensors_of
+from fedtap.simulator.wire.records import reading, record_named, record_of, tensors_of
 from fedtap.simulator.wire.roll import call
 from fedtap.simulator.wire.threat_models import Masked, difference, isolated, threat_model
 from fedtap.simulator.wire.wiretap import Wiretap
@@ -156,7 +156,7 @@ def play(
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {short(error, _LONGEST)}"
             raise
-        metrics = answer.content.metric_records["metrics"]
+        metrics = record_named("metrics", answer.content, MetricRecord)
         if private.victim(client, rnd) is not None:
             heard.drift_norm[client, rnd] = float(metrics.get("drift_norm", 0.0))  # type: ignore[arg-type]
         if scenario.threat_model == SECURE:

@@ -153,10 +153,12 @@ def _arrived(content: RecordDict) -> RecordDict:
     Raises:
         Exception: they cannot be sent.
     """
-    arrays = {name: ArrayRecord() for name in content.array_records}
-    for name, record in arrays.items():
-        for key, sent in content.array_records[name].items():
-            record[key] = array_with(str(sent.dtype), tuple(sent.shape), str(sent.stype), bytes(sent.data))
+    arrays = dict[str, ArrayRecord]()
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            arrays[name] = ArrayRecord()
+            for key, sent in record.items():
+                arrays[name][key] = array_with(str(sent.dtype), tuple(sent.shape), str(sent.stype), bytes(sent.data))
     # Flower checks values as they are put into a record, and a client may have put them there by another way
     others: dict[str, Any] = {name: record for name, record in content.items() if name not in arrays}
     rest = {name: type(record).inflate(type(record)(dict(record)).deflate()) for name, record in others.items()}

@@ -33,6 +33,18 @@ def records_of(content: RecordDict, kind: type[_Kind]) -> list[_Kind]:
     return [record for record in content.values() if isinstance(record, kind)]
 
 
+def record_named(name: str, content: RecordDict, kind: type[_Kind]) -> _Kind:
+    """The message's record of this kind and name, without a look at the others.
+
+    Raises:
+        KeyError: it has none.
+    """
+    found = content[name]
+    if not isinstance(found, kind):
+        raise KeyError(name)
+    return found
+
+
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     """The record's arrays as tensors of their own memory, by name.
 

@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedtap.simulator.errors import FedtapError, short
+from fedtap.simulator.wire.records import records_of
 from fedtap.simulator.wire.wiretap import Wiretap
 
 ASKED = "query.partition"
@@ -56,7 +57,7 @@ def check_name(reply: RecordDict, client: int) -> None:
     Raises:
         FedtapError: with both.
     """
-    for record in reply.metric_records.values():
+    for record in records_of(reply, MetricRecord):
         said = record.get("partition", client)
         if type(said) is not int or said != client:
             raise FedtapError(f"Client {client} answered in the name of client {short(said)}, which it is not.")
