@@ -135,7 +135,11 @@ def test_the_tape_refuses_what_a_graph_cannot_hold(waits: Callable[[Tensor], obj
 
 @pytest.mark.parametrize(
     "attack",
-    [CoarseGIT(width=4, hidden=4, hints=4, epochs=6, batch=16), CoarseGIT(published=True, epochs=4), LTI(epochs=6)],
+    [
+        CoarseGIT(width=4, hidden=4, hints=4, epochs=6, batch=16),
+        CoarseGIT(published=True, epochs=4, batch=16),
+        LTI(epochs=6),
+    ],
     ids=lambda attack: attack.written(),
 )
 @pytest.mark.parametrize("model", ["lenet", "resnet20"])
@@ -163,3 +167,14 @@ def test_a_captured_learner_learns_what_the_learner_learns(
         for one, two in zip(plain.inverter.parameters(), again.inverter.parameters(), strict=True)
     ]
     assert max(moved) < 1e-4
+
+
+def test_products_are_coarse_while_an_inverter_learns_and_no_longer() -> None:
+    def allowed() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = allowed()
+    with pytest.raises(ZeroDivisionError), teaching.coarse_products():
+        assert allowed() == (True, True)
+        raise ZeroDivisionError
+    assert allowed() == before
