@@ -133,16 +133,17 @@ def test_the_tape_refuses_what_a_graph_cannot_hold(waits: Callable[[Tensor], obj
         tape(lambda: print(waits(torch.ones(2))))
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        CoarseGIT(width=4, hidden=4, hints=4, epochs=6, batch=16),
-        CoarseGIT(published=True, epochs=4, batch=16),
-        LTI(epochs=6),
-    ],
-    ids=lambda attack: attack.written(),
+SMALL, PUBLISHED = (
+    CoarseGIT(width=4, hidden=4, hints=4, epochs=3, batch=16),
+    CoarseGIT(published=True, units=64, epochs=2, batch=16),
 )
-@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+
+
+@pytest.mark.parametrize(
+    ("attack", "model"),
+    [(SMALL, "lenet"), (PUBLISHED, "lenet"), (PUBLISHED, "resnet20"), (LTI(width=64, epochs=6), "lenet")],
+    ids=lambda given: given if isinstance(given, str) else given.written(),
+)
 def test_a_captured_learner_learns_what_the_learner_learns(
     attack: Learner, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
