@@ -92,7 +92,7 @@ class Panel:
     """The values that the axis across names, as `scale` does; matplotlib's unless said."""
     ticknames: Sequence[str] = ()
     """What stands at 0, 1, 2, … across, where these are no numbers."""
-    upnames: Sequence[str] = ()
+    row_names: Sequence[str] = ()
     """What stands at 0, 1, 2, … from the top down, where these are no numbers."""
 
 
@@ -141,9 +141,9 @@ def chart(panels: Sequence[Panel], words: str, height: float = 4.2, across: int 
                 axes.set_yscale("log")
             if panel.share:
                 axes.set_ylim(-0.05, 1.05)
-            if panel.upnames:
-                axes.set_yticks(range(len(panel.upnames)), map(_plain, panel.upnames))
-                axes.set_ylim(len(panel.upnames) - 0.5, -0.5)
+            if panel.row_names:
+                axes.set_yticks(range(len(panel.row_names)), map(_plain, panel.row_names))
+                axes.set_ylim(len(panel.row_names) - 0.5, -0.5)
             if panel.ticks:
                 scale(axes, sorted({*panel.ticks}))
             elif panel.ticknames:

@@ -334,7 +334,7 @@ def _lines(groups: Sequence[Group], keys: Sequence[Column]) -> dict[str, str]:
         series.append(Series("median", *unzipped(middles), "open"))
     said = f"PSNR, dB ({f'median of {many} images' if names else f'{many} images'}; dashed: blind guess)"
     heading = f"PSNR of each {'setting' if len(names) > 1 else names[0].title if names else 'attack'}"
-    panel = Panel(said, "", series, mark=mark, upnames=lines)
+    panel = Panel(said, "", series, mark=mark, row_names=lines)
     return {heading: chart([panel], heading, 1.3 + 0.175 * len(lines))}
 
 
