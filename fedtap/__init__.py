@@ -78,10 +78,11 @@ def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:
 
     Args:
         attack: as on the command line, `"idlg(steps=300)"`, or an `Attack`.
-        seed: of the starting points.
+        seed: of the starting points, a whole number from 0.
 
     Raises:
-        FedtapError: there is no such attack, several are named, or it cannot use this leak.
+        FedtapError: there is no such attack, several are named, it cannot use this leak, or the seed is no whole number
+            from 0.
     """
     from fedtap.attackers import parse
     from fedtap.simulator.attack import Attack
@@ -96,7 +97,10 @@ def attack(leak: Leak, attack: str | Attack[Any], *, seed: int = 0) -> Any:
         raise FedtapError(
             f"{short(attack)} is no attack: give its name, 'idlg(steps=300)', or a value of its class, IDLG(steps=300)."
         )
-    return attack(leak, seed=seed)
+    start = seed.__index__() if hasattr(seed, "__index__") else -1
+    if start < 0:
+        raise FedtapError(f"The seed is {short(repr(seed))}, and it is a whole number from 0: give one, seed=0.")
+    return attack(leak, seed=start)
 
 
 @overload

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -115,9 +116,14 @@ class Registry(Mapping[str, type[Kind]], Generic[Kind]):
         return importlib.import_module(entry.module).__doc__ or ""
 
     def fields(self, name: str) -> list[str]:
-        """The names of a class's own fields, in order; none of an installed package's."""
+        """The names of a class's own fields, in order; an installed package is imported for it.
+
+        Raises:
+            FedtapError: that package cannot be imported, or the class is of another kind.
+        """
         entry = self.entries[name]
-        body = ast.parse(entry.file.read_text(encoding="utf-8")).body if entry.file else []
+        file = entry.file or Path(inspect.getfile(self[name]))
+        body = ast.parse(file.read_text(encoding="utf-8")).body
         found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.name), None)
         fields = [node for node in (found.body if found else ()) if isinstance(node, ast.AnnAssign)]
         return [ast.unparse(node.target) for node in fields if "ClassVar" not in ast.unparse(node.annotation)]

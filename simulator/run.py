@@ -41,6 +41,10 @@ def device_named(name: str) -> torch.device:
     Raises:
         FedtapError: this machine has no such device.
     """
+    if not re.fullmatch(r"(cpu|cuda(:\d+)?)?", name):
+        raise FedtapError(
+            f"{short(name)!r} is no device on which fedtap computes: give cpu, cuda, or cuda:N for the GPU of number N."
+        )
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()

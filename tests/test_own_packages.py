@@ -218,7 +218,7 @@ def test_a_module_that_fails_on_import_disables_one_entry(
     assert run(monkeypatch, "list") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("broken cannot be loaded") == 3
-    assert all(name in told for name in ("my_attack", "my_scenario", "top_k", "first_leak", "idlg", "dp_sgd"))
+    assert all(name in told for name in ("my_attack", "my_scenario", "top_k(k)", "first_leak", "idlg", "dp_sgd"))
     for words in (
         ("run", "broken"),
         ("run", "broken", "--help"),

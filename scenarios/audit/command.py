@@ -52,8 +52,10 @@ def audit_command(
         str, typer.Option(help="simulation or deployment: judge on Flower's own engine, and attack nothing.")
     ] = "",
 ) -> None:
-    """Play a Flower app as it is, see what its clients do, and attack what they send. The app's code is run, in its own
-    folder. Exit code 0: done; 3: --fail-on is met; 2: it could not be audited, and what was found is kept."""
+    """Play a Flower app as it is, see what its clients do, and attack what they send.
+
+    The app's code is run, in its own folder. Exit code 0: done; 3: --fail-on is met; 2: it could not be audited, and
+    what was found is kept."""
     if fail_on not in ("", *_FAIL_ON):
         raise FedtapError(f"--fail-on {short(fail_on)} is none of {', '.join(_FAIL_ON)}: give one of them.")
     if engine not in ("", *_ENGINES):

@@ -53,8 +53,10 @@ def audit_dp_command(
         typer.Option(help="Folder for audit_dp.json and audit_dp.html; runs/audit-dp, or -2, -3, …, unless said."),
     ] = None,
 ) -> None:
-    """Hold the noise of a mechanism against the differential privacy that it promises. Its code is run, many times,
-    with updates of the auditor's. Exit code 0: not refuted; 3: refuted; 2: it could not be audited."""
+    """Hold the noise of a mechanism against the differential privacy that it promises.
+
+    Its code is run, many times, with updates of the auditor's. Exit code 0: not refuted; 3: refuted; 2: it
+    could not be audited."""
     said: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "clip": clip, "sensitivity": sensitivity}
     said |= {"unit": unit, "adjacency": adjacency, "rounds": rounds, "rate": rate}
     if not 0 < alpha < 1:

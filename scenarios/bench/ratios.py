@@ -158,14 +158,14 @@ def read_bench(path: Path) -> dict[tuple[str, str], Ratio]:
     """The ratios of a bench by what they are of, and on which device.
 
     Raises:
-        FedtapError: it is not a bench's file.
+        FedtapError: there is no such file, or it is not a bench's.
     """
+    document = read_json(path)
     try:
-        document = read_json(path)
         if document["format"] != BENCH_FORMAT:
             raise ValueError(f"a format other than {BENCH_FORMAT}")
         found = [_ratio(one) for one in document["ratios"]]
-    except (FedtapError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FedtapError(
             f"{short(path, 90)} is no bench ({type(error).__name__}: {short(error, 90)}): give the files that "
             "`fedtap bench run --out FILE` leaves."

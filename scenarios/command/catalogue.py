@@ -43,9 +43,7 @@ def _own(names: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
 LISTS: dict[str, dict[str, Callable[[], dict[str, str]]]] = {
     "scenarios": {"scenario": lambda: {name: _first(SCENARIOS, name) for name in SCENARIOS}},
     "attacks": {"attack": lambda: {name: _paper(name) for name in ATTACKS}},
-    "defences": {
-        "defence": lambda: {f"{name}({', '.join(DEFENCES.fields(name))})": _first(DEFENCES, name) for name in DEFENCES}
-    },
+    "defences": {"defence": lambda: {_with_fields(DEFENCES, name): _first(DEFENCES, name) for name in DEFENCES}},
     "datasets": {
         "dataset": lambda: _own(DATASETS, {"FOLDER, FILE.zip": "your own images", "FILE.npz": "your own arrays"})
     },
@@ -181,12 +179,25 @@ def _print(console: Console, heading: str, *texts: str) -> None:
             console.print(Text(" ".join(paragraph.split())), highlight=False)
 
 
-def _first(registry: Registry[Any], name: str) -> str:
-    """The first line of what is said of an entry, which may not load."""
+def _with_fields(registry: Registry[Any], name: str) -> str:
+    """An entry as it is written with its arguments; its name alone where it does not load, which `_first` tells."""
     try:
-        return (registry.about(name).splitlines() or [""])[0]
+        return f"{name}({', '.join(registry.fields(name))})"
+    except FedtapError:
+        return name
+
+
+def _first(registry: Registry[Any], name: str) -> str:
+    """The first paragraph of what is said of an entry, which may not load."""
+    try:
+        return first_paragraph(registry.about(name))
     except FedtapError as error:
         return f"[red]{short(error)}[/red]"
+
+
+def first_paragraph(docstring: str) -> str:
+    """A docstring's first paragraph on one line; empty where there is none."""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def _paper(name: str) -> str:

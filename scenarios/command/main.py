@@ -15,6 +15,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -27,8 +28,8 @@ from fedtap.scenarios import SCENARIOS
 from fedtap.scenarios.audit.command import audit_command
 from fedtap.scenarios.audit_dp.command import audit_dp_command
 from fedtap.scenarios.command.bench import bench_cli
-from fedtap.scenarios.command.catalogue import LISTS, in_full, listed
-from fedtap.scenarios.command.help import explain
+from fedtap.scenarios.command.catalogue import LISTS, first_paragraph, in_full, listed
+from fedtap.scenarios.command.help import FOLDED, ScreenCommand, explain, with_arguments_told
 from fedtap.scenarios.command.options import pairs
 from fedtap.scenarios.command.plan import code_in, models_of, plan
 from fedtap.scenarios.command.results import results_cli
@@ -45,7 +46,11 @@ if TYPE_CHECKING:
     from fedtap.simulator.leaks import Leak
     from fedtap.simulator.saved_leak import SavedLeaks
 
-cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+cli = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},  # of its commands too
+)
 console = Console(emoji=False)  # mine:cat is a model, and no cat
 
 DataRoot = Annotated[Path, typer.Option(envvar="FEDTAP_DATA_ROOT", help="Folder that holds the data sets.")]
@@ -58,15 +63,14 @@ COMMANDS = (
     *("run", "attack", "audit", "audit-dp", "tune", "pretrain", "list", "course", "grade", "bench", "results"),
     *dict(COMMANDS_ON_RUNS),
 )
-SAYS = "This option and those below say what the client did, in place of the leak's JSON."
+OfCheckpoints = partial(typer.Option, rich_help_panel="of checkpoints")
+OfTraining = partial(typer.Option, rich_help_panel=FOLDED)
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @cli.callback(invoke_without_command=True)
 def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """What federated learning leaks: fedtap run SCENARIO --option value, fedtap attack LEAK, fedtap audit APP, fedtap
-    audit-dp TARGET, fedtap tune ATTACK, fedtap list, fedtap pretrain diffusion, fedtap course and grade, fedtap bench,
-    and of what runs left fedtap show, open, compare, index, and results add and build."""
+    """What federated learning leaks. `fedtap COMMAND --help` says more of a command."""
     if version:
         console.print(metadata.version("fedtap"), highlight=False)
         raise typer.Exit
@@ -74,7 +78,7 @@ def version_option(version: Annotated[bool, typer.Option("--version", help="Prin
 
 def _scenarios(incomplete: str) -> list[tuple[str, str]]:
     """Names for the shell to complete."""
-    return [(name, SCENARIOS.about(name).splitlines()[0]) for name in SCENARIOS if name.startswith(incomplete)]
+    return [(name, first_paragraph(SCENARIOS.about(name))) for name in SCENARIOS if name.startswith(incomplete)]
 
 
 @cli.command("run", context_settings=EXTRA, add_help_option=False)
@@ -89,8 +93,9 @@ def run_command(
     film: Annotated[bool, typer.Option("--film", help="Film iterative attacks: films/*.gif, and on the page.")] = False,
     parallel: Annotated[int, typer.Option(min=1, help="Processes among which the values of a sweep are dealt.")] = 1,
 ) -> None:
-    """Play a scenario in this process. `fedtap run NAME --help` shows its options; values joined by commas are
-    swept."""
+    """Play a scenario in this process. `fedtap run NAME --help` shows its options.
+
+    Values joined by commas are swept."""
     if name in ("", "--help", "-h"):
         console.print(context.get_help())
         console.print(f"Scenarios: {', '.join(SCENARIOS)}")
@@ -118,8 +123,10 @@ def tune_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the folder.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Try every combination of values of an attack's fields on public images alone. What victims stand for here are
-    public images that were held out. All other options are those of `fedtap run tuning --help`."""
+    """Try every combination of values of an attack's fields on public images alone.
+
+    What victims stand for here are public images that were held out. All other options are those of `fedtap run tuning
+    --help`."""
     from fedtap.scenarios.command.grid import attack_grid
 
     if attack.startswith("-"):
@@ -225,7 +232,7 @@ def _grids(name: str, words: list[str], data_root: Path) -> Callable[[Scenario],
     return lambda setting: LocalGrid(client_app(plan_of), setting.nodes, config)
 
 
-@cli.command("attack")
+@cli.command("attack", cls=ScreenCommand)
 def attack_command(
     leaks: Annotated[Path, typer.Argument(help="A saved leak (.safetensors and .json), or a folder of them.")],
     attack: Annotated[
@@ -246,29 +253,30 @@ def attack_command(
     device: Device = "",
     overwrite: Overwrite = False,
     base: Annotated[
-        str, typer.Option(help="Of a checkpoint, a folder with a model or a LoRA: the model that it was tuned from.")
+        str, OfCheckpoints(help="The model that it was tuned from; a checkpoint is a folder with a model or a LoRA.")
     ] = "",
-    tokens: Annotated[int, typer.Option(min=4, help="Of a checkpoint: tokens to which documents are cut.")] = 32,
-    private: Annotated[int, typer.Option(min=1, help="Of a diffusion model's: images that it was tuned on.")] = 4,
+    tokens: Annotated[int, OfCheckpoints(min=4, help="Tokens to which documents are cut.")] = 32,
+    private: Annotated[int, OfCheckpoints(min=1, help="Of a diffusion model's: images that it was tuned on.")] = 4,
     prompt: Annotated[
-        str, typer.Option(help="Of a diffusion model's: their caption, as far as it is known; * is an unknown word.")
+        str, OfCheckpoints(help="Of a diffusion model's: their caption, as far as it is known; * is an unknown word.")
     ] = "",
-    batch: Annotated[int | None, typer.Option(help=f"Images in a client's local step. {SAYS}")] = None,
-    local_steps: Annotated[int | None, typer.Option(help="Local steps, each on the same batch.")] = None,
-    low: Annotated[str, typer.Option(help="What the model is fed for a pixel of 0: a number, or R,G,B.")] = "",
-    high: Annotated[str, typer.Option(help="What the model is fed for a pixel of 1: a number, or R,G,B.")] = "",
-    loss: Annotated[str | None, typer.Option(help="cross_entropy, bce (with logits) or mse (on one-hot).")] = None,
-    reduction: Annotated[str | None, typer.Option(help="Of the loss over the batch: mean or sum.")] = None,
-    optimiser: Annotated[str | None, typer.Option(help="sgd or adam; of adam one step, which leaves signs.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="The optimiser's, from 0 and below 1.")] = None,
-    nesterov: Annotated[bool | None, typer.Option(help="Whether that momentum is Nesterov's.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="The optimiser's, times the weights.")] = None,
-    batchnorm: Annotated[str | None, typer.Option(help="train (the batch's statistics) or eval (running).")] = None,
+    batch: Annotated[int | None, OfTraining(help="Images in a client's local step.")] = None,
+    local_steps: Annotated[int | None, OfTraining(help="Local steps, each on the same batch.")] = None,
+    low: Annotated[str, OfTraining(help="What the model is fed for a pixel of 0: a number, or R,G,B.")] = "",
+    high: Annotated[str, OfTraining(help="What the model is fed for a pixel of 1: a number, or R,G,B.")] = "",
+    loss: Annotated[str | None, OfTraining(help="cross_entropy, bce (with logits) or mse (on one-hot).")] = None,
+    reduction: Annotated[str | None, OfTraining(help="Of the loss over the batch: mean or sum.")] = None,
+    optimiser: Annotated[str | None, OfTraining(help="sgd or adam; of adam one step, which leaves signs.")] = None,
+    momentum: Annotated[float | None, OfTraining(help="The optimiser's, from 0 and below 1.")] = None,
+    nesterov: Annotated[bool | None, OfTraining(help="Whether that momentum is Nesterov's.")] = None,
+    weight_decay: Annotated[float | None, OfTraining(help="The optimiser's, times the weights.")] = None,
+    batchnorm: Annotated[str | None, OfTraining(help="train (the batch's statistics) or eval (running).")] = None,
     step_batch: Annotated[
-        int | None, typer.Option(min=0, help="Examples in each local step, which take the batch's in turn; 0: all.")
+        int | None, OfTraining(min=0, help="Examples in each local step, which take the batch's in turn; 0: all.")
     ] = None,
 ) -> None:
-    """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores."""
+    """Attack a saved leak, of fedtap's own or captured elsewhere. There is no truth here, so there are no scores.
+    What is said of the client's training holds in place of the leak's JSON."""
     said = {
         "batch": batch,
         "local_steps": local_steps,
@@ -406,6 +414,7 @@ def pretrain_command(
     ] = False,
 ) -> None:
     """Train a small diffusion model from nothing on public images, once, for scenarios that are given no --weights.
+
     Stopped or killed, the same command goes on. On a core of an AMD EPYC that other work shared, a step of 16 images of
     32 pixels took 1.6 to 2.2 s of processor time, and one of 32 took 3.5 to 4.5 s: the default takes 40 to 55 minutes
     of one core. It has not been timed on a GPU."""
@@ -461,7 +470,7 @@ def _called(words: list[str]) -> int:
         FedtapError: the words are no command with its options, in one sentence in the place of typer's frame.
     """
     try:
-        code = cli(words, prog_name="fedtap", standalone_mode=False)
+        code = with_arguments_told(typer.main.get_command(cli))(words, prog_name="fedtap", standalone_mode=False)
     except _MISUSE as error:
         said = error.format_message()  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)

@@ -57,7 +57,7 @@ def read_run(path: Path, *, unfinished: bool = False) -> SavedRun:
         unfinished: whether a run may have stopped before its end.
 
     Raises:
-        FedtapError: there is no run, it is damaged, or it is not finished.
+        FedtapError: there is no run, it is damaged, of another version of run.json, or not finished.
     """
     folder = path.parent if path.name == "run.json" else path
     try:
@@ -71,8 +71,15 @@ def read_run(path: Path, *, unfinished: bool = False) -> SavedRun:
         about = parsed(content)
         if not isinstance(about, dict) or type(about["name"]) is not str or "fedtap" not in dict(about["versions"]):
             raise ValueError("it names no scenario or no version of fedtap")
+        written, wanted = about["schema"], schema("run")["properties"]["schema"]["const"]
     except (ValueError, KeyError, TypeError) as error:
         raise FedtapError(f"{short(folder / 'run.json')} is damaged ({short(error)}): {_AGAIN}.") from error
+    if written != wanted:
+        raise FedtapError(
+            f"{short(folder / 'run.json')} is of version {short(written, 20)}, written by fedtap "
+            f"{short(dict(about['versions'])['fedtap'], 20)}, and this fedtap reads version {wanted}: read it with "
+            "that fedtap, or play it again here."
+        )
     run = SavedRun(folder, about, read_rows(folder / "rows.jsonl", remedy=_AGAIN, units=False))
     if not (run.finished or unfinished):
         raise FedtapError(

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedtap.simulator.errors import FedtapError, short, unknown
 from fedtap.simulator.leaks import GradientLeak, Protocol, check_protocol, float_buffers, own_names
 from fedtap.simulator.models.registry import Shape, on_meta
+from fedtap.simulator.wire.soundness import doubts, warned
 
 Part = Tensor | np.ndarray | None
 Captured = Mapping[str, Part] | Iterable[Part]
@@ -80,6 +81,8 @@ def leak(
         restarts=torch.zeros_like(numbers),
     )
     found.check()
+    for line in warned(found, doubts(found)):
+        warnings.warn(line, stacklevel=3)
     return found
 
 

@@ -142,7 +142,7 @@ def doubts(leak: Leak) -> list[list[str]]:
     gradient, parts = mean_gradient(leak), _parts(leak.protocol.defence)
     left = EVERYTHING.intersection(*(part.survives for part in parts or ()))
     sent = [{name: tensor[victim] for name, tensor in gradient.items()} for victim in range(len(leak))]
-    found = [_empty(leak, one, left) for one in sent]
+    found = [_empty(leak, one, left) or _of_weights(leak[victim], one) for victim, one in enumerate(sent)]
     plain = leak.protocol.optimiser == "sgd" and leak.protocol.loss == "cross_entropy"
     readable = plain and parts is not None and Trace.BIAS in left and not any(found)
     if readable and len(leak.protocol.shape) == 3:
@@ -187,6 +187,14 @@ def _empty(leak: Leak, sent: dict[str, Tensor], left: frozenset[Trace]) -> list[
             f"Most entries have the size {nonzero.median():.2g}, which is no plain gradient: a step of Adam, a "
             "compression to signs, or rounding that left nothing else."
         ]
+    return []
+
+
+def _of_weights(leak: Leak, sent: dict[str, Tensor]) -> list[str]:
+    """Of one victim: whether it sent the weights that it was sent, in the place of a gradient."""
+    weights = {name: tensor[0] if leak.stacked else tensor for name, tensor in (leak.weights or {}).items()}
+    if weights and all(name in weights and torch.equal(tensor, weights[name]) for name, tensor in sent.items()):
+        return ["The gradient is equal to the model's own weights in every entry: weights were given in its place."]
     return []
 
 

@@ -43,6 +43,14 @@ def test_a_list_of_one_kind_holds_no_other(
     assert [one for one, head in heads.items() if head in shown] == [kind]
 
 
+def test_a_question_over_two_lines_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, shown, _ = listed(monkeypatch, capsys, "scenarios")
+    assert shown.count("?") >= len(SCENARIOS)
+    assert "and at what price?" in shown
+
+
 def test_an_attack_is_told_in_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _, shown, _ = listed(monkeypatch, capsys, "idlg")
     for said in ("arxiv.org/abs/2001.02610", "Departs", "Reads: GradientLeak", "steps 2400 Evaluations", "history 80"):

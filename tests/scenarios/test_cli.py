@@ -183,6 +183,9 @@ def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["run", "first_leak", "--clients", "9" * 20], "at most 1e+06"),
         (["run", "first_leak", "--defence", "clip(nan)"], "(a value in it is no constant): write none, or"),
         (["run", "first_leak", "--attack", "idlg("], "cannot be read (invalid syntax): write attacks as"),
+        (["run", "first_leak", "--device", "gpu"], "'gpu' is no device on which fedtap computes: give cpu,"),
+        (["run", "first_leak", "--device", "cuda:99999"], "is not to be had here"),
+        (["bench", "compare", "nosuch", "a"], "fedtap: nosuch is no file, so it cannot be read: check the path."),
         (["run", "first_leak", "--dataset", "my_pictures"], "or a folder, a .zip or an .npz by its path"),
     ],
 )

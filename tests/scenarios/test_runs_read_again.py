@@ -136,6 +136,10 @@ def test_bad_runs_end_in_one_sentence(
     capsys.readouterr()
     (copy / "rows.jsonl").unlink()
     assert "has no rows" in told("show", str(copy))
+    for other in (99, 1, "2", None, [2]):
+        changed(copy, schema=other)
+        for words in (("show", str(copy)), ("open", str(copy)), ("compare", good, str(copy))):
+            assert "and this fedtap reads version 2: read it with that fedtap, or play it again" in told(*words)
     for content in ("[]", "{}", '{"name": 3}', "\udcff", '{"name": "first_leak", "versions": 7}'):
         (copy / "run.json").write_bytes(content.encode(errors="surrogateescape"))
         assert "run.json is damaged" in told("show", str(copy))

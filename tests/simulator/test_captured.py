@@ -249,6 +249,31 @@ def test_units_dropped_at_random_are_told_of() -> None:
         leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
 
 
+def test_what_is_no_gradient_of_the_model_is_told_of() -> None:
+    images, labels = pictures(1, 1)
+    model = plain()
+    gradient = captured(model, images[0], labels[0])
+    with pytest.warns(UserWarning, match="zero in every entry: the client did not train"):
+        leak(model, [torch.zeros_like(one) for one in model.parameters()], shape=SHAPE)
+    with pytest.warns(UserWarning, match="equal to the model's own weights"):
+        leak(model, list(model.parameters()), shape=SHAPE)
+    with pytest.warns(UserWarning, match=r"weights were given in its place. \(1 of 2 victims\)"):
+        leak(model, [gradient, dict(model.named_parameters())], shape=SHAPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leak(model, gradient, shape=SHAPE)
+
+
+@pytest.mark.parametrize("seed", ["a", -1, 1.5, None])
+def test_a_seed_is_a_whole_number_from_0(seed: Any) -> None:
+    images, labels = pictures(1, 1)
+    model = plain()
+    found = leak(model, captured(model, images[0], labels[0]), shape=SHAPE)
+    with pytest.raises(FedtapError, match="it is a whole number from 0"):
+        fedtap.attack(found, "linear", seed=seed)
+    assert torch.equal(fedtap.attack(found, "linear", seed=np.int64(3)).labels, labels)  # type: ignore[arg-type]
+
+
 class Sigmoid(torch.autograd.Function):
     """Written as most are, with what is saved in forward."""
 
