@@ -31,7 +31,7 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> FedtapError:
     """The error for a name that is not among `names`, with the nearest one."""
     known = sorted(names)
     near = difflib.get_close_matches(short(name), known, n=1)
-    hint = f"did you mean {short(near[0])}?" if near else f"there are {short(', '.join(known), 160)}."
+    hint = f"did you mean {short(near[0])}?" if near else f"there are {short(', '.join(known), 160) or 'none'}."
     return FedtapError(f"There is no {kind} named {short(name)!r}: {hint}")
 
 

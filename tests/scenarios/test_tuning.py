@@ -74,7 +74,7 @@ def test_any_text_is_a_grid_or_one_sentence(attack: str, tries: list[str]) -> No
         (["coarse_git", "--try", "epochs=0.5"], "epochs of CoarseGIT is 0.5, and it is a whole number"),
         (["coarse_git", "--try", "rate=1", "--try", "rate=2"], "--try has rate twice"),
         (["coarse_git", "--try", "rate.x=1"], "rate of coarse_git is no attack, so it has no field x"),
-        (["grey", "--try", "rate=1"], "There is no field of grey named 'rate'"),
+        (["grey", "--try", "rate=1"], "There is no field of grey named 'rate': there are none."),
         (["coarse_git", "--try", f"rate={','.join(map(str, range(1, 202)))}", "--try",
           f"width={','.join(map(str, range(1, 202)))}"], "40,401 combinations"),
         (["--try", "rate=1"], "Missing argument"),
