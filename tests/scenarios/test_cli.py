@@ -381,7 +381,7 @@ def test_former_names_of_options_are_refused_with_the_new_ones(name: str) -> Non
         (["run", "first_leak", "--dataset", "no/such/folder"], "no/such/folder"),
         (["run", "first_leak", "--victims", "100000"], "target data of photos holds"),
         (["run", "first_leak", "--clients", "5000"], "lower --clients"),
-        (["run", "first_leak", "--device", "tpu7"], "use --device cpu"),
+        (["run", "first_leak", "--device", "tpu7"], "'tpu7' is no device on which fedtap computes"),
         (["run", "first_leak", "--model", "lenet", "--attack", "linear"], "linear"),
         (["attack", "no.safetensors"], "does not exist"),
     ],
