@@ -134,13 +134,29 @@ def suited(leak: Leak) -> str:
     )
 
 
+def _whole(kind: type[Attack[Any]]) -> type[Attack[Any]]:
+    """The class, unless it is not yet an attack."""
+    missing = [*sorted(getattr(kind, "__abstractmethods__", ())), *(["leaks"] if not hasattr(kind, "leaks") else [])]
+    if missing:
+        raise FedtapError(
+            f"{kind.__name__} in {short(kind.__module__)} does not say {short(', '.join(missing), 80)}, and an attack "
+            "has its kinds of leak and its reconstruct: write them."
+        )
+    if not getattr(getattr(kind, "__dataclass_params__", None), "frozen", False):
+        raise FedtapError(
+            f"{kind.__name__} in {short(kind.__module__)} is no frozen dataclass, and an attack's fields are its "
+            "hyper-parameters: write @dataclass(frozen=True) above the class."
+        )
+    return kind
+
+
 def _attack(node: ast.expr, own: list[str]) -> Attack:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     if not isinstance(call.func, ast.Name):
         raise FedtapError(f"{_said(node)!r} in --attack is not an attack: {_HOW}.")
     name = call.func.id
     _refuse_former(name, ATTACKS)
-    kind = ATTACKS.own(own[int(name[len(_OWN) :])]) if name.startswith(_OWN) else ATTACKS[name]
+    kind = _whole(ATTACKS.own(own[int(name[len(_OWN) :])]) if name.startswith(_OWN) else ATTACKS[name])
     hints = typing.get_type_hints(kind)
     fields = [field for field in dataclasses.fields(kind) if field.repr]  # type: ignore[arg-type]
     placed = [field.name for field in fields if not field.kw_only]

@@ -66,7 +66,11 @@ class Reconstructed(ABC):
         """Name -> shape of those tensors whose shape the leak determines."""
 
     def checked(self: _Self, leak: Leak) -> _Self:
-        """This reconstruction detached from autograd, after its shapes are checked."""
+        """This reconstruction detached from autograd, after its shapes are checked.
+
+        Raises:
+            AssertionError: a tensor is of another shape.
+        """
         tensors = self.tensors()
         for name, shape in ({"objective": (len(leak),)} | self.shapes(leak)).items():
             if tuple(tensors[name].shape) != shape:
@@ -103,7 +107,9 @@ class Reconstruction(Reconstructed):
         return {"images": (*lead, *leak.protocol.shape), "labels": lead}
 
     def checked(self, leak: Leak) -> Reconstruction:
-        """As `Reconstructed.checked`, with pixels clamped to [0, 1]."""
+        """As `Reconstructed.checked`, with pixels clamped to [0, 1], and labels that have to be whole numbers."""
+        if self.labels.is_floating_point():
+            raise AssertionError(f"labels are {self.labels.dtype}, and not whole numbers")
         sound = super().checked(leak)
         return dataclasses.replace(sound, images=sound.images.clamp(0, 1))
 
@@ -302,14 +308,26 @@ class Attack(ABC, Generic[_Result]):
         """Check the leak, draw the start where none is given, reconstruct, check the reconstruction.
 
         Raises:
-            FedtapError: the leak is of a kind this attack cannot use, lacks the weights it needs, or is not sound.
+            FedtapError: the leak is of a kind this attack cannot use, lacks the weights it needs, or is not sound;
+                or what reconstruct returned is none, or of another shape.
         """
         self.accepts(leak)
         leak.check()
         if start is None:
             start = self.begin(leak.repeat(self.starts), seed).to(leak.device)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            return self.reconstruct(leak, start).checked(leak)
+            found = self.reconstruct(leak, start)
+        if not isinstance(found, Reconstructed):
+            raise FedtapError(
+                f"{self.name} returned a value of type {type(found).__name__} from reconstruct, and it says that it "
+                f"gives back a {self.reconstructs.__name__}: return one."
+            )
+        try:
+            return found.checked(leak)
+        except AssertionError as error:
+            raise FedtapError(
+                f"What {self.name} returned is not of this leak ({error}): mend its reconstruct."
+            ) from error
 
     def accepts(self, leak: Leak) -> None:
         """Refuse a leak of the wrong kind, or without the weights this attack needs.

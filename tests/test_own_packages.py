@@ -212,6 +212,34 @@ def test_python_plays_a_scenario_with_an_attack_of_the_callers_own(
     assert [row["attack"] for row in found] == ["my_attack"]
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (
+            "Reconstruction(start, ",
+            "Reconstruction(start[:, 0], ",
+            "is not of this leak (images is (1, 3, 32, 32), not",
+        ),
+        ("labels, start.new_full", "labels.float(), start.new_full", "(labels are torch.float32, and not whole"),
+        ("return Reconstruction(", "return (", "returned a value of type tuple from reconstruct"),
+        ("@dataclass(frozen=True)", "", "is no frozen dataclass"),
+        ("@dataclass(frozen=True)", "@dataclass", "is no frozen dataclass"),
+        ("    leaks = (GradientLeak,)", "", "does not say leaks"),
+        ("def reconstruct", "def rebuild", "does not say reconstruct"),
+    ],
+)
+def test_an_attack_that_is_none_yet_is_told_what_it_lacks(
+    was: str, now: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert was in ATTACK
+    (folder / "my_package/my_attack.py").write_text(ATTACK.replace(was, now))
+    words = ["run", "first_leak", "--attack", COLON_ATTACK, *QUICK]
+    assert run(monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
 def test_a_module_that_fails_on_import_disables_one_entry(
     installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
