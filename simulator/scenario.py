@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from fedtap.simulator.errors import FedtapError
+from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.options import Option, options_of
 from fedtap.simulator.report.columns import Column, Group
 from fedtap.simulator.report.sentences import figures_said
@@ -313,7 +313,7 @@ class Scenario(ABC):
         """What the scenario asks, and what to expect: the docstring of the file that defines it.
 
         Raises:
-            FedtapError: Python has thrown docstrings away.
+            FedtapError: there is none, or Python has thrown it away.
         """
         return question_of(type(self))
 
@@ -331,13 +331,13 @@ def question_of(scenario: type[Scenario]) -> str:
     """The docstring of the file that defines a scenario, one line a paragraph.
 
     Raises:
-        FedtapError: Python has thrown docstrings away.
+        FedtapError: there is none, or Python has thrown it away.
     """
     text = inspect.getdoc(importlib.import_module(scenario.__module__))
     if text is None:
         raise FedtapError(
-            f"The question of {scenario.__name__} is a docstring, and this Python throws those away: unset "
-            "PYTHONOPTIMIZE, and leave out -OO."
+            f"{scenario.__name__} has no question, which is the docstring of its file: write it at the top of "
+            f"{short(scenario.__module__)}; if it is there, unset PYTHONOPTIMIZE and leave out -OO."
         )
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 

@@ -240,6 +240,27 @@ def test_an_attack_that_is_none_yet_is_told_what_it_lacks(
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SCENARIO.partition('"""\n\n')[2], "MyScenario has no question, which is the docstring of its file"),
+        (
+            '"""Is it?"""\nfrom fedtap.simulator.scenario import Scenario\n\nclass MyScenario(Scenario):\n    pass\n',
+            "does not say attacks, nodes, observe, reply, score",
+        ),
+    ],
+)
+def test_a_scenario_that_is_none_yet_is_told_what_it_lacks(
+    text: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "my_package/my_scenario.py").write_text(text)
+    for words in (("--attack", "linear"), ("--help",)):
+        assert run(monkeypatch, "run", COLON_SCENARIO, *words) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+
+
 def test_a_module_that_fails_on_import_disables_one_entry(
     installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

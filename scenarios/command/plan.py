@@ -25,9 +25,15 @@ def scenario_named(name: str) -> type[Scenario]:
     """The scenario of this name, or that of a user's own package, `module:Class`.
 
     Raises:
-        FedtapError: there is none, or it cannot be imported.
+        FedtapError: there is none, it cannot be imported, or it is not a whole one.
     """
-    return SCENARIOS.own(name) if ":" in name else SCENARIOS[name]
+    kind = SCENARIOS.own(name) if ":" in name else SCENARIOS[name]
+    if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+        raise FedtapError(
+            f"{kind.__name__} in {short(kind.__module__)} does not say {short(', '.join(missing), 80)}, and a scenario "
+            "needs each: write them, or begin with a subclass of ImageScenario."
+        )
+    return kind
 
 
 def plan(name: str, options: Mapping[str, Any]) -> tuple[Scenario, ...]:
