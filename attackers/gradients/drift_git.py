@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtap.attackers.gradients.gauss_newton import VICTIMS_AT_ONCE
 from fedtap.attackers.gradients.matching import MATCHED, check_matching
@@ -100,10 +101,13 @@ class DriftGIT(Learner):
                 f"{self.name} trains from the broadcast weights, and the {leak.protocol.threat_model} does not know "
                 "them: use --threat-model curious_server, or trainings=0."
             )
-        seen, numbers = (torch.cat(images), torch.cat(labels)), progress(range(self.trainings), "trainings")
-        inverter.follow(
-            torch.stack([self.training(leak, *seen, generator(seed, "drift", number)) for number in numbers])
-        )
+        seen = torch.cat(images), torch.cat(labels)
+        draws = [generator(seed, "drift", number) for number in range(self.trainings)]
+        if seen[0].is_cuda:
+            inverter.follow(self.trained_at_once(leak, *seen, draws))
+        else:  # a CPU gains nothing from many weights at once, and loses on convolutions
+            ways = [self.training(leak, *seen, draw) for draw in progress(draws, "trainings")]
+            inverter.follow(torch.stack(ways))
 
     def training(
         self, leak: Leak, images: Tensor, labels: Tensor, draw: torch.Generator
@@ -119,18 +123,46 @@ class DriftGIT(Learner):
         moving = [dict(network.named_parameters())[name] for name in trained(network)]
         begun = torch.cat([weight.detach().flatten() for weight in moving])
         sgd = torch.optim.SGD(moving, self.learning_rate)
-        drawn = torch.randint(len(images), (len(images),), generator=draw)
-        epochs = [drawn[torch.randperm(len(drawn), generator=draw)] for _ in range(self.epochs)]
-        batches = [some for epoch in epochs for some in torch.split(epoch, TRAINING_BATCH)]
-        stops = {round(len(batches) * (stop + 1) / SNAPSHOTS) for stop in range(SNAPSHOTS)}
-        for step, some in enumerate(batches, 1):
+        batches = self._batches(len(images), draw)
+        for some, stop in zip(batches, _stops(len(batches)), strict=True):
             sgd.zero_grad()
             mean_loss(protocol, network(images[some]), targets(labels[some], protocol.classes)).backward()  # type: ignore[no-untyped-call]
             sgd.step()
-            if step in stops:
+            if stop:
                 kept.append(torch.cat([weight.detach().flatten() for weight in moving]) - begun)
         kept += kept[-1:] * (SNAPSHOTS - len(kept))  # of fewer steps than snapshots
         return torch.stack(kept)
+
+    def trained_at_once(
+        self, leak: Leak, images: Tensor, labels: Tensor, draws: Sequence[torch.Generator]
+    ) -> Float[Tensor, "trainings snapshots weights"]:
+        """`training` of each draw, but for rounding: each is a lane of one batched gradient."""
+        protocol, network, kept = leak.protocol, stateless(leak.network, leak.protocol.batchnorm), list[Tensor]()
+        known = {name: tensor.to(images.device) for name, tensor in {**(leak.weights or {}), **leak.buffers}.items()}
+        begun = {name: known[name] for name in trained(network)}
+
+        def loss(moving: Tensors, some: Tensor, target: Tensor) -> Tensor:
+            return mean_loss(protocol, functional_call(network, {**known, **moving}, (some,)), target)
+
+        differentiate = vmap(grad(loss), randomness="different")
+        lanes = {name: tensor.repeat(len(draws), *[1] * tensor.ndim) for name, tensor in begun.items()}
+        batches = [
+            torch.stack(step) for step in zip(*(self._batches(len(images), draw) for draw in draws), strict=True)
+        ]
+        for some, stop in zip(progress(batches, "trainings"), _stops(len(batches)), strict=True):
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be batched
+                slopes = differentiate(lanes, images[some], targets(labels[some], protocol.classes))
+            lanes = {name: torch.sub(lanes[name], slopes[name], alpha=self.learning_rate) for name in lanes}
+            if stop:
+                kept.append(torch.cat([(lanes[name] - begun[name]).flatten(1) for name in lanes], 1))
+        kept += kept[-1:] * (SNAPSHOTS - len(kept))
+        return torch.stack(kept, 1)
+
+    def _batches(self, count: int, draw: torch.Generator) -> list[Tensor]:
+        """Numbers of the images of each step of a training on as many as there are."""
+        drawn = torch.randint(count, (count,), generator=draw)
+        epochs = [drawn[torch.randperm(count, generator=draw)] for _ in range(self.epochs)]
+        return [some for epoch in epochs for some in torch.split(epoch, TRAINING_BATCH)]
 
     def invert(self, inverter: nn.Module, leak: Leak, start: Images) -> Reconstruction:
         assert isinstance(inverter, PublicPrior)
@@ -140,6 +172,12 @@ class DriftGIT(Learner):
             found.append(joint.fitted(self.steps, self.inner))
         images, rows, objective = (torch.cat(parts).to(start.dtype) for parts in zip(*found, strict=True))
         return Reconstruction(images.reshape(start.shape), labels, objective, weights=unpacked(rows, leak))
+
+
+def _stops(steps: int) -> list[bool]:
+    """Whether the weights are kept after each step."""
+    stops = {round(steps * (stop + 1) / SNAPSHOTS) for stop in range(SNAPSHOTS)}
+    return [step in stops for step in range(1, steps + 1)]
 
 
 class PublicPrior(PublicImages):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtap.attackers.gradients.drift_git import LEAST_SCALE, DriftGIT, Joint, PublicPrior, determined
+from fedtap.attackers.gradients.drift_git import LEAST_SCALE, SNAPSHOTS, DriftGIT, Joint, PublicPrior, determined
 from fedtap.attackers.gradients.gauss_newton import GaussNewton
 from fedtap.attackers.gradients.idlg import IDLG
 from fedtap.attackers.parts.newton import linear, stepped
@@ -18,6 +18,7 @@ from fedtap.attackers.parts.priors import shrinkage
 from fedtap.simulator.attack import Attack, Learned
 from fedtap.simulator.errors import FedtapError
 from fedtap.simulator.leaks import Leak
+from fedtap.simulator.models.registry import build
 from fedtap.simulator.run import unexplained_of
 from tests.support.attack_leaks import auxiliary_for, leak_of, pictures
 
@@ -191,6 +192,25 @@ def test_trainings_are_learned_from_and_need_the_weights(tmp_path: Path) -> None
     named = dataclasses.replace(auxiliary, about=dataclasses.replace(auxiliary.about, labels="random"))
     with pytest.raises(FedtapError, match="these have random labels: use --auxiliary-labels own"):
         DriftGIT(trainings=2).fit(named)
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_trainings_at_once_are_those_one_by_one(model: str, epochs: int) -> None:
+    images, labels = pictures(70, 1, size=16)
+    images = images.double()  # in float32 a ResNet of random weights amplifies the rounding a hundredfold a step
+    network = build(model, (3, 16, 16), 10, seed=3).double()
+    leak = leak_of(images[:1], labels[:1], network, model, meta=lambda: copy.deepcopy(network))
+    attack, seen = DriftGIT(trainings=3, epochs=epochs, learning_rate=0.03), (images.flatten(0, 1), labels.flatten())
+
+    def draws() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in range(3)]
+
+    together = attack.trained_at_once(leak, *seen, draws())
+    alone = torch.stack([attack.training(leak, *seen, draw) for draw in draws()])
+    assert together.shape == (3, SNAPSHOTS, sum(weight.numel() for weight in leak.network.parameters()))
+    assert not torch.equal(together[0], together[1])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
 
 
 def test_what_it_cannot_use_is_refused() -> None:
