@@ -55,7 +55,7 @@ def test_datasets_are_named_with_commas_or_again(
         (("language",), "There is no model to pretrain named 'language'"),
         (("diffusion", "--size", "30"), "--size that 4 divides"),
         (("diffusion", "--dataset", ","), "on no images"),
-        (("diffusion", "--device", "abacus"), "Device 'abacus' is not to be had here"),
+        (("diffusion", "--device", "abacus"), "'abacus' is no device on which fedtap computes"),
     ],
 )
 def test_each_mistake_is_a_sentence(
