@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from fedtap.simulator.errors import FedtapError, short
 from fedtap.simulator.leaks import Leak, Protocol, Tensors, float_buffers
 from fedtap.simulator.wire.records import record_named, tensors_of
 from fedtap.simulator.wire.roll import check_name
-from fedtap.simulator.wire.threat_models import Broadcast, weights_in
+from fedtap.simulator.wire.threat_models import Broadcast, check_finite, weights_in
 
 METRICS = ("num-examples", "partition")
 """What fedtap's clients report beside their update; where victims drift, `drift_norm` too."""
@@ -47,17 +48,37 @@ class ExchangeReader:
             FedtapError: the answer is not what a client of this protocol sends.
         """
         after = self._checked(answer, client)
+        before, broadcast = self._broadcast(order, client)
+        self._check_change(before, after, client)
+        examples = int(record_named("metrics", answer, MetricRecord)["num-examples"])  # type: ignore[arg-type]
+        return broadcast.answered(after, self._protocol, client, rnd, examples)
+
+    def check(self, order: RecordDict, answer: RecordDict, client: int) -> None:
+        """Refuse what `leak` refuses, of an exchange that nobody attacks: without the leak that takes half the time.
+
+        Raises:
+            FedtapError: the answer is not what a client of this protocol sends.
+        """
+        after = self._checked(answer, client)
+        # a gradient read off these weights is finite in float32
+        rate = self._protocol.learning_rate if self._protocol.local_steps == 1 else 1.0
+        check_finite(after, client, torch.finfo(torch.float32).max * min(rate, 1.0))
+        if self._server:
+            self._check_change(self._broadcast(order, client)[0], after, client)
+
+    def _broadcast(self, order: RecordDict, client: int) -> tuple[Tensors, Broadcast]:
+        """What the client was sent; read once where many were sent the same."""
         record = record_named("arrays", order, ArrayRecord)
         if self._sent is None or self._sent[0] is not record:
             sent = weights_in(order, "message")
             self._sent = record, sent, Broadcast.of(sent, self._network, client)
-        _, before, broadcast = self._sent
+        return self._sent[1:]
+
+    def _check_change(self, before: Tensors, after: Tensors, client: int) -> None:
         if self._server:
             change = {name: after[name] - before[name] for name in after}
             for defence in self._server:
                 defence.check_change(change, client)
-        examples = int(record_named("metrics", answer, MetricRecord)["num-examples"])  # type: ignore[arg-type]
-        return broadcast.answered(after, self._protocol, client, rnd, examples)
 
     def _checked(self, answer: RecordDict, client: int) -> Tensors:
         """The arrays of a reply that a strategy can average with the others': it would end the run for all of them.

@@ -150,19 +150,26 @@ def play(
         if answer.has_error():
             heard.failures[client, rnd] = f"client {client} failed: {short(answer.error.reason, _LONGEST)}"
             return
+        attacked = private.victim(client, rnd) is not None
+        summed = scenario.threat_model == SECURE and rnd > scenario.rounds
         try:
             with reading(client):
-                leak = exchanges.leak(order.content, answer.content, client, rnd)
+                leak = None
+                if attacked or summed:
+                    leak = exchanges.leak(order.content, answer.content, client, rnd)
+                else:
+                    exchanges.check(order.content, answer.content, client)
         except FedtapError as error:
             heard.failures[client, rnd] = f"the client answered nonsense: {short(error, _LONGEST)}"
             raise
         metrics = record_named("metrics", answer.content, MetricRecord)
-        if private.victim(client, rnd) is not None:
+        if attacked:
             heard.drift_norm[client, rnd] = float(metrics.get("drift_norm", 0.0))  # type: ignore[arg-type]
-        if scenario.threat_model == SECURE:
-            if rnd > scenario.rounds:
-                masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
-        elif private.victim(client, rnd) is not None:
+        if leak is None:
+            return
+        if summed:
+            masked.setdefault(rnd, {})[client] = Masked(leak, float(metrics["num-examples"]))  # type: ignore[arg-type]
+        else:
             observed(client, rnd, hearing(leak))
 
     def observed(client: int, rnd: int, leak: Leak) -> None:

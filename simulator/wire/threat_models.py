@@ -195,9 +195,7 @@ class Broadcast:
         wanted = {**self.weights, **self.buffers}
         _whole(after, list(wanted), "reply of", client)
         same_shapes(after, wanted, client)
-        for name in self.buffers:
-            if not bool(after[name].float().isfinite().all()):
-                raise _no_number(name, client)
+        check_finite({name: after[name] for name in self.buffers}, client)
 
     def answered(self, after: Tensors, protocol: Protocol, client: int, rnd: int, examples: int | None) -> Leak:
         """The leak of a client that sent these weights back, as `leak_of_exchange`.
@@ -266,6 +264,20 @@ def same_shapes(after: Tensors, before: Tensors, client: int) -> None:
                 f"Client {client} answered {name} of shape {tuple(after[name].shape)} to one of "
                 f"{tuple(tensor.shape)}, so there is no difference to take: it trains another model."
             )
+
+
+def check_finite(tensors: Tensors, client: int, below: float = math.inf) -> None:
+    """Refuse a client's tensors that hold NaN, or a number that is not below this one in size.
+
+    Raises:
+        FedtapError: naming the first.
+    """
+    if not tensors:
+        return
+    # all at once, since they are many and small; both ends are NaN if any number is
+    ends = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).aminmax()
+    if not all(abs(float(end)) < below for end in ends):
+        raise _no_number(next(name for name, one in tensors.items() if not bool((one.abs() < below).all())), client)
 
 
 def _no_number(name: str, client: int) -> FedtapError:

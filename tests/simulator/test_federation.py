@@ -22,6 +22,7 @@ from fedtap.simulator.federation.rounds import Heard, accuracy, auxiliary, clien
 from fedtap.simulator.leaks import GradientLeak, UpdateLeak, float_buffers, load, stack
 from fedtap.simulator.models.registry import build
 from fedtap.simulator.wire.grid import LocalGrid
+from fedtap.simulator.wire.records import tensors_of
 from tests.support.scenes import Scene
 
 BASE = Scene(attack="", name="test", victims=3, size=16)
@@ -208,6 +209,16 @@ def test_a_failing_client_is_named_and_the_round_goes_on(how: str) -> None:
         if name[1] == 1:  # nobody else's round is touched
             for key, tensor in leak.observed.items():  # which is computed for all clients together where none fails
                 torch.testing.assert_close(tensor, alone.leaks[name].observed[key], rtol=1e-4, atol=3e-6)
+
+
+@pytest.mark.parametrize("how", MISCHIEF)
+def test_a_client_that_fails_while_nobody_is_attacked_is_left_out_of_the_average(how: str) -> None:
+    scenario = dataclasses.replace(BASE, rounds=1, victims=3, clients=3)
+    grid, private = federation(scenario, misbehaving(how, scenario))
+    heard = play(scenario, grid, private)
+    assert "client" in heard.failures[1, 1]
+    assert {(0, 2), (2, 2)} == heard.leaks.keys()
+    assert all(bool((weights.abs() < 10).all()) for weights in tensors_of(heard.arrays).values())
 
 
 def test_the_compromised_client_answers_what_it_is_fed() -> None:
