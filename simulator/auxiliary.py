@@ -29,8 +29,8 @@ PAIRS_FORMAT = 3
 """Version of the saved form; a reader refuses any other. In version 1, pairs were gradients that had not crossed the
 wire."""
 
-CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS = 2**22, 2**27
-"""Numbers in a chunk's gradients: 16 MiB of float32, which caches hold, and 512 MiB where a GPU computes them."""
+CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS = 2**21, 2**27
+"""Numbers in a chunk's gradients: 8 MiB of float32, which caches hold, and 512 MiB where a GPU computes them."""
 
 MOST_CHUNK_NUMBERS = 2**24
 """The same of a model so large that fewer pairs would be computed together."""
