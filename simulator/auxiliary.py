@@ -29,14 +29,14 @@ PAIRS_FORMAT = 3
 """Version of the saved form; a reader refuses any other. In version 1, pairs were gradients that had not crossed the
 wire."""
 
+_AT_ONCE, _CUDA_AT_ONCE = 256, 1024
+"""Pairs whose gradients are computed together."""
+
 CHUNK_NUMBERS, CUDA_CHUNK_NUMBERS = 2**21, 2**27
 """Numbers in a chunk's gradients: 8 MiB of float32, which caches hold, and 512 MiB where a GPU computes them."""
 
 MOST_CHUNK_NUMBERS = 2**24
-"""The same of a model so large that fewer pairs would be computed together."""
-
-_AT_ONCE, _CUDA_AT_ONCE = 256, 1024
-"""Pairs whose gradients are computed together."""
+"""Numbers in the gradients of a chunk on the CPU that has no more pairs than are computed together: 64 MiB."""
 
 MOST_PAIRS = 10**9
 """Pairs of a set, and trainings behind it, at most."""
@@ -281,7 +281,9 @@ def trainings(pairs: int, many: int) -> tuple[Int[Tensor, " pairs"], ...]:
 
 
 def chunk_size(network: nn.Module, device: torch.device | str = "cpu") -> int:
-    """Pairs in a chunk; more where a GPU computes them, which takes as long for few."""
+    """Pairs in a chunk: on the CPU those computed together, more of a small model and fewer of a large one; more where
+    a GPU computes them, which takes as long for few.
+    """
     weights = sum(parameter.numel() for parameter in network.parameters())
     if str(device) != "cpu":
         return max(1, CUDA_CHUNK_NUMBERS // weights)

@@ -28,10 +28,9 @@ from torch.overrides import TorchFunctionMode
 
 from fedtap.attackers.parts.channel_means import ChannelMeans
 from fedtap.attackers.parts.patches import PatchSolution
-from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, Differentiated, coarse_products, ordered
+from fedtap.attackers.parts.teaching import HELD_OUT_EVERY, Differentiated, descend, ordered
 from fedtap.simulator.attack import generator as seeded
 from fedtap.simulator.errors import FedtapError
-from fedtap.simulator.progress import progress
 
 Gradients = Mapping[str, Tensor]
 """By name of the parameter: `victims *shape`."""
@@ -707,13 +706,13 @@ def fit(
 
     generator.train()
     differentiate = Differentiated(generator.parameters(), loss, min(batch, kept), images.device, together == 1)
-    with coarse_products():
-        for _ in progress(epochs, "learning"):
-            order = torch.randperm(kept, generator=draw).to(images.device)
-            for chosen in order[: steps * batch].chunk(steps):
-                differentiate(chosen)
-                adam.step()
-                cycle.step()
+    descend(
+        differentiate,
+        adam,
+        cycle,
+        lambda: torch.randperm(kept, generator=draw).to(images.device)[: steps * batch].chunk(steps),
+        epochs,
+    )
     generator.eval()
     left = torch.arange(kept, pairs).split(batch)  # type: ignore[no-untyped-call]
     held = [(rows(some), images[some]) for some in map(entries, left)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,13 +141,13 @@ def teach(
 
     module.train()
     differentiate = Differentiated(module.parameters(), loss, min(batch, kept), images.device, images.shape[1] == 1)
-    with coarse_products():
-        for _ in progress(epochs, "learning"):
-            order = torch.randperm(kept, generator=draw).to(images.device)
-            for some in torch.split(order, batch):
-                differentiate(some)
-                optimiser.step()
-                schedule.step()
+    descend(
+        differentiate,
+        optimiser,
+        schedule,
+        lambda: torch.randperm(kept, generator=draw).to(images.device).split(batch),  # type: ignore[no-untyped-call]
+        epochs,
+    )
     module.eval()
     with torch.no_grad():
         parts = [
@@ -194,6 +194,26 @@ class Differentiated:
         for parameter, gradient in zip(self._parameters, found, strict=True):
             if gradient is not None:  # of an unused one it stays zero, by which Adam moves nothing
                 parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+
+
+def descend(
+    differentiate: Differentiated,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    minibatches: Callable[[], Sequence[Tensor]],
+    epochs: int,
+) -> None:
+    """A step of optimiser and schedule for each minibatch of each epoch.
+
+    Args:
+        minibatches: those of an epoch, in a new order: numbers of pairs.
+    """
+    with coarse_products():
+        for _ in progress(epochs, "learning"):
+            for some in minibatches():
+                differentiate(some)
+                optimiser.step()
+                schedule.step()
 
 
 @contextmanager

@@ -231,8 +231,7 @@ class Broadcast:
         scaled = (change * scale).float()  # of all at once: they are many and small
         sizes = [tensor.numel() for tensor in self.weights.values()]
         parts = dict(zip(self.weights, scaled.split(sizes), strict=True))  # type: ignore[no-untyped-call]
-        if not all(math.isfinite(end) for end in scaled.aminmax()):  # both are NaN if any is
-            raise _no_number(next(name for name, part in parts.items() if not bool(part.isfinite().all())), client)
+        check_finite(parts, client)
         return (GradientLeak if single else UpdateLeak)(
             observed={name: parts[name].view(1, *tensor.shape) for name, tensor in self.weights.items()},
             protocol=protocol,

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import fedtap
+from fedtap.scenarios.course import slider
 from fedtap.scenarios.course.pictures import course_photos
 from fedtap.scenarios.course.slider import slider_page, unit_slider
 from fedtap.simulator.errors import FedtapError
@@ -79,6 +80,8 @@ def test_a_run_without_a_number_to_move_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "axes"), [(2, ["batch"]), (3, ["batch", "σ"])])
 def test_a_units_page_is_small_and_its_originals_are_photographs(number: int, axes: list[str]) -> None:
     page = unit_slider(number)
+    assert slider._STYLE in page.html  # made by this version of the command
+    assert slider._SCRIPT in page.html
     assert len(page.html) < 100_000
     assert page._repr_html_().startswith("<iframe srcdoc=")
     assert "://" not in page.html, "it asks nobody for anything"
